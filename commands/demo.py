@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 METHODS = ("none", "repa")
 MODEL = "SiT-T/1"
 BATCH_SIZE = 32
-DEFAULT_STEPS = 540
+DEFAULT_STEPS = 400
 IMAGES = 2304  # of which the held-out rows are not trained on
 HOLDOUT = 256
-SAMPLES = 192
+SAMPLES = 160
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def demo(
     for run in runs:
         _train(say_and_run, run, cache, steps)
     for run in runs:
-        solver = ("--solver", "heun", "--steps", 12, "--guidance", 1.5, "--seed", 0)
+        solver = ("--solver", "heun", "--steps", 12, "--guidance", 2, "--seed", 0)
         say_and_run("sample", "--run", run.folder, "--num", SAMPLES, "--npz", "--out", run.samples, *solver)
 
     from .demo_report import report
@@ -89,7 +89,7 @@ def demo(
 def _train(say_and_run: Callable[..., None], run: DemoRun, cache: Path, steps: int) -> None:
     settings = {
         "holdout": HOLDOUT,
-        "ema_decay": 0.99,
+        "ema_decay": 0.98,
         "eval_every": max(steps // 6, 1),
         "log_every": 20,
         "checkpoint_every": 400,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from crc32c import crc32c
 
-from .columns import LABEL, split_column
+from .columns import LABEL, source_of
 from .descriptors import DescriptorCache
 from .errors import CacheError, CorruptRowError
 from .shard_index import CHECKSUM_BYTES, MISSING, read_index
@@ -296,7 +296,7 @@ class CacheReader:
         return _Target(column, array.reshape(-1).view(np.uint8).data, spec.row_bytes)
 
     def _require_committed(self) -> None:
-        for source in dict.fromkeys(split_column(column)[0] for column in self.columns):
+        for source in dict.fromkeys(source_of(column) for column in self.columns):
             shards = range(self.manifest.num_shards)
             absent = sorted(set(shards) - set(committed_shards(self.path, self.manifest, source)))
             if absent:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from .columns import AUTOENCODER, LABEL, ColumnSpec, split_column
+from .columns import AUTOENCODER, LABEL, ColumnSpec, model_of, source_of
 from .errors import CacheError
 
 FORMAT_VERSION = 1
@@ -100,16 +100,11 @@ class Manifest:
 
     def source_columns(self, source: str) -> dict[str, ColumnSpec]:
         """Columns of one source, name → spec."""
-        return {name: spec for name, spec in self.columns.items() if split_column(name)[0] == source}
-
-    @property
-    def teachers(self) -> tuple[str, ...]:
-        """Sources other than the autoencoder."""
-        return tuple(source for source in self.sources if source != AUTOENCODER)
+        return {name: spec for name, spec in self.columns.items() if source_of(name) == source}
 
     def with_source(self, source: str, provenance: Provenance, columns: Mapping[str, ColumnSpec]) -> Manifest:
         """A manifest with one more source and its columns, in place of what it said of that source."""
-        others = {name: spec for name, spec in self.columns.items() if split_column(name)[0] != source}
+        others = {name: spec for name, spec in self.columns.items() if source_of(name) != source}
         return replace(
             self,
             columns={**others, **columns},
@@ -164,8 +159,11 @@ class Manifest:
         """
         missing = [name for name in columns if name != LABEL and name not in self.columns]
         if missing:
-            sources = dict.fromkeys(split_column(name)[0] for name in missing)
-            flags = "".join(f" --encoder {source}" for source in sources if source != AUTOENCODER)
+            sources = dict.fromkeys(source_of(name) for name in missing)
+            models = dict.fromkeys(model_of(source) for source in sources if source != AUTOENCODER)
+            flags = "".join(f" --encoder {model}" for model in models)
+            if any(source != model_of(source) for source in sources):
+                flags += " --attention haste"
             raise CacheError(
                 f"cache {where} has no column {', '.join(missing)} "
                 f"(it has {', '.join(self.columns) or 'none'}); "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from crc32c import crc32c
 
-from .columns import AUTOENCODER, ColumnSpec, split_column
+from .columns import AUTOENCODER, ColumnSpec, model_of, source_of
 from .commits import (
     ColumnRecord,
     CommitRecord,
@@ -159,7 +159,7 @@ def ensure_source(
         RepaError: the operating system refuses.
     """
     for column in columns:
-        if split_column(column)[0] != source:
+        if source_of(column) != source:
             raise ValueError(f"column {column} is not of source {source}")
     manifest = open_manifest(path)
     if source not in manifest.sources:
@@ -252,8 +252,10 @@ def _declare(path: Path, manifest: Manifest, source: str) -> Manifest:
     # attributes that others have put there are theirs to keep
     attributes = {**group["attributes"], **group_attributes(manifest)}
     documents = zarr_documents(manifest, attributes=attributes)
+    own = {f"{name}/{GROUP_FILE}" for name in manifest.source_columns(source)}
+    model = f"{model_of(source)}/{GROUP_FILE}"
     for name, content in documents.items():
-        if name.startswith(f"{source}/"):
+        if name in own or (name == model and not (path / name).exists()):
             write_file(path / name, content, path)
     write_file(path / GROUP_FILE, documents[GROUP_FILE], path)
     return manifest

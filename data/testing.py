@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .columns import AUTOENCODER, MOMENTS, ColumnSpec, split_column
+from .columns import AUTOENCODER, MOMENTS, ColumnSpec, source_of, split_column
 from .schema import ORIGINAL_VIEW, Manifest, Provenance
 from .store import SourceWriter, ensure_cache, ensure_source, keys_sha256
 
@@ -117,7 +117,7 @@ def synthetic_cache(
     )
     sources: dict[str, dict[str, ColumnSpec]] = {}
     for column, spec in columns.items():
-        sources.setdefault(split_column(column)[0], {})[column] = spec
+        sources.setdefault(source_of(column), {})[column] = spec
     for source, specs in sources.items():
         provenance = synthetic_provenance(
             source, specs, grid=grid, resolution=resolution, random_weights=random_weights

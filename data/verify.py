@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from crc32c import crc32c
 
-from .columns import LABEL, split_column
+from .columns import LABEL, source_of, split_column
 from .commits import CommitRecord, read_commit
 from .errors import CacheError
 from .files import os_errors, partial_path
@@ -104,7 +104,7 @@ def verify_cache(
 
     findings = [*_check_metadata(path, manifest), *_check_keys_and_labels(path, manifest)]
     records: dict[tuple[str, int], CommitRecord] = {}
-    for source in dict.fromkeys(split_column(name)[0] for name in checked):
+    for source in dict.fromkeys(source_of(name) for name in checked):
         for shard in range(manifest.num_shards):
             record, finding = _check_record(path, manifest, source, shard)
             findings += [finding] if finding else []
@@ -114,7 +114,7 @@ def verify_cache(
         _ShardCheck(path, manifest, name, record)
         for (source, _), record in records.items()
         for name in checked
-        if split_column(name)[0] == source
+        if source_of(name) == source
     ]
     findings += _run(tasks, progress, threads or min(8, os.cpu_count() or 1))
     if columns is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from ..data.columns import split_column
+from ..data.columns import source_of, split_column
 from ..data.store import invalid_reasons, open_manifest
 from ..data.units import human_bytes, human_rate, human_seconds
 
@@ -118,10 +118,10 @@ def show_summary(plan: Plan, rank: Rank, tallies: Sequence[Tally], seconds: floa
         written.update(tally.written.bytes)
         rows.update(tally.written.rows)
     for column, count in written.items():
-        each = count // max(1, rows[split_column(column)[0]])
+        each = count // max(1, rows[source_of(column)])
         say(
             console,
-            f"  {column}: {rows[split_column(column)[0]]} images, {human_bytes(count)}, {each} bytes each",
+            f"  {column}: {rows[source_of(column)]} images, {human_bytes(count)}, {each} bytes each",
         )
     _show_invalid(plan, console)
     if images:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from ..data.columns import split_column
+from ..data.columns import source_of
 from ..data.errors import RepaError
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ class WriterThread:
             if not batch.finite[column].all():
                 position = int(np.argmin(batch.finite[column]))
                 self._refuse(column, batch.rows[position], values[position])
-            shard = shards[split_column(column)[0]]
+            shard = shards[source_of(column)]
             for row, value in zip(batch.rows, values, strict=True):
                 shard.write(row, column, value[None])  # one view: the image as it is
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ..data.columns import LABEL, MOMENTS, split_column
+from ..data.columns import LABEL, MOMENTS, source_of
 from ..data.errors import RepaError
 from ..data.latents import LatentScale, latent_scale
 from ..data.ordering import split_holdout
@@ -123,6 +123,11 @@ def condition_column(method: Method, num_classes: int) -> str:
     return LABEL if conditioner is None else conditioner.column
 
 
+def notes_of(manifest: Manifest) -> dict[str, Mapping[str, Any]]:
+    """Source → what its provenance notes."""
+    return {source: provenance.notes for source, provenance in manifest.sources.items()}
+
+
 def grids_of(manifest: Manifest) -> dict[str, tuple[int, int]]:
     """Source → rows and columns of its tokens."""
     return {source: provenance.grid for source, provenance in manifest.sources.items()}
@@ -133,7 +138,7 @@ def make_method(config: TrainConfig, facts: BackboneFacts, manifest: Manifest) -
     build: Callable[..., Method] = METHODS[config.method_name][1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(config.seed, "method"))
-        return build(config.method, facts, manifest.columns, grids_of(manifest))
+        return build(config.method, facts, manifest.columns, grids_of(manifest), notes_of(manifest))
 
 
 def _check_model_name(config: TrainConfig, found: Checked) -> None:
@@ -198,7 +203,7 @@ def _check_columns(config: TrainConfig, manifest: Manifest, method: Method, foun
     if missing and not found.problems:
         found.attempt(lambda: manifest.require(tuple(missing), where=config.cache))
     present = tuple(column for column in needed if column in manifest.columns)
-    for source in dict.fromkeys(split_column(column)[0] for column in present):
+    for source in dict.fromkeys(source_of(column) for column in present):
         if manifest.sources[source].random_weights:
             found.warnings.append(
                 f"{source} in cache {config.cache} was computed with random weights: good for trying things "

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data.columns import AUTOENCODER, LABEL, MOMENTS, split_column
+from ..data.columns import AUTOENCODER, LABEL, MOMENTS, source_of
 from ..data.errors import CacheError, RepaError
 from ..data.files import make_folder, os_errors, write_file
 from .callbacks import Clock, GracefulStop, Metrics
@@ -179,7 +179,7 @@ def identity_of(checked: Checked, config: TrainConfig) -> dict[str, Any]:
         raise RuntimeError("the checks have not passed")
     manifest = reader.manifest
     autoencoder = manifest.sources[AUTOENCODER]
-    used = dict.fromkeys(split_column(column)[0] for column in reader.columns if column != LABEL)
+    used = dict.fromkeys(source_of(column) for column in reader.columns if column != LABEL)
     return {
         "version": IDENTITY_VERSION,
         "backbone": asdict(backbone),

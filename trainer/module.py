@@ -130,11 +130,12 @@ class TrainingModule(LightningModule):
 
     def _total(self, terms: Mapping[str, Term]) -> Tensor:
         """Σ weight · value; the sum, every value and every weight but the velocity's are recorded."""
-        total = torch.stack([term.weight * term.value for term in terms.values()]).sum()
+        weighted = [term.weight * term.value for term in terms.values() if term.weight is not None]
+        total = torch.stack(weighted).sum()
         self.means.add("loss", total)
         for name, term in terms.items():
             self.means.add(name, term.value)
-            if name != "velocity":
+            if name != "velocity" and term.weight is not None:
                 self.means.add(f"{name}_weight", term.weight)
         return total
 

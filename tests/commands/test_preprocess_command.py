@@ -117,7 +117,7 @@ def test_rows_keys_and_labels_are_those_of_the_source(cached: tuple[Path, str]) 
 def test_what_is_printed(cached: tuple[Path, str]) -> None:
     path, printed = cached
     for part in (
-        "images  demo: 21 in 12 classes",
+        "images  demo: 21 in 10 classes",
         f"cache   {path}: 3 shards of 8 images at 64×64",
         "patch float32[64, 128]",
         f"free on the disk of {path}: fits",

@@ -226,8 +226,8 @@ class PhasedConfig(MethodConfig):
 class Phased(Method):
     """Alignment without velocity, then both, then velocity alone: every kind of phase in three steps each."""
 
-    def __init__(self, config: Any, backbone: Any, columns: Any, grids: Any) -> None:
-        super().__init__(config, backbone, columns, grids)
+    def __init__(self, config: Any, backbone: Any, columns: Any, grids: Any, notes: Any) -> None:
+        super().__init__(config, backbone, columns, grids, notes)
         self.head = torch.nn.Linear(backbone.width, 16)
 
     def phases(self) -> tuple[Phase, ...]:

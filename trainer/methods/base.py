@@ -99,10 +99,13 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """A named part of the loss: a scalar, unweighted, and its weight at this step."""
+    """A named part of the loss: a scalar, unweighted, and its weight at this step.
+
+    Without a weight it is no part of the loss, only logged: give it detached.
+    """
 
     value: Tensor
-    weight: float
+    weight: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +126,7 @@ class Method(nn.Module, ABC):
         backbone: facts of the backbone to come.
         columns: columns of the cache, name → spec.
         grids: source → rows and columns of its tokens.
+        notes: source → what its provenance notes, as `Provenance.notes`.
     """
 
     def __init__(
@@ -131,12 +135,14 @@ class Method(nn.Module, ABC):
         backbone: BackboneFacts,
         columns: Mapping[str, ColumnSpec],
         grids: Mapping[str, tuple[int, int]],
+        notes: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.backbone = backbone
         self.specs = dict(columns)
         self.grids = dict(grids)
+        self.notes = dict(notes or {})
 
     def phases(self) -> tuple[Phase, ...]:
         """The phases in order; the first starts at 0, each next one where the one before stops."""

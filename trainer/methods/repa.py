@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -60,8 +60,9 @@ class Repa(Method):
         backbone: BackboneFacts,
         columns: Mapping[str, ColumnSpec],
         grids: Mapping[str, tuple[int, int]],
+        notes: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        super().__init__(config, backbone, columns, grids)
+        super().__init__(config, backbone, columns, grids, notes)
         self.depth = PRESET_DEPTHS.get(backbone.size_name or "") if config.depth is None else config.depth
         self.teachers, self._teacher_problems = choose_teachers(config.encoders, columns, "patch")
         self._targets = tuple(column_name(name, "patch") for name in self.teachers)
