@@ -13,7 +13,7 @@ from repa.data.columns import ColumnSpec
 from repa.trainer.flow import interpolant
 from repa.trainer.methods import METHODS
 from repa.trainer.methods.base import Flags, Method, MethodConfig, Phase, Step, Term
-from repa.trainer.methods.common import cosine_similarity
+from repa.trainer.methods.common import cosine_similarity, stored_columns, target
 from repa.trainer.methods.none import NoAlignment, NoneConfig
 from repa.trainer.methods.repa import PRESET_DEPTHS, Repa, RepaConfig
 from repa.trainer.models.capture import BackboneFacts, Capture, Captured
@@ -99,12 +99,12 @@ def test_slow_loop_over_tokens() -> None:
     }
     value = method.losses(make_step(targets, student_of(hidden)))["repa"].value.item()
     per_teacher = []
-    for project, target in zip(method.projectors, targets.values(), strict=True):
+    for project, wanted in zip(method.projectors, targets.values(), strict=True):
         cosines = []
         for sample in range(3):
             for token in range(16):
                 p = project(hidden[sample, token]).tolist()
-                z = target[sample, token].tolist()
+                z = wanted[sample, token].tolist()
                 dot = math.fsum(a * b for a, b in zip(p, z, strict=True))
                 cosines.append(dot / math.sqrt(math.fsum(a * a for a in p) * math.fsum(b * b for b in z)))
         per_teacher.append(-math.fsum(cosines) / len(cosines))
@@ -202,6 +202,41 @@ def test_float16_storage_moves_the_loss_by_no_more_than_its_rounding(scale: floa
         computed = cosine_similarity(tokens.float(), stored).double()
         loss = (computed.mean() - cosine_similarity(tokens, z).mean()).abs()
         assert loss <= bound.mean() + 3 * (D + 2) * 2.0**-24
+
+
+def test_int8_targets_are_decoded_and_their_scales_are_read() -> None:
+    """By hand: integer times its channel's scale, the same for all tokens of an image."""
+    columns = MOMENTS | {
+        "a/patch": ColumnSpec(shape=(16, 24), dtype="int8"),
+        "a/patch-scale": ColumnSpec(shape=(24,), dtype="float32"),
+    }
+    method = make(columns=columns).double()
+    assert method.problems() == []
+    assert method.columns(method.phase_at(0)) == ("a/patch", "a/patch-scale")
+    generator = torch.Generator().manual_seed(0)
+    stored = torch.randint(-127, 128, (3, 16, 24), generator=generator, dtype=torch.int8)
+    scale = torch.rand(3, 24, generator=generator)
+    expected = torch.tensor(
+        [
+            [[stored[b, t, d].item() * scale[b, d].item() for d in range(24)] for t in range(16)]
+            for b in range(3)
+        ]
+    )
+    batch = {"a/patch": stored, "a/patch-scale": scale}
+    decoded = target(batch, "a/patch", columns)
+    assert decoded.dtype == torch.float32
+    torch.testing.assert_close(decoded, expected, rtol=1e-7, atol=0)
+    student = student_of(torch.randn(3, 16, 32, generator=generator, dtype=torch.float64))
+    value = method.losses(make_step(batch, student))["repa"].value
+    plain = make().double().losses(make_step({"a/patch": decoded}, student))["repa"].value
+    assert torch.equal(value, plain)
+
+
+def test_float_targets_pass_through() -> None:
+    values = torch.randn(2, 16, 24).half()
+    assert target({"a/patch": values}, "a/patch", COLUMNS) is values
+    assert stored_columns("a/patch", COLUMNS) == ("a/patch",)
+    assert stored_columns("b/patch", COLUMNS) == ("b/patch",)
 
 
 def test_what_float16_cannot_hold() -> None:

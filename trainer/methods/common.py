@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ...data.columns import ColumnSpec, column_name, split_column
+from ...data.codec import dequantise
+from ...data.columns import ColumnSpec, column_name, scale_column, split_column
 from ..models.sit import PATCH_SIZES, initialise_linear
 from .base import Problem
 
@@ -71,6 +72,33 @@ def cosine_similarity(tokens: Tensor, targets: Tensor) -> Tensor:
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def stored_columns(column: str, specs: Mapping[str, ColumnSpec]) -> tuple[str, ...]:
+    """What must be read to know a column: itself and, if it is stored as int8, its scales.
+
+    Args:
+        column: name of the column.
+        specs: columns that there are; one that is not among them is named as it is.
+    """
+    if column in specs and specs[column].dtype == "int8":
+        return column, scale_column(column)
+    return (column,)
+
+
+def target(columns: Mapping[str, Tensor], column: str, specs: Mapping[str, ColumnSpec]) -> Tensor:
+    """A column's values, decoded where they lie: int8 becomes float32, what is stored as floats is returned.
+
+    Args:
+        columns: column → values as stored, ``[B, …]``, at least those of `stored_columns`.
+        column: name of the column.
+        specs: columns that there are.
+
+    Returns:
+        ``[B, …]`` in a floating point dtype.
+    """
+    values = columns[column]
+    return dequantise(values, columns[scale_column(column)]) if specs[column].dtype == "int8" else values
 
 
 def choose_teachers(

@@ -11,7 +11,15 @@ from torch import nn
 from ...data.columns import ColumnSpec, column_name
 from ..models.capture import NOTHING, BackboneFacts, Capture
 from .base import Method, MethodConfig, Phase, Problem, Step, Term
-from .common import block_problems, choose_teachers, cosine_similarity, grid_problems, projector
+from .common import (
+    block_problems,
+    choose_teachers,
+    cosine_similarity,
+    grid_problems,
+    projector,
+    stored_columns,
+    target,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,9 +80,9 @@ class Repa(Method):
         )
 
     def columns(self, phase: Phase) -> tuple[str, ...]:
-        """The patch tokens of every teacher."""
+        """The patch tokens of every teacher, with their scales where they are stored as int8."""
         del phase
-        return self._targets
+        return tuple(each for name in self._targets for each in stored_columns(name, self.specs))
 
     def capture(self, phase: Phase) -> Capture:
         """The output of block `depth`."""
@@ -86,7 +94,7 @@ class Repa(Method):
         assert self.depth is not None, "problems() reports a missing depth before step 0"
         hidden = step.student.hidden[self.depth]
         similarities = [
-            cosine_similarity(project(hidden), step.columns[name]).mean()
+            cosine_similarity(project(hidden), target(step.columns, name, self.specs)).mean()
             for project, name in zip(self.projectors, self._targets, strict=True)
         ]
         return {"repa": Term(value=-torch.stack(similarities).mean(), weight=self.config.weight)}
