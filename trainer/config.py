@@ -62,6 +62,7 @@ class TrainConfig:
 
     Attributes:
         cache: folder of the cache.
+        targets: where the teachers' targets come from: the cache, or online from the teachers themselves.
         model: name of the backbone, ``SiT-<size>/<patch>``.
         method: settings of the method; its type says which.
         qk_norm: LayerNorm of queries and keys.
@@ -93,6 +94,7 @@ class TrainConfig:
     """
 
     cache: str = ""
+    targets: Literal["cache", "online"] = "cache"
     model: str = "SiT-B/2"
     method: MethodConfig = field(default_factory=METHODS["repa"][0])
     qk_norm: bool = False

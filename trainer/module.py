@@ -96,6 +96,21 @@ class TrainingModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a micro-batch: the velocity loss, if the phase has it, and the method's weighted terms."""
         del batch_idx
+        total = self._total(self.terms(batch))
+        if self.trainer.world_size == 1:
+            return total
+        phase = self.method.phase_at(batch.step)
+        return total + self._idle_sum(self.method.flags(phase).idle)
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        """The named parts of a micro-batch's loss, none of them recorded: needs no trainer.
+
+        Args:
+            batch: on this module's device.
+
+        Raises:
+            RuntimeError: the phase wants the velocity loss of a backbone that it stops early.
+        """
         phase = self.method.phase_at(batch.step)
         flags = self.method.flags(phase)
         draws = self._draw(batch, phase)
@@ -124,9 +139,7 @@ class TrainingModule(LightningModule):
             generator=self._seed_method(batch),
             ema_forward=self._ema_forward(condition) if flags.ema_forward else None,
         )
-        terms |= self.method.losses(step)
-        total = self._total(terms)
-        return total if self.trainer.world_size == 1 else total + self._idle_sum(flags.idle)
+        return terms | self.method.losses(step)
 
     def _total(self, terms: Mapping[str, Term]) -> Tensor:
         """Σ weight · value; the sum, every value and every weight but the velocity's are recorded."""
