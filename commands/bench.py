@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import statistics
@@ -79,6 +80,7 @@ def interleaved(variants: Mapping[str, Callable[[], float]], rounds: int) -> dic
     rates: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):
         for name, measure in variants.items():
+            gc.collect()  # Lightning's trainers and modules refer to one another: gigabytes would pile up
             rate = measure()
             if number:
                 rates[name].append(rate)
