@@ -19,7 +19,13 @@ IMAGENET: Final = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP: Final = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 HALF: Final = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 DEMO: Final = "demo"
-DINOV2_SIZES: Final = (("s", "small", 384), ("b", "base", 768), ("l", "large", 1024), ("g", "giant", 1536))
+# size → its word in timm's names, width, blocks, heads
+SIZES: Final = {
+    "s": ("small", 384, 12, 6),
+    "b": ("base", 768, 12, 12),
+    "l": ("large", 1024, 24, 16),
+    "g": ("giant", 1536, 40, 24),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +38,8 @@ class Teacher:
         hub: repository of the weights on the Hugging Face hub; None: by ``--weights`` or shipped.
         patch_size: side of a patch, in pixels of what the teacher sees.
         width: D of its tokens.
+        depth: number of blocks.
+        heads: heads of every block.
         prefix_tokens: class and register tokens, which stand before the patches and are cut.
         class_feature: how ``cls`` is formed: the class ``token`` after the final norm, or for a teacher
             without one its ``attention-pool`` over the final-norm patch tokens.
@@ -48,6 +56,8 @@ class Teacher:
     hub: str | None
     patch_size: int
     width: int
+    depth: int
+    heads: int
     prefix_tokens: int
     class_feature: Literal["token", "attention-pool"] = "token"
     normalisation: tuple[tuple[float, float, float], tuple[float, float, float]] = IMAGENET
@@ -77,15 +87,15 @@ class Teacher:
         """
         return self.patch_size * self.grid(resolution)[0]
 
+    @property
+    def head_width(self) -> int:
+        """Dh of every head."""
+        return self.width // self.heads
+
 
 def _dinov2() -> list[Teacher]:
     rows = []
-    for size, word, width in (
-        ("s", "small", 384),
-        ("b", "base", 768),
-        ("l", "large", 1024),
-        ("g", "giant", 1536),
-    ):
+    for size, (word, width, depth, heads) in SIZES.items():
         for suffix, registers, count in (("", "", 0), ("-reg", "_reg4", 4)):
             timm_name = f"vit_{word}_patch14{registers}_dinov2.lvd142m"
             rows.append(
@@ -95,6 +105,8 @@ def _dinov2() -> list[Teacher]:
                     hub=f"timm/{timm_name}",
                     patch_size=14,
                     width=width,
+                    depth=depth,
+                    heads=heads,
                     prefix_tokens=1 + count,
                     source="arXiv 2304.07193; registers arXiv 2309.16588; facebookresearch/dinov2 hubconf; "
                     "224 at 256: sihyun-yu/REPA train.py; hf.co model card of timm",
@@ -107,7 +119,8 @@ def _dinov3() -> list[Teacher]:
     rows = []
     # S keeps its query and value biases (_qkvb); those of the distilled B and L are all zero and left out by
     # timm (timm/models/eva.py, checkpoint_filter_fn)
-    for size, word, width in (("s", "small", 384), ("b", "base", 768), ("l", "large", 1024)):
+    for size in ("s", "b", "l"):
+        word, width, depth, heads = SIZES[size]
         timm_name = f"vit_{word}_patch16_dinov3{'_qkvb' if size == 's' else ''}.lvd1689m"
         rows.append(
             Teacher(
@@ -116,6 +129,8 @@ def _dinov3() -> list[Teacher]:
                 hub=f"timm/{timm_name}",
                 patch_size=16,
                 width=width,
+                depth=depth,
+                heads=heads,
                 prefix_tokens=5,
                 source="arXiv 2508.10104 (patch 16, 4 registers, rotary positions); hf.co model card of timm",
             )
@@ -127,7 +142,8 @@ def _mocov3() -> list[Teacher]:
     rows = []
     # timm has the architecture but not the weights: --weights with facebookresearch/moco-v3's own file,
     # whose momentum encoder and projection head are dropped; its fixed sin-cos table is part of the file
-    for size, word, width in (("b", "base", 768), ("l", "large", 1024)):
+    for size in ("b", "l"):
+        word, width, depth, heads = SIZES[size]
         rows.append(
             Teacher(
                 name=f"mocov3-{size}",
@@ -135,6 +151,8 @@ def _mocov3() -> list[Teacher]:
                 hub=None,
                 patch_size=16,
                 width=width,
+                depth=depth,
+                heads=heads,
                 prefix_tokens=1,
                 checkpoint_prefix="module.base_encoder.",
                 source="arXiv 2104.02057; facebookresearch/moco-v3 vits.py; sihyun-yu/REPA utils.py",
@@ -151,6 +169,8 @@ def _others() -> list[Teacher]:
             hub="timm/vit_base_patch16_224.dino",
             patch_size=16,
             width=768,
+            depth=12,
+            heads=12,
             prefix_tokens=1,
             source="arXiv 2104.14294; 256 directly: sihyun-yu/REPA train.py; hf.co model card of timm",
         ),
@@ -160,6 +180,8 @@ def _others() -> list[Teacher]:
             hub="timm/vit_large_patch16_224.mae",
             patch_size=16,
             width=1024,
+            depth=24,
+            heads=16,
             prefix_tokens=1,
             source="arXiv 2111.06377; 256 directly: sihyun-yu/REPA utils.py; hf.co model card of timm",
         ),
@@ -172,6 +194,8 @@ def _others() -> list[Teacher]:
             hub="timm/vit_large_patch14_clip_224.openai",
             patch_size=14,
             width=1024,
+            depth=24,
+            heads=16,
             prefix_tokens=1,
             normalisation=CLIP,
             source="arXiv 2103.00020; openai/CLIP clip.py (mean, std), model.py (QuickGELU); timm's note",
@@ -183,6 +207,8 @@ def _others() -> list[Teacher]:
             hub="timm/vit_base_patch16_siglip_256.v2_webli",
             patch_size=16,
             width=768,
+            depth=12,
+            heads=12,
             prefix_tokens=0,
             class_feature="attention-pool",
             normalisation=HALF,
@@ -202,6 +228,8 @@ def _demo() -> Teacher:
         hub=None,
         patch_size=patch_size,
         width=TEACHER_OPTIONS["embed_dim"],
+        depth=TEACHER_OPTIONS["depth"],
+        heads=TEACHER_OPTIONS["num_heads"],
         prefix_tokens=1,
         pixels_per_token=patch_size,
         options={name: value for name, value in TEACHER_OPTIONS.items() if name not in fixed},

@@ -28,6 +28,7 @@ from ..weights import (
     read_state_dict,
     weights_sha256,
 )
+from .attention import AttentionCapture, use_fused_attention
 from .table import DEMO
 
 if TYPE_CHECKING:
@@ -49,6 +50,10 @@ class TimmEncoder:
         name: of the source.
         grid: rows and columns of the patch tokens.
         width: D.
+        depth: number of blocks.
+        heads: H.
+        head_width: Dh.
+        logit_scale: 1/√Dh.
         input_size: side in pixels of what the ViT sees.
         device: where it computes.
         dtype: of the forward pass.
@@ -80,23 +85,46 @@ class TimmEncoder:
         if path is not None:
             load_checkpoint(model, path, teacher)
         self._sha256 = weights_sha256(model.state_dict())
+        use_fused_attention(model)
         self._model = model.eval().requires_grad_(False).to(device)
+        self.depth = len(model.blocks)
+        attention = model.blocks[0].attn
+        self.heads, self.head_width = int(attention.num_heads), int(attention.head_dim)
+        self.logit_scale = self.head_width**-0.5
         mean, std = teacher.normalisation
         self._mean, self._std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
     @torch.inference_mode()
-    def encode(self, images: Tensor) -> dict[str, Tensor]:
-        """Features of a batch; see `Encoder.encode`."""
+    def encode(self, images: Tensor, attention: tuple[int, ...] = ()) -> dict[str, Tensor]:
+        """Features of a batch, and queries and keys of blocks; see `Encoder.encode`."""
+        capture = self._capture(attention) if attention else contextlib.nullcontext()
         pixels = to_teacher_input(images, self.input_size, self._mean, self._std)
         lower = self.dtype != torch.float32
         with torch.autocast(self.device.type, dtype=self.dtype if lower else None, enabled=lower):
-            tokens = self._model.forward_features(pixels)
+            with capture:
+                tokens = self._model.forward_features(pixels)
             if self._teacher.class_feature == "token":
                 class_feature = tokens[:, 0]
             else:
                 class_feature = self._model.forward_head(tokens, pre_logits=True)
         patches = tokens[:, self._model.num_prefix_tokens :]
-        return {"patch": patches.float(), "cls": class_feature.float()}
+        features = {"patch": patches.float(), "cls": class_feature.float()}
+        if isinstance(capture, AttentionCapture):
+            features["q"], features["k"] = capture.result()
+        return features
+
+    def _capture(self, blocks: tuple[int, ...]) -> AttentionCapture:
+        if list(blocks) != sorted(set(blocks)) or not 1 <= blocks[0] <= blocks[-1] <= self.depth:
+            raise ValueError(f"blocks {blocks} are not ascending numbers from 1 to {self.depth}")
+        return AttentionCapture(
+            self.name,
+            blocks,
+            depth=self.depth,
+            heads=self.heads,
+            head_width=self.head_width,
+            tokens=self.grid[0] * self.grid[1],
+            prefix_tokens=self._model.num_prefix_tokens,
+        )
 
     def provenance(self, batch_size: int) -> Provenance:
         """What the manifest keeps."""
