@@ -301,7 +301,7 @@ def test_phases_are_a_pure_function_of_the_step() -> None:
 
 
 def test_registry() -> None:
-    assert list(METHODS) == ["none", "repa"]
+    assert list(METHODS) == ["none", "repa", "haste"]
     for config, method in METHODS.values():
         method(config(), CONFIG.facts, COLUMNS, GRIDS)
 

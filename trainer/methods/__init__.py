@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .haste import Haste, HasteConfig
 from .none import NoAlignment, NoneConfig
 from .repa import Repa, RepaConfig
 
@@ -15,4 +16,5 @@ if TYPE_CHECKING:
 METHODS: Mapping[str, tuple[type[MethodConfig], type[Method]]] = {
     "none": (NoneConfig, NoAlignment),
     "repa": (RepaConfig, Repa),
+    "haste": (HasteConfig, Haste),
 }

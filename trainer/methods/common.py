@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data.codec import dequantise
-from ...data.columns import ColumnSpec, column_name, scale_column, split_column
+from ...data.columns import AUTOENCODER, ColumnSpec, model_of, scale_column, source_of, split_column
 from ..models.sit import PATCH_SIZES, initialise_linear
 from .base import Problem
 
@@ -86,19 +86,24 @@ def stored_columns(column: str, specs: Mapping[str, ColumnSpec]) -> tuple[str, .
     return (column,)
 
 
-def target(columns: Mapping[str, Tensor], column: str, specs: Mapping[str, ColumnSpec]) -> Tensor:
+def target(
+    columns: Mapping[str, Tensor], column: str, specs: Mapping[str, ColumnSpec], *, at: int | None = None
+) -> Tensor:
     """A column's values, decoded where they lie: int8 becomes float32, what is stored as floats is returned.
 
     Args:
         columns: column → values as stored, ``[B, …]``, at least those of `stored_columns`.
         column: name of the column.
         specs: columns that there are.
+        at: place on the first axis after the batch, the only one to decode; None decodes all.
 
     Returns:
-        ``[B, …]`` in a floating point dtype.
+        ``[B, …]`` in a floating point dtype, without that axis if a place was given.
     """
-    values = columns[column]
-    return dequantise(values, columns[scale_column(column)]) if specs[column].dtype == "int8" else values
+    values, *scale = (
+        columns[name] if at is None else columns[name][:, at] for name in stored_columns(column, specs)
+    )
+    return dequantise(values, *scale) if scale else values
 
 
 def choose_teachers(
@@ -177,37 +182,38 @@ def block_problems(setting: str, block: int | None, backbone: BackboneFacts) -> 
 
 
 def grid_problems(
-    teachers: Sequence[str],
+    columns: Sequence[str],
     block: int,
     backbone: BackboneFacts,
-    columns: Mapping[str, ColumnSpec],
+    specs: Mapping[str, ColumnSpec],
     grids: Mapping[str, tuple[int, int]],
 ) -> list[Problem]:
-    """Whether every teacher's tokens lie on the grid of the backbone's tokens after a block.
+    """Whether the tokens of targets lie on the grid of the backbone's tokens in a block.
 
     Args:
-        teachers: sources whose patch columns are targets.
+        columns: columns that are targets, the last axis but one of each its tokens.
         block: the block whose tokens are aligned.
         backbone: the backbone's facts.
-        columns: columns of the cache.
+        specs: columns of the cache.
         grids: source → rows and columns of its tokens.
     """
     problems = []
     grid = backbone.grid_of(block)
-    for name in teachers:
-        rows, cols = grids[name]
-        tokens = columns[column_name(name, "patch")].shape[0]
+    for column in columns:
+        source = source_of(column)
+        rows, cols = grids[source]
+        tokens = specs[column].shape[-2]
         if rows * cols != tokens:
             problems.append(
                 Problem(
-                    what=f"{name}/patch has {tokens} tokens a row, its grid {rows}×{cols} has {rows * cols}",
-                    remedy=f"the cache's manifest is damaged: write {name} again",
+                    what=f"{column} has {tokens} tokens a row, its grid {rows}×{cols} has {rows * cols}",
+                    remedy=f"the cache's manifest is damaged: write {source} again",
                 )
             )
         elif (rows, cols) != grid:
             problems.append(
                 Problem(
-                    what=f"{name}/patch has a {rows}×{cols} grid, the backbone {grid[0]}×{grid[1]} tokens",
+                    what=f"{column} has a {rows}×{cols} grid, the backbone {grid[0]}×{grid[1]} tokens",
                     remedy=_grid_remedy((rows, cols), grid, backbone, grids),
                 )
             )
@@ -230,7 +236,7 @@ def _grid_remedy(
     remedies += [
         f"--set method.encoders=[{name}], whose grid fits"
         for name, grid in grids.items()
-        if grid == student and name != "sd-vae"
+        if grid == student and name != AUTOENCODER and name == model_of(name)
     ]
     if remedies:
         return "use " + ", or ".join(remedies)

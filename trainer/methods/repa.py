@@ -71,13 +71,17 @@ class Repa(Method):
         notes: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__(config, backbone, columns, grids, notes)
-        self.depth = PRESET_DEPTHS.get(backbone.size_name or "") if config.depth is None else config.depth
+        self.depth = self.preset_depth() if config.depth is None else config.depth
         self.teachers, self._teacher_problems = choose_teachers(config.encoders, columns, "patch")
         self._targets = tuple(column_name(name, "patch") for name in self.teachers)
         self.projectors = nn.ModuleList(
             projector(backbone.width, config.projector_width, columns[name].shape[-1])
             for name in self._targets
         )
+
+    def preset_depth(self) -> int | None:
+        """The block whose output is aligned in a backbone of this size; None without a preset."""
+        return PRESET_DEPTHS.get(self.backbone.size_name or "")
 
     def columns(self, phase: Phase) -> tuple[str, ...]:
         """The patch tokens of every teacher, with their scales where they are stored as int8."""
@@ -101,7 +105,11 @@ class Repa(Method):
 
     def problems(self) -> list[Problem]:
         """Teachers missing or ambiguous, a depth outside the backbone, a grid that is not the backbone's."""
-        problems = [*self._teacher_problems, *block_problems("method.depth", self.depth, self.backbone)]
+        problems = [*self._teacher_problems, *self.depth_problems()]
         if self.depth is not None and self.backbone.has_block(self.depth):
-            problems += grid_problems(self.teachers, self.depth, self.backbone, self.specs, self.grids)
+            problems += grid_problems(self._targets, self.depth, self.backbone, self.specs, self.grids)
         return problems
+
+    def depth_problems(self) -> list[Problem]:
+        """What is wrong with the depth."""
+        return block_problems("method.depth", self.depth, self.backbone)

@@ -1,0 +1,90 @@
+"""HASTE's attention term (arXiv 2505.16792): cross entropy from a teacher's attention to the student's.
+
+Both sides are given as queries and keys; the maps ``[B, H, T, T]`` exist for one block at a time and for no
+longer than its forward pass, which works out the gradient of queries and keys on the way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def attention_alignment(
+    queries: Tensor,
+    keys: Tensor,
+    teacher_queries: Tensor,
+    teacher_keys: Tensor,
+    *,
+    scale: float,
+    teacher_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy H(P_T, P_S), and what of it is not the teacher's own entropy.
+
+    P = softmax over the keys of (q · kᵀ) · scale, the mean is over images, heads and query rows. The cross
+    entropy is least where P_S = P_T; it is the teacher's entropy there, not 0, and so the excess
+    H(P_T, P_S) − H(P_T) = KL(P_T ‖ P_S) ≥ 0 tells how far the student is.
+    Computed in float32, or in the widest of the dtypes given, whatever autocast says.
+
+    Args:
+        queries: of the student, ``[B, H, T, d]``.
+        keys: of the student, ``[B, H, T, d]``.
+        teacher_queries: ``[B, H, T, r]``; gets no gradient.
+        teacher_keys: ``[B, H, T, r]``; gets no gradient.
+        scale: of the student's logits, 1/√d.
+        teacher_scale: of the teacher's logits.
+
+    Returns:
+        The cross entropy and, without gradient, the excess: scalars in nats.
+    """
+    inputs = (queries, keys, teacher_queries, teacher_keys)
+    dtype = torch.float32
+    for each in inputs:
+        dtype = torch.promote_types(dtype, each.dtype)
+    with torch.autocast(queries.device.type, enabled=False):
+        wide = [each.to(dtype) for each in inputs]
+        result: tuple[Tensor, Tensor] = _Alignment.apply(*wide, scale, teacher_scale)
+    return result
+
+
+class _Alignment(torch.autograd.Function):
+    """With S = q · kᵀ · s the gradient of the mean cross entropy is (P_S − P_T) / (B · H · T) in S.
+
+    So it is known as soon as the probabilities are; kept for backward are the gradients of q and k alone,
+    T / d times less than one map.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        keys: Tensor,
+        teacher_queries: Tensor,
+        teacher_keys: Tensor,
+        scale: float,
+        teacher_scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        teacher_log = _log_probabilities(teacher_queries, teacher_keys, teacher_scale)
+        teacher = teacher_log.exp()
+        student_log = _log_probabilities(queries, keys, scale)
+        cross_entropy = -(teacher * student_log).sum(-1).mean()
+        # not as a difference of two entropies, which would round to a little less than 0 near the minimum
+        excess = teacher_log.sub_(student_log).mul_(teacher).sum(-1).mean()
+        if any(ctx.needs_input_grad):
+            gradient = student_log.exp_().sub_(teacher).mul_(scale / teacher[..., 0].numel())
+            ctx.save_for_backward(gradient @ keys, gradient.mT @ queries)
+        ctx.mark_non_differentiable(excess)
+        return cross_entropy, excess
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        for_queries, for_keys = ctx.saved_tensors
+        return upstream * for_queries, upstream * for_keys, None, None, None, None
+
+
+def _log_probabilities(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """log softmax over the keys of (q · kᵀ) · scale, ``[B, H, T, T]``."""
+    return torch.log_softmax((queries @ keys.mT).mul_(scale), dim=-1)
