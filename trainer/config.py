@@ -51,6 +51,8 @@ RESUMABLE = (
     "preview_count",
     "preview_steps",
     "preview_guidance",
+    "gradient_angle_every",
+    "gradient_angle_block",
     "threads",
     "trainer",
 )
@@ -88,6 +90,9 @@ class TrainConfig:
         preview_count: images of a grid.
         preview_steps: Heun steps of a preview.
         preview_guidance: guidance scale of a preview.
+        gradient_angle_every: steps between values of ``gradient_angle``, the cosine of the gradients of
+            alignment and of the velocity loss; 0 makes none.
+        gradient_angle_block: block over whose parameters; none takes the last that alignment reaches.
         log_every: steps between rows of metrics.csv, each the mean over the steps since the last.
         threads: reading threads of the loader.
         trainer: passed on to ``lightning.Trainer``: devices, num_nodes, strategy, accelerator, …
@@ -120,6 +125,8 @@ class TrainConfig:
     preview_count: int = 16
     preview_steps: int = 25
     preview_guidance: float = 1.0
+    gradient_angle_every: int = 0
+    gradient_angle_block: int | None = None
     log_every: int = 50
     threads: int = 2
     trainer: Mapping[str, Any] = field(default_factory=dict)
@@ -140,6 +147,7 @@ class TrainConfig:
             "holdout": 0,
             "keep_every": 0,
             "preview_every": 0,
+            "gradient_angle_every": 0,
             "weight_decay": 0,
         }
         for key, minimum in least.items():

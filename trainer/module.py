@@ -14,6 +14,8 @@ from ..data.columns import LABEL, MOMENTS
 from ..data.latents import LatentScale, sample_posterior, scale_latent
 from . import flow
 from .data import columns_of_phase
+from .diagnostics import NAME as ANGLE
+from .diagnostics import gradient_angle, is_due
 from .draws import Draws, StepDraws
 from .methods.base import Method, Phase, Step, Term
 from .models.sit import SiT, SiTConfig
@@ -83,7 +85,7 @@ class TrainingModule(LightningModule):
         return columns_of_phase(self.method, self.method.phase_at(step), self.backbone.y_embedder.column)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Start afresh where a phase asks for it: at its first step, before the first micro-batch."""
+        """Start afresh at the first step of a phase that asks for it; measure the gradient angle if due."""
         del batch_idx
         if batch.micro:
             return
@@ -92,6 +94,10 @@ class TrainingModule(LightningModule):
         phase = self.method.phase_at(batch.step)
         if batch.step == phase.start > 0 and self.method.flags(phase).fresh_start:
             self._start_afresh()
+        if is_due(self.config, batch):
+            angle = gradient_angle(self, batch)
+            if angle is not None:
+                self.means.add(ANGLE, angle)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a micro-batch: the velocity loss, if the phase has it, and the method's weighted terms."""
@@ -102,18 +108,19 @@ class TrainingModule(LightningModule):
         phase = self.method.phase_at(batch.step)
         return total + self._idle_sum(self.method.flags(phase).idle)
 
-    def terms(self, batch: Batch) -> dict[str, Term]:
+    def terms(self, batch: Batch, draws: Draws | None = None) -> dict[str, Term]:
         """The named parts of a micro-batch's loss, none of them recorded: needs no trainer.
 
         Args:
             batch: on this module's device.
+            draws: of the micro-batch; by default those of its step.
 
         Raises:
             RuntimeError: the phase wants the velocity loss of a backbone that it stops early.
         """
         phase = self.method.phase_at(batch.step)
         flags = self.method.flags(phase)
-        draws = self._draw(batch, phase)
+        draws = draws or self._draw(batch, phase)
         moments = batch.columns[MOMENTS].float()
         x0 = scale_latent(sample_posterior(moments, draws.posterior), *self.scale)
         t = draws.t
