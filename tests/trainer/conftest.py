@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from repa.data.testing import synthetic_cache
+from repa.data.columns import ColumnSpec
+from repa.data.testing import SYNTHETIC_COLUMNS, synthetic_cache
+from repa.trainer.checkpoints import checkpoints_of
 from repa.trainer.config import TrainConfig, build
 from repa.trainer.fit import Outcome, fit
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
+from repa.trainer.module import TrainingModule
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -40,6 +43,39 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("trainer") / "cache"
     synthetic_cache(path, num_rows=40, invalid={5: "damaged"})
     return path
+
+
+ATTENTION_SHAPE = (3, 2, 4, 8)  # three blocks, two heads, 2×2 tokens, heads of 8
+
+
+@pytest.fixture(scope="session")
+def attention_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The columns of `cache`, and the attention of the teacher's blocks 1, 2, 3 in float16."""
+    path = tmp_path_factory.mktemp("trainer") / "attention"
+    spec = ColumnSpec(shape=ATTENTION_SHAPE, dtype="float16")
+    columns = {**SYNTHETIC_COLUMNS, "demo/q": spec, "demo/k": spec}
+    synthetic_cache(path, num_rows=40, invalid={5: "damaged"}, columns=columns)
+    return path
+
+
+@pytest.fixture
+def haste(settings: Callable[..., TrainConfig], attention_cache: Path) -> Callable[..., TrainConfig]:
+    """`settings` of HASTE with τ = 6."""
+
+    def make(**changes: Any) -> TrainConfig:
+        values = {
+            "cache": str(attention_cache),
+            "method": "haste",
+            "method__depth": 1,
+            "method__student_blocks": "1,2",
+            "method__teacher_blocks": "3,1",
+            "method__stop": 6,
+            "method__projector_width": 16,
+            "max_steps": 10,
+        }
+        return settings(**{**values, **changes})
+
+    return make
 
 
 @pytest.fixture
@@ -76,3 +112,56 @@ def run_fit(tmp_path: Path) -> Callable[..., tuple[Outcome, str]]:
         return outcome, printed.getvalue()
 
     return run
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL where a process of its own would take seconds to start."""
+
+
+@pytest.fixture
+def killed_fit(
+    run_fit: Callable[..., tuple[Outcome, str]], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., None]:
+    """`run_fit` that dies in the middle of a step, counted from 1: the optimiser has stepped, the EMA not."""
+
+    def run(config: TrainConfig, name: str, *, moment: int) -> None:
+        update = TrainingModule.update_ema
+        steps = []
+
+        def update_and_die(self: Any) -> None:
+            steps.append(1)
+            if len(steps) == moment:
+                raise Killed
+            update(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainingModule, "update_ema", update_and_die)
+            with pytest.raises(Killed):
+                run_fit(config, name)
+
+    return run
+
+
+def states_of(run: Path, step: int) -> dict[str, Any]:
+    """A checkpoint of a run's folder."""
+    checkpoint: dict[str, Any] = torch.load(checkpoints_of(run)[step], weights_only=True)
+    return checkpoint
+
+
+@pytest.fixture
+def same_run() -> Callable[[Path, Path, int], None]:
+    """Asserts that two runs' metrics, weights, moments and places in the data are equal to the bit."""
+
+    def check(first: Path, second: Path, step: int) -> None:
+        assert (first / "metrics.csv").read_bytes() == (second / "metrics.csv").read_bytes()
+        one, two = states_of(first, step), states_of(second, step)
+        assert one["state_dict"].keys() == two["state_dict"].keys()
+        for key, value in one["state_dict"].items():
+            assert torch.equal(value, two["state_dict"][key]), key
+        moments = (one["optimizer_states"][0]["state"], two["optimizer_states"][0]["state"])
+        for number, values in moments[0].items():
+            for key, value in values.items():
+                assert torch.equal(value, moments[1][number][key]), (number, key)
+        assert one["CacheData"] == two["CacheData"]
+
+    return check

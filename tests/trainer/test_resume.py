@@ -9,7 +9,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from repa.trainer.checkpoints import AtomicCheckpointIO, checkpoints_of
 from repa.trainer.record import MetricsFile
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
     Settings = Callable[..., TrainConfig]
     Fit = Callable[..., Any]
+    SameRun = Callable[[Path, Path, int], None]
 
 KILLED_RUN = """
 import io, os, signal, sys
@@ -50,24 +50,9 @@ class Killed(BaseException):
     """Stands for SIGKILL where a process of its own would take seconds to start."""
 
 
-def states_of(run: Path, step: int) -> dict[str, Any]:
-    return torch.load(checkpoints_of(run)[step], weights_only=True)
-
-
-def assert_same_run(first: Path, second: Path, step: int) -> None:
-    assert (first / "metrics.csv").read_bytes() == (second / "metrics.csv").read_bytes()
-    one, two = states_of(first, step), states_of(second, step)
-    assert one["state_dict"].keys() == two["state_dict"].keys()
-    for key, value in one["state_dict"].items():
-        assert torch.equal(value, two["state_dict"][key]), key
-    moments = (one["optimizer_states"][0]["state"], two["optimizer_states"][0]["state"])
-    for number, values in moments[0].items():
-        for key, value in values.items():
-            assert torch.equal(value, moments[1][number][key]), (number, key)
-    assert one["CacheData"] == two["CacheData"]
-
-
-def test_kill_9_and_the_same_command(settings: Settings, run_fit: Fit, tmp_path: Path) -> None:
+def test_kill_9_and_the_same_command(
+    settings: Settings, run_fit: Fit, tmp_path: Path, same_run: SameRun
+) -> None:
     config = settings(max_steps=12, log_every=1, checkpoint_every=4, holdout=7, eval_every=3)
     run_fit(config, "whole")
     file = tmp_path / "config.yaml"
@@ -85,7 +70,7 @@ def test_kill_9_and_the_same_command(settings: Settings, run_fit: Fit, tmp_path:
     assert (killed / "metrics.csv").read_text().count("\n") == 7
     outcome, _ = run_fit(config, "killed")
     assert (outcome.resumed_from, outcome.step) == (4, 12)
-    assert_same_run(tmp_path / "whole", killed, 12)
+    same_run(tmp_path / "whole", killed, 12)
 
 
 @pytest.mark.parametrize("moment", [1, 3, 4, 5, 9])
@@ -94,36 +79,22 @@ def test_any_moment(
     settings: Settings,
     run_fit: Fit,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    killed_fit: Callable[..., None],
+    same_run: SameRun,
     moment: int,
     accumulate: int,
 ) -> None:
     """Rows are means over two steps, checkpoints come every three: sums are carried over."""
     config = settings(max_steps=10, log_every=2, checkpoint_every=3, accumulate=accumulate)
     run_fit(config, "whole")
-    from repa.trainer.module import TrainingModule
-
-    update = TrainingModule.update_ema
-    steps = []
-
-    def update_and_die(self: Any) -> None:
-        # in the middle of a step: the optimiser has stepped, the average has not
-        steps.append(1)
-        if len(steps) == moment:
-            raise Killed
-        update(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingModule, "update_ema", update_and_die)
-        with pytest.raises(Killed):
-            run_fit(config, "killed")
+    killed_fit(config, "killed", moment=moment)
     outcome, _ = run_fit(config, "killed")
     assert outcome.resumed_from == (moment - 1) // 3 * 3
-    assert_same_run(tmp_path / "whole", tmp_path / "killed", 10)
+    same_run(tmp_path / "whole", tmp_path / "killed", 10)
 
 
 def test_killed_while_writing_a_checkpoint(
-    settings: Settings, run_fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, run_fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_run: SameRun
 ) -> None:
     config = settings(max_steps=6, checkpoint_every=2)
     run_fit(config, "whole")
@@ -143,13 +114,18 @@ def test_killed_while_writing_a_checkpoint(
             run_fit(config, "killed")
     assert list(checkpoints_of(tmp_path / "killed")) == [2]
     run_fit(config, "killed")
-    assert_same_run(tmp_path / "whole", tmp_path / "killed", 6)
+    same_run(tmp_path / "whole", tmp_path / "killed", 6)
     assert not list((tmp_path / "killed" / "checkpoints").glob(".*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_and_the_same_command_goes_on(
-    settings: Settings, run_fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    settings: Settings,
+    run_fit: Fit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    same_run: SameRun,
+    number: int,
 ) -> None:
     config = settings(max_steps=6, log_every=2, checkpoint_every=100)
     run_fit(config, "whole")
@@ -170,20 +146,22 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
     outcome, _ = run_fit(config, "stopped")
     assert outcome.finished
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped", 6)
+    same_run(tmp_path / "whole", tmp_path / "stopped", 6)
 
 
-def test_threads_and_intervals_may_change_on_resume(settings: Settings, run_fit: Fit, tmp_path: Path) -> None:
+def test_threads_and_intervals_may_change_on_resume(
+    settings: Settings, run_fit: Fit, tmp_path: Path, same_run: SameRun
+) -> None:
     run_fit(settings(max_steps=8, checkpoint_every=8), "whole")
     run_fit(settings(max_steps=3, checkpoint_every=3, threads=1), "changed")
     run_fit(settings(max_steps=8, checkpoint_every=5, threads=4), "changed")
-    assert_same_run(tmp_path / "whole", tmp_path / "changed", 8)
+    same_run(tmp_path / "whole", tmp_path / "changed", 8)
 
 
-def test_resume_in_another_epoch(settings: Settings, run_fit: Fit, tmp_path: Path) -> None:
+def test_resume_in_another_epoch(settings: Settings, run_fit: Fit, tmp_path: Path, same_run: SameRun) -> None:
     """39 rows give four batches of eight an epoch; stop in the second, go on into the third."""
     config = settings(max_steps=11, checkpoint_every=6)
     run_fit(config, "whole")
     run_fit(settings(max_steps=6, checkpoint_every=6), "parts")
     run_fit(config, "parts")
-    assert_same_run(tmp_path / "whole", tmp_path / "parts", 11)
+    same_run(tmp_path / "whole", tmp_path / "parts", 11)
