@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import threading
+from collections import defaultdict
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ _REMEDIES = {
 }
 
 # POSIX locks exclude other processes, not other threads of this one
-_THREADS = threading.Lock()
+_THREADS: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
 
 @contextmanager
@@ -112,7 +113,7 @@ def write_file(path: Path, data: bytes, root: Path) -> None:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold a lock file exclusively, waiting for other processes and threads; the file stays, empty."""
-    with _THREADS:
+    with _THREADS[str(path.resolve())]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX)

@@ -26,6 +26,7 @@ GROUP_FILE = "zarr.json"
 KEYS_FILE = "keys.txt"
 LOCK_FILE = ".lock"
 COMMITS_FOLDER = "commits"
+CALIBRATION_FOLDER = "calibration"
 LABEL_CHUNK = f"{LABEL}/c/0"
 CHECKSUM_ATTRIBUTE = f"{ATTRIBUTE}_sha256"
 
@@ -50,6 +51,16 @@ def commit_folder(path: Path, source: str) -> Path:
 def commit_file(path: Path, source: str, shard: int) -> Path:
     """The commit record of one shard of a source."""
     return commit_folder(path, source) / f"{shard}.json"
+
+
+def calibration_file(path: Path, source: str) -> Path:
+    """What was fitted to some images before a source was written (`calibrations`)."""
+    return path / CALIBRATION_FOLDER / f"{source}.safetensors"
+
+
+def calibration_lock(path: Path, source: str) -> Path:
+    """The lock under which that file is made."""
+    return path / CALIBRATION_FOLDER / f".{source}{LOCK_FILE}"
 
 
 def canonical_json(values: Mapping[str, Any]) -> bytes:

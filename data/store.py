@@ -167,8 +167,10 @@ def ensure_source(
             manifest = open_manifest(path)
             if source not in manifest.sources:
                 return _declare(path, manifest.with_source(source, provenance, columns), source)
-    here = {**manifest.sources[source].identity(), "columns": _specs(manifest.source_columns(source))}
-    different = _differences(here, {**provenance.identity(), "columns": _specs(columns)})
+    different = _differences(
+        _declaration(manifest.sources[source], manifest.source_columns(source)),
+        _declaration(provenance, columns),
+    )
     if different and not committed_shards(path, manifest, source):
         # nobody may be about to commit by the old declaration
         with SourceWriter(path, manifest, source, range(manifest.num_shards)), _cache_lock(path):
@@ -321,16 +323,22 @@ def _fixed(manifest: Manifest) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in {"columns", "sources"}}
 
 
-def _specs(columns: Mapping[str, ColumnSpec]) -> dict[str, str]:
-    return {name: f"{spec.dtype}{list(spec.shape)}" for name, spec in sorted(columns.items())}
+def _declaration(provenance: Provenance, columns: Mapping[str, ColumnSpec]) -> dict[str, Any]:
+    """What binds of a source; notes and columns each for itself, so that the one that differs is named."""
+    values = provenance.identity()
+    notes = values.pop("notes")
+    values.update({f"notes.{name}": value for name, value in notes.items()})
+    for name, spec in columns.items():
+        values[f"columns.{name}"] = f"{spec.dtype}{list(spec.shape)}"
+    return values
 
 
 def _differences(here: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """``field is a, not b`` of every field that differs, values that are long left out."""
     parts = []
-    for key in here:
-        if here[key] != wanted.get(key):
-            a, b = str(here[key]), str(wanted.get(key))
+    for key in dict.fromkeys([*here, *wanted]):
+        if here.get(key) != wanted.get(key):
+            a, b = str(here.get(key)), str(wanted.get(key))
             long = len(a) > _SHOWN or len(b) > _SHOWN
             parts.append(f"{key} differs" if long else f"{key} is {a}, not {b}")
     return ", ".join(parts)

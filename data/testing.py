@@ -10,11 +10,21 @@ from __future__ import annotations
 
 import hashlib
 from math import isqrt
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .columns import AUTOENCODER, MOMENTS, ColumnSpec, source_of, split_column
+from .columns import (
+    ATTENTION_KINDS,
+    AUTOENCODER,
+    MOMENTS,
+    SCALE_SUFFIX,
+    ColumnSpec,
+    attention_source,
+    model_of,
+    source_of,
+    split_column,
+)
 from .schema import ORIGINAL_VIEW, Manifest, Provenance
 from .store import SourceWriter, ensure_cache, ensure_source, keys_sha256
 
@@ -30,6 +40,8 @@ SYNTHETIC_COLUMNS: Mapping[str, ColumnSpec] = {
     "demo/cls": ColumnSpec(shape=(16,), dtype="float16"),
 }
 _NO_INVALID: Mapping[int, str] = {}
+_NO_NOTES: Mapping[str, Mapping[str, Any]] = {}
+_STEPS = 32  # int8 steps of a standard deviation
 
 
 def expected_row(
@@ -46,13 +58,19 @@ def expected_row(
 
     Returns:
         ``[*shape]`` in the column's dtype: standard normal, but for the second half of a moments column along
-        its first axis, a standard deviation in [0.05, 0.55).
+        its first axis, a standard deviation in [0.05, 0.55); a column of scales, in [0.5, 1.5) / 32; an int8
+        column, 32 times a standard normal, rounded.
     """
     name = f"{seed} {column} {row} {view}".encode()
     key = np.frombuffer(hashlib.sha256(name).digest()[:16], dtype="<u8")
     generator = np.random.Generator(np.random.Philox(key=key))
     values = generator.standard_normal(spec.shape, dtype=np.float32)
-    if split_column(column)[1] == "moments":
+    kind = split_column(column)[1]
+    if kind.endswith(SCALE_SUFFIX):
+        values = (0.5 + generator.random(spec.shape, dtype=np.float32)) / np.float32(_STEPS)
+    elif spec.dtype == "int8":
+        values = np.clip(np.rint(_STEPS * values), -127, 127)
+    elif kind == "moments":
         half = spec.shape[0] // 2
         values[half:] = 0.05 + 0.5 * generator.random(values[half:].shape, dtype=np.float32)
     return values.astype(spec.numpy_dtype)
@@ -77,6 +95,7 @@ def synthetic_cache(
     views: tuple[str, ...] = (ORIGINAL_VIEW,),
     resolution: int = 32,
     random_weights: bool = False,
+    notes: Mapping[str, Mapping[str, Any]] = _NO_NOTES,
 ) -> Manifest:
     """Write a complete cache of deterministic values, or add the columns that an earlier call did not.
 
@@ -92,6 +111,7 @@ def synthetic_cache(
         views: names of the views.
         resolution: side in pixels of the images there never were.
         random_weights: what the provenance says of the weights.
+        notes: source → notes of its provenance, over those of `synthetic_provenance`.
 
     Returns:
         The manifest, as on disk.
@@ -120,7 +140,12 @@ def synthetic_cache(
         sources.setdefault(source_of(column), {})[column] = spec
     for source, specs in sources.items():
         provenance = synthetic_provenance(
-            source, specs, grid=grid, resolution=resolution, random_weights=random_weights
+            source,
+            specs,
+            grid=grid,
+            resolution=resolution,
+            random_weights=random_weights,
+            notes=notes.get(source),
         )
         manifest = ensure_source(path, source, provenance, specs)
         _write_source(path, manifest, source, seed, invalid)
@@ -134,26 +159,28 @@ def synthetic_provenance(
     grid: tuple[int, int] | None = None,
     resolution: int = 32,
     random_weights: bool = False,
+    notes: Mapping[str, Any] | None = None,
 ) -> Provenance:
     """The provenance a `synthetic_cache` gives a source.
 
     Args:
         source: name of the source.
-        columns: its columns; the moments' latent or the patch tokens give the grid.
+        columns: its columns; the moments' latent, the patch tokens or the queries give the grid.
         grid: of a teacher, instead.
         resolution: side in pixels of what the model saw.
         random_weights: what to say of the weights.
+        notes: in place of what `synthetic_notes` say, or besides.
     """
     shapes = {split_column(column)[1]: spec.shape for column, spec in columns.items()}
     if source == AUTOENCODER and "moments" in shapes:
         grid = (shapes["moments"][1], shapes["moments"][2])
     elif grid is None:
-        side = isqrt(shapes["patch"][0]) if "patch" in shapes else 1
-        grid = (side, shapes["patch"][0] // side) if "patch" in shapes else (1, 1)
-    notes = {"scaling_factor": 0.18215, "shift_factor": 0.0} if source == AUTOENCODER else {}
+        tokens = shapes["patch"][0] if "patch" in shapes else shapes["q"][2] if "q" in shapes else 1
+        grid = (isqrt(tokens), tokens // isqrt(tokens))
+    model = model_of(source)
     return Provenance(
-        model=f"synthetic/{source}",
-        weights_sha256=hashlib.sha256(source.encode()).hexdigest(),
+        model=f"synthetic/{model}",
+        weights_sha256=hashlib.sha256(model.encode()).hexdigest(),
         random_weights=random_weights,
         input_size=resolution,
         mean=(0.5, 0.5, 0.5),
@@ -162,8 +189,34 @@ def synthetic_provenance(
         batch_size=1,
         grid=grid,
         libraries={},
-        notes=notes,
+        notes={**synthetic_notes(source, columns), **(notes or {})},
     )
+
+
+def synthetic_notes(source: str, columns: Mapping[str, ColumnSpec]) -> dict[str, Any]:
+    """What is said of a source besides: an autoencoder's factors; what an attention source's q and k are.
+
+    Args:
+        source: name of the source.
+        columns: its columns. Queries ``[L, H, T, r]`` are those of blocks 1 to L at their full rank; int8
+            ones come with centred keys, as a real cache's do.
+    """
+    if source == AUTOENCODER:
+        return {"scaling_factor": 0.18215, "shift_factor": 0.0}
+    queries = columns.get(f"{model_of(source)}/{ATTENTION_KINDS[0]}")
+    if source != attention_source(model_of(source)) or queries is None:
+        return {}
+    blocks, _, _, rank = queries.shape
+    return {
+        "blocks": list(range(1, blocks + 1)),
+        "logit_scale": rank**-0.5,
+        "head_width": rank,
+        "rank": rank,
+        "form": "exact",
+        "keys": "centred" if queries.dtype == "int8" else "as computed",
+        "calibration": None,
+        "fidelity": None,
+    }
 
 
 def _write_source(path: Path, manifest: Manifest, source: str, seed: int, invalid: Mapping[int, str]) -> None:

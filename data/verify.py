@@ -2,7 +2,8 @@
 
 Every stored byte is covered by some checksum: image data and their checksums by crc32c and the commit record,
 shard indexes by crc32c, commit records and the manifest by their own sha256, ``keys.txt`` by the manifest,
-labels by crc32c; Zarr's metadata are compared with what the manifest makes them.
+labels by crc32c, calibrations by the notes of their source; Zarr's metadata are compared with what the
+manifest makes them.
 """
 
 from __future__ import annotations
@@ -18,15 +19,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from crc32c import crc32c
 
-from .columns import LABEL, source_of, split_column
+from .calibrations import check_calibration, read_calibration, recorded_sha256
+from .columns import LABEL, source_of
 from .commits import CommitRecord, read_commit
 from .errors import CacheError
 from .files import os_errors, partial_path
 from .layout import (
+    CALIBRATION_FOLDER,
     GROUP_FILE,
     KEYS_FILE,
     LABEL_CHUNK,
     LOCK_FILE,
+    calibration_file,
+    calibration_lock,
     commit_file,
     commit_folder,
     shard_file,
@@ -36,7 +41,7 @@ from .shard_index import CHECKSUM_BYTES, MISSING, index_bytes, read_index
 from .store import open_manifest, read_keys, read_labels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Container, Iterable, Sequence
 
     from .schema import Manifest
 
@@ -105,6 +110,7 @@ def verify_cache(
     findings = [*_check_metadata(path, manifest), *_check_keys_and_labels(path, manifest)]
     records: dict[tuple[str, int], CommitRecord] = {}
     for source in dict.fromkeys(source_of(name) for name in checked):
+        findings += _check_calibration(path, manifest, source)
         for shard in range(manifest.num_shards):
             record, finding = _check_record(path, manifest, source, shard)
             findings += [finding] if finding else []
@@ -137,11 +143,10 @@ def _check_metadata(path: Path, manifest: Manifest) -> list[Finding]:
         except OSError as error:
             same, what = False, f"cannot be read: {error.strerror}"
         if not same:
-            source, _, kind = name.removesuffix(f"/{GROUP_FILE}").partition("/")
-            column = f"{source}/{kind}" if kind else ""
-            findings.append(
-                Finding(path=file, what=f"{file} {what}", source=source if kind else "", column=column)
-            )
+            array = name.removesuffix(f"/{GROUP_FILE}")
+            column = array if array in manifest.columns else ""
+            source = source_of(column) if column else ""
+            findings.append(Finding(path=file, what=f"{file} {what}", source=source, column=column))
     return findings
 
 
@@ -181,6 +186,23 @@ def _check_keys_and_labels(path: Path, manifest: Manifest) -> list[Finding]:
             for row in outside
         ]
     return findings
+
+
+def _check_calibration(path: Path, manifest: Manifest, source: str) -> list[Finding]:
+    """The file that a source's notes speak of."""
+    recorded = recorded_sha256(manifest.sources[source])
+    if recorded is None:
+        return []
+    file = calibration_file(path, source)
+    data = read_calibration(path, source)
+    if data is None:
+        what = f"{file} is missing; restore it, or write the cache again in another folder"
+        return [Finding(path=file, source=source, what=what)]
+    try:
+        check_calibration(file, data, recorded)
+    except CacheError as error:
+        return [Finding(path=file, source=source, what=str(error))]
+    return []
 
 
 def _check_record(
@@ -237,7 +259,7 @@ class _ShardCheck:
         return Finding(
             path=self._file,
             what=f"{self._file} {what}",
-            source=split_column(self._column)[0],
+            source=source_of(self._column),
             column=self._column,
             shard=self._record.shard,
             row=row,
@@ -321,6 +343,7 @@ def _check_strays(path: Path, manifest: Manifest, committed: Iterable[tuple[str,
             known.update(files)
             if (source, shard) not in done:
                 known.update(partial_path(file) for file in files)
+    known |= _known_calibrations(path, manifest, {source for source, _ in done})
     with os_errors("read", path):
         present = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
     return [
@@ -328,3 +351,18 @@ def _check_strays(path: Path, manifest: Manifest, committed: Iterable[tuple[str,
         for file in sorted(present)
         if file not in known
     ]
+
+
+def _known_calibrations(path: Path, manifest: Manifest, committed: Container[str]) -> set[Path]:
+    """Calibrations that notes speak of, and those of sources that nobody has committed a shard of yet."""
+    known = set()
+    # the lock is made before the calibration, and the calibration before the source is declared
+    locks = sorted((path / CALIBRATION_FOLDER).glob(f".?*{LOCK_FILE}"))
+    for source in [lock.name[1:].removesuffix(LOCK_FILE) for lock in locks]:
+        file = calibration_file(path, source)
+        known.add(calibration_lock(path, source))
+        if source in manifest.sources and recorded_sha256(manifest.sources[source]) is not None:
+            known.add(file)
+        if source not in committed:
+            known |= {file, partial_path(file)}
+    return known
