@@ -8,13 +8,14 @@ of the source's provenance carry their sha256, ``notes["calibration"]["sha256"]`
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from .commits import committed_shards
 from .errors import CacheError
 from .files import locked, make_folder, os_errors, write_file
-from .layout import calibration_file, calibration_lock
-from .store import open_manifest
+from .layout import GROUP_FILE, calibration_file, calibration_lock
+from .store import open_manifest, refuse_foreign_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,8 +34,10 @@ def ensure_calibration(
     Processes and threads that ask at once take turns: one computes, the others get its bytes. It binds as a
     declaration does, from the first committed shard on: before that, one that is not usable is replaced.
 
+    The cache need not exist yet, so that what cannot be calibrated leaves nothing behind.
+
     Args:
-        path: folder of the cache, which exists.
+        path: folder of the cache.
         source: name of the source, declared or not.
         compute: makes the bytes; may open the cache and declare its sources.
         usable: whether bytes that are there are what is wanted; any are, by default.
@@ -43,11 +46,11 @@ def ensure_calibration(
         The bytes of the file.
 
     Raises:
-        CacheError: there is no cache; committed shards rely on another calibration.
+        CacheError: committed shards rely on another calibration; the folder holds something else.
         RepaError: the operating system refuses.
     """
     file, lock = calibration_file(path, source), calibration_lock(path, source)
-    open_manifest(path)
+    refuse_foreign_folder(path)
     with os_errors("write", lock):
         make_folder(lock.parent)
     with locked(lock):
@@ -63,7 +66,11 @@ def ensure_calibration(
                 f"the committed shards of {source} in {path} were written with another calibration; "
                 "use the flags they were made with, or choose another folder with --cache"
             )
-        computed = compute()
+        try:
+            computed = compute()
+        except BaseException:
+            _leave_nothing(path, lock)
+            raise
         if relied_on is not None:
             check_calibration(file, computed, relied_on)
         with os_errors("write", file):
@@ -110,7 +117,18 @@ def check_calibration(file: Path, data: bytes, recorded: str) -> None:
 
 def _relied_on(path: Path, source: str) -> str | None:
     """The sha256 of the calibration that committed shards rely on."""
+    if not (path / GROUP_FILE).exists():
+        return None
     manifest = open_manifest(path)
     if source not in manifest.sources or not committed_shards(path, manifest, source):
         return None
     return recorded_sha256(manifest.sources[source])
+
+
+def _leave_nothing(path: Path, lock: Path) -> None:
+    """Remove the folders of a cache that was not to be; another process that waits comes to the same end."""
+    if not (path / GROUP_FILE).exists():
+        with suppress(OSError):
+            lock.unlink()
+            lock.parent.rmdir()
+            path.rmdir()

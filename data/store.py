@@ -28,6 +28,7 @@ from .commits import (
 from .errors import CacheError
 from .files import locked, make_folder, os_errors, partial_path, sync_folders, write_file
 from .layout import (
+    CALIBRATION_FOLDER,
     CHECKSUM_ATTRIBUTE,
     GROUP_FILE,
     KEYS_FILE,
@@ -65,6 +66,7 @@ __all__ = [
     "read_commit",
     "read_keys",
     "read_labels",
+    "refuse_foreign_folder",
     "shard_file",
 ]
 
@@ -215,15 +217,26 @@ def read_labels(path: Path, manifest: Manifest) -> NDArray[np.int32]:
     return np.frombuffer(values, dtype="<i4").astype(np.int32)
 
 
+def refuse_foreign_folder(path: Path) -> None:
+    """Look at the folder of a cache that may not be there yet, before anything is put into it.
+
+    Raises:
+        CacheError: it holds something else.
+        RepaError: the operating system refuses.
+    """
+    with os_errors("read", path):
+        ours = not path.is_dir() or any((path / name).exists() for name in (LOCK_FILE, GROUP_FILE))
+        if not ours and any(each.name != CALIBRATION_FOLDER for each in path.iterdir()):
+            raise CacheError(f"{path} is not empty and no cache; choose another folder with --cache")
+
+
 @contextmanager
 def _cache_lock(path: Path) -> Iterator[None]:
     """Hold the cache's lock; refuse a folder with something else in it before touching it."""
-    lock = path / LOCK_FILE
+    refuse_foreign_folder(path)
     with os_errors("write", path):
-        if path.is_dir() and not lock.exists() and not (path / GROUP_FILE).exists() and any(path.iterdir()):
-            raise CacheError(f"{path} is not empty and no cache; choose another folder with --cache")
         make_folder(path)
-        with locked(lock):
+        with locked(path / LOCK_FILE):
             yield
 
 
@@ -236,7 +249,7 @@ def _create(path: Path, manifest: Manifest, keys: Sequence[str], labels: NDArray
     documents = zarr_documents(manifest, labels=labels)
     files = {KEYS_FILE: data, **documents}
     left = {path / LOCK_FILE, partial_path(path / GROUP_FILE), partial_path(path / KEYS_FILE)}
-    left |= {path / name.split("/")[0] for name in files}
+    left |= {path / name.split("/")[0] for name in (*files, CALIBRATION_FOLDER)}
     foreign = sorted(str(each) for each in path.iterdir() if each not in left)
     if foreign:
         raise CacheError(

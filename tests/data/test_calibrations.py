@@ -204,10 +204,27 @@ def test_one_that_no_committed_shard_was_made_with_is_a_stray(cache: Path) -> No
     assert "is not the cache's; delete it" in str(finding)
 
 
-def test_what_is_no_cache_and_what_the_system_refuses(cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match="there is no cache at"):
-        ensure_calibration(tmp_path / "absent", SOURCE, never)
-    assert not (tmp_path / "absent").exists()
+def test_what_cannot_be_calibrated_leaves_no_cache_behind(tmp_path: Path) -> None:
+    path = tmp_path / "absent"
+    with pytest.raises(AssertionError):
+        ensure_calibration(path, SOURCE, never)
+    assert not path.exists()
+
+
+def test_a_cache_may_be_made_after_its_calibration(tmp_path: Path) -> None:
+    path = tmp_path / "new"
+    assert ensure_calibration(path, SOURCE, lambda: FITTED) == FITTED
+    synthetic_cache(path, num_rows=3)
+    assert ensure_calibration(path, SOURCE, never) == FITTED
+    assert verify_cache(path) == []
+
+
+def test_what_the_system_refuses_and_a_folder_of_something_else(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").write_text("")
+    with pytest.raises(CacheError, match="not empty and no cache"):
+        ensure_calibration(tmp_path / "letters", SOURCE, lambda: FITTED)
+    assert [each.name for each in (tmp_path / "letters").iterdir()] == ["dear.txt"]
     (cache / "calibration").write_bytes(b"")
     with pytest.raises(RepaError, match="a file stands where a folder is needed") as caught:
         ensure_calibration(cache, SOURCE, never)
