@@ -13,12 +13,15 @@ from ..data.errors import RepaError
 from ..data.latents import LatentScale, latent_scale
 from ..data.ordering import split_holdout
 from ..data.reader import CacheReader
+from ..data.schema import ORIGINAL_VIEW
 from ..data.store import open_manifest
 from .data import columns_of_phase
+from .diagnostics import angle_problems
 from .loop import make_trainer
 from .methods import METHODS
 from .methods.base import Method, Problem
 from .models.sit import SiTConfig, parse_model_name
+from .online import live_columns, offer, read_columns
 from .randomness import derived_seed
 
 if TYPE_CHECKING:
@@ -27,11 +30,14 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ..data.schema import Manifest
+    from ..data.schema import Manifest, Provenance
     from .config import TrainConfig
     from .models.capture import BackboneFacts
+    from .online import LiveTargets
 
 T = TypeVar("T")
+
+RANDOM_WEIGHTS = "good for trying things out, not for results"
 
 
 class ProblemsError(RepaError):
@@ -62,10 +68,13 @@ class Checked:
         backbone: architecture.
         method: the method, freshly initialised from the seed.
         scale: of the latents.
-        reader: of every column that some phase needs.
+        reader: of every column that some phase reads.
+        live: computes the targets of an online run.
+        live_sources: what its columns come from, once it is loaded.
         train_rows: rows to train on.
         held_out_rows: rows that are not.
         world_size: processes of the run.
+        device: training device of this process.
     """
 
     problems: list[Problem] = field(default_factory=list)
@@ -75,9 +84,12 @@ class Checked:
     method: Method | None = None
     scale: LatentScale | None = None
     reader: CacheReader | None = None
+    live: LiveTargets | None = None
+    live_sources: Mapping[str, Provenance] = field(default_factory=dict)
     train_rows: NDArray[np.int64] | None = None
     held_out_rows: NDArray[np.int64] | None = None
     world_size: int | None = None
+    device: torch.device | None = None
 
     def add(self, what: str, remedy: str) -> None:
         """Add a problem, once."""
@@ -95,9 +107,14 @@ class Checked:
             return None
 
 
-def check(config: TrainConfig) -> Checked:
-    """Look at configuration, cache, devices and method together; reads no row and builds no backbone."""
-    found = Checked()
+def check(config: TrainConfig, live: LiveTargets | None = None) -> Checked:
+    """Look at configuration, cache, devices and method together; reads no row, loads and builds no network.
+
+    Args:
+        config: of the run.
+        live: computes the targets if the configuration says ``targets=online``; else it is not looked at.
+    """
+    found = Checked(live=live if config.targets == "online" else None)
     _check_model_name(config, found)
     _check_devices(config, found)
     if not config.cache:
@@ -106,6 +123,8 @@ def check(config: TrainConfig) -> Checked:
     found.manifest = found.attempt(lambda: open_manifest(Path(config.cache)))
     if found.manifest is None:
         return found
+    if config.targets == "online":
+        _check_live(config, found.manifest, found)
     _check_backbone(config, found.manifest, found)
     if found.backbone is not None:
         _check_method(config, found.manifest, found.backbone, found)
@@ -123,22 +142,36 @@ def condition_column(method: Method, num_classes: int) -> str:
     return LABEL if conditioner is None else conditioner.column
 
 
-def notes_of(manifest: Manifest) -> dict[str, Mapping[str, Any]]:
-    """Source → what its provenance notes."""
-    return {source: provenance.notes for source, provenance in manifest.sources.items()}
+def make_method(
+    config: TrainConfig, facts: BackboneFacts, manifest: Manifest, live: LiveTargets | None = None
+) -> Method:
+    """The method, its parameters drawn from the run's seed: they do not depend on where targets come from.
 
-
-def grids_of(manifest: Manifest) -> dict[str, tuple[int, int]]:
-    """Source → rows and columns of its tokens."""
-    return {source: provenance.grid for source, provenance in manifest.sources.items()}
-
-
-def make_method(config: TrainConfig, facts: BackboneFacts, manifest: Manifest) -> Method:
-    """The method, its parameters drawn from the run's seed."""
+    Args:
+        config: of the run.
+        facts: of the backbone.
+        manifest: of the cache.
+        live: computes the targets; None reads them.
+    """
     build: Callable[..., Method] = METHODS[config.method_name][1]
+    there = offer(manifest, live)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(config.seed, "method"))
-        return build(config.method, facts, manifest.columns, grids_of(manifest), notes_of(manifest))
+        return build(config.method, facts, there.columns, there.grids, there.notes)
+
+
+def attention_blocks(config: TrainConfig) -> tuple[int, ...]:
+    """Blocks of a live teacher whose attention the method compares; none if that cannot be told.
+
+    Raises:
+        RepaError: there is no cache.
+    """
+    manifest = open_manifest(Path(config.cache))
+    found = Checked()
+    _check_backbone(config, manifest, found)
+    if found.backbone is None:
+        return ()
+    return make_method(config, found.backbone.facts, manifest).attention_blocks()
 
 
 def _check_model_name(config: TrainConfig, found: Checked) -> None:
@@ -150,12 +183,24 @@ def _check_devices(config: TrainConfig, found: Checked) -> None:
     if trainer is None:
         return
     found.world_size = trainer.world_size
+    found.device = trainer.strategy.root_device
     ranks, accumulate = trainer.world_size, config.accumulate
     if config.batch_size % (ranks * accumulate):
         found.add(
             f"a batch of {config.batch_size} images does not divide into {ranks} device(s) × {accumulate} "
             "micro-batch(es)",
             f"set --batch-size to a multiple of {ranks * accumulate}",
+        )
+
+
+def _check_live(config: TrainConfig, manifest: Manifest, found: Checked) -> None:
+    if found.live is None:
+        found.add("targets is online and there is no live teacher", "pass one as `live`, see trainer.online")
+    if manifest.views != (ORIGINAL_VIEW,):
+        found.add(
+            f"cache {config.cache} has the views {', '.join(manifest.views)}, and live teachers see images "
+            "as they are",
+            "train with --targets cache, or from a cache of one view",
         )
 
 
@@ -188,9 +233,12 @@ def _check_backbone(config: TrainConfig, manifest: Manifest, found: Checked) -> 
 
 
 def _check_method(config: TrainConfig, manifest: Manifest, backbone: SiTConfig, found: Checked) -> None:
-    found.method = found.attempt(lambda: make_method(config, backbone.facts, manifest))
+    found.method = found.attempt(lambda: make_method(config, backbone.facts, manifest, found.live))
     if found.method is not None:
-        for problem in found.method.problems():
+        for problem in (
+            *found.method.problems(),
+            *angle_problems(config, found.method, backbone.facts),
+        ):
             found.add(problem.what, problem.remedy)
 
 
@@ -199,15 +247,15 @@ def _check_columns(config: TrainConfig, manifest: Manifest, method: Method, foun
     needed = dict.fromkeys(
         column for phase in method.phases() for column in columns_of_phase(method, phase, condition)
     )
-    missing = [column for column in needed if column not in manifest.columns]
+    read = read_columns(needed, found.live)
+    missing = [column for column in read if column not in manifest.columns]
     if missing and not found.problems:
         found.attempt(lambda: manifest.require(tuple(missing), where=config.cache))
-    present = tuple(column for column in needed if column in manifest.columns)
+    present = tuple(column for column in read if column in manifest.columns)
     for source in dict.fromkeys(source_of(column) for column in present):
         if manifest.sources[source].random_weights:
             found.warnings.append(
-                f"{source} in cache {config.cache} was computed with random weights: good for trying things "
-                "out, not for results"
+                f"{source} in cache {config.cache} was computed with random weights: {RANDOM_WEIGHTS}"
             )
     found.reader = found.attempt(lambda: CacheReader(config.cache, present))
 
@@ -233,13 +281,14 @@ def _check_rows(config: TrainConfig, reader: CacheReader, found: Checked) -> Non
 
 
 def describe_phases(checked: Checked, config: TrainConfig) -> list[Mapping[str, Any]]:
-    """For ``--dry-run``: each phase with its steps, columns, missing columns and bytes a step and in all."""
+    """For ``--dry-run``: each phase with its steps, its columns (read, live, missing) and the bytes read."""
     if checked.method is None or checked.manifest is None:
         return []
     condition = condition_column(checked.method, len(checked.manifest.class_names))
     rows: list[Mapping[str, Any]] = []
     for phase in checked.method.phases():
-        columns = columns_of_phase(checked.method, phase, condition)
+        needed = columns_of_phase(checked.method, phase, condition)
+        columns = read_columns(needed, checked.live)
         specs = checked.manifest.columns
         row_bytes = sum(specs[name].row_bytes for name in columns if name in specs)
         stop = config.max_steps if phase.stop is None else min(phase.stop, config.max_steps)
@@ -251,6 +300,7 @@ def describe_phases(checked: Checked, config: TrainConfig) -> list[Mapping[str, 
                 "last": phase.start + steps - 1,
                 "steps": steps,
                 "columns": columns,
+                "live": live_columns(needed, checked.live),
                 "missing": tuple(name for name in columns if name not in specs),
                 "step_bytes": row_bytes * config.batch_size,
                 "all_bytes": row_bytes * config.batch_size * steps,

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningDataModule
 
 from ..data.columns import LABEL, MOMENTS
 from ..data.loader import Batch, CacheLoader
+from .online import live_columns, read_columns, with_targets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ..data.reader import CacheReader
     from .config import TrainConfig
     from .methods.base import Method, Phase
+    from .online import LiveTargets
 
 
 def columns_of_phase(method: Method, phase: Phase, condition: str) -> tuple[str, ...]:
@@ -35,13 +37,14 @@ def columns_of_phase(method: Method, phase: Phase, condition: str) -> tuple[str,
 
 
 class CacheData(LightningDataModule):
-    """Training batches of a cache.
+    """Training batches of a cache, their targets read from it or computed live.
 
     Args:
         config: of the run.
-        reader: of every column that some phase needs.
+        reader: of every column that some phase reads.
         rows: rows to train on, int64 ``[M]``.
         columns_at: step → columns of its phase.
+        live: computes targets; it is not called in phases that need none of its columns.
     """
 
     def __init__(
@@ -50,12 +53,14 @@ class CacheData(LightningDataModule):
         reader: CacheReader,
         rows: NDArray[np.int64],
         columns_at: Callable[[int], Sequence[str]],
+        live: LiveTargets | None = None,
     ) -> None:
         super().__init__()
         self._config = config
         self._reader = reader
         self._rows = rows
         self._columns_at = columns_at
+        self._live = live
         self._images_seen = 0
         self._stream: _Stream | None = None
 
@@ -84,18 +89,29 @@ class CacheData(LightningDataModule):
                 accumulate=self._config.accumulate,
                 seed=self._config.seed,
                 images_seen=self._images_seen,
-                columns_at=self._columns_at,
+                columns_at=lambda step: read_columns(self._columns_at(step), self._live),
                 threads=self._config.threads,
                 pin_memory=trainer.strategy.root_device.type == "cuda",
-            )
+            ),
+            self._prepare,
         )
         return self._stream
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Move a batch; Lightning's own transfer walks and copies dataclasses field by field."""
+        """Move a batch and add its live targets.
+
+        Lightning's own transfer walks and copies dataclasses field by field.
+        """
         del dataloader_idx
         columns = {name: values.to(device, non_blocking=True) for name, values in batch.columns.items()}
-        return replace(batch, label=batch.label.to(device, non_blocking=True), columns=columns)
+        moved = replace(batch, label=batch.label.to(device, non_blocking=True), columns=columns)
+        wanted = live_columns(self._columns_at(batch.step), self._live)
+        return with_targets(moved, self._live, wanted) if self._live is not None and wanted else moved
+
+    def _prepare(self, batch: Batch) -> None:
+        """Let the images of a batch be decoded while the one before it is trained on."""
+        if self._live is not None and live_columns(self._columns_at(batch.step), self._live):
+            self._live.prepare(batch.rows.numpy())
 
     def teardown(self, stage: str) -> None:
         """End the loader's threads."""
@@ -107,8 +123,9 @@ class CacheData(LightningDataModule):
 class _Stream:
     """A loader without a length or state: Lightning would save the state of what it has read ahead."""
 
-    def __init__(self, loader: CacheLoader) -> None:
+    def __init__(self, loader: CacheLoader, ahead: Callable[[Batch], None]) -> None:
         self._loader = loader
+        self._ahead = ahead
         self._iterator: Iterator[Batch] | None = None
 
     def __iter__(self) -> _Stream:
@@ -118,7 +135,10 @@ class _Stream:
         # not in __iter__, which Lightning also calls to see whether this can be iterated
         if self._iterator is None:
             self._iterator = iter(self._loader)
-        return next(self._iterator)
+        batch = next(self._iterator)
+        # Lightning asks for a batch before it trains on the one before
+        self._ahead(batch)
+        return batch
 
     def close(self) -> None:
         self._loader.close()

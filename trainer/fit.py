@@ -6,12 +6,8 @@ import fcntl
 import hashlib
 import json
 import os
-import subprocess
-import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,24 +17,27 @@ from ..data.errors import CacheError, RepaError
 from ..data.files import make_folder, os_errors, write_file
 from .callbacks import Clock, GracefulStop, Metrics
 from .checkpoints import Checkpoints, checkpoint_path, checkpoints_of, load_checkpoint
-from .checks import Checked, ProblemsError, check
+from .checks import RANDOM_WEIGHTS, Checked, ProblemsError, check
 from .config import TrainConfig, build, differences, load_yaml
 from .data import CacheData
 from .evaluation.velocity import held_out_batches, held_out_sums
 from .loop import is_leader, make_trainer, quiet_lightning, resolve_precision
 from .module import CHECKPOINT_KEY, TrainingModule, build_backbone
 from .previews import LatentDecoder, Previews
+from .starts import add_start
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from lightning.pytorch import Trainer
     from rich.console import Console
 
+    from ..data.schema import Provenance
+    from .online import LiveTargets
+
 CONFIG_FILE = "config.yaml"
-RECORD_FILE = "run.json"
 IDENTITY_VERSION = 1
-_LIBRARIES = ("torch", "lightning", "numpy", "zarr", "repa")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +62,7 @@ def fit(
     run: Path,
     *,
     console: Console,
+    live: LiveTargets | None = None,
     decoder: LatentDecoder | None = None,
     command: Sequence[str] = (),
 ) -> Outcome:
@@ -72,6 +72,7 @@ def fit(
         config: settings of the run.
         run: its folder, made if it is not there.
         console: where to print.
+        live: computes the targets of a run with ``targets=online``.
         decoder: latents to images for the previews; None makes none.
         command: the command line, for the record.
 
@@ -80,16 +81,18 @@ def fit(
 
     Raises:
         ProblemsError: the checks found problems; all of them are listed.
-        RepaError: the folder holds another run, its checkpoint is of another cache, or training diverged.
+        RepaError: the folder holds another run, its checkpoint is of another cache or live teacher, that
+            teacher cannot be had, or training diverged.
     """
     config = replace(config, precision=resolve_precision(config))
     leader = is_leader()
     say = _printer(console, leader=leader)
-    checked = check(config)
+    checked = check(config, live)
     for warning in checked.warnings:
         say(f"[yellow]note[/yellow]: {warning}")
     if checked.problems:
         raise ProblemsError(checked.problems)
+    load_live(checked, say)
     with _locked(run, leader=leader):
         if leader:
             _settle_folder(config, run)
@@ -133,7 +136,7 @@ def _train(
     ]
     trainer = make_trainer(config, run=run, callbacks=callbacks)
     if leader:
-        _write_record(run, config, checked, trainer, command=command, resumed=resumed)
+        add_start(run, config, checked, trainer, command=command, resumed=resumed)
     if resumed:
         say(f"resuming {run} at step {resumed:,}")
     if config.compile:
@@ -165,7 +168,25 @@ def assemble(
         raise RuntimeError("the checks have not passed")
     backbone = build_backbone(checked.backbone, checked.method, config.seed)
     module = TrainingModule(config, backbone, checked.method, checked.scale, identity)
-    return module, CacheData(config, checked.reader, checked.train_rows, module.columns_at)
+    return module, CacheData(config, checked.reader, checked.train_rows, module.columns_at, checked.live)
+
+
+def load_live(checked: Checked, say: Callable[[str], None]) -> None:
+    """Load the live teachers of an online run, to the training device.
+
+    Args:
+        checked: a run that passed the checks; takes what the teachers are.
+        say: prints a line.
+
+    Raises:
+        RepaError: weights that are not there, or not those of the cache.
+    """
+    if checked.live is None or checked.device is None:
+        return
+    checked.live_sources = checked.live.load(checked.device)
+    for source, provenance in checked.live_sources.items():
+        if provenance.random_weights:
+            say(f"[yellow]note[/yellow]: the live teacher {source} has random weights: {RANDOM_WEIGHTS}")
 
 
 def identity_of(checked: Checked, config: TrainConfig) -> dict[str, Any]:
@@ -180,6 +201,10 @@ def identity_of(checked: Checked, config: TrainConfig) -> dict[str, Any]:
     manifest = reader.manifest
     autoencoder = manifest.sources[AUTOENCODER]
     used = dict.fromkeys(source_of(column) for column in reader.columns if column != LABEL)
+
+    def digest(provenance: Provenance) -> str:
+        return hashlib.sha256(json.dumps(provenance.identity(), sort_keys=True).encode()).hexdigest()
+
     return {
         "version": IDENTITY_VERSION,
         "backbone": asdict(backbone),
@@ -196,13 +221,9 @@ def identity_of(checked: Checked, config: TrainConfig) -> dict[str, Any]:
             "keys": manifest.keys_sha256,
             "views": list(manifest.views),
             "valid rows": hashlib.sha256(reader.valid_rows.astype("<i8").tobytes()).hexdigest(),
-            **{
-                source: hashlib.sha256(
-                    json.dumps(manifest.sources[source].identity(), sort_keys=True).encode()
-                ).hexdigest()
-                for source in used
-            },
+            **{source: digest(manifest.sources[source]) for source in used},
         },
+        "live": {source: digest(provenance) for source, provenance in checked.live_sources.items()},
     }
 
 
@@ -213,13 +234,15 @@ def _check_resumable(path: Path, identity: Mapping[str, Any]) -> None:
             f"{path} is of checkpoint version {saved['version']}, this repa writes {IDENTITY_VERSION}; "
             "start another run with --run"
         )
-    before, now = saved["cache"], identity["cache"]
-    changed = [key for key in dict.fromkeys((*before, *now)) if before.get(key) != now.get(key)]
-    if changed:
-        raise CacheError(
-            f"the cache is not the one {path} was trained on ({', '.join(changed)} changed); "
-            "restore that cache, or start another run with --run"
-        )
+    for key, what in (("cache", "cache"), ("live", "live teacher")):
+        # checkpoints from before there were live teachers say nothing of them
+        before, now = saved.get(key, {}), identity[key]
+        changed = [each for each in dict.fromkeys((*before, *now)) if before.get(each) != now.get(each)]
+        if changed:
+            raise CacheError(
+                f"the {what} is not the one {path} was trained on ({', '.join(changed)} changed); "
+                f"restore that {what}, or start another run with --run"
+            )
     for key in ("backbone", "path"):
         if saved[key] != identity[key]:
             raise CacheError(
@@ -269,75 +292,6 @@ def _held_out_evaluation(
         return {name: total / totals[-1] for name, total in zip(sums, totals[:-1], strict=True)}
 
     return evaluate
-
-
-def _write_record(
-    run: Path,
-    config: TrainConfig,
-    checked: Checked,
-    trainer: Trainer,
-    *,
-    command: Sequence[str],
-    resumed: int,
-) -> None:
-    """Add this start to ``run.json``: what a row of results needs to be told apart and made again."""
-    place = run / RECORD_FILE
-    starts: list[dict[str, Any]] = []
-    if place.exists():
-        with os_errors("read", place):
-            try:
-                starts = json.loads(place.read_text(encoding="utf-8"))["starts"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise RepaError(
-                    f"{place} is damaged; delete it, it only records how the run was started"
-                ) from error
-    manifest = checked.manifest
-    device = trainer.strategy.root_device
-    starts.append(
-        {
-            "command": list(command),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "first_step": resumed,
-            "seed": config.seed,
-            "commit": _commit(),
-            "cache": config.cache,
-            "cache_source": None if manifest is None else manifest.source_fingerprint,
-            "devices": trainer.world_size,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "cpus": os.cpu_count(),
-            "libraries": _versions(),
-        }
-    )
-    with os_errors("write", place):
-        write_file(place, (json.dumps({"starts": starts}, indent=2) + "\n").encode(), run)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that runs, if it is one."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip()
 
 
 @contextmanager

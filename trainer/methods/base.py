@@ -164,6 +164,13 @@ class Method(nn.Module, ABC):
         del phase
         return ()
 
+    def attention_blocks(self) -> tuple[int, ...]:
+        """Blocks of a teacher whose queries and keys the losses compare, counted from 1, ascending.
+
+        Known without any teacher: who computes targets live must know what to compute.
+        """
+        return ()
+
     def capture(self, phase: Phase) -> Capture:
         """Activations that the losses of a phase read."""
         del phase

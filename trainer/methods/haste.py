@@ -137,6 +137,10 @@ class Haste(Repa):
         attention = [each for name in self._attention_columns() for each in stored_columns(name, self.specs)]
         return (*super().columns(phase), *attention)
 
+    def attention_blocks(self) -> tuple[int, ...]:
+        """The teacher's blocks."""
+        return tuple(sorted(set(self.teacher_blocks)))
+
     def capture(self, phase: Phase) -> Capture:
         """The output of block `depth`, queries and keys of the student's blocks; nothing after τ."""
         if phase.name == PLAIN:
