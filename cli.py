@@ -151,7 +151,7 @@ def _preprocess(
 @app.command("train")
 def _train(
     method: Annotated[
-        str | None, typer.Option(help="'repa', or 'none' for plain SiT.", show_default="repa")
+        str | None, typer.Option(help="'repa', 'haste', or 'none' for plain SiT.", show_default="repa")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Backbone.", show_default="SiT-B/2")] = None,
     cache: Annotated[

@@ -41,7 +41,7 @@ def train(
     What is given here goes before the configuration file, and that before the defaults.
 
     Args:
-        method: name of the method, ``repa`` or ``none``.
+        method: name of the method, ``repa``, ``haste`` or ``none``.
         model: name of the backbone, ``SiT-B/2``.
         cache: the cache; by default that of the run when it is resumed, else the only one under ``caches/``.
         run: folder of the run; by default ``runs/<method>-<model>``.
