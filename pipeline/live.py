@@ -116,6 +116,7 @@ class LiveTeachers:
         self.grids[source] = grid
         self.notes[source] = {
             "blocks": list(blocks),
+            "depth": teacher.depth,
             "logit_scale": teacher.head_width**-0.5,
             "head_width": teacher.head_width,
             "rank": teacher.head_width,

@@ -367,7 +367,7 @@ def test_presets_are_the_papers() -> None:
     assert preset_of(SiTConfig.named("SiT-S/2", input_size=32).facts) is None
 
 
-def preset_method(size: str, **settings: Any) -> Haste:
+def preset_method(size: str, teacher_depth: int = 12, **settings: Any) -> Haste:
     """A method with nothing set, on a cache that has what the preset of SiT-B asks of DINOv2-B."""
     facts = SiTConfig.named(f"SiT-{size}/2", input_size=32).facts
     shape = (5, 12, 256, 64)
@@ -377,7 +377,8 @@ def preset_method(size: str, **settings: Any) -> Haste:
         "dinov2-b/k": ColumnSpec(shape=shape, dtype="float16"),
     }
     grids = {"sd-vae": (32, 32), "dinov2-b": (16, 16), "dinov2-b+attention": (16, 16)}
-    notes = {"dinov2-b+attention": {"blocks": [8, 9, 10, 11, 12], "logit_scale": 0.125}}
+    noted = {"blocks": [8, 9, 10, 11, 12], "logit_scale": 0.125, "depth": teacher_depth}
+    notes = {"dinov2-b+attention": noted}
     with torch.device("meta"):
         return Haste(HasteConfig(**settings), facts, columns, grids, notes)
 
@@ -451,6 +452,14 @@ def test_problem_blocks_that_are_not_stored() -> None:
     assert what == "the cache has the attention of blocks 3, 5, 6 of a, not of 4"
     assert "--set method.teacher_blocks=" in remedy
     assert "--attention 6,4" in remedy
+
+
+def test_problem_a_preset_for_a_teacher_of_another_depth() -> None:
+    """Blocks 8, 10, 12 of 24 are there, and are not what the paper aligned with."""
+    what, remedy = the_problem(preset_method("B", teacher_depth=24))
+    assert what == "dinov2-b has 24 blocks, the preset of SiT-B is for a teacher of 12"
+    assert "8, 9, 10, 11, 12 with `--set method.teacher_blocks=" in remedy
+    assert preset_method("B", teacher_depth=24, teacher_blocks=(8, 10, 12)).problems() == []
 
 
 def test_problem_counts_differ() -> None:

@@ -280,9 +280,23 @@ class Haste(Repa):
                     remedy=f"the cache's manifest is damaged: write {source} again",
                 )
             ]
-        return [*self._stored_problems(teacher, stored or ()), *self._shape_problems(teacher, specs[0])]
+        return [
+            *self._stored_problems(teacher, stored or (), noted.get("depth")),
+            *self._shape_problems(teacher, specs[0]),
+        ]
 
-    def _stored_problems(self, teacher: str, stored: tuple[int, ...]) -> list[Problem]:
+    def _stored_problems(self, teacher: str, stored: tuple[int, ...], depth: int | None) -> list[Problem]:
+        """Whether the blocks are there, and are meant: a preset's numbers are for a teacher of its depth."""
+        preset = preset_of(self.backbone)
+        if preset and not self.config.teacher_blocks and depth not in (None, preset.teacher_depth):
+            return [
+                Problem(
+                    what=f"{teacher} has {depth} blocks, the preset of SiT-{self.backbone.size_name} is for "
+                    f"a teacher of {preset.teacher_depth}",
+                    remedy=f"choose of the cached blocks {_listed(stored)} with "
+                    "`--set method.teacher_blocks=[…]`",
+                )
+            ]
         absent = [block for block in self.teacher_blocks if block not in stored]
         if not absent:
             return []
