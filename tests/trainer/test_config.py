@@ -100,7 +100,7 @@ def test_assignments_of_sections() -> None:
         ("foo.bar=1", ["foo.bar"]),
         ("trainer=3", ["trainer=3", "trainer.key=value"]),
         ("lr", ["'lr'", "key=value"]),
-        ("method=haste2", ["haste2", "repa"]),
+        ("method=haste2", ["haste2", "did you mean haste"]),
     ],
 )
 def test_mistakes_name_key_value_and_remedy(text: str, parts: list[str]) -> None:
