@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.errors import RepaError
 from ..data.places import default_cache
+from .live import NO_FLAGS, LiveFlags, live_teachers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from rich.console import Console
 
+    from ..pipeline.live import LiveTeachers
     from ..trainer.checks import Checked
     from ..trainer.config import TrainConfig
     from .decoder import Decoder
@@ -31,6 +34,8 @@ def train(
     batch_size: int | None = None,
     lr: float | None = None,
     seed: int | None = None,
+    targets: str | None = None,
+    live: LiveFlags = NO_FLAGS,
     assignments: Sequence[str] = (),
     config: Path | None = None,
     dry_run: bool = False,
@@ -49,6 +54,9 @@ def train(
         batch_size: images of a step, over all devices.
         lr: learning rate.
         seed: of initialisation, order and draws.
+        targets: ``cache``, or ``online``: call the teachers in every step instead of reading what they said.
+        live: the teachers of ``online``; by default those that the run was begun with, else the method's or
+            the cache's, on the images that `repa preprocess` would take.
         assignments: further settings, each ``key=value``.
         config: YAML file of settings, for example ``config.yaml`` of another run.
         dry_run: only print the configuration and what would be read.
@@ -73,17 +81,30 @@ def train(
         "batch_size": batch_size,
         "lr": lr,
         "seed": seed,
+        "targets": targets,
     }
     settings = build(None if config is None else load_yaml(config), flags, assignments)
     folder = run or RUNS / settings.default_run_name
     if not settings.cache:
         settings = replace(settings, cache=_cache_of_run(folder) or str(default_cache()))
+    teachers = _live(settings, live, folder)
     if dry_run:
-        _print_plan(settings, folder, console)
+        _print_plan(settings, folder, console, teachers)
         return
     from ..trainer.fit import fit
 
-    outcome = fit(settings, folder, console=console, decoder=_decoder(settings), command=sys.argv)
+    try:
+        outcome = fit(
+            settings,
+            folder,
+            console=console,
+            live=teachers,
+            decoder=_decoder(settings),
+            command=sys.argv,
+        )
+    finally:
+        if teachers is not None:
+            teachers.close()
     if not outcome.finished:
         raise SystemExit(STOPPED_STATUS)
     if outcome.trained:
@@ -92,6 +113,24 @@ def train(
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _live(config: TrainConfig, flags: LiveFlags, folder: Path) -> LiveTeachers | None:
+    """The live teachers of an online run.
+
+    Raises:
+        RepaError: see `live_teachers`; or flags for them, but the targets come from the cache.
+    """
+    if config.targets != "online":
+        if flags.given:
+            raise RepaError(
+                f"{', '.join(flags.given)} choose live teachers; add --targets online, or leave them out"
+            )
+        return None
+    from ..trainer.starts import read_starts
+
+    starts = read_starts(folder)
+    return live_teachers(config, flags, before=starts[-1].get("live") if starts else None)
 
 
 def _cache_of_run(folder: Path) -> str | None:
@@ -123,7 +162,9 @@ def _decoder(config: TrainConfig) -> Decoder | None:
     return Decoder(name, device, random_weights=provenance.random_weights)
 
 
-def _print_plan(config: TrainConfig, folder: Path, console: Console) -> None:
+def _print_plan(
+    config: TrainConfig, folder: Path, console: Console, live: LiveTeachers | None = None
+) -> None:
     """What ``--dry-run`` prints.
 
     Raises:
@@ -135,7 +176,7 @@ def _print_plan(config: TrainConfig, folder: Path, console: Console) -> None:
     from ..trainer.loop import resolve_precision
 
     config = replace(config, precision=resolve_precision(config))
-    checked = check(config)
+    checked = check(config, live)
     console.print(config.to_yaml(), highlight=False, markup=False, soft_wrap=True, end="")
     console.print()
     console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
@@ -182,7 +223,7 @@ def _print_phases(phases: Sequence[Mapping[str, Any]], console: Console) -> None
         table.add_row(
             phase["phase"],
             f"{phase['first']:,}–{phase['last']:,}" if phase["steps"] else "none",
-            "\n".join(phase["columns"]),
+            "\n".join((*phase["columns"], *(f"{name} (live)" for name in phase["live"]))),
             "\n".join(phase["missing"]) or "–",
             human_bytes(phase["step_bytes"]),
             human_bytes(phase["all_bytes"]),

@@ -247,6 +247,8 @@ def _check_columns(config: TrainConfig, manifest: Manifest, method: Method, foun
     needed = dict.fromkeys(
         column for phase in method.phases() for column in columns_of_phase(method, phase, condition)
     )
+    if found.live is not None and not live_columns(needed, found.live) and not found.problems:
+        found.add(f"method {config.method_name} takes nothing from a teacher", "leave --targets online out")
     read = read_columns(needed, found.live)
     missing = [column for column in read if column not in manifest.columns]
     if missing and not found.problems:

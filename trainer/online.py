@@ -40,10 +40,14 @@ class LiveTargets(Protocol):
         record: plain values for ``run.json``: which images and teachers, enough to start it again.
     """
 
-    columns: Mapping[str, ColumnSpec]
-    grids: Mapping[str, tuple[int, int]]
-    notes: Mapping[str, Mapping[str, Any]]
-    record: Mapping[str, Any]
+    @property
+    def columns(self) -> Mapping[str, ColumnSpec]: ...  # noqa: D102
+    @property
+    def grids(self) -> Mapping[str, tuple[int, int]]: ...  # noqa: D102
+    @property
+    def notes(self) -> Mapping[str, Mapping[str, Any]]: ...  # noqa: D102
+    @property
+    def record(self) -> Mapping[str, Any]: ...  # noqa: D102
 
     def load(self, device: torch.device) -> Mapping[str, Provenance]:
         """Load the teachers; before the first call, once.
@@ -108,7 +112,7 @@ def offer(manifest: Manifest, live: LiveTargets | None = None) -> Offer:
     notes = {source: provenance.notes for source, provenance in manifest.sources.items()}
     if live is None:
         return Offer(columns=manifest.columns, grids=grids, notes=notes)
-    kept = {name: spec for name, spec in manifest.columns.items() if not _is_target(name)}
+    kept = {name: spec for name, spec in manifest.columns.items() if not is_target(name)}
     return Offer(
         columns={**kept, **live.columns},
         grids={**grids, **live.grids},
@@ -116,7 +120,8 @@ def offer(manifest: Manifest, live: LiveTargets | None = None) -> Offer:
     )
 
 
-def _is_target(column: str) -> bool:
+def is_target(column: str) -> bool:
+    """Whether a column holds a teacher's targets, or their scales."""
     return split_column(column)[1].removesuffix(SCALE_SUFFIX) in TARGET_KINDS
 
 

@@ -1,0 +1,300 @@
+"""`repa parity`: the losses of a method from a cache beside those with the teacher called live.
+
+Same initial weights, images, noise, times and conditions on both sides; they differ in the targets alone, so
+what differs in the losses is what storing the targets costs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..data.errors import RepaError
+from ..data.places import default_cache
+from .live import NO_FLAGS, LiveFlags, live_teachers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    import torch
+    from rich.console import Console
+    from torch import Tensor
+
+    from ..data.loader import Batch
+    from ..pipeline.live import LiveTeachers
+    from ..trainer.checks import Checked
+    from ..trainer.config import TrainConfig
+    from ..trainer.module import TrainingModule
+
+LOSS = "loss"
+
+
+@dataclass(kw_only=True)
+class TermParity:
+    """A part of the loss on both sides, a value per batch.
+
+    Attributes:
+        cached: from the cache.
+        live: from the live teacher.
+    """
+
+    cached: list[float] = field(default_factory=list)
+    live: list[float] = field(default_factory=list)
+
+    @property
+    def largest(self) -> float:
+        """Largest absolute difference of a batch."""
+        return max(abs(a - b) for a, b in zip(self.cached, self.live, strict=True))
+
+
+@dataclass(kw_only=True)
+class ColumnParity:
+    """A column as stored against the exact one.
+
+    Attributes:
+        stored: the form in which it is stored, for people.
+        largest: largest absolute difference of an element; None where the form keeps other numbers, and only
+            the attention maps can be compared.
+        cosine_error: mean of 1 − cosine over the vectors of the last axis; None likewise.
+    """
+
+    stored: str
+    largest: float | None = None
+    cosine_error: float | None = None
+
+
+@dataclass(kw_only=True)
+class Parity:
+    """What `parity` found.
+
+    Attributes:
+        terms: name → both sides; ``loss`` is the weighted sum.
+        columns: targets by name.
+    """
+
+    terms: dict[str, TermParity] = field(default_factory=dict)
+    columns: dict[str, ColumnParity] = field(default_factory=dict)
+
+
+def parity(
+    *,
+    method: str | None = None,
+    model: str | None = None,
+    cache: Path | None = None,
+    batches: int = 4,
+    batch_size: int = 16,
+    seed: int | None = None,
+    live: LiveFlags = NO_FLAGS,
+    assignments: Sequence[str] = (),
+    console: Console | None = None,
+) -> Parity:
+    """Compare the first batches of a run with cached and with live targets.
+
+    From a cache of float32 targets that was written on the same machine the two are equal to the bit.
+
+    Args:
+        method: name of the method.
+        model: name of the backbone.
+        cache: the cache; by default the only one under ``caches/``.
+        batches: number of batches.
+        batch_size: images of each.
+        seed: of initialisation, order and draws.
+        live: the live teachers.
+        assignments: further settings of the run, each ``key=value``.
+        console: where to print; standard output by default.
+
+    Raises:
+        RepaError: a mistake the user can mend.
+    """
+    from dataclasses import replace
+
+    from rich.console import Console
+
+    from ..trainer.config import build
+    from ..trainer.loop import resolve_precision
+
+    if batches < 1:
+        raise RepaError(f"--batches {batches} is too small; give at least 1")
+    config = build(
+        None,
+        {
+            "method": method,
+            "model": model,
+            "cache": str(cache or default_cache()),
+            "batch_size": batch_size,
+            "max_steps": batches,
+            "seed": seed,
+        },
+        (*assignments, "targets=cache"),
+    )
+    config = replace(config, precision=resolve_precision(config))
+    checked = _checked(config)
+    teachers = live_teachers(replace(config, targets="online"), live, exact=True)
+    try:
+        found = _Comparison(config, checked, teachers).run()
+    finally:
+        teachers.close()
+    _print(found, config, console or Console())
+    return found
+
+
+def _checked(config: TrainConfig, live: LiveTeachers | None = None) -> Checked:
+    from ..trainer.checks import ProblemsError, check
+
+    checked = check(config, live)
+    if checked.problems:
+        raise ProblemsError(checked.problems)
+    return checked
+
+
+class _Comparison:
+    """Both sides, on the training device."""
+
+    def __init__(self, config: TrainConfig, checked: Checked, teachers: LiveTeachers) -> None:
+        from dataclasses import replace
+
+        from ..trainer.fit import assemble
+        from ..trainer.loop import make_trainer
+
+        online = _checked(replace(config, targets="online"), teachers)
+        assert checked.method is not None, "the checks have passed"
+        assert online.method is not None, "the checks have passed"
+        assert checked.device is not None, "the checks have passed"
+        self._config = config
+        self._checked = checked
+        self._teachers = teachers
+        self._device: torch.device = checked.device
+        teachers.load(self._device)
+        self._methods = {"cached": checked.method, "live": online.method.to(self._device)}
+        self._module: TrainingModule = assemble(config, checked, {})[0].to(self._device)
+        self._context = make_trainer(config).precision_plugin.forward_context
+        self._found = Parity()
+
+    def run(self) -> Parity:
+        for cached in self._batches():
+            self._compare(cached, self._with_live_targets(cached))
+        return self._found
+
+    def _batches(self) -> Iterator[Batch]:
+        """The first batches of the run, on the device."""
+        from dataclasses import replace
+
+        from ..data.loader import CacheLoader
+
+        reader, rows = self._checked.reader, self._checked.train_rows
+        assert reader is not None, "the checks have passed"
+        assert rows is not None, "the checks have passed"
+        size, steps = self._config.batch_size, self._config.max_steps
+        loader = CacheLoader(
+            reader,
+            rows=rows,
+            batch_size=size,
+            seed=self._config.seed,
+            last_image=size * steps,
+            columns_at=self._module.columns_at,
+        )
+        for batch in loader:
+            columns = {name: values.to(self._device) for name, values in batch.columns.items()}
+            yield replace(batch, label=batch.label.to(self._device), columns=columns)
+
+    def _with_live_targets(self, batch: Batch) -> Batch:
+        from ..trainer.data import columns_of_phase
+        from ..trainer.online import live_columns, with_targets
+
+        method = self._methods["live"]
+        condition = self._module.backbone.y_embedder.column
+        names = columns_of_phase(method, method.phase_at(batch.step), condition)
+        return with_targets(batch, self._teachers, live_columns(names, self._teachers))
+
+    def _compare(self, cached: Batch, live: Batch) -> None:
+        self._compare_columns(cached, live)
+        for side, batch in (("cached", cached), ("live", live)):
+            for name, value in self._terms(side, batch).items():
+                getattr(self._found.terms.setdefault(name, TermParity()), side).append(value)
+
+    def _terms(self, side: str, batch: Batch) -> dict[str, float]:
+        import torch
+
+        self._module.method = self._methods[side]
+        with torch.no_grad(), self._context():
+            terms = self._module.terms(batch)
+        values = {name: term.value.item() for name, term in terms.items()}
+        weighted = [term.weight * values[name] for name, term in terms.items() if term.weight is not None]
+        return {LOSS: sum(weighted), **values}
+
+    def _compare_columns(self, cached: Batch, live: Batch) -> None:
+        from ..data.columns import source_of
+        from ..trainer.methods.common import target
+
+        manifest = self._checked.manifest
+        assert manifest is not None, "the checks have passed"
+        for name, exact in live.columns.items():
+            if name not in self._teachers.columns:
+                continue
+            notes = manifest.sources[source_of(name)].notes
+            rank, width = notes.get("rank"), notes.get("head_width")
+            spec = manifest.columns[name]
+            entry = self._found.columns.setdefault(name, ColumnParity(stored=spec.dtype))
+            if rank != width:
+                entry.stored = f"{spec.dtype}, rank {rank} of {width}"
+                continue
+            stored = target(cached.columns, name, manifest.columns).float()
+            wanted, there = _comparable(name, stored, notes, exact, self._teachers.notes)
+            largest, error = _differences(wanted, there)
+            entry.largest = max(entry.largest or 0.0, largest)
+            seen = cached.step * len(cached.rows)
+            mean = ((entry.cosine_error or 0.0) * seen + error * len(cached.rows)) / (seen + len(cached.rows))
+            entry.cosine_error = mean
+
+
+def _comparable(
+    name: str,
+    stored: Tensor,
+    notes: Mapping[str, Any],
+    exact: Tensor,
+    live_notes: Mapping[str, Mapping[str, Any]],
+) -> tuple[Tensor, Tensor]:
+    """Queries or keys of the blocks that both have; keys centred where the stored ones are."""
+    from ..data.columns import source_of
+
+    if "blocks" not in notes:
+        return stored, exact
+    blocks = live_notes[source_of(name)]["blocks"]
+    stored = stored[:, [notes["blocks"].index(block) for block in blocks]]
+    if name.endswith("/k") and notes.get("keys") == "centred":
+        exact = exact - exact.mean(dim=-2, keepdim=True)
+    return stored, exact
+
+
+def _differences(stored: Tensor, exact: Tensor) -> tuple[float, float]:
+    """Largest absolute difference, and mean of 1 − cosine over the last axis; exactly 0 where equal."""
+    import torch
+
+    stored, exact = stored.double(), exact.double()
+    cosine = torch.nn.functional.cosine_similarity(stored, exact, dim=-1)
+    errors = torch.where((stored == exact).all(-1), 0, 1 - cosine)
+    return (stored - exact).abs().max().item(), errors.mean().item()
+
+
+def _print(found: Parity, config: TrainConfig, console: Console) -> None:
+    from rich.table import Table
+
+    images = config.batch_size * config.max_steps
+    terms = Table(
+        title=f"{config.method_name}, {config.model}: {config.max_steps} batches, {images:,} images",
+        title_justify="left",
+    )
+    for heading in ("term", "cached", "live", "largest difference"):
+        terms.add_column(heading, justify="left" if heading == "term" else "right")
+    for name, term in found.terms.items():
+        means = [f"{sum(values) / len(values):.8f}" for values in (term.cached, term.live)]
+        terms.add_row(name, *means, f"{term.largest:.3g}")
+    console.print(terms)
+    columns = Table()
+    for heading in ("column", "stored as", "largest difference", "mean cosine error"):
+        columns.add_column(heading, justify="left" if heading in ("column", "stored as") else "right")
+    for name, column in found.columns.items():
+        values = (column.largest, column.cosine_error)
+        columns.add_row(name, column.stored, *("–" if value is None else f"{value:.3g}" for value in values))
+    console.print(columns)
