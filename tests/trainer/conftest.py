@@ -124,7 +124,7 @@ def killed_fit(
 ) -> Callable[..., None]:
     """`run_fit` that dies in the middle of a step, counted from 1: the optimiser has stepped, the EMA not."""
 
-    def run(config: TrainConfig, name: str, *, moment: int) -> None:
+    def run(config: TrainConfig, name: str, *, moment: int, **options: Any) -> None:
         update = TrainingModule.update_ema
         steps = []
 
@@ -137,7 +137,7 @@ def killed_fit(
         with monkeypatch.context() as patch:
             patch.setattr(TrainingModule, "update_ema", update_and_die)
             with pytest.raises(Killed):
-                run_fit(config, name)
+                run_fit(config, name, **options)
 
     return run
 
