@@ -15,6 +15,7 @@ import typer
 
 from . import __version__
 from .commands.demo import DEFAULT_STEPS, IMAGES
+from .commands.live import LiveFlags
 from .data.errors import RepaError
 
 _SUMMARY = "Encode an image set once, then train every representation-alignment method from the cache."
@@ -32,6 +33,21 @@ app.add_typer(cache_app, name="cache")
 
 CacheArgument = Annotated[
     Path | None, typer.Argument(metavar="[CACHE]", help="Folder of the cache; the only one under caches/.")
+]
+LiveData = Annotated[
+    str | None,
+    typer.Option(help="Live teachers: the images of the cache.", show_default="images, or demo"),
+]
+LiveEncoder = Annotated[
+    list[str] | None,
+    typer.Option(help="Live teacher; may repeat. Default: the method's, or the cache's."),
+]
+LiveWeights = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=FILE", help="Live teachers: file of an encoder's weights; may repeat."),
+]
+LiveRandom = Annotated[
+    bool, typer.Option("--random-weights", help="Live teachers: draw weights, to try things out.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")]
 
@@ -84,6 +100,17 @@ def _root(
 ) -> None: ...
 
 
+def _live_flags(
+    data: str | None, encoder: list[str] | None, weights: list[str] | None, random_weights: bool
+) -> LiveFlags:
+    return LiveFlags(
+        data=data,
+        encoders=tuple(encoder or ()),
+        weights=tuple(weights or ()),
+        random_weights=random_weights,
+    )
+
+
 @app.command("preprocess")
 def _preprocess(
     data: Annotated[
@@ -115,8 +142,28 @@ def _preprocess(
         bool, typer.Option("--random-weights", help="Draw weights, to try things out.")
     ] = False,
     feature_dtype: Annotated[
-        str, typer.Option(help="float16 or float32, of the stored features.")
+        str, typer.Option(help="float16, float32 or int8, of the stored features.")
     ] = "float16",
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            help="Store queries and keys too: 'haste', 'haste:SiT-XL', or blocks as 8,10,12 or 9-12."
+        ),
+    ] = None,
+    attention_rank: Annotated[
+        int | None, typer.Option(help="Cut them to so many components a head, as int8.")
+    ] = None,
+    attention_kl: Annotated[
+        float | None,
+        typer.Option(help="Cut them as far as the mean KL of every head stays within so many nats."),
+    ] = None,
+    compress: Annotated[
+        str | None,
+        typer.Option(
+            help="zstd, blosc or pcodec, losslessly. Off: floats shrink by 18 % at most, and compressed rows "
+            "cannot be read directly."
+        ),
+    ] = None,
     compute_dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16, of the models.")
     ] = "float32",
@@ -140,6 +187,10 @@ def _preprocess(
         weights=weights or (),
         random_weights=random_weights,
         feature_dtype=feature_dtype,
+        attention=attention,
+        attention_rank=attention_rank,
+        attention_kl=attention_kl,
+        compress=compress,
         compute_dtype=compute_dtype,
         exif=exif,
         workers=workers,
@@ -168,6 +219,16 @@ def _train(
     seed: Annotated[
         int | None, typer.Option(help="Of initialisation, order and draws.", show_default="0")
     ] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            help="'cache', or 'online': call the teachers in every step, the reference.", show_default="cache"
+        ),
+    ] = None,
+    data: LiveData = None,
+    encoder: LiveEncoder = None,
+    weights: LiveWeights = None,
+    random_weights: LiveRandom = False,
     assignments: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any other setting of config.yaml; may repeat."),
@@ -189,9 +250,47 @@ def _train(
         batch_size=batch_size,
         lr=lr,
         seed=seed,
+        targets=targets,
+        live=_live_flags(data, encoder, weights, random_weights),
         assignments=assignments or (),
         config=config,
         dry_run=dry_run,
+    )
+
+
+@app.command("parity")
+def _parity(
+    method: Annotated[str | None, typer.Option(help="As of `repa train`.", show_default="repa")] = None,
+    model: Annotated[str | None, typer.Option(help="Backbone.", show_default="SiT-B/2")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of the cache; default: the only one under caches/.")
+    ] = None,
+    batches: Annotated[int, typer.Option(help="Batches to compare.")] = 4,
+    batch_size: Annotated[int, typer.Option(help="Images of a batch.")] = 16,
+    seed: Annotated[
+        int | None, typer.Option(help="Of initialisation, order and draws.", show_default="0")
+    ] = None,
+    data: LiveData = None,
+    encoder: LiveEncoder = None,
+    weights: LiveWeights = None,
+    random_weights: LiveRandom = False,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any other setting of `repa train`; may repeat."),
+    ] = None,
+) -> None:
+    """The losses from the cache beside those with the teacher called live: what storing costs."""
+    from .commands.parity import parity
+
+    parity(
+        method=method,
+        model=model,
+        cache=cache,
+        batches=batches,
+        batch_size=batch_size,
+        seed=seed,
+        live=_live_flags(data, encoder, weights, random_weights),
+        assignments=assignments or (),
     )
 
 

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from ..data.places import DEMO_DATA
+from ..pipeline.config import PreprocessConfig
 from ..pipeline.models import load_models
-from ..pipeline.plan import PreprocessConfig, make_plan
+from ..pipeline.plan import make_plan
 from ..pipeline.preprocess import decode_row
 from ..pipeline.ranks import detect_rank
 from ..pipeline.run import share_out
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
-    from ..pipeline.lanes import SourceModel
+    from ..pipeline.models import SourceModel
     from .bench import BenchSettings
 
 # about the size of ImageNet's photographs
@@ -71,7 +72,7 @@ def _bare(models: Iterable[SourceModel], images: torch.Tensor, batch_size: int, 
     started = time.perf_counter()
     for model in models:
         for batch in torch.split(images, batch_size):
-            model.encode(batch.to(device))
+            model.encode(batch.to(device), model.sources)
     if device != "cpu":
         torch.cuda.synchronize()
     return len(images) / (time.perf_counter() - started)

@@ -23,29 +23,24 @@ from ..data.errors import RepaError
 from .writing import EncodedBatch, Pending, Result
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from ..data.columns import ColumnSpec
-    from ..data.schema import Provenance
     from .batches import Batch
 
 
-class SourceModel(Protocol):
-    """A model whose outputs are columns.
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What one network computes of a batch: one forward pass, whatever number of sources it is for.
 
     Attributes:
-        source: name of the source.
-        columns: its columns, name → spec.
-        provenance: what the manifest keeps of it.
+        model: name of the network, by which its time is booked.
+        sources: sources that its outputs are columns of.
+        compute: uint8 images ``[B, 3, R, R]`` → column → ``[B, …]``, on the same device.
     """
 
-    source: str
-    columns: Mapping[str, ColumnSpec]
-    provenance: Provenance
-
-    def encode(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Columns ``[B, *shape]`` in storage dtype of uint8 images ``[B, 3, R, R]``, on the same device."""
-        ...
+    model: str
+    sources: tuple[str, ...]
+    compute: Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
 
 class Lanes(Protocol):
@@ -60,7 +55,7 @@ class Lanes(Protocol):
     count: int
     ahead: int
 
-    def submit(self, batch: Batch, models: Sequence[SourceModel]) -> Pending:
+    def submit(self, batch: Batch, tasks: Sequence[Task]) -> Pending:
         """Start on a batch."""
         ...
 
@@ -76,10 +71,10 @@ def _stack(batch: Batch) -> torch.Tensor:
     return torch.stack([torch.from_numpy(image) for image in batch.images])
 
 
-def _encoded(batch: Batch, models: Sequence[SourceModel], host: Mapping[str, torch.Tensor]) -> EncodedBatch:
+def _encoded(batch: Batch, tasks: Sequence[Task], host: Mapping[str, torch.Tensor]) -> EncodedBatch:
     return EncodedBatch(
         shard=batch.shard,
-        sources=tuple(model.source for model in models),
+        sources=tuple(source for task in tasks for source in task.sources),
         rows=batch.rows,
         invalid=batch.invalid,
         columns={name: values.numpy() for name, values in host.items() if not name.endswith(_FINITE)},
@@ -108,21 +103,21 @@ class _CpuLanes:
         self.ahead = count + 4
         self._pool = pool
 
-    def submit(self, batch: Batch, models: Sequence[SourceModel]) -> Pending:
-        return _CpuPending(self._pool.submit(self._compute, batch, models))
+    def submit(self, batch: Batch, tasks: Sequence[Task]) -> Pending:
+        return _CpuPending(self._pool.submit(self._compute, batch, tasks))
 
     @staticmethod
-    def _compute(batch: Batch, models: Sequence[SourceModel]) -> Result:
+    def _compute(batch: Batch, tasks: Sequence[Task]) -> Result:
         host: dict[str, torch.Tensor] = {}
         seconds = {}
         if batch.rows:
             images = _stack(batch)
-            for model in models:
+            for task in tasks:
                 started = time.perf_counter()
                 with torch.inference_mode():
-                    host.update(_with_finite(model.encode(images)))
-                seconds[model.source] = time.perf_counter() - started
-        return Result(_encoded(batch, models, host), seconds)
+                    host.update(_with_finite(task.compute(images)))
+                seconds[task.model] = time.perf_counter() - started
+        return Result(_encoded(batch, tasks, host), seconds)
 
 
 @dataclass(frozen=True)
@@ -143,30 +138,30 @@ class _CudaLane:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def submit(self, batch: Batch, models: Sequence[SourceModel]) -> Pending:
+    def submit(self, batch: Batch, tasks: Sequence[Task]) -> Pending:
         try:
-            return self._launch(batch, models)
+            return self._launch(batch, tasks)
         except torch.OutOfMemoryError as error:
             raise RepaError(
                 f"{self._device} has too little memory for a batch of {len(batch.rows)} images: "
                 "give a smaller --batch-size"
             ) from error
 
-    def _launch(self, batch: Batch, models: Sequence[SourceModel]) -> Pending:
+    def _launch(self, batch: Batch, tasks: Sequence[Task]) -> Pending:
         host: dict[str, torch.Tensor] = {}
         marks = [_mark()]
         if batch.rows:
             images = _stack(batch).pin_memory().to(self._device, non_blocking=True)
             marks = [_mark()]
-            for model in models:
+            for task in tasks:
                 with torch.inference_mode():
-                    outputs = _with_finite(model.encode(images))
+                    outputs = _with_finite(task.compute(images))
                 for name, values in outputs.items():
                     # pinned blocks come from PyTorch's cache and are used again, batch after batch
                     host[name] = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
                     host[name].copy_(values, non_blocking=True)
                 marks.append(_mark())
-        return _CudaPending(batch, models, host, marks)
+        return _CudaPending(batch, tasks, host, marks)
 
 
 def _mark() -> Any:
@@ -180,7 +175,7 @@ def _mark() -> Any:
 @dataclass(frozen=True)
 class _CudaPending:
     batch: Batch
-    models: Sequence[SourceModel]
+    tasks: Sequence[Task]
     host: Mapping[str, torch.Tensor]
     marks: Sequence[Any]
 
@@ -190,10 +185,10 @@ class _CudaPending:
     def result(self) -> Result:
         self.marks[-1].synchronize()
         seconds = {
-            model.source: before.elapsed_time(after) / 1000
-            for model, before, after in zip(self.models, self.marks, self.marks[1:], strict=False)
+            task.model: before.elapsed_time(after) / 1000
+            for task, before, after in zip(self.tasks, self.marks, self.marks[1:], strict=False)
         }
-        return Result(_encoded(self.batch, self.models, self.host), seconds)
+        return Result(_encoded(self.batch, self.tasks, self.host), seconds)
 
 
 @contextmanager

@@ -1,26 +1,77 @@
-"""The models of a cache as sources of columns: the autoencoder and the teachers, in their storage dtypes."""
+"""The models of a cache: the autoencoder and the teachers, each with the sources that one pass gives."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from ..data.columns import AUTOENCODER, MOMENTS, ColumnSpec, column_name
+from ..data.columns import AUTOENCODER, MOMENTS, ColumnSpec, attention_source, model_of
+from .storage.forms import AttentionForm, TokenForm, token_form
+from .storage.specs import INT8
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
+    from ..data.schema import Provenance
+    from .config import PreprocessConfig
     from .encoders.base import Encoder
-    from .lanes import SourceModel
-    from .plan import PreprocessConfig
+    from .storage.calibrator import Calibrator
+    from .storage.specs import AttentionSettings
     from .vae import Autoencoder
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class AutoencoderSource:
-    """``sd-vae/moments``: posterior mean and standard deviation, float32.
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One source of a model.
+
+    Attributes:
+        provenance: what the manifest keeps of it.
+        columns: its columns, name → spec.
+    """
+
+    provenance: Provenance
+    columns: Mapping[str, ColumnSpec]
+
+
+class SourceModel(Protocol):
+    """A network whose outputs are columns of one source or several.
+
+    Attributes:
+        name: of the network.
+        sources: the sources it is to give.
+        provenance: where its outputs come from, however they are stored.
+        parts: source → what it is; all of ``sources`` once `prepare` has been called.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    provenance: Provenance
+    parts: Mapping[str, Part]
+
+    def prepare(self, calibrator: Calibrator) -> None:
+        """Settle the storage forms that must be fitted or measured first.
+
+        Raises:
+            RepaError: see `Calibrator`.
+        """
+        ...
+
+    def encode(self, images: torch.Tensor, sources: Collection[str]) -> dict[str, torch.Tensor]:
+        """Columns ``[B, *shape]`` in storage dtype, from one forward pass.
+
+        Args:
+            images: uint8 ``[B, 3, R, R]``, on the device.
+            sources: those of its sources that are wanted.
+        """
+        ...
+
+
+class AutoencoderModel:
+    """``sd-vae/moments``: posterior mean and standard deviation, float32. See `SourceModel`.
 
     Args:
         autoencoder: the model.
@@ -28,54 +79,92 @@ class AutoencoderSource:
         resolution: side in pixels of the images.
     """
 
-    source = AUTOENCODER
+    name = AUTOENCODER
+    sources: tuple[str, ...] = (AUTOENCODER,)
 
     def __init__(self, autoencoder: Autoencoder, batch_size: int, resolution: int) -> None:
         self._autoencoder = autoencoder
         self.provenance = autoencoder.provenance(batch_size, resolution)
         shape = (2 * autoencoder.latent_channels, *autoencoder.grid(resolution))
-        self.columns: Mapping[str, ColumnSpec] = {MOMENTS: ColumnSpec(shape=shape, dtype="float32")}
+        columns = {MOMENTS: ColumnSpec(shape=shape, dtype="float32")}
+        self.parts: Mapping[str, Part] = {AUTOENCODER: Part(provenance=self.provenance, columns=columns)}
 
-    def encode(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def prepare(self, calibrator: Calibrator) -> None:
+        """Moments are stored as they are."""
+        del calibrator
+
+    def encode(self, images: torch.Tensor, sources: Collection[str]) -> dict[str, torch.Tensor]:
         """Moments ``[B, 2C, h, w]`` of uint8 images ``[B, 3, R, R]``."""
+        del sources
         return {MOMENTS: self._autoencoder.encode_moments(images)}
 
 
-class EncoderSource:
-    """``<encoder>/patch`` and ``<encoder>/cls`` of a teacher.
+class EncoderModel:
+    """A teacher: ``<encoder>`` with its tokens, ``<encoder>+attention`` with queries and keys of blocks.
+
+    See `SourceModel`.
 
     Args:
         encoder: the teacher.
+        sources: either of the two, or both.
         batch_size: images of a forward pass, for the manifest.
-        dtype: ``float16`` or ``float32``, as stored.
+        dtype: ``float16``, ``float32`` or ``int8``, of its tokens.
+        attention: how its attention is stored, if it is.
+        compressor: of the columns, see `ColumnSpec`.
     """
 
-    def __init__(self, encoder: Encoder, batch_size: int, dtype: str) -> None:
-        self.source = encoder.name
+    def __init__(
+        self,
+        encoder: Encoder,
+        sources: Iterable[str],
+        *,
+        batch_size: int,
+        dtype: str,
+        attention: AttentionSettings | None = None,
+        compressor: str | None = None,
+    ) -> None:
+        self.name = encoder.name
+        self.sources = tuple(sources)
         self.provenance = encoder.provenance(batch_size)
+        self.parts: Mapping[str, Part] = {}
         self._encoder = encoder
-        self._dtype = _DTYPES[dtype]
-        tokens = encoder.grid[0] * encoder.grid[1]
-        self.columns: Mapping[str, ColumnSpec] = {
-            column_name(encoder.name, "patch"): ColumnSpec(shape=(tokens, encoder.width), dtype=dtype),
-            column_name(encoder.name, "cls"): ColumnSpec(shape=(encoder.width,), dtype=dtype),
-        }
+        self._settings = attention
+        self._attention: AttentionForm | None = None
+        self._tokens: TokenForm = token_form(encoder, dtype, compressor)
+        if self.name in self.sources and dtype != INT8:
+            self.parts = {self.name: Part(provenance=self.provenance, columns=self._tokens.columns)}
 
-    def encode(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Patch tokens ``[B, T, D]`` and class vector ``[B, D]`` of uint8 images ``[B, 3, R, R]``."""
-        features = self._encoder.encode(images)
-        return {
-            column_name(self.source, kind): values.to(self._dtype).contiguous()
-            for kind, values in features.items()
-        }
+    def prepare(self, calibrator: Calibrator) -> None:
+        """Measure what int8 changes of the tokens, and fit and measure the form of the attention."""
+        for source in self.sources:
+            if source in self.parts:
+                continue
+            columns: Mapping[str, ColumnSpec]
+            if source == self.name:
+                columns = self._tokens.columns
+                measured = calibrator.tokens(self._encoder, self.provenance, self._tokens)
+                notes = {**self.provenance.notes, **measured}
+            else:
+                assert self._settings is not None, "an attention source has settings"
+                form, notes = calibrator.attention(self._encoder, self.provenance, self._settings)
+                self._attention, columns = form, form.columns
+            part = Part(provenance=replace(self.provenance, notes=notes), columns=columns)
+            self.parts = {**self.parts, source: part}
+
+    def encode(self, images: torch.Tensor, sources: Collection[str]) -> dict[str, torch.Tensor]:
+        """Columns of the sources asked for, from one pass over uint8 images ``[B, 3, R, R]``."""
+        attention = self._attention if attention_source(self.name) in sources else None
+        features = self._encoder.encode(images, attention.blocks if attention is not None else ())
+        columns = self._tokens.encode(features) if self.name in sources else {}
+        return {**columns, **(attention.encode(features) if attention is not None else {})}
 
 
 def load_models(config: PreprocessConfig, sources: Iterable[str], device: str) -> list[SourceModel]:
-    """Load the models of these sources.
+    """Load the models of these sources, each once.
 
     Args:
         config: the command, resolved.
-        sources: ``sd-vae`` and names of encoders.
+        sources: ``sd-vae``, names of encoders, and their attention.
         device: ``cpu`` or ``cuda:<index>``.
 
     Raises:
@@ -87,19 +176,31 @@ def load_models(config: PreprocessConfig, sources: Iterable[str], device: str) -
     assert config.vae is not None, "the plan resolves the command"
     assert config.batch_size is not None, "the plan resolves the command"
     dtype = _DTYPES[config.compute_dtype]
-    models: list[SourceModel] = []
+    wanted: dict[str, list[str]] = {}
     for source in sources:
-        if source == AUTOENCODER:
+        wanted.setdefault(model_of(source), []).append(source)
+    models: list[SourceModel] = []
+    for name, own in wanted.items():
+        if name == AUTOENCODER:
             autoencoder = Autoencoder.load(config.vae, device, dtype, config.random_weights)
-            models.append(AutoencoderSource(autoencoder, config.batch_size, config.resolution))
-        else:
-            encoder = load_encoder(
-                source,
-                resolution=config.resolution,
-                device=device,
-                dtype=dtype,
-                weights=config.weights.get(source),
-                random_weights=config.random_weights,
+            models.append(AutoencoderModel(autoencoder, config.batch_size, config.resolution))
+            continue
+        encoder = load_encoder(
+            name,
+            resolution=config.resolution,
+            device=device,
+            dtype=dtype,
+            weights=config.weights.get(name),
+            random_weights=config.random_weights,
+        )
+        models.append(
+            EncoderModel(
+                encoder,
+                own,
+                batch_size=config.batch_size,
+                dtype=config.feature_dtype,
+                attention=config.attention_settings(name),
+                compressor=config.compress,
             )
-            models.append(EncoderSource(encoder, config.batch_size, config.feature_dtype))
+        )
     return models

@@ -4,68 +4,29 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data.columns import AUTOENCODER, MOMENTS, ColumnSpec, column_name
+from ..data.columns import AUTOENCODER, MOMENTS, ColumnSpec, column_name, model_of
 from ..data.errors import CacheError, RepaError
 from ..data.places import DEMO_DATA
 from ..data.schema import DEFAULT_SHARD_ROWS, Manifest, Provenance
 from ..data.shard_index import CHECKSUM_BYTES, index_bytes
 from ..data.store import ensure_cache, is_committed, keys_sha256, open_manifest
 from ..data.units import human_bytes
+from .config import check_flags
+from .encoders.table import find_teacher
+from .storage.specs import attention_columns, describe_attention, token_columns
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from .config import PreprocessConfig
     from .images import ImageSource
+    from .storage.specs import AttentionSettings
 
 CROP = "adm-center"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreprocessConfig:
-    """A `repa preprocess`, as asked for; `resolve` fills in what was left open.
-
-    Attributes:
-        data: image folder, or ``demo``.
-        cache: folder of the cache.
-        encoders: teachers to run, by name; none writes latents only.
-        vae: hub name or folder of the autoencoder, or ``demo``; None: the one the cache was made with.
-        resolution: side in pixels of the crop.
-        limit: take so many images, evenly spaced over the source; None takes all.
-        batch_size: images of a forward pass; None: the one the cache was made with, or by the device's size.
-        devices: processes to start, one a GPU, or sharing the cores; 1 computes in this one.
-        feature_dtype: ``float16`` or ``float32``, of the teachers' columns.
-        compute_dtype: ``float32``, ``bfloat16`` or ``float16``, of the forward passes.
-        weights: encoder → file of its weights; others come from the hub or its local copy.
-        random_weights: draw the weights of every model, for trying things out.
-        apply_exif: turn images by their EXIF orientation.
-        shard_rows: rows of a shard; None: as the cache has it, or 1,024.
-        workers: processes that decode, per device; None: by the number of cores.
-    """
-
-    data: str
-    cache: Path
-    encoders: tuple[str, ...]
-    vae: str | None = None
-    resolution: int = 256
-    limit: int | None = None
-    batch_size: int | None = None
-    devices: int = 1
-    feature_dtype: str = "float16"
-    compute_dtype: str = "float32"
-    weights: Mapping[str, Path] = field(default_factory=dict)
-    random_weights: bool = False
-    apply_exif: bool = False
-    shard_rows: int | None = None
-    workers: int | None = None
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The sources it writes: the autoencoder and the encoders."""
-        return (AUTOENCODER, *self.encoders)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +38,9 @@ class SourcePlan:
         columns: its columns, name → spec.
         missing: shards that are not committed.
         rows: images of those shards.
-        bytes: what writing them will take, checksums and indexes included.
+        bytes: what writing them will take before compression, checksums and indexes included.
+        at_most: whether columns and bytes are the largest that may come: the rank of the attention is yet to
+            be chosen.
         declared: what the cache says of it already, or None.
         drawn: whether its weights are drawn, not trained.
     """
@@ -87,6 +50,7 @@ class SourcePlan:
     missing: tuple[int, ...]
     rows: int
     bytes: int
+    at_most: bool
     declared: Provenance | None
     drawn: bool
 
@@ -158,7 +122,7 @@ def make_plan(config: PreprocessConfig) -> Plan:
     """
     from .images import open_source
 
-    _check_flags(config)
+    check_flags(config)
     present = present_manifest(config.cache)
     config = _resolve(config, present)
     images = open_source(config.data, limit=config.limit, apply_exif=config.apply_exif)
@@ -208,30 +172,6 @@ def missing_shards(
     return tuple(shard for shard in shards if not is_committed(cache, present, source, shard))
 
 
-def _check_flags(config: PreprocessConfig) -> None:
-    twice = sorted({name for name in config.encoders if config.encoders.count(name) > 1})
-    if twice:
-        raise RepaError(f"--encoder {twice[0]} is given more than once; give each encoder once")
-    unasked = sorted(set(config.weights) - set(config.encoders))
-    if unasked:
-        raise RepaError(
-            f"--weights names {unasked[0]}, which is not asked for; add --encoder {unasked[0]} or drop it"
-        )
-    for flag, value in (
-        ("--resolution", config.resolution),
-        ("--devices", config.devices),
-        ("--limit", config.limit),
-        ("--batch-size", config.batch_size),
-        ("--shard-rows", config.shard_rows),
-    ):
-        if value is not None and value < 1:
-            raise RepaError(f"{flag} {value} is too small; give at least 1")
-    if config.workers is not None and config.workers < 0:
-        raise RepaError(
-            f"--workers {config.workers} is too small; give 0 (decode in the same process) or more"
-        )
-
-
 def _resolve(config: PreprocessConfig, present: Manifest | None) -> PreprocessConfig:
     """Fill in what was left open: as the cache has it, else the default."""
     recorded = present.sources if present is not None else {}
@@ -241,7 +181,7 @@ def _resolve(config: PreprocessConfig, present: Manifest | None) -> PreprocessCo
     batch_size = config.batch_size
     if batch_size is None:
         known = [
-            recorded[source].batch_size for source in (*config.encoders, *recorded) if source in recorded
+            recorded[source].batch_size for source in (*config.sources[1:], *recorded) if source in recorded
         ]
         batch_size = known[0] if known else _default_batch_size(config.resolution)
     shard_rows = config.shard_rows
@@ -274,14 +214,20 @@ def _plan_source(
     config: PreprocessConfig, manifest: Manifest, present: Manifest | None, source: str
 ) -> SourcePlan:
     declared = present.sources.get(source) if present is not None else None
+    known = present.source_columns(source) if present is not None else {}
     missing = missing_shards(config.cache, present, source, range(manifest.num_shards))
-    if source == AUTOENCODER and present is not None and declared is not None and not missing:
+    begun = declared is not None and len(missing) < manifest.num_shards
+    at_most = False
+    if source == AUTOENCODER and begun and not missing:
         # it only comes along with the encoders: how it was made is not in question
-        columns = present.source_columns(source)
+        columns: Mapping[str, ColumnSpec] = known
     else:
         columns = _columns(config, source)
-        if present is not None and declared is not None and len(missing) < manifest.num_shards:
-            _check_declared(config, source, declared, columns, present.source_columns(source))
+        if begun and declared is not None:
+            _check_declared(config, source, declared, columns, known)
+        if (settings := _attention(config, source)) is not None and settings.tolerance is not None:
+            at_most = not begun
+            columns = known if begun else columns
     rows = sum(len(manifest.shard_range(shard)) for shard in missing)
     views = len(manifest.views)
     index = len(missing) * index_bytes(manifest.shard_rows, views)
@@ -291,13 +237,20 @@ def _plan_source(
         missing=missing,
         rows=rows,
         bytes=sum(rows * views * (spec.row_bytes + CHECKSUM_BYTES) + index for spec in columns.values()),
+        at_most=at_most,
         declared=declared,
         drawn=declared.random_weights if declared is not None else _is_drawn(config, source),
     )
 
 
+def _attention(config: PreprocessConfig, source: str) -> AttentionSettings | None:
+    """How a source's attention is to be stored; None: it is none."""
+    encoder = model_of(source)
+    return None if encoder == source else config.attention_settings(encoder)
+
+
 def _columns(config: PreprocessConfig, source: str) -> dict[str, ColumnSpec]:
-    """The columns a source would have, from what is known of it without its weights."""
+    """The columns a source would have, from what is known of it without its weights; of ranks the largest."""
     if source == AUTOENCODER:
         from .vae import latent_shape
 
@@ -305,15 +258,26 @@ def _columns(config: PreprocessConfig, source: str) -> dict[str, ColumnSpec]:
             _vae(config), config.resolution, random_weights=config.random_weights
         )
         return {MOMENTS: ColumnSpec(shape=(2 * channels, rows, columns), dtype="float32")}
-    from .encoders.table import find_teacher
-
-    teacher = find_teacher(source)
+    teacher = find_teacher(model_of(source))
     rows, columns = teacher.grid(config.resolution)
-    shapes = {"patch": (rows * columns, teacher.width), "cls": (teacher.width,)}
-    return {
-        column_name(source, kind): ColumnSpec(shape=shape, dtype=config.feature_dtype)
-        for kind, shape in shapes.items()
-    }
+    settings = _attention(config, source)
+    if settings is None:
+        return token_columns(
+            source,
+            tokens=rows * columns,
+            width=teacher.width,
+            dtype=config.feature_dtype,
+            compressor=config.compress,
+        )
+    return attention_columns(
+        teacher.name,
+        blocks=len(settings.blocks),
+        heads=teacher.heads,
+        tokens=rows * columns,
+        rank=settings.ranks(teacher.head_width)[-1],
+        dtype=settings.stored_dtype,
+        compressor=settings.compressor,
+    )
 
 
 def _is_drawn(config: PreprocessConfig, source: str) -> bool:
@@ -322,7 +286,8 @@ def _is_drawn(config: PreprocessConfig, source: str) -> bool:
         from .vae import is_drawn
 
         return is_drawn(_vae(config), random_weights=config.random_weights)
-    return config.random_weights and source not in config.weights and source != DEMO_DATA
+    encoder = model_of(source)
+    return config.random_weights and encoder not in config.weights and encoder != DEMO_DATA
 
 
 def _vae(config: PreprocessConfig) -> str:
@@ -338,16 +303,22 @@ def _check_declared(
     present: Mapping[str, ColumnSpec],
 ) -> None:
     """Refuse at once what `ensure_source` would refuse later, or never when no model needs loading."""
-
-    def dtypes(specs: Mapping[str, ColumnSpec]) -> str:
-        return ", ".join(sorted({spec.dtype for spec in specs.values()}))
-
-    asked = (
+    asked: list[tuple[str, object, object]] = [
         ("--batch-size", declared.batch_size, config.batch_size),
         ("--compute-dtype", declared.compute_dtype, config.compute_dtype),
         ("--random-weights", declared.random_weights, _is_drawn(config, source)),
-        ("--feature-dtype", dtypes(present), dtypes(columns)),
-    )
+    ]
+    settings = _attention(config, source)
+    if settings is not None:
+        blocks = [",".join(map(str, each)) for each in (declared.notes["blocks"], settings.blocks)]
+        asked.append(("--attention", blocks[0], blocks[1]))
+        asked.append(("attention stored", describe_attention(declared.notes, present), settings.describe()))
+    elif source != AUTOENCODER:
+        patch = column_name(source, "patch")
+        asked.append(("--feature-dtype", present[patch].dtype, columns[patch].dtype))
+    if source != AUTOENCODER:
+        packed = [next(iter(specs.values())).compressor for specs in (present, columns)]
+        asked.append(("--compress", packed[0], packed[1]))
     different = [f"{flag} {here}, not {wanted}" for flag, here, wanted in asked if here != wanted]
     if different:
         raise CacheError(

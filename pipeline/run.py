@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data.columns import AUTOENCODER
-from ..data.errors import RepaError
+from ..data.columns import AUTOENCODER, model_of
+from ..data.errors import CacheError, RepaError
 from ..data.store import committed_shards, ensure_source
 from .interrupts import terminated_as_interrupt
 from .plan import make_plan, present_manifest
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from .plan import Plan, PreprocessConfig
+    from .config import PreprocessConfig
+    from .plan import Plan
 
 MAX_LANES = 16  # batches at a time in one process; more cores are better used with --devices
 MAX_DECODERS = 16
@@ -159,12 +160,22 @@ def _check_given_weights(plan: Plan, asked: PreprocessConfig) -> None:
     for source in plan.sources:
         if source.missing or source.declared is None:
             continue
-        here = str(Path(asked.vae).resolve()) if asked.vae and Path(asked.vae).is_dir() else asked.vae
-        elsewhere = here is not None and here != source.declared.notes.get("location")
-        if source.source in asked.weights or (source.source == AUTOENCODER and elsewhere):
+        place = str(Path(asked.vae).resolve()) if asked.vae and Path(asked.vae).is_dir() else asked.vae
+        elsewhere = place is not None and place != source.declared.notes.get("location")
+        if model_of(source.source) in asked.weights or (source.source == AUTOENCODER and elsewhere):
             names.append(source.source)
     if names:
         from .models import load_models
 
+        declared = {source.source: source.declared for source in plan.sources}
         for model in load_models(plan.config, names, "cpu"):
-            ensure_source(plan.config.cache, model.source, model.provenance, model.columns)
+            for name in model.sources:
+                part, here = model.parts.get(name), declared[name]
+                if part is not None:
+                    ensure_source(plan.config.cache, name, part.provenance, part.columns)
+                elif here is not None and here.weights_sha256 != model.provenance.weights_sha256:
+                    # its form was calibrated when it was written: that needs no repetition here
+                    raise CacheError(
+                        f"cache {plan.config.cache} has {name} from other weights than --weights names; use "
+                        "those, or choose another folder with --cache"
+                    )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from ..data.columns import source_of, split_column
+from ..data.columns import SCALE_SUFFIX, scale_column, source_of, split_column
 from ..data.store import invalid_reasons, open_manifest
 from ..data.units import human_bytes, human_rate, human_seconds
 
@@ -53,21 +53,32 @@ def show_plan(plan: Plan, rank: Rank, console: Console) -> None:
     for source in plan.sources:
         table.add_row(
             source.source,
-            ", ".join(
-                f"{split_column(name)[1]} {spec.dtype}{list(spec.shape)}"
-                for name, spec in source.columns.items()
-            ),
+            ", ".join(_column(source, name) for name in source.columns if not name.endswith(SCALE_SUFFIX)),
             _state(plan, source),
             f"{source.rows} images",
-            human_bytes(source.bytes),
+            f"{_most(source)}{human_bytes(source.bytes)}",
         )
     console.print(table)
     fits = "fits" if plan.fits else "does not fit"
+    most = "at most " if any(source.at_most for source in plan.sources) else ""
+    packed = " before compression" if config.compress else ""
     say(
         console,
-        f"{human_bytes(plan.bytes)} to write, {human_bytes(plan.free_bytes)} free on the disk of "
-        f"{config.cache}: {fits}",
+        f"{most}{human_bytes(plan.bytes)} to write{packed}, {human_bytes(plan.free_bytes)} free on the disk "
+        f"of {config.cache}: {fits}",
     )
+
+
+def _column(source: SourcePlan, name: str) -> str:
+    """``q int8[3, 12, 256, 16] 1.5 MB``: the last is what its missing rows take, scales included."""
+    spec, scale = source.columns[name], source.columns.get(scale_column(name))
+    row_bytes = spec.row_bytes + (scale.row_bytes if scale is not None else 0)
+    size = f" {_most(source)}{human_bytes(source.rows * row_bytes)}" if source.rows else ""
+    return f"{split_column(name)[1]} {spec.dtype}{list(spec.shape)}{size}"
+
+
+def _most(source: SourcePlan) -> str:
+    return "≤ " if source.at_most and source.rows else ""
 
 
 def _first(skipped: Sequence[tuple[str, str]]) -> str:
@@ -148,15 +159,18 @@ def _show_time(tallies: Sequence[Tally], console: Console) -> None:
     count = len(working)
     busy: defaultdict[str, float] = defaultdict(float)
     for tally in working:
-        for source, seconds in tally.written.busy_seconds.items():
-            busy[source] += seconds / tally.lanes
+        for model, seconds in tally.written.busy_seconds.items():
+            busy[model] += seconds / tally.lanes
     loop = sum(tally.loop_seconds for tally in working)
     idle = max(0.0, loop - sum(busy.values()))
     decode = sum(tally.decode_seconds for tally in working)
     disk = sum(tally.written.write_seconds for tally in working)
     load = sum(tally.load_seconds for tally in working)
     parts = [f"loading models {human_seconds(load / count)}"]
-    parts += [f"{source} {human_seconds(value / count)}" for source, value in busy.items()]
+    calibrate = sum(tally.calibrate_seconds for tally in working)
+    if calibrate >= 0.1 * count:
+        parts.append(f"calibrating {human_seconds(calibrate / count)}")
+    parts += [f"{model} {human_seconds(value / count)}" for model, value in busy.items()]
     parts.append(f"device idle {human_seconds(idle / count)}")
     say(
         console,

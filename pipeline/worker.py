@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..data.errors import RepaError
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
 
     from ..data.schema import Manifest
     from .batches import Decoded
+    from .config import PreprocessConfig
     from .images import ImageSource
-    from .lanes import Lanes, SourceModel
-    from .plan import PreprocessConfig
+    from .lanes import Lanes, Task
+    from .models import SourceModel
+    from .storage.calibrator import Calibrator
 
     Report = Callable[[Mapping[str, int], int], None]
 
@@ -60,7 +63,8 @@ class Tally:
     Attributes:
         written: rows and bytes committed, rows that could not be decoded, the device's and the writer's time.
         images: rows gone through, invalid ones included, each once however many sources it was for.
-        load_seconds: models loaded, the cache opened.
+        load_seconds: models loaded.
+        calibrate_seconds: storage forms fitted and measured, or waited for while another process did.
         loop_seconds: the shard loop, from the first image to the last commit.
         decode_seconds: the loop waited for images; the device may have been computing meanwhile.
         lanes: batches computed at the same time; ``written.busy_seconds`` is a sum over them.
@@ -69,6 +73,7 @@ class Tally:
     written: Written = field(default_factory=Written)
     images: int = 0
     load_seconds: float = 0.0
+    calibrate_seconds: float = 0.0
     loop_seconds: float = 0.0
     decode_seconds: float = 0.0
     lanes: int = 1
@@ -87,8 +92,9 @@ def work(job: Job, source: ImageSource, report: Report) -> Tally:
         What was done.
 
     Raises:
-        RepaError: a model could not be loaded, a feature was not finite, an image could not be read, the disk
-            refused, or another process writes the same shards. Committed shards stay.
+        RepaError: a model could not be loaded, a tolerance not be met, a feature was not finite, an image
+            could not be read, the disk refused, or another process writes the same shards. Committed shards
+            stay.
     """
     tally = Tally()
     started = time.perf_counter()
@@ -100,23 +106,41 @@ def work(job: Job, source: ImageSource, report: Report) -> Tally:
     from .models import load_models
 
     models = load_models(job.config, [name for name, shards in missing.items() if shards], job.device)
-    # only now: a model that cannot be loaded leaves nothing behind
-    manifest = ensure_cache(job.config.cache, job.manifest, source.keys, source.labels)
-    for model in models:
-        manifest = ensure_source(job.config.cache, model.source, model.provenance, model.columns)
     tally.load_seconds = time.perf_counter() - started
+    settles = calibrator(job, source)
+    for model in models:
+        model.prepare(settles)
+    tally.calibrate_seconds = time.perf_counter() - started - tally.load_seconds
+    # only now: a model that cannot be loaded, or a tolerance that cannot be met, leaves nothing behind
+    manifest = ensure_cache(job.config.cache, job.manifest, source.keys, source.labels)
+    parts = {name: part for model in models for name, part in model.parts.items()}
+    for name, part in parts.items():
+        manifest = ensure_source(job.config.cache, name, part.provenance, part.columns)
     with ExitStack() as stack:
         writers = {
-            model.source: stack.enter_context(
-                SourceWriter(job.config.cache, manifest, model.source, missing[model.source])
-            )
-            for model in models
+            name: stack.enter_context(SourceWriter(job.config.cache, manifest, name, missing[name]))
+            for name in parts
         }
-        for model in models:
+        for name, part in parts.items():
             # until a shard is committed or locked, another command may have declared the source anew
-            ensure_source(job.config.cache, model.source, model.provenance, model.columns)
+            ensure_source(job.config.cache, name, part.provenance, part.columns)
         _Loop(job, manifest, source, models, writers, report, tally).run()
     return tally
+
+
+def calibrator(job: Job, source: ImageSource) -> Calibrator:
+    """What settles the storage forms of a job's models, see `Calibrator`."""
+    from .storage.calibrator import Calibrator
+
+    assert job.config.batch_size is not None, "the plan resolves the command"
+    return Calibrator(
+        job.config.cache,
+        source,
+        resolution=job.config.resolution,
+        batch_size=job.config.batch_size,
+        device=job.device,
+        threads=job.threads,
+    )
 
 
 class _Loop:
@@ -177,11 +201,22 @@ class _Loop:
         assert batch_size is not None, "the plan resolves the command"
         try:
             for batch in batches(decoded, self._manifest, batch_size):
-                models = [model for model in self._models if batch.shard in self._remaining[model.source]]
-                writer.put(lanes.submit(batch, models))
+                writer.put(lanes.submit(batch, self._tasks(batch.shard)))
         except RepaError as error:
             return error
         return None
+
+    def _tasks(self, shard: int) -> list[Task]:
+        """One pass for each model that some source misses in this shard, for those sources alone."""
+        from .lanes import Task
+
+        tasks = []
+        for model in self._models:
+            sources = tuple(name for name in model.parts if shard in self._remaining[name])
+            if sources:
+                compute = partial(model.encode, sources=sources)
+                tasks.append(Task(model=model.name, sources=sources, compute=compute))
+        return tasks
 
     def _timed(
         self, decoded: Iterator[tuple[int, Decoded]], check: Callable[[], None]

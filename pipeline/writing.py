@@ -61,7 +61,7 @@ class Result:
 
     Attributes:
         batch: ready to be written.
-        seconds: source → seconds the device was busy with it.
+        seconds: model → seconds the device was busy with it.
     """
 
     batch: EncodedBatch
@@ -88,7 +88,7 @@ class Written:
         rows: source → rows committed, the invalid ones not counted.
         bytes: column → bytes committed, checksums and indexes not counted.
         invalid: row → reason, over all sources.
-        busy_seconds: source → time the device was busy with it.
+        busy_seconds: model → time the device was busy with it.
         write_seconds: time the thread wrote, beside the device's.
     """
 
@@ -193,8 +193,8 @@ class WriterThread:
                     return None
             result = item.result()
             busy = self.written.busy_seconds
-            for source, seconds in result.seconds.items():
-                busy[source] = busy.get(source, 0.0) + seconds
+            for model, seconds in result.seconds.items():
+                busy[model] = busy.get(model, 0.0) + seconds
             return result.batch
         return None
 

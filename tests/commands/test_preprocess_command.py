@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
-    from repa.pipeline.plan import PreprocessConfig
+    from repa.pipeline.config import PreprocessConfig
 
 IMAGES, BATCH, SHARD = 21, 4, 8
 

@@ -23,13 +23,13 @@ import repa.pipeline.models
 import torch
 import zarr  # noqa: F401 — so that no attempt spends its time importing it
 from repa.commands.preprocess import preprocess
-from repa.pipeline.plan import PreprocessConfig
+from repa.pipeline.config import PreprocessConfig
 from rich.console import Console
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from repa.pipeline.lanes import SourceModel
+    from repa.pipeline.models import SourceModel
 
 RESOLUTION = 32
 
@@ -94,7 +94,7 @@ def load_once(data: Path) -> None:
     models = repa.pipeline.models.load_models(config, config.sources, "cpu")
 
     def loaded(config: PreprocessConfig, sources: Iterable[str], device: str) -> list[SourceModel]:
-        return [model for model in models if model.source in set(sources)]
+        return [model for model in models if set(model.sources) & set(sources)]
 
     repa.pipeline.models.load_models = loaded
 

@@ -11,8 +11,9 @@ import pytest
 from repa.data.columns import MOMENTS, ColumnSpec
 from repa.data.errors import RepaError
 from repa.data.store import shard_file
+from repa.pipeline.config import PreprocessConfig
 from repa.pipeline.lanes import usable_cores
-from repa.pipeline.plan import Plan, PreprocessConfig, make_plan
+from repa.pipeline.plan import Plan, make_plan
 from repa.pipeline.ranks import Rank
 from repa.pipeline.run import saved, share_out
 from repa.pipeline.vae import DEFAULT_VAE

@@ -24,7 +24,7 @@ from repa.data.store import (
 )
 from repa.data.testing import synthetic_provenance
 from repa.pipeline.batches import Batch, batches
-from repa.pipeline.lanes import open_lanes
+from repa.pipeline.lanes import Task, open_lanes
 from repa.pipeline.ranks import Rank, detect_rank
 from repa.pipeline.writing import EncodedBatch, Result, WriterThread
 
@@ -255,7 +255,6 @@ class Network:
         generator = torch.Generator().manual_seed(0)
         self.weight = torch.randn(64, 32, 1, 1, generator=generator)
         self.first = torch.randn(32, 3, 3, 3, generator=generator)
-        self.source = "sd-vae"
 
     def encode(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         x = torch.nn.functional.conv2d(images.float() / 255, self.first, padding=1)
@@ -265,11 +264,11 @@ class Network:
 
 def digests(threads: int) -> list[str]:
     pixels = np.random.default_rng(0).integers(0, 256, (20, 3, 33, 31), np.uint8)
-    model = Network()
+    task = Task(model="sd-vae", sources=("sd-vae",), compute=Network().encode)
     results = []
     with open_lanes("cpu", threads) as lanes:
         waits = [
-            lanes.submit(Batch(shard=0, rows=list(range(a, a + 5)), images=list(pixels[a : a + 5])), [model])
+            lanes.submit(Batch(shard=0, rows=list(range(a, a + 5)), images=list(pixels[a : a + 5])), [task])
             for a in range(0, 20, 5)
         ]
         for pending in waits:
@@ -288,7 +287,9 @@ def test_bytes_do_not_depend_on_the_number_of_threads() -> None:
 
 def test_a_batch_without_images_is_computed_without_the_model() -> None:
     with open_lanes("cpu", 1) as lanes:
-        result = lanes.submit(Batch(shard=0, invalid={0: "bad"}, last=True), [Network()]).result()
+        task = Task(model="sd-vae", sources=("sd-vae",), compute=Network().encode)
+        result = lanes.submit(Batch(shard=0, invalid={0: "bad"}, last=True), [task]).result()
+    assert result.batch.sources == ("sd-vae",)
     assert result.batch.columns == {}
     assert result.batch.invalid == {0: "bad"}
     assert result.batch.last

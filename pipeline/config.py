@@ -1,0 +1,136 @@
+"""A `repa preprocess` as asked for. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping  # noqa: TC003 — dataclasses read it
+from dataclasses import dataclass, field
+from pathlib import Path  # noqa: TC003 — dataclasses read it
+
+from ..data.columns import AUTOENCODER, attention_source
+from ..data.errors import RepaError
+from .encoders.table import find_teacher
+from .storage.specs import INT8, AttentionSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig:
+    """A `repa preprocess`, as asked for; `resolve` fills in what was left open.
+
+    Attributes:
+        data: image folder, or ``demo``.
+        cache: folder of the cache.
+        encoders: teachers to run, by name; none writes latents only.
+        vae: hub name or folder of the autoencoder, or ``demo``; None: the one the cache was made with.
+        resolution: side in pixels of the crop.
+        limit: take so many images, evenly spaced over the source; None takes all.
+        batch_size: images of a forward pass; None: the one the cache was made with, or by the device's size.
+        devices: processes to start, one a GPU, or sharing the cores; 1 computes in this one.
+        feature_dtype: ``float16``, ``float32`` or ``int8``, of the teachers' columns.
+        attention: encoder → blocks whose queries and keys are stored too, counted from 1, ascending.
+        attention_rank: cut them to so many components a head, as int8.
+        attention_kl: cut them, as int8, to the smallest rank whose mean divergence from the teacher's
+            attention is at most so many nats in every block and head.
+        compress: compressor of the teachers' columns, see `ColumnSpec`; None stores them as they are.
+        compute_dtype: ``float32``, ``bfloat16`` or ``float16``, of the forward passes.
+        weights: encoder → file of its weights; others come from the hub or its local copy.
+        random_weights: draw the weights of every model, for trying things out.
+        apply_exif: turn images by their EXIF orientation.
+        shard_rows: rows of a shard; None: as the cache has it, or 1,024.
+        workers: processes that decode, per device; None: by the number of cores.
+    """
+
+    data: str
+    cache: Path
+    encoders: tuple[str, ...]
+    vae: str | None = None
+    resolution: int = 256
+    limit: int | None = None
+    batch_size: int | None = None
+    devices: int = 1
+    feature_dtype: str = "float16"
+    attention: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    attention_rank: int | None = None
+    attention_kl: float | None = None
+    compress: str | None = None
+    compute_dtype: str = "float32"
+    weights: Mapping[str, Path] = field(default_factory=dict)
+    random_weights: bool = False
+    apply_exif: bool = False
+    shard_rows: int | None = None
+    workers: int | None = None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources it writes: the autoencoder, the encoders, and their attention."""
+        own = {name: (attention_source(name),) if name in self.attention else () for name in self.encoders}
+        return (AUTOENCODER, *(source for name in self.encoders for source in (name, *own[name])))
+
+    def attention_settings(self, encoder: str) -> AttentionSettings | None:
+        """How the attention of an encoder is to be stored; None: not at all."""
+        blocks = self.attention.get(encoder)
+        if blocks is None:
+            return None
+        # a rank that cuts nothing off is int8 at the whole width
+        whole = self.attention_rank == find_teacher(encoder).head_width
+        return AttentionSettings(
+            blocks=blocks,
+            dtype=INT8 if whole else self.feature_dtype,
+            rank=None if whole else self.attention_rank,
+            tolerance=self.attention_kl,
+            compressor=self.compress,
+        )
+
+
+def check_flags(config: PreprocessConfig) -> None:
+    """Refuse flags that contradict one another.
+
+    Raises:
+        RepaError: which, and what to do.
+    """
+    twice = sorted({name for name in config.encoders if config.encoders.count(name) > 1})
+    if twice:
+        raise RepaError(f"--encoder {twice[0]} is given more than once; give each encoder once")
+    unasked = sorted(set(config.weights) - set(config.encoders))
+    if unasked:
+        raise RepaError(
+            f"--weights names {unasked[0]}, which is not asked for; add --encoder {unasked[0]} or drop it"
+        )
+    for flag, value in (
+        ("--resolution", config.resolution),
+        ("--devices", config.devices),
+        ("--limit", config.limit),
+        ("--batch-size", config.batch_size),
+        ("--shard-rows", config.shard_rows),
+    ):
+        if value is not None and value < 1:
+            raise RepaError(f"{flag} {value} is too small; give at least 1")
+    if config.workers is not None and config.workers < 0:
+        raise RepaError(
+            f"--workers {config.workers} is too small; give 0 (decode in the same process) or more"
+        )
+    _check_attention(config)
+
+
+def _check_attention(config: PreprocessConfig) -> None:
+    cuts = {"--attention-rank": config.attention_rank, "--attention-kl": config.attention_kl}
+    given = [flag for flag, value in cuts.items() if value is not None]
+    if len(given) > 1:
+        raise RepaError(f"{' and '.join(given)} exclude one another; give the rank, or what it is to reach")
+    if given and not config.attention:
+        raise RepaError(f"{given[0]} says how attention is stored; add --attention, or drop it")
+    if config.attention_kl is not None and not config.attention_kl > 0:
+        raise RepaError(f"--attention-kl {config.attention_kl:g} cannot be met; give nats above 0, as 0.01")
+    for name, blocks in config.attention.items():
+        teacher = find_teacher(name)
+        outside = [block for block in blocks if not 1 <= block <= teacher.depth]
+        if outside or not blocks:
+            raise RepaError(
+                f"--attention names {f'block {outside[0]}' if outside else 'no block'} of encoder {name}; "
+                f"its blocks are 1 to {teacher.depth}"
+            )
+        rank = config.attention_rank
+        if rank is not None and not 1 <= rank <= teacher.head_width:
+            raise RepaError(
+                f"--attention-rank {rank} is none of encoder {name}, whose heads are "
+                f"{teacher.head_width} wide; give 1 to {teacher.head_width}"
+            )

@@ -1,0 +1,87 @@
+"""Balanced truncation: queries and keys cut to the r numbers per head that keep their products best.
+
+For one block and head the logits are a bilinear form q·k̃, with k̃ the keys less their mean over the tokens
+(which changes no probability: it adds one constant to each row of logits). With second moments
+Σ_q = E[q qᵀ], Σ_k = E[k̃ k̃ᵀ] over a calibration set and the singular value decomposition
+Σ_q^½ Σ_k^½ = U S Vᵀ,
+
+    q′ = (Σ_q^−½ U_r S_r^½)ᵀ q,   k′ = (Σ_k^−½ V_r S_r^½)ᵀ k̃
+
+have the products q′·k′ that are nearest to q·k̃ in mean square among all forms of rank r (Eckart and Young on
+the whitened form; q and k̃ drawn independently). The name is that of model reduction: both sides are brought
+to the same second moments, S. Here ours; facts of HASTE: arXiv 2505.16792.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# eigenvalues of a second moment below this share of the largest are rounding: no direction to divide by
+_FLOOR = 1e-12
+
+
+def centred(keys: Tensor) -> Tensor:
+    """Keys less their mean over the tokens, ``[..., T, Dh]``: attention does not change."""
+    return keys - keys.mean(dim=-2, keepdim=True)
+
+
+def second_moment(values: Tensor) -> Tensor:
+    """Mean of v vᵀ over the tokens.
+
+    Args:
+        values: ``[..., T, Dh]``.
+
+    Returns:
+        float64 ``[..., Dh, Dh]``.
+    """
+    exact = values.double()
+    return exact.transpose(-1, -2) @ exact / values.shape[-2]
+
+
+def balanced_projections(query_moment: Tensor, key_moment: Tensor) -> tuple[Tensor, Tensor]:
+    """The projections of all ranks at once: the first r rows are those of rank r.
+
+    Directions without queries, or without keys, have no part in any logit of the calibration set; they get
+    rows of zeros.
+
+    Args:
+        query_moment: Σ_q, float64 ``[L, H, Dh, Dh]``.
+        key_moment: Σ_k of centred keys, the same shape.
+
+    Returns:
+        Projections of queries and of centred keys, each float32 ``[L, H, Dh, Dh]``. Signs are fixed: the
+        largest number in each row of the first is positive.
+    """
+    query_root, query_inverse = _roots(query_moment)
+    key_root, key_inverse = _roots(key_moment)
+    left, singular, right = torch.linalg.svd(query_root @ key_root)
+    weight = singular.sqrt().unsqueeze(-1)
+    query_rows = weight * (left.transpose(-1, -2) @ query_inverse)
+    key_rows = weight * (right @ key_inverse)
+    largest = query_rows.abs().argmax(dim=-1, keepdim=True)
+    sign = torch.where(query_rows.gather(-1, largest) < 0, -1.0, 1.0)
+    return (sign * query_rows).float(), (sign * key_rows).float()
+
+
+def project(values: Tensor, projection: Tensor) -> Tensor:
+    """Cut queries, or centred keys.
+
+    Args:
+        values: float32 ``[B, L, H, T, Dh]``.
+        projection: float32 ``[L, H, r, Dh]``.
+
+    Returns:
+        float32 ``[B, L, H, T, r]``.
+    """
+    return values @ projection.transpose(-1, -2)
+
+
+def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Square root of a symmetric positive semidefinite matrix, and the pseudo-inverse of the root."""
+    values, vectors = torch.linalg.eigh(moment)
+    values = torch.where(values > _FLOOR * values[..., -1:].clamp(min=0), values, 0.0)
+    root = values.sqrt()
+    inverse = torch.where(root > 0, 1 / root.where(root > 0, 1.0), 0.0)
+    back = vectors.transpose(-1, -2)
+    return (vectors * root.unsqueeze(-2)) @ back, (vectors * inverse.unsqueeze(-2)) @ back
