@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ..data.places import default_cache
+from .cache_notes import print_compression, print_notes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +20,9 @@ _SHOWN = 20
 
 
 def info(*, cache: Path | None = None, console: Console | None = None) -> None:
-    """Print what a cache holds: columns, sizes, progress, and where they come from.
+    """Print what a cache holds: columns, sizes, progress, where they come from and how faithful they are.
+
+    Random rows of compressed columns are read, to say how fast that goes.
 
     Args:
         cache: the cache; by default the only one under ``caches/``.
@@ -45,7 +48,9 @@ def info(*, cache: Path | None = None, console: Console | None = None) -> None:
         highlight=False,
     )
     console.print(_columns(found))
+    print_compression(found, console)
     console.print(_sources(found))
+    print_notes(found, console)
     if not found.complete:
         console.print("[yellow]not complete: the same `repa preprocess` goes on with it[/yellow]")
     if found.invalid:

@@ -34,6 +34,7 @@ KINDS = (
 )
 FLOAT_DTYPES = ("float16", "float32")
 STORED_DTYPES = (*FLOAT_DTYPES, "int8")
+COMPRESSORS = ("zstd", "blosc", "pcodec")
 
 _MODEL = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
@@ -89,21 +90,28 @@ def scale_column(column: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnSpec:
-    """Shape and dtype of one column's row: the array on disk is ``[N, V, *shape]``.
+    """Shape, dtype and compression of one column's row: the array on disk is ``[N, V, *shape]``.
 
     Attributes:
         shape: shape of one row and view, for example ``(256, 768)`` for patch tokens ``[T, D]``.
         dtype: NumPy name of the stored dtype, little endian on disk.
+        compressor: how its chunks are compressed, one of `COMPRESSORS`; None, the default, reads fastest
+            (see `compression`).
     """
 
     shape: tuple[int, ...]
     dtype: str
+    compressor: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in STORED_DTYPES:
             raise RepaError(f"column dtype {self.dtype!r} is unknown; there are {', '.join(STORED_DTYPES)}")
         if not self.shape or any(size < 1 for size in self.shape):
             raise RepaError(f"column shape {self.shape} has an empty axis")
+        if self.compressor is not None and self.compressor not in COMPRESSORS:
+            raise RepaError(f"compressor {self.compressor!r} is unknown; there are {', '.join(COMPRESSORS)}")
+        if self.compressor == "pcodec" and self.dtype == "int8":
+            raise RepaError("pcodec compresses floats only, no int8 columns; use zstd or blosc for them")
 
     @property
     def numpy_dtype(self) -> np.dtype[np.generic]:
@@ -112,5 +120,5 @@ class ColumnSpec:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row and view, without its checksum."""
+        """Bytes of one row and view, not compressed and without its checksum."""
         return prod(self.shape) * self.numpy_dtype.itemsize

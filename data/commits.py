@@ -36,7 +36,8 @@ class ColumnRecord:
     Attributes:
         file_bytes: size of the file.
         chunks_sha256: sha256 over the stored crc32c of every row and view of a full shard, in order (uint32,
-            little endian; four zero bytes for a missing chunk). Two intact shards differ here.
+            little endian; four zero bytes for a missing chunk). The crc32c of a compressed chunk is that of
+            its encoded bytes. Two intact shards differ here.
     """
 
     file_bytes: int

@@ -26,15 +26,24 @@ class ColumnInfo:
         name: ``<source>/<kind>``.
         dtype: NumPy name of the stored dtype.
         shape: of one row and view.
+        compressor: how its chunks are compressed; None where they are not.
         file_bytes: bytes of its committed shards on disk.
-        bytes_per_image: data of one image, all views, without checksums and index.
+        data_bytes: what their rows hold, not compressed and without checksums and index.
+        bytes_per_image: data of one image, all views, not compressed and without checksums and index.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    compressor: str | None
     file_bytes: int
+    data_bytes: int
     bytes_per_image: int
+
+    @property
+    def ratio(self) -> float | None:
+        """Bytes of data per byte on disk; None before the first shard."""
+        return self.data_bytes / self.file_bytes if self.file_bytes else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +125,14 @@ def _source_info(path: Path, manifest: Manifest, source: str) -> SourceInfo:
     shards = committed_shards(path, manifest, source)
     columns = manifest.source_columns(source)
     file_bytes = dict.fromkeys(columns, 0)
+    images = 0
     for shard in shards:
         record = read_commit(path, source, shard)
-        for name, column in record.columns.items() if record else ():
-            file_bytes[name] += column.file_bytes
+        if record is not None:
+            images += record.rows[1] - record.rows[0] - len(record.invalid)
+            for name, column in record.columns.items():
+                file_bytes[name] += column.file_bytes
+    views = len(manifest.views)
     return SourceInfo(
         name=source,
         model=manifest.sources[source].model,
@@ -130,8 +143,10 @@ def _source_info(path: Path, manifest: Manifest, source: str) -> SourceInfo:
                 name=name,
                 dtype=spec.dtype,
                 shape=spec.shape,
+                compressor=spec.compressor,
                 file_bytes=file_bytes[name],
-                bytes_per_image=spec.row_bytes * len(manifest.views),
+                data_bytes=spec.row_bytes * views * images,
+                bytes_per_image=spec.row_bytes * views,
             )
             for name, spec in columns.items()
         ),

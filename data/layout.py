@@ -87,13 +87,17 @@ def zarr_documents(
         manifest: the cache.
         attributes: of the cache's group; the manifest's own by default.
         labels: int32 ``[N]``; given, the one chunk of the label array comes too.
+
+    Raises:
+        RepaError: a compressor needs a package that is not installed.
     """
     import zarr
     from zarr.codecs import BytesCodec, Crc32cCodec
     from zarr.storage import MemoryStore
 
+    from .compression import quiet_about_pcodec, zarr_codecs
+
     files: MutableMapping[str, Any] = {}
-    little = BytesCodec(endian="little")
     group = zarr.create_group(
         MemoryStore(files),
         attributes=dict(group_attributes(manifest) if attributes is None else attributes),
@@ -105,7 +109,7 @@ def zarr_documents(
         dtype="int32",
         chunks=(manifest.num_rows,),
         compressors=[Crc32cCodec()],
-        serializer=little,
+        serializer=BytesCodec(endian="little"),
         fill_value=0,
         config={"write_empty_chunks": True},
     )
@@ -114,16 +118,16 @@ def zarr_documents(
     views = len(manifest.views)
     for source in dict.fromkeys(split_column(column)[0] for column in manifest.columns):
         group.create_group(source)
-    for column, spec in manifest.columns.items():
-        group.create_array(
-            column,
-            shape=(manifest.num_rows, views, *spec.shape),
-            dtype=spec.dtype,
-            chunks=(1, 1, *spec.shape),
-            shards=(manifest.shard_rows, views, *spec.shape),
-            compressors=[Crc32cCodec()],
-            serializer=little,
-            fill_value=0,
-            config={"write_empty_chunks": True},
-        )
+    with quiet_about_pcodec():
+        for column, spec in manifest.columns.items():
+            group.create_array(
+                column,
+                shape=(manifest.num_rows, views, *spec.shape),
+                dtype=spec.dtype,
+                chunks=(1, 1, *spec.shape),
+                shards=(manifest.shard_rows, views, *spec.shape),
+                **zarr_codecs(spec),
+                fill_value=0,
+                config={"write_empty_chunks": True},
+            )
     return {name: buffer.to_bytes() for name, buffer in files.items()}

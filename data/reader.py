@@ -3,6 +3,9 @@
 A row and view is one inner chunk of a shard file: its raw bytes and their crc32c. One ``preadv`` puts the
 bytes into the caller's array and the checksum beside it; nothing is copied in between. ``preadv`` and the
 checksum run without the interpreter's lock, so threads add up.
+
+The chunks of a compressed column take the slow path: read into memory of their own, checked, decoded, copied.
+It is the same threads that do it, the codecs run without the lock too, and one batch may mix both.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import numpy as np
 from crc32c import crc32c
 
 from .columns import LABEL, source_of
+from .compression import chunk_codec
 from .descriptors import DescriptorCache
 from .errors import CacheError, CorruptRowError
 from .shard_index import CHECKSUM_BYTES, MISSING, read_index
@@ -30,9 +34,12 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from .compression import ChunkCodec
+
 # in a column's table of chunk offsets: the index gives the chunk no place, or one of the wrong size
 _NO_CHUNK = -1
 _WRONG_SIZE = -2
+_REASONS = {_NO_CHUNK: "its chunk is missing", _WRONG_SIZE: "its chunk has another size"}
 
 
 class _Target(NamedTuple):
@@ -63,6 +70,7 @@ class CacheReader:
     Raises:
         CacheError: there is no cache, or a column is missing or not completely written; names what is missing
             and the command that adds it.
+        RepaError: a column's compressor needs a package that is not installed.
     """
 
     def __init__(
@@ -85,10 +93,17 @@ class CacheReader:
         self._paths: dict[tuple[str, int], str] = {}
         self._offsets: dict[str, NDArray[np.int64]] = {}
         self._indexed: dict[str, NDArray[np.bool_]] = {}
+        # of compressed columns only: codec, and the table of what their chunks take up
+        self._codecs: dict[str, ChunkCodec] = {}
+        self._sizes: dict[str, NDArray[np.int64]] = {}
         for column in self.columns:
             rows = self.manifest.num_shards * self.manifest.shard_rows
             self._offsets[column] = np.empty((rows, len(self.manifest.views)), dtype=np.int64)
             self._indexed[column] = np.zeros(self.manifest.num_shards, dtype=bool)
+            codec = chunk_codec(self.manifest.columns[column])
+            if codec is not None:
+                self._codecs[column] = codec
+                self._sizes[column] = np.empty_like(self._offsets[column])
         self._bytes_read = dict.fromkeys(self.columns, 0)
         self._lock = threading.Lock()
         _READERS.add(self)
@@ -215,24 +230,29 @@ class CacheReader:
         path = self._path(column, shard)
         row = int(rows[0])
         scratch = memoryview(bytearray(CHECKSUM_BYTES))
+        codec = self._codecs.get(column)
         try:
             with self._files.open(path) as descriptor:
                 if not self._indexed[column][shard]:
                     self._load_index(descriptor, path, column, shard, row)
-                offsets = self._offsets[column][rows, views]
-                for row, offset, place in zip(rows.tolist(), offsets.tolist(), places.tolist(), strict=True):
-                    chunk = memory[place * row_bytes : (place + 1) * row_bytes]
-                    if offset < 0:
-                        reason = (
-                            "its chunk is missing" if offset == _NO_CHUNK else "its chunk has another size"
-                        )
+                offsets = self._offsets[column][rows, views].tolist()
+                sizes = self._sizes[column][rows, views].tolist() if codec else ()
+                for at, (row, place) in enumerate(zip(rows.tolist(), places.tolist(), strict=True)):
+                    out = memory[place * row_bytes : (place + 1) * row_bytes]
+                    chunk = memoryview(bytearray(sizes[at] - CHECKSUM_BYTES)) if codec else out
+                    reason = _REASONS.get(offsets[at])
+                    if reason is None and not _read_chunk(descriptor, chunk, scratch, offsets[at]):
+                        reason = "the file was cut off"
+                    if (
+                        reason is None
+                        and self.check_crc
+                        and crc32c(chunk) != int.from_bytes(scratch, "little")
+                    ):
+                        reason = "wrong checksum"
+                    if reason is None and codec is not None:
+                        reason = codec.decode(chunk, out)
+                    if reason is not None:
                         raise CorruptRowError(row=row, column=column, path=path, reason=reason)
-                    if not _read_chunk(descriptor, chunk, scratch, offset):
-                        raise CorruptRowError(
-                            row=row, column=column, path=path, reason="the file was cut off"
-                        )
-                    if self.check_crc and crc32c(chunk) != int.from_bytes(scratch, "little"):
-                        raise CorruptRowError(row=row, column=column, path=path, reason="wrong checksum")
         except OSError as error:
             raise CacheError(
                 f"row {row} of {column} cannot be read from {path}: {error.strerror}; run `repa cache verify "
@@ -250,6 +270,7 @@ class CacheReader:
     def _load_index(self, descriptor: int, path: str, column: str, shard: int, row: int) -> None:
         """Put the index of a shard into the column's table of offsets; two threads may do it at once."""
         shard_rows, views = self.manifest.shard_rows, len(self.manifest.views)
+        here = slice(shard * shard_rows, (shard + 1) * shard_rows)
         try:
             index = read_index(descriptor, path, shard_rows, views)
         except CacheError as error:
@@ -257,9 +278,15 @@ class CacheReader:
         starts, sizes = index[..., 0], index[..., 1]
         # a place past 2⁶³ is past the end of any file; it must not turn negative
         offsets = np.minimum(starts, np.uint64(2**63 - 1 - 2**32)).astype(np.int64)
-        offsets[sizes != self.manifest.columns[column].row_bytes + CHECKSUM_BYTES] = _WRONG_SIZE
+        if column in self._codecs:
+            # what is no size of a chunk must not be asked for as memory either
+            wrong = (sizes <= CHECKSUM_BYTES) | (sizes > os.fstat(descriptor).st_size)
+            self._sizes[column][here] = np.where(wrong, CHECKSUM_BYTES, sizes).astype(np.int64)
+        else:
+            wrong = sizes != self.manifest.columns[column].row_bytes + CHECKSUM_BYTES
+        offsets[wrong] = _WRONG_SIZE
         offsets[(starts == MISSING) & (sizes == MISSING)] = _NO_CHUNK
-        self._offsets[column][shard * shard_rows : (shard + 1) * shard_rows] = offsets
+        self._offsets[column][here] = offsets
         self._indexed[column][shard] = True
 
     def _check_rows(self, rows: NDArray[np.int64], views: NDArray[np.int64] | None) -> None:

@@ -136,7 +136,9 @@ class Manifest:
         fields = dict(values)
         try:
             fields["columns"] = {
-                name: ColumnSpec(shape=tuple(spec["shape"]), dtype=spec["dtype"])
+                name: ColumnSpec(
+                    shape=tuple(spec["shape"]), dtype=spec["dtype"], compressor=spec.get("compressor")
+                )
                 for name, spec in fields["columns"].items()
             }
             fields["sources"] = {

@@ -4,7 +4,7 @@ A shard file is its inner chunks, in any place, followed by the index: for each 
 of uint64 (offset, nbytes), little endian, and a crc32c of those pairs; a missing chunk is (2⁶⁴−1, 2⁶⁴−1).
 Source: Zarr v3 specification, "sharding_indexed" codec, version 1.0, with ``index_location: end`` and index
 codecs bytes + crc32c. Here an inner chunk is one row and view: ``[rows, V]`` pairs, each chunk its raw bytes
-followed by their own crc32c.
+(or what a compressor made of them) followed by their own crc32c.
 """
 
 from __future__ import annotations

@@ -56,12 +56,14 @@ __all__ = [
     "SourceWriter",
     "committed_shards",
     "create_cache",
+    "encode_keys",
     "ensure_cache",
     "ensure_source",
     "invalid_reasons",
     "invalid_rows",
     "is_committed",
     "keys_sha256",
+    "metadata_documents",
     "open_manifest",
     "read_commit",
     "read_keys",
@@ -79,7 +81,7 @@ def keys_sha256(keys: Sequence[str]) -> str:
     Raises:
         CacheError: a key that cannot be a line of UTF-8.
     """
-    return hashlib.sha256(_keys_bytes(keys)).hexdigest()
+    return hashlib.sha256(encode_keys(keys)).hexdigest()
 
 
 def create_cache(path: Path, manifest: Manifest, keys: Sequence[str], labels: NDArray[np.int32]) -> None:
@@ -188,6 +190,18 @@ def ensure_source(
     return manifest
 
 
+def metadata_documents(path: Path, manifest: Manifest) -> dict[str, bytes]:
+    """Every Zarr metadata document of a cache as ``manifest`` makes it, relative path → bytes.
+
+    Raises:
+        CacheError: the group's own document, whose other attributes are kept, is missing or damaged.
+        RepaError: the operating system refuses, or a compressor needs a package that is not installed.
+    """
+    # attributes that others have put there are theirs to keep
+    attributes = {**_read_group(path)["attributes"], **group_attributes(manifest)}
+    return zarr_documents(manifest, attributes=attributes)
+
+
 def read_keys(path: Path, manifest: Manifest) -> list[str]:
     """Image key of every row.
 
@@ -241,7 +255,7 @@ def _cache_lock(path: Path) -> Iterator[None]:
 
 
 def _create(path: Path, manifest: Manifest, keys: Sequence[str], labels: NDArray[np.int32]) -> None:
-    data = _keys_bytes(keys)
+    data = encode_keys(keys)
     if not manifest.num_rows == len(keys) == len(labels) or labels.dtype != np.int32:
         raise ValueError(f"{manifest.num_rows} rows, {len(keys)} keys, labels {labels.dtype}[{len(labels)}]")
     if hashlib.sha256(data).hexdigest() != manifest.keys_sha256:
@@ -263,10 +277,7 @@ def _create(path: Path, manifest: Manifest, keys: Sequence[str], labels: NDArray
 
 
 def _declare(path: Path, manifest: Manifest, source: str) -> Manifest:
-    group = _read_group(path)
-    # attributes that others have put there are theirs to keep
-    attributes = {**group["attributes"], **group_attributes(manifest)}
-    documents = zarr_documents(manifest, attributes=attributes)
+    documents = metadata_documents(path, manifest)
     own = {f"{name}/{GROUP_FILE}" for name in manifest.source_columns(source)}
     model = f"{model_of(source)}/{GROUP_FILE}"
     for name, content in documents.items():
@@ -311,7 +322,12 @@ def _read_group(path: Path) -> dict[str, Any]:
     return group
 
 
-def _keys_bytes(keys: Sequence[str]) -> bytes:
+def encode_keys(keys: Sequence[str]) -> bytes:
+    """The bytes of ``keys.txt``.
+
+    Raises:
+        CacheError: a key that cannot be a line of UTF-8.
+    """
     for key in keys:
         if "\n" in key:
             raise CacheError(f"image key {key!r} has a line break; rename the file")
@@ -342,7 +358,8 @@ def _declaration(provenance: Provenance, columns: Mapping[str, ColumnSpec]) -> d
     notes = values.pop("notes")
     values.update({f"notes.{name}": value for name, value in notes.items()})
     for name, spec in columns.items():
-        values[f"columns.{name}"] = f"{spec.dtype}{list(spec.shape)}"
+        compressed = f" in {spec.compressor}" if spec.compressor else ""
+        values[f"columns.{name}"] = f"{spec.dtype}{list(spec.shape)}{compressed}"
     return values
 
 

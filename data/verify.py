@@ -275,9 +275,9 @@ class _ShardCheck:
             return [self._finding(f"has no sound index ({error}); {_REDO}")]
 
         data_bytes = size - index_bytes(*self._shape)
-        chunk_bytes = self._spec.row_bytes + CHECKSUM_BYTES
-        buffer = bytearray(chunk_bytes)
-        data = memoryview(buffer)[:-CHECKSUM_BYTES]
+        plain_bytes = None if self._spec.compressor else self._spec.row_bytes + CHECKSUM_BYTES
+        sizes = index[..., 1]
+        buffer = memoryview(bytearray(int(sizes[sizes <= data_bytes].max(initial=0))))
         checksums = np.zeros(self._shape, dtype="<u4")
         findings = []
         first, stop = self._record.rows
@@ -289,15 +289,18 @@ class _ShardCheck:
                 findings.append(self._finding(f"{found}; {_REDO}", row))
             if offset == MISSING:
                 continue
-            if index[at, view, 1] != chunk_bytes or int(offset) + chunk_bytes > data_bytes:
+            chunk_bytes = int(sizes[at, view])
+            inside = chunk_bytes > CHECKSUM_BYTES and int(offset) + chunk_bytes <= data_bytes
+            if not inside or chunk_bytes != (plain_bytes or chunk_bytes):
                 findings.append(self._finding(f"has an index that points outside its data; {_REDO}", row))
                 continue
-            if os.preadv(descriptor, [buffer], int(offset)) != chunk_bytes:
+            chunk = buffer[:chunk_bytes]
+            if os.preadv(descriptor, [chunk], int(offset)) != chunk_bytes:
                 findings.append(self._finding(f"ends in the middle of the row; {_REDO}", row))
                 continue
-            stored = int.from_bytes(buffer[-CHECKSUM_BYTES:], "little")
+            stored = int.from_bytes(chunk[-CHECKSUM_BYTES:], "little")
             checksums[at, view] = stored
-            if crc32c(data) != stored:
+            if crc32c(chunk[:-CHECKSUM_BYTES]) != stored:
                 findings.append(self._finding(f"has data that do not match their checksum; {_REDO}", row))
         recorded = self._record.columns[self._column].chunks_sha256
         if not findings and hashlib.sha256(checksums.tobytes()).hexdigest() != recorded:
@@ -356,9 +359,9 @@ def _check_strays(path: Path, manifest: Manifest, committed: Iterable[tuple[str,
 def _known_calibrations(path: Path, manifest: Manifest, committed: Container[str]) -> set[Path]:
     """Calibrations that notes speak of, and those of sources that nobody has committed a shard of yet."""
     known = set()
-    # the lock is made before the calibration, and the calibration before the source is declared
+    # a calibration is made before its source is declared, and its lock before it
     locks = sorted((path / CALIBRATION_FOLDER).glob(f".?*{LOCK_FILE}"))
-    for source in [lock.name[1:].removesuffix(LOCK_FILE) for lock in locks]:
+    for source in {*manifest.sources, *(lock.name[1:].removesuffix(LOCK_FILE) for lock in locks)}:
         file = calibration_file(path, source)
         known.add(calibration_lock(path, source))
         if source in manifest.sources and recorded_sha256(manifest.sources[source]) is not None:

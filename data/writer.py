@@ -1,7 +1,8 @@
 """Writing the columns of a source, shard by shard, each there whole or not at all.
 
 A shard file is assembled by hand in Zarr's public layout (see `shard_index`): rows are appended as they come,
-so no shard is ever held in memory, and one fsync is enough.
+so no shard is ever held in memory, and one fsync is enough. Rows of a compressed column are encoded as they
+come, in the thread that appends them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from crc32c import crc32c
 
 from .commits import ColumnRecord, CommitRecord, is_committed
+from .compression import chunk_codec
 from .errors import CacheError
 from .files import make_folder, os_errors, partial_path, publish, sync_folders, write_file
 from .layout import LOCK_FILE, commit_file, commit_folder, shard_file
@@ -246,6 +248,7 @@ class _ColumnFile:
         self.place = place
         self.partial = partial_path(place)
         self._spec = spec
+        self._codec = chunk_codec(spec)
         self._first_row = first_row
         self._next_row = first_row
         self._offset = 0
@@ -272,7 +275,7 @@ class _ColumnFile:
             )
         parts: list[memoryview | bytes] = []
         for view, values in enumerate(array):
-            data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+            data = self._stored_bytes(values)
             checksum = crc32c(data)
             parts += [data, checksum.to_bytes(CHECKSUM_BYTES, "little")]
             self._index[row - self._first_row, view] = (self._offset, len(data) + CHECKSUM_BYTES)
@@ -280,6 +283,11 @@ class _ColumnFile:
             self._offset += len(data) + CHECKSUM_BYTES
         self._write(parts)
         self._next_row = row + 1
+
+    def _stored_bytes(self, values: NDArray[np.generic]) -> memoryview | bytes:
+        if self._codec is not None:
+            return self._codec.encode(values)
+        return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
     def finish(self) -> ColumnRecord:
         index = encode_index(self._index)
