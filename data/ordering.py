@@ -8,7 +8,9 @@ State is one integer, the images seen. The step is ``images_seen // batch_size``
 new one: the step rounds down, and from there on the order is that of a run that always had the new batch
 size. In the epoch of the change, and only there, an image may therefore be seen twice or not at all.
 
-Positions are indices into the rows that the trainer was given, not rows of the cache.
+Positions are indices into the rows that the trainer was given, not rows of the cache. Up to `SORTED_UP_TO` of
+them a permutation is kept in memory, beyond it is computed; ``order=blocks`` keeps to a few shards at a time
+(see `permutations`).
 """
 
 from __future__ import annotations
@@ -18,13 +20,22 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from .errors import RepaError
+from .permutations import (
+    VIEW_STREAM,
+    BlockPermutation,
+    FeistelPermutation,
+    Permutation,
+    SortedPermutation,
+    philox_words,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# the word of Philox's 256-bit counter that keeps the streams of one key apart
-_PERMUTATION_STREAM = 0
-_VIEW_STREAM = 1
+ORDERS = ("full", "blocks")
+
+# 67 million images: half a gigabyte of permutation, and some seconds to sort it at the start of an epoch
+SORTED_UP_TO = 2**26
 
 
 class Place(NamedTuple):
@@ -67,22 +78,15 @@ def place_of(images_seen: int, *, batch_size: int, count: int) -> Place:
 
 
 def permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """The order of an epoch, ``int64 [count]``: every position once.
-
-    The positions are sorted by words of the counter-based generator Philox 4×64 with key (seed, epoch)
-    (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). NumPy promises the words of a bit
-    generator for ever, but not what its ``permutation`` makes of them, so the sort is ours; it is stable, so
-    that equal words have one order.
-    """
-    words = _words(seed, epoch, _PERMUTATION_STREAM, count)
-    return np.argsort(words, kind="stable").astype(np.int64, copy=False)
+    """The full order of an epoch, ``int64 [count]``: every position once."""
+    return _full(seed, epoch, count).slice(0, count)
 
 
 def batch_views(*, seed: int, step: int, batch_size: int, views: int) -> NDArray[np.int64]:
     """The view of each image of a global batch, ``int64 [batch_size]``: one draw for all its columns."""
     if views == 1:
         return np.zeros(batch_size, dtype=np.int64)
-    return (_words(seed, step, _VIEW_STREAM, batch_size) % np.uint64(views)).astype(np.int64)
+    return (philox_words(seed, step, VIEW_STREAM, batch_size) % np.uint64(views)).astype(np.int64)
 
 
 class EpochOrder:
@@ -91,22 +95,42 @@ class EpochOrder:
     Args:
         seed: seed of the run, 0 … 2⁶⁴−1.
         count: images that there are.
+        blocks: first position of each block, and the count: what `block_starts` gives, for ``order=blocks``;
+            None is the full permutation.
     """
 
-    def __init__(self, *, seed: int, count: int) -> None:
+    def __init__(self, *, seed: int, count: int, blocks: NDArray[np.int64] | None = None) -> None:
         self.seed = seed
         self.count = count
+        self._blocks = blocks
         self._epoch = -1
-        self._permutation: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._permutation: Permutation | None = None
 
     def batch(self, images_seen: int, batch_size: int) -> NDArray[np.int64]:
         """Positions of a global batch; see `batch_rows`."""
         place = place_of(images_seen, batch_size=batch_size, count=self.count)
-        if place.epoch != self._epoch:
-            self._permutation = permutation(self.seed, place.epoch, self.count)
+        if self._permutation is None or place.epoch != self._epoch:
+            # let go of the last one first: two would not fit where one does
+            self._permutation = None
+            self._permutation = (
+                _full(self.seed, place.epoch, self.count)
+                if self._blocks is None
+                else BlockPermutation(self.seed, place.epoch, self._blocks)
+            )
             self._epoch = place.epoch
         start = place.batch * batch_size
-        return self._permutation[start : start + batch_size]
+        return self._permutation.slice(start, start + batch_size)
+
+
+def block_starts(rows: NDArray[np.int64], shard_rows: int) -> NDArray[np.int64]:
+    """Where the positions of each shard begin, and how many there are: ``int64 [shards+1]``.
+
+    Args:
+        rows: rows to train on, ascending.
+        shard_rows: rows of a shard; shards of which no row is trained on have no block.
+    """
+    changes = np.flatnonzero(np.diff(rows // shard_rows)) + 1
+    return np.concatenate([[0], changes, [len(rows)]]).astype(np.int64)
 
 
 def batch_rows(*, seed: int, images_seen: int, batch_size: int, count: int) -> NDArray[np.int64]:
@@ -156,11 +180,6 @@ def split_holdout(valid_rows: NDArray[np.int64], holdout: int) -> tuple[NDArray[
     return valid_rows[~held], valid_rows[held]
 
 
-def _words(seed: int, key: int, stream: int, count: int) -> NDArray[np.uint64]:
-    """``count`` words of Philox with key (seed, key), of one of its streams."""
-    if not 0 <= seed < 2**64:
-        raise RepaError(f"seed {seed} is not between 0 and 2⁶⁴−1; set --seed")
-    generator = np.random.Philox(
-        key=np.array([seed, key], dtype=np.uint64), counter=np.array([0, 0, 0, stream], dtype=np.uint64)
-    )
-    return np.asarray(generator.random_raw(count), dtype=np.uint64)
+def _full(seed: int, epoch: int, count: int) -> Permutation:
+    kind = SortedPermutation if count <= SORTED_UP_TO else FeistelPermutation
+    return kind(seed, epoch, count)
