@@ -300,13 +300,19 @@ class _Teacher:
 def _one_thread_lanes(count: int) -> ThreadPoolExecutor:
     """Threads that compute with one thread each; the number of threads of everybody else stays."""
     before = torch.get_num_threads()
-    lanes = ThreadPoolExecutor(count, "repa-live", initializer=torch.set_num_threads, initargs=(1,))
-    # PyTorch's setting is each thread's own, and a default for threads to come: all begin now
+    lanes = ThreadPoolExecutor(count, "repa-live", initializer=_compute_with_one_thread)
+    # all begin now: what a thread sets is also the default of threads that have not begun
     barrier = threading.Barrier(count)
     for done in [lanes.submit(barrier.wait) for _ in range(count)]:
         done.result()
     torch.set_num_threads(before)
     return lanes
+
+
+def _compute_with_one_thread() -> None:
+    torch.set_num_threads(1)
+    # PyTorch takes the default once more when a thread first asks: it must not be another's by then
+    torch.get_num_threads()
 
 
 def _images_of(manifest: Manifest, data: str, cache: Path) -> ImageSource:
