@@ -1,7 +1,7 @@
 """Lossless compression of a column's chunks: off by default, as it gains little and forbids direct reads.
 
-Float features shrink by at most 18 %: exponents repeat, mantissas are noise. In return every row must be
-decoded, at some hundred megabytes a second and core, where an uncompressed row goes from the file into the
+Float features shrink by a tenth to a fifth: exponents repeat, mantissas are noise. In return every row must
+be decoded, at some hundred megabytes a second and core, where an uncompressed row goes from the file into the
 batch as it is. It is for caches that are kept or moved more often than they are read.
 
 A chunk is one row and view, encoded on its own and followed by the crc32c of the encoded bytes. The codecs
