@@ -114,7 +114,11 @@ def _live_flags(
 @app.command("preprocess")
 def _preprocess(
     data: Annotated[
-        str, typer.Option(help="Folder of images, a sub-folder per class; 'demo': the drawn images.")
+        str,
+        typer.Option(
+            help="Folder of images, a sub-folder per class; tars 'train-{0000..0146}.tar'; 'hf:NAME[:SPLIT]'; "
+            "'demo': the drawn images."
+        ),
     ] = "images",
     cache: Annotated[
         Path | None, typer.Option(help="Folder of the cache; default caches/<images>-<resolution>.")
@@ -168,6 +172,9 @@ def _preprocess(
         str, typer.Option(help="float32, bfloat16 or float16, of the models.")
     ] = "float32",
     exif: Annotated[bool, typer.Option("--exif", help="Turn images by their EXIF orientation.")] = False,
+    class_names: Annotated[
+        Path | None, typer.Option(help="Of tars: file with the name of a class in each line.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Decoding processes for each device.")] = None,
     shard_rows: Annotated[int | None, typer.Option(help="Images of a shard; default 1024.")] = None,
     dry_run: DryRun = False,
@@ -193,6 +200,7 @@ def _preprocess(
         compress=compress,
         compute_dtype=compute_dtype,
         exif=exif,
+        class_names=class_names,
         workers=workers,
         shard_rows=shard_rows,
         dry_run=dry_run,

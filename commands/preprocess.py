@@ -41,6 +41,7 @@ def preprocess(
     compress: str | None = None,
     compute_dtype: str = "float32",
     exif: bool = False,
+    class_names: Path | None = None,
     workers: int | None = None,
     shard_rows: int | None = None,
     dry_run: bool = False,
@@ -51,7 +52,8 @@ def preprocess(
     Running the same command again resumes; another ``encoders`` adds to the cache and rewrites nothing.
 
     Args:
-        data: image folder; ``demo`` names the drawn images.
+        data: image folder; WebDataset tars, as ``shards/train-{0000..0146}.tar``; a Hugging Face data set,
+            ``hf:NAME[:SPLIT]`` or ``hf:FOLDER`` of `save_to_disk`; ``demo`` names the drawn images.
         cache: the cache; by default ``caches/<name of the folder>-<resolution>``, the demo's ``caches/demo``.
         encoders: names of teachers, or ``none`` alone for latents only; by default ``dinov2-b``, of the demo
             ``demo``.
@@ -74,6 +76,7 @@ def preprocess(
             not compressed: floats shrink by 18 % at most, and compressed rows cannot be read directly.
         compute_dtype: ``float32``, ``bfloat16`` or ``float16``, of the forward passes.
         exif: turn images by their EXIF orientation.
+        class_names: file with the name of a class in each line, for tars, whose classes are numbers.
         workers: processes a device that decode images; by default by the number of cores, 0 on a CPU.
         shard_rows: images of a shard; as the cache has it, else 1,024.
         dry_run: only print what would be done.
@@ -118,6 +121,7 @@ def preprocess(
         weights=parse_weights(weights),
         random_weights=random_weights,
         apply_exif=exif,
+        class_names=class_names,
         shard_rows=shard_rows,
         workers=workers,
     )

@@ -6,34 +6,55 @@ as typed, one after the other, in one folder.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from .errors import CacheError
+from .tars import names_tars
 
 DEFAULT_DATA = "images"
 DEMO_DATA = "demo"
 DEFAULT_RESOLUTION = 256
 DEMO_RESOLUTION = 64
 CACHES = Path("caches")
+HUGGING_FACE = "hf:"
+"""What the name of a Hugging Face data set begins with where images are named."""
 
 _GROUP_FILE = "zarr.json"
+_WILD = re.compile(r"\{[^{}]*\}|\[[^]]*\]|[*?]")
 
 
 def cache_for(data: str, resolution: int, *, root: Path = CACHES) -> Path:
     """The cache of an image set when ``--cache`` is not given.
 
     Args:
-        data: the image folder, or ``demo``.
+        data: the image folder, tars, ``hf:…``, or ``demo``.
         resolution: side in pixels of the cropped images.
         root: folder of all caches.
 
     Returns:
-        ``caches/<name of the folder>-<resolution>``; ``caches/demo`` for the demo at its own resolution.
+        ``caches/<name of the folder>-<resolution>``; ``caches/demo`` for the demo at its own resolution. Tars
+        give what their names have in common, ``train`` of ``train-{0000..0146}.tar``.
     """
     if data == DEMO_DATA and resolution == DEMO_RESOLUTION:
         return root / DEMO_DATA
-    name = Path(data).resolve().name or "root"
+    name = _set_name(data)
     return root / f"{DEMO_DATA if data == DEMO_DATA else name}-{resolution}"
+
+
+def _set_name(data: str) -> str:
+    if names_tars(data):
+        path = Path(data).absolute()
+        name = _WILD.sub("", path.name.partition(".tar")[0].removesuffix(".tgz")).strip("-_. ")
+        return name or _WILD.sub("", path.parent.name).strip("-_. ") or "tars"
+    if data.startswith(HUGGING_FACE):
+        # a folder keeps its name, a hub name with its split becomes one word
+        data = data.removeprefix(HUGGING_FACE)
+        if not Path(data.partition(":")[0]).is_dir():
+            return re.sub(r"[^A-Za-z0-9._-]+", "-", data).strip("-.") or "hf"
+        data, _, split = data.partition(":")
+        return "-".join(filter(None, (Path(data).resolve().name, split)))
+    return Path(data).resolve().name or "root"
 
 
 def default_cache(*, root: Path = CACHES) -> Path:

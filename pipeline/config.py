@@ -17,7 +17,7 @@ class PreprocessConfig:
     """A `repa preprocess`, as asked for; `resolve` fills in what was left open.
 
     Attributes:
-        data: image folder, or ``demo``.
+        data: image folder, tars, ``hf:…``, or ``demo``.
         cache: folder of the cache.
         encoders: teachers to run, by name; none writes latents only.
         vae: hub name or folder of the autoencoder, or ``demo``; None: the one the cache was made with.
@@ -35,6 +35,7 @@ class PreprocessConfig:
         weights: encoder → file of its weights; others come from the hub or its local copy.
         random_weights: draw the weights of every model, for trying things out.
         apply_exif: turn images by their EXIF orientation.
+        class_names: file with the name of a class in each line, of tars.
         shard_rows: rows of a shard; None: as the cache has it, or 1,024.
         workers: processes that decode, per device; None: by the number of cores.
     """
@@ -56,6 +57,7 @@ class PreprocessConfig:
     weights: Mapping[str, Path] = field(default_factory=dict)
     random_weights: bool = False
     apply_exif: bool = False
+    class_names: Path | None = None
     shard_rows: int | None = None
     workers: int | None = None
 

@@ -1,4 +1,6 @@
-"""Where images come from: a folder, or the demo's drawn set; row i is image i of the sorted source.
+"""Where images come from: a folder, tars, an HF data set, or the demo's drawn set; row i is image i of it.
+
+The images of a folder are sorted; tars and data sets have an order of their own.
 
 An image whose *content* cannot be decoded raises `UndecodableImage` and keeps its row, marked invalid. A file
 that cannot be *read* (permission, disk, vanished) raises `RepaError`: it can be mended, so nothing is marked.
@@ -6,7 +8,6 @@ that cannot be *read* (permission, disk, vanished) raises `RepaError`: it can be
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..data.errors import RepaError
+from ..data.places import HUGGING_FACE
+from ..data.tars import names_tars
+from .listing import fingerprint_of, spaced
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -50,8 +54,8 @@ class ImageSource(Protocol):
     """Images in a fixed order, with labels. Must pickle: decoding happens in other processes.
 
     Attributes:
-        name: for people, a folder's path or ``demo``.
-        kind: ``folder`` or ``demo``.
+        name: for people: a folder's path, a pattern of tars, ``hf:…`` or ``demo``.
+        kind: ``folder``, ``tars``, ``hf`` or ``demo``.
         keys: image key of every row, unique, ascending for a folder.
         labels: int32 ``[N]``, position of the class in ``class_names``.
         class_names: label → name.
@@ -86,19 +90,36 @@ class ImageSource(Protocol):
         ...
 
 
-def open_source(data: str, *, limit: int | None = None, apply_exif: bool = False) -> ImageSource:
+def open_source(
+    data: str,
+    *,
+    limit: int | None = None,
+    apply_exif: bool = False,
+    class_names: Path | None = None,
+) -> ImageSource:
     """The images that ``--data`` names.
 
     Args:
-        data: folder, or ``demo``.
+        data: folder, tars (see `TarImages`), ``hf:…`` (see `HubImages`), or ``demo``.
         limit: number of images; None takes all (of the demo: 2,048).
         apply_exif: turn images by their EXIF orientation.
+        class_names: file with the name of a class in each line, of tars.
 
     Raises:
-        RepaError: see `FolderImages`.
+        RepaError: see `FolderImages`, `TarImages` and `HubImages`.
     """
     if limit is not None and limit < 1:
         raise RepaError(f"--limit {limit} asks for no image; give 1 or more")
+    if names_tars(data):
+        from .tars import TarImages
+
+        return TarImages(data, apply_exif=apply_exif, limit=limit, class_names=class_names)
+    if class_names is not None:
+        raise RepaError(f"--class-names is for tars, whose classes are numbers; leave it out for {data}")
+    if data.startswith(HUGGING_FACE):
+        from .hub_images import HubImages
+
+        return HubImages(data.removeprefix(HUGGING_FACE), apply_exif=apply_exif, limit=limit)
     if data == DEMO:
         from .demo.shapes import DemoImages
 
@@ -144,8 +165,7 @@ class FolderImages:
         scan = _Scan(self.root)
         entries, names = scan.classes()
         entries.sort()
-        if limit is not None and limit < len(entries):
-            entries = [entries[i * len(entries) // limit] for i in range(limit)]
+        entries = [entries[row] for row in spaced(len(entries), limit).tolist()]
         self.keys: list[str] = [key for key, _ in entries]
         self.labels: NDArray[np.int32] = np.array([label for _, label in entries], dtype=np.int32)
         self.class_names: tuple[str, ...] = tuple(names)
@@ -172,18 +192,17 @@ class FolderImages:
         return decode_image(content, apply_exif=self.apply_exif)
 
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
         root = os.path.join(self.root, "")  # pathlib and join cost microseconds a file
-        for key, label in zip(self.keys, self.labels.tolist(), strict=True):
-            path = f"{root}{key}"
+
+        def size(key: str) -> int:
             try:
-                size = os.stat(path).st_size
+                return os.stat(f"{root}{key}").st_size
             except OSError as error:
                 raise RepaError(
-                    f"image {path} cannot be read ({error.strerror}); mend it and run again"
+                    f"image {root}{key} cannot be read ({error.strerror}); mend it and run again"
                 ) from error
-            digest.update(f"{key}\t{label}\t{size}\n".encode())
-        return f"sha256:{digest.hexdigest()}"
+
+        return fingerprint_of(self.keys, self.labels, map(size, self.keys))
 
 
 @dataclass

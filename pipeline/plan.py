@@ -125,7 +125,9 @@ def make_plan(config: PreprocessConfig) -> Plan:
     check_flags(config)
     present = present_manifest(config.cache)
     config = _resolve(config, present)
-    images = open_source(config.data, limit=config.limit, apply_exif=config.apply_exif)
+    images = open_source(
+        config.data, limit=config.limit, apply_exif=config.apply_exif, class_names=config.class_names
+    )
     manifest = Manifest(
         num_rows=len(images),
         shard_rows=config.shard_rows or DEFAULT_SHARD_ROWS,

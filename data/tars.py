@@ -1,0 +1,319 @@
+"""Tar files read strictly: members one after the other, from a local file or a stream that cannot seek.
+
+Python's own `tarfile` takes a damaged header in the middle of a file for its end; here whatever is not a
+whole tar is an error that says where. Formats: POSIX ustar and pax (IEEE Std 1003.1, "pax"), and the long
+names and large sizes of GNU tar. Samples are grouped as WebDataset does: the name up to the first dot of its
+last component is the key, what follows it the field.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .errors import RepaError
+from .files import os_errors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BLOCK = 512
+MAX_PATTERN = 100_000  # tars that one pattern may name
+_PIECE = 1 << 20
+_EXTENSION = 1 << 20  # bytes of a name or of pax records; more is damage
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_STREAM = re.compile(r"pipe:|[a-z][a-z0-9+.-]*://")
+_FIELD = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+_META = re.compile(r"__[^/]*__($|/)")
+_WILD = "*?["
+
+
+class Member(NamedTuple):
+    """A regular file in a tar.
+
+    Attributes:
+        name: its path in the tar.
+        offset: of its content, in bytes from the beginning of the tar.
+        size: of its content in bytes.
+    """
+
+    name: str
+    offset: int
+    size: int
+
+
+class TarReader:
+    """The regular files of a tar, in their order.
+
+    Args:
+        file: opened for reading bytes, at the beginning.
+        where: its name, for errors.
+        length: of the tar in bytes, if the file can seek; None reads what is skipped.
+    """
+
+    def __init__(self, file: Any, where: str, length: int | None = None) -> None:
+        self.where = where
+        self._file = file
+        self._length = length
+        self._at = 0
+        self._unread = 0
+
+    def __iter__(self) -> Iterator[Member]:
+        """Members until the tar's end.
+
+        Raises:
+            RepaError: it is no tar, is compressed, damaged or cut off, or holds links or sparse files.
+        """
+        extended: dict[str, str] = {}
+        while (header := self._header()) is not None:
+            kind, name, size = header
+            if kind in (b"x", b"X"):
+                extended.update(self._pax_records(size))
+            elif kind == b"L":
+                extended["path"] = _text(self._whole(size).rstrip(b"\0"))
+            elif kind in (b"g", b"K"):
+                self._skip(_padded(size))
+            else:
+                name = extended.get("path", name)
+                size = int(extended.get("size", size))
+                if kind in (b"1", b"2", b"S") or any(key.startswith("GNU.sparse") for key in extended):
+                    what = "sparse" if kind == b"S" else "a link"
+                    raise RepaError(
+                        f"{self.where} holds {name} as {what}, without its bytes; "
+                        "write the tar again with --dereference --hard-dereference"
+                    )
+                extended = {}
+                if kind not in (b"0", b"\0", b"7") or (kind == b"\0" and name.endswith("/")):
+                    continue  # folders and devices have no content
+                if self._length is not None and self._at + size > self._length:
+                    raise self._cut_off()
+                self._unread = size
+                end = self._at + _padded(size)
+                yield Member(name, self._at, size)
+                self._unread = 0
+                self._skip(end - self._at)
+
+    def read(self) -> bytes:
+        """The content of the member that was handed out last, once.
+
+        Raises:
+            RepaError: the tar is cut off.
+        """
+        size, self._unread = self._unread, 0
+        return self._take(size)
+
+    def _header(self) -> tuple[bytes, str, int] | None:
+        """Type, name and size of the next header; None at the end."""
+        start = self._at
+        block = self._file.read(BLOCK)
+        self._at += len(block)
+        if len(block) < BLOCK:
+            if start == 0:
+                what = "is empty" if not block else "is no tar"
+                raise RepaError(f"{self.where} {what}; give WebDataset tars")
+            raise self._cut_off()
+        if not any(block):
+            self._drain()
+            return None
+        if start == 0 and block[:2] == b"\x1f\x8b":
+            raise RepaError(f"{self.where} is compressed by gzip; unpack it with gunzip")
+        try:
+            checksum = int(block[148:156].strip(b" \0") or b"0", 8)
+            size = _number(block[124:136])
+        except ValueError:
+            checksum, size = -1, 0
+        if checksum != sum(block[:148]) + sum(block[156:]) + 8 * ord(" "):
+            if start == 0:
+                raise RepaError(f"{self.where} is no tar; give WebDataset tars")
+            raise RepaError(f"{self.where} is damaged at byte {start}; fetch or write it again")
+        name = _text(block[:100].split(b"\0", 1)[0])
+        if block[257:263] == b"ustar\0" and block[345]:
+            name = f"{_text(block[345:500].split(bytes(1), 1)[0])}/{name}"
+        return block[156:157], name, size
+
+    def _pax_records(self, size: int) -> dict[str, str]:
+        """Records ``<length> <key>=<value>\\n`` of an extended header."""
+        data, records = self._whole(size), {}
+        while data.strip(b"\0"):
+            digits, _, _ = data.partition(b" ")
+            length = int(digits) if digits.isdigit() else 0
+            key, sign, value = data[len(digits) + 1 : length - 1].partition(b"=")
+            if not sign or data[length - 1 : length] != b"\n":
+                raise RepaError(f"{self.where} is damaged at byte {self._at - size}; fetch or write it again")
+            records[_text(key)] = _text(value)
+            data = data[length:]
+        return records
+
+    def _whole(self, size: int) -> bytes:
+        """The content of a header's extension, and past it."""
+        if size > _EXTENSION:
+            raise RepaError(f"{self.where} is damaged at byte {self._at}; fetch or write it again")
+        return self._take(_padded(size))[:size]
+
+    def _take(self, size: int) -> bytes:
+        data: bytes = self._file.read(size)
+        self._at += len(data)
+        if len(data) < size:
+            raise self._cut_off()
+        return data
+
+    def _skip(self, size: int) -> None:
+        if self._length is not None:
+            self._file.seek(self._at + size)
+            self._at += size
+            return
+        while size:
+            size -= len(self._take(min(size, _PIECE)))
+
+    def _drain(self) -> None:
+        """Read a stream to its end, so that the program behind it can end well."""
+        while self._length is None and self._file.read(_PIECE):
+            pass
+
+    def _cut_off(self) -> RepaError:
+        return RepaError(
+            f"{self.where} was cut off: it ends at byte {self._at if self._length is None else self._length} "
+            "without an end mark; fetch or write it again"
+        )
+
+
+@contextmanager
+def open_tar(place: str) -> Iterator[TarReader]:
+    """A tar that `expand_tars` named: a path, or as WebDataset opens it ``pipe:<command>`` or a URL.
+
+    Raises:
+        RepaError: it cannot be opened or read, or its command failed.
+    """
+    if not is_stream(place):
+        with os_errors("read", Path(place)), open(place, "rb") as file:
+            status = os.fstat(file.fileno())
+            yield TarReader(file, place, status.st_size if file.seekable() else None)
+        return
+    gopen, set_options = _gopen()
+    try:
+        stream = gopen(place)
+        whole = False
+        try:
+            yield TarReader(stream, place)
+            whole = True
+        finally:
+            # whoever stops reading early breaks the pipe, and that is no mistake of the command's
+            set_options(stream, ignore_errors=not whole or not _ended(stream))
+            stream.close()
+    except (OSError, ValueError) as error:
+        raise RepaError(f"cannot read {place}: {error}; try its command or URL by itself") from error
+
+
+def _ended(stream: Any) -> bool:
+    pipe = getattr(stream, "stream", None)
+    return pipe is None or pipe.closed or not pipe.read(1)
+
+
+def _gopen() -> tuple[Any, Any]:
+    try:
+        from webdataset.gopen import gopen, set_options
+    except ImportError:
+        raise missing_webdataset("pipes and URLs are opened by") from None
+    return gopen, set_options
+
+
+def missing_webdataset(what: str) -> RepaError:
+    """The error of a feature that needs the package webdataset."""
+    return RepaError(f"{what} webdataset, which is not installed; install it with `pip install 'repa[tars]'`")
+
+
+def is_stream(place: str) -> bool:
+    """Whether a place is a pipe or URL, which can only be read from its beginning on."""
+    return _STREAM.match(place) is not None
+
+
+def names_tars(text: str) -> bool:
+    """Whether a text names tars rather than a folder."""
+    if is_stream(text):
+        return text.startswith("pipe:") or ".tar" in text.rsplit("/", 1)[-1]
+    last = text.rstrip("/").rsplit("/", 1)[-1].lower()
+    return last.endswith((".tar", ".tar.gz", ".tgz")) and not Path(text).is_dir()
+
+
+def expand_tars(pattern: str) -> list[str]:
+    """The tars that a pattern names, in their order.
+
+    ``{0000..0146}`` counts, with leading zeros if its ends have them, ``{a,b}`` lists, as in a shell. In
+    paths ``*``, ``?`` and ``[…]`` match, sorted by code point.
+
+    Raises:
+        RepaError: nothing matches, a tar is named twice, or the pattern names too many.
+    """
+    places: list[str] = []
+    for each in _braces(pattern):
+        if is_stream(each) or not any(sign in each for sign in _WILD) or Path(each).exists():
+            places.append(each)
+            continue
+        root = Path(each).anchor
+        found = sorted(str(path) for path in Path(root or ".").glob(each[len(root) :]))
+        if not found:
+            raise RepaError(f"no tar matches {each}; check the pattern")
+        places += found
+    if len(set(places)) < len(places):
+        twice = next(place for place in places if places.count(place) > 1)
+        raise RepaError(f"{pattern} names {twice} twice; name each tar once")
+    return places
+
+
+def _braces(pattern: str) -> list[str]:
+    done, todo = [], [pattern]
+    while todo:
+        text = todo.pop()
+        for match in _BRACES.finditer(text):
+            values = _brace_values(match.group(1), pattern)
+            if values is not None:
+                todo += [f"{text[: match.start()]}{value}{text[match.end() :]}" for value in values[::-1]]
+                break
+        else:
+            done.append(text)
+        if len(done) + len(todo) > MAX_PATTERN:
+            raise RepaError(f"{pattern} names more than {MAX_PATTERN:,} tars; name fewer")
+    return done
+
+
+def _brace_values(inside: str, pattern: str) -> list[str] | None:
+    match = _RANGE.fullmatch(inside)
+    if match is None:
+        return inside.split(",") if "," in inside else None
+    first, last = match.groups()
+    padded = any(len(end) > 1 and end[0] == "0" for end in (first, last))
+    width = max(len(first), len(last)) if padded else 0
+    step = 1 if int(first) <= int(last) else -1
+    if abs(int(last) - int(first)) >= MAX_PATTERN:
+        raise RepaError(f"{pattern} names more than {MAX_PATTERN:,} tars; name fewer")
+    return [str(number).zfill(width) for number in range(int(first), int(last) + step, step)]
+
+
+def split_member(name: str) -> tuple[str, str] | None:
+    """(key, field) of a member of a WebDataset tar, the field in lower case; None is no part of a sample.
+
+    Source: webdataset, ``base_plus_ext`` and ``skip_meta`` of its tar iterators.
+    """
+    match = _FIELD.fullmatch(name)
+    if match is None or _META.match(name):
+        return None
+    return match.group(1), match.group(2).lower()
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def _number(text: bytes) -> int:
+    if text[0] & 0x80:  # GNU's base 256, for sizes from 8 GiB on
+        return int.from_bytes(text, "big") & ~(0xFF << 8 * (len(text) - 1))
+    return int(text.strip(b" \0") or b"0", 8)
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")

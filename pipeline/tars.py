@@ -1,0 +1,243 @@
+"""Images in WebDataset tars: row i is sample i, tar after tar.
+
+The tars are indexed once, by their headers alone; an image is then read by its offset, so that a run goes on
+from any shard without reading what comes before, and worker processes decode rows as of a folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..data.descriptors import DescriptorCache
+from ..data.errors import RepaError
+from ..data.files import os_errors
+from ..data.tars import expand_tars, is_stream, open_tar, split_member
+from .images import decode_image
+from .listing import class_names_of, fingerprint_of, spaced
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from PIL import Image
+
+    from ..data.tars import TarReader
+
+FIELDS = ("jpg", "jpeg", "png", "webp")
+LABEL_FIELD = "cls"
+JSON_FIELD = "json"
+JSON_LABELS = ("label", "cls")
+_OPEN_TARS = 16
+_LABEL_BYTES = 1 << 20
+
+
+class TarImages:
+    """The samples of WebDataset tars.
+
+    A sample is the members of one key that follow one another: an image (.jpg .jpeg .png .webp) and its
+    label, an integer as text in ``.cls``, or in ``.json`` the number itself or an object with ``label`` or
+    ``cls``. The key, WebDataset's ``__key__``, is the row's; other members are ignored.
+
+    - ``limit`` takes samples floor(i·N/limit) of the N, as of a folder; class names are those of all.
+    - The fingerprint covers name (the key and the image's ending), label and size in bytes of each image
+      taken, one line each, and not in which tar it lies.
+
+    Args:
+        pattern: tars, see `expand_tars`.
+        apply_exif: turn images by their EXIF orientation.
+        limit: number of images to take at most.
+        class_names: file with the name of a class in each line; by default they are ``0`` to ``K-1``.
+
+    Raises:
+        RepaError: no such tars, one that is damaged or cut off, a sample without a label or with two images,
+            a key that comes twice, or a label without a name.
+    """
+
+    kind = "tars"
+
+    def __init__(
+        self,
+        pattern: str,
+        *,
+        apply_exif: bool = False,
+        limit: int | None = None,
+        class_names: Path | None = None,
+    ) -> None:
+        self.name = pattern
+        self.apply_exif = apply_exif
+        self._tars = expand_tars(pattern)
+        index = _Index()
+        for number, tar in enumerate(self._tars):
+            if is_stream(tar):
+                raise RepaError(
+                    f"images are read from tars by their place, which {tar} has none of; fetch it to a disk"
+                )
+            with open_tar(tar) as reader:
+                index.add(reader, number)
+        if not index.keys:
+            raise RepaError(
+                f"{pattern} has no images (.jpg .jpeg .png .webp); give WebDataset tars of images"
+            )
+        labels = np.frombuffer(index.labels, dtype=np.int32)
+        self.class_names = class_names_of(labels, class_names, where=pattern)
+        chosen = spaced(len(labels), limit)
+        self.keys: Sequence[str] = [index.keys[row] for row in chosen]
+        self.labels: NDArray[np.int32] = labels[chosen]
+        self._tar = np.frombuffer(index.tars, dtype=np.int32)[chosen]
+        self._offset = np.frombuffer(index.offsets, dtype=np.int64)[chosen]
+        self._size = np.frombuffer(index.sizes, dtype=np.int64)[chosen]
+        self.skipped = index.skipped
+        names = (f"{index.keys[row]}.{FIELDS[index.fields[row]]}" for row in chosen)
+        self.fingerprint = fingerprint_of(names, self.labels, self._size)
+        self._files = DescriptorCache(_OPEN_TARS)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # open files do not travel
+        return {name: value for name, value in self.__dict__.items() if name != "_files"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._files = DescriptorCache(_OPEN_TARS)
+
+    def load(self, index: int, /) -> Image.Image:
+        """Image of row ``index`` as RGB; see `ImageSource.load`."""
+        tar, size = self._tars[self._tar[index]], int(self._size[index])
+        with os_errors("read", Path(tar)), self._files.open(tar) as descriptor:
+            content = _read(descriptor, size, int(self._offset[index]))
+        if len(content) < size:
+            raise RepaError(
+                f"image {self.keys[index]} is cut off in {tar}, which has changed since it was indexed; "
+                "run the same command again"
+            )
+        return decode_image(content, apply_exif=self.apply_exif)
+
+
+def _read(descriptor: int, size: int, offset: int) -> bytes:
+    parts = []
+    while size:
+        part = os.pread(descriptor, size, offset)
+        if not part:
+            break
+        parts.append(part)
+        size, offset = size - len(part), offset + len(part)
+    return b"".join(parts)
+
+
+@dataclass
+class _Index:
+    """What is known of every sample, in columns: a million rows as objects would take a gigabyte."""
+
+    keys: list[str] = field(default_factory=list)
+    fields: array[int] = field(default_factory=lambda: array("b"))
+    labels: array[int] = field(default_factory=lambda: array("i"))
+    tars: array[int] = field(default_factory=lambda: array("i"))
+    offsets: array[int] = field(default_factory=lambda: array("q"))
+    sizes: array[int] = field(default_factory=lambda: array("q"))
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    _seen: set[str] = field(default_factory=set)
+
+    def add(self, reader: TarReader, number: int) -> None:
+        sample = _Sample(reader.where)
+        for member in reader:
+            split = split_member(member.name)
+            if split is None:
+                self.skipped.append((f"{reader.where}:{member.name}", "no member of a sample"))
+                continue
+            key, kind = split
+            if key != sample.key:
+                self._close(sample, number)
+                sample = _Sample(reader.where, key)
+            if kind in FIELDS:
+                sample.take_image(kind, member.offset, member.size)
+            elif kind == LABEL_FIELD or (kind == JSON_FIELD and sample.label is None):
+                if member.size > _LABEL_BYTES:
+                    raise RepaError(f"{member.name} in {reader.where} is too large for a label; see the tar")
+                sample.take_label(kind, reader.read())
+        self._close(sample, number)
+
+    def _close(self, sample: _Sample, number: int) -> None:
+        if sample.image is None:
+            if sample.key:
+                self.skipped.append((f"{sample.where}:{sample.key}", "a sample without an image"))
+            return
+        if sample.label is None:
+            raise RepaError(
+                f"sample {sample.key} in {sample.where} has no label; add a member {sample.key}.cls "
+                "with its class as a number, or .json with a field 'label'"
+            )
+        if sample.key in self._seen:
+            raise RepaError(
+                f"key {sample.key} comes twice, the second time in {sample.where}; "
+                "keys name rows, so write the tars with one sample for each"
+            )
+        _check_key(sample.key, sample.where)
+        kind, offset, size = sample.image
+        self._seen.add(sample.key)
+        self.keys.append(sample.key)
+        self.fields.append(FIELDS.index(kind))
+        self.labels.append(sample.label)
+        self.tars.append(number)
+        self.offsets.append(offset)
+        self.sizes.append(size)
+
+
+@dataclass
+class _Sample:
+    """The members of one key so far."""
+
+    where: str
+    key: str = ""
+    image: tuple[str, int, int] | None = None
+    label: int | None = None
+
+    def take_image(self, kind: str, offset: int, size: int) -> None:
+        if self.image is not None:
+            raise RepaError(
+                f"sample {self.key} in {self.where} has two images, .{self.image[0]} and .{kind}; keep one"
+            )
+        self.image = (kind, offset, size)
+
+    def take_label(self, kind: str, content: bytes) -> None:
+        try:
+            value = int(content) if kind == LABEL_FIELD else _json_label(json.loads(content))
+        except ValueError:
+            value = -1
+        if value is None:
+            return
+        if not 0 <= value < 2**31:
+            shown = content[:40].decode("utf-8", "replace").strip()
+            raise RepaError(
+                f"sample {self.key} in {self.where} has the label {shown!r} in .{kind}; "
+                "give the number of its class, counted from 0"
+            )
+        self.label = value
+
+
+def _json_label(values: Any) -> int | None:
+    """The label in a sample's JSON; None if it speaks of other things."""
+    if isinstance(values, dict):
+        values = next((values[name] for name in JSON_LABELS if name in values), None)
+        if values is None:
+            return None
+    return values if isinstance(values, int) and not isinstance(values, bool) else -1
+
+
+def _check_key(key: str, where: str) -> None:
+    if "\n" in key or "\r" in key:
+        raise RepaError(
+            f"the key {key!r} in {where} holds a line break, which keys.txt cannot hold; rename it"
+        )
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        raise RepaError(f"the key {os.fsencode(key)!r} in {where} is not UTF-8; rename it") from None

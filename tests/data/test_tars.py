@@ -1,0 +1,191 @@
+"""Tars read strictly: formats that tools write, patterns, an error for what is not a whole tar."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+from repa.data.errors import RepaError
+from repa.data.tars import TarReader, expand_tars, is_stream, names_tars, open_tar, split_member
+
+FILES = {
+    "a/1.jpg": b"x" * 700,
+    "a/1.cls": b"3",
+    "empty.txt": b"",
+    f"{'d' * 60}/{'e' * 60}/{'f' * 90}.png": b"long" * 200,
+    f"{'g' * 130}.json": b"{}",
+    "ü/ß.webp": b"y" * 512,
+}
+
+
+def tar(files: dict[str, bytes], form: int = tarfile.PAX_FORMAT, mtime: float = 0) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=form) as file:
+        folder = tarfile.TarInfo("a")
+        folder.type = tarfile.DIRTYPE
+        file.addfile(folder)
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(content), mtime
+            file.addfile(info, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def contents(reader: TarReader) -> dict[str, bytes]:
+    return {member.name: reader.read() for member in reader}
+
+
+@pytest.mark.parametrize(
+    ("form", "mtime"), [(tarfile.PAX_FORMAT, 0), (tarfile.PAX_FORMAT, 1.5), (tarfile.GNU_FORMAT, 0)]
+)
+def test_members_are_those_of_tarfile(tmp_path: Path, form: int, mtime: float) -> None:
+    path = tmp_path / "a.tar"
+    data = tar(FILES, form, mtime)
+    path.write_bytes(data)
+    with open_tar(str(path)) as reader:
+        assert contents(reader) == FILES
+    with open_tar(str(path)) as reader:  # by offset, and content skipped
+        for member in reader:
+            assert data[member.offset : member.offset + member.size] == FILES[member.name]
+    with open_tar(f"pipe:cat '{path}'") as reader:
+        assert contents(reader) == FILES
+    with open_tar(f"pipe:cat '{path}'") as reader:
+        assert [member.name for member in reader] == list(FILES)
+
+
+def test_gnu_tar_and_ustar_prefixes_are_read(tmp_path: Path) -> None:
+    for name, content in FILES.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(content)
+    for kind in ("gnu", "pax", "ustar", "v7"):
+        names = [name for name in FILES if kind != "v7" or len(name) < 90]
+        names = [name for name in names if kind != "ustar" or len(name) < 100 or "/" in name]
+        path = tmp_path / f"{kind}.tar"
+        subprocess.run(
+            ["tar", f"--format={kind}", "-cf", path, "-C", tmp_path / "in", *names],
+            check=True,
+            capture_output=True,
+        )
+        with open_tar(str(path)) as reader:
+            assert contents(reader) == {name: FILES[name] for name in names}, kind
+
+
+def test_sizes_in_base_256(tmp_path: Path) -> None:
+    data = bytearray(tar({"a.bin": b"z" * 600}))
+    header = data[512:1024]  # after the folder's
+    header[124:136] = b"\x80" + (600).to_bytes(11, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    data[512:1024] = header
+    assert contents(TarReader(io.BytesIO(data), "x")) == {"a.bin": b"z" * 600}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_cut_is_noticed(tmp_path: Path, stream: bool) -> None:
+    data = tar({"a.jpg": b"x" * 700, "a.cls": b"1"})
+    end = 512 + 512 + 1024 + 512 + 512
+    path = tmp_path / "cut.tar"
+    for length in (*range(0, end, 256), end - 1, end):
+        path.write_bytes(data[:length])
+        place = f"pipe:cat '{path}'" if stream else str(path)
+        with (
+            pytest.raises(RepaError, match=r"cut off|is empty|is no tar") as caught,
+            open_tar(place) as reader,
+        ):
+            contents(reader)
+        assert "\n" not in str(caught.value)
+        assert str(path) in str(caught.value)
+
+
+def test_damage_is_noticed_where_tarfile_takes_it_for_the_end(tmp_path: Path) -> None:
+    data = bytearray(tar({"a.jpg": b"x" * 700, "a.cls": b"1"}))
+    data[512 + 512 + 1024 + 3] ^= 1
+    path = tmp_path / "bad.tar"
+    path.write_bytes(data)
+    with tarfile.open(path) as file:
+        assert file.getnames() == ["a", "a.jpg"]
+    with pytest.raises(RepaError, match=r"bad\.tar is damaged at byte 2048"), open_tar(str(path)) as reader:
+        contents(reader)
+
+
+def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    for content, what in ((b"no tar" * 500, "no tar"), (b"\x1f\x8b" + bytes(600), "gunzip"), (b"", "empty")):
+        path.write_bytes(content)
+        with pytest.raises(RepaError, match=what), open_tar(str(path)) as reader:
+            list(reader)
+    with pytest.raises(RepaError, match="No such file"), open_tar(str(tmp_path / "none.tar")) as reader:
+        list(reader)
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as file:
+        link = tarfile.TarInfo("b.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.jpg"
+        file.addfile(link)
+    with pytest.raises(RepaError, match=r"b\.jpg as a link"):
+        list(TarReader(io.BytesIO(stream.getvalue()), "x"))
+
+
+def test_a_command_that_fails_is_one_line() -> None:
+    for place in ("pipe:false", "pipe:exit 3", "nonsense://x/y.tar"):
+        with pytest.raises(RepaError, match=place) as caught, open_tar(place) as reader:
+            list(reader)
+        assert "\n" not in str(caught.value)
+
+
+def test_who_stops_early_breaks_no_pipe(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar({f"{number}.bin": bytes(50_000) for number in range(40)}))
+    with open_tar(f"pipe:cat '{path}'") as reader:
+        assert next(iter(reader)).name == "0.bin"
+
+
+def test_patterns_are_those_of_a_shell(tmp_path: Path) -> None:
+    assert expand_tars("t-{0008..0011}.tar") == ["t-0008.tar", "t-0009.tar", "t-0010.tar", "t-0011.tar"]
+    assert expand_tars("{a,b}/{2..0}.tar") == [
+        "a/2.tar",
+        "a/1.tar",
+        "a/0.tar",
+        "b/2.tar",
+        "b/1.tar",
+        "b/0.tar",
+    ]
+    assert expand_tars("{0..10}.tar")[:2] == ["0.tar", "1.tar"]
+    assert expand_tars("{x}.tar") == ["{x}.tar"]
+    assert expand_tars("pipe:cat *{1..2}.tar") == ["pipe:cat *1.tar", "pipe:cat *2.tar"]
+    for name in ("b", "a", "c"):
+        (tmp_path / f"{name}.tar").touch()
+    assert expand_tars(f"{tmp_path}/*.tar") == [f"{tmp_path}/{name}.tar" for name in "abc"]
+    assert expand_tars(f"{tmp_path}/[ab].tar") == [f"{tmp_path}/{name}.tar" for name in "ab"]
+    for pattern, what in (
+        (f"{tmp_path}/*.zip", "no tar matches"),
+        ("{1,1}.tar", "names 1.tar twice"),
+        ("{0..99999999}.tar", "more than"),
+        ("{0..9999}{0..9999}.tar", "more than"),
+    ):
+        with pytest.raises(RepaError, match=what):
+            expand_tars(pattern)
+
+
+def test_what_names_tars(tmp_path: Path) -> None:
+    (tmp_path / "folder.tar").mkdir()
+    assert names_tars("a/train-{0..3}.tar")
+    assert names_tars("*.tar")
+    assert names_tars("pipe:aws s3 cp s3://b/x.tar -")
+    assert names_tars("https://host/x-{0..3}.tar?key=1")
+    assert not names_tars("s3://bucket/cache")
+    assert not names_tars(str(tmp_path / "folder.tar"))
+    assert not names_tars("images")
+    assert is_stream("pipe:cat x")
+    assert not is_stream("C/x.tar")
+
+
+def test_keys_are_those_of_webdataset() -> None:
+    from webdataset.tariterators import base_plus_ext
+
+    for name in ("a.jpg", "x.y/a.b.JPG", "./a/b.cls", "noext", "dir.d/noext", ".hidden", "a/.x.y"):
+        base, field = base_plus_ext(name)
+        assert split_member(name) == (None if base is None else (base, field.lower()))
+    assert split_member("__repa__/shard.json") is None
