@@ -19,7 +19,7 @@ import torch
 
 from .columns import LABEL, ColumnSpec
 from .errors import CacheError, RepaError
-from .ordering import EpochOrder, batch_views, place_of, rank_slice
+from .ordering import ORDERS, EpochOrder, batch_views, block_starts, place_of, rank_slice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,6 +73,8 @@ class CacheLoader:
         world: number of ranks.
         accumulate: micro-batches of a step.
         seed: of the order and of the views.
+        order: ``full``, any image at any place; or ``blocks``, a few shards at a time, for slow disks (see
+            `BlockPermutation`); then ``rows`` must ascend.
         images_seen: state to begin with.
         last_image: stop once that many images were seen; never, if None.
         columns_at: step → columns to read for it; ``label`` always comes along.
@@ -95,6 +97,7 @@ class CacheLoader:
         world: int = 1,
         accumulate: int = 1,
         seed: int = 0,
+        order: str = "full",
         images_seen: int = 0,
         last_image: int | None = None,
         columns_at: Callable[[int], Sequence[str]],
@@ -112,6 +115,8 @@ class CacheLoader:
             )
         if threads < 1 or prefetch < 1:
             raise RepaError(f"{threads} threads and {prefetch} batches ahead: both must be at least 1")
+        if order not in ORDERS:
+            raise RepaError(f"order {order!r} is unknown; there are {', '.join(ORDERS)}")
         invalid = np.intersect1d(rows, reader.invalid_rows)
         if len(invalid):
             raise CacheError(
@@ -129,7 +134,8 @@ class CacheLoader:
         self.threads = threads
         self.prefetch = prefetch
         self._images_seen = images_seen
-        self._order = EpochOrder(seed=seed, count=len(rows))
+        blocks = block_starts(rows, reader.manifest.shard_rows) if order == "blocks" else None
+        self._order = EpochOrder(seed=seed, count=len(rows), blocks=blocks)
         pinned = pin_memory and torch.cuda.is_available()
         self._memory = PinnedMemory() if pinned else RecycledMemory(prefetch + 2)
         # weak, so that dropping the iterator alone ends its threads

@@ -71,6 +71,8 @@ class TrainConfig:
         path: interpolant between data and noise.
         times: law of the training times, where the method has none of its own.
         seed: of initialisation, order and every draw.
+        order: of the images: full, any at any place; or blocks, a few shards of the cache at a time, for
+            disks that are slow at random places.
         batch_size: images of an optimiser step, over all devices and accumulated micro-batches.
         accumulate: micro-batches of a step.
         max_steps: optimiser steps of the run.
@@ -106,6 +108,7 @@ class TrainConfig:
     path: Literal["linear", "cosine"] = "linear"
     times: Literal["uniform", "lognormal"] = "uniform"
     seed: int = 0
+    order: Literal["full", "blocks"] = "full"
     batch_size: int = 256
     accumulate: int = 1
     max_steps: int = 400_000

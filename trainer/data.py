@@ -88,6 +88,7 @@ class CacheData(LightningDataModule):
                 world=trainer.world_size,
                 accumulate=self._config.accumulate,
                 seed=self._config.seed,
+                order=self._config.order,
                 images_seen=self._images_seen,
                 columns_at=lambda step: read_columns(self._columns_at(step), self._live),
                 threads=self._config.threads,

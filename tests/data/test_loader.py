@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from repa.data import ordering
 from repa.data.columns import ColumnSpec
 from repa.data.errors import CacheError, CorruptRowError, RepaError
 from repa.data.layout import shard_file
@@ -140,6 +141,30 @@ def test_resumed_on_other_ranks_the_batches_are_the_same(reader: CacheReader, st
         rows = [row for batches in later for row in batches[step].rows.tolist()]
         assert rows == global_batch(reader, 24 * (stop + step))
         assert later[0][step].step == stop + step
+
+
+@pytest.mark.parametrize("computed", [False, True])
+@pytest.mark.parametrize("order", ["full", "blocks"])
+def test_every_order_gives_equal_batches_on_any_ranks_and_after_resume(
+    reader: CacheReader, monkeypatch: pytest.MonkeyPatch, order: str, computed: bool
+) -> None:
+    if computed:
+        monkeypatch.setattr(ordering, "SORTED_UP_TO", 1)
+    expected = [batch.rows.tolist() for batch in make(reader, order=order, last_image=24 * 9)]
+    for epoch in (expected[0:2], expected[2:4]):
+        rows = [row for batch in epoch for row in batch]
+        assert len(set(rows)) == 48
+        assert 7 not in rows
+    shards = {row // reader.manifest.shard_rows for row in expected[0]}
+    assert len(shards) == 4 if order == "blocks" else len(shards) > 4
+    for world in (2, 3, 8):
+        resumed = [
+            make(reader, order=order, rank=rank, world=world, images_seen=24 * world, last_image=24 * 9)
+            for rank in range(world)
+        ]
+        steps = zip(*map(list, resumed), strict=True)
+        got = [[row for batch in step for row in batch.rows.tolist()] for step in steps]
+        assert got == expected[world:]
 
 
 def test_iterating_again_goes_on(reader: CacheReader) -> None:
@@ -436,6 +461,7 @@ def test_control_c_ends_the_process(cache: Path) -> None:
         ({"batch_size": 61}, "a batch of 61 images is larger than the 60 images"),
         ({"rank": 2, "world": 2}, "rank 2 of 2"),
         ({"threads": 0}, "at least 1"),
+        ({"order": "sorted"}, "order 'sorted' is unknown; there are full, blocks"),
         ({"prefetch": 0}, "at least 1"),
         ({"images_seen": -24}, "images seen"),
         ({"rows": np.arange(NUM_ROWS)}, "row 7 of cache .* is invalid"),
