@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-METHODS = ("none", "repa")
+METHODS = ("none", "repa", "haste")
 MODEL = "SiT-T/1"
 BATCH_SIZE = 32
-DEFAULT_STEPS = 400
+DEFAULT_STEPS = 360
 IMAGES = 2304  # of which the held-out rows are not trained on
 HOLDOUT = 256
 SAMPLES = 160
@@ -68,7 +68,8 @@ def demo(
         print(f"\n$ repa {shlex.join(line)}", flush=True)
         run_command(line)
 
-    say_and_run("preprocess", "--data", "demo", "--encoder", "demo", "--limit", images, "--cache", cache)
+    words = ("--data", "demo", "--encoder", "demo", "--attention", "haste", "--limit", images)
+    say_and_run("preprocess", *words, "--cache", cache)
     runs = [
         DemoRun(method=method, folder=out / "runs" / method, samples=out / "samples" / method)
         for method in METHODS
@@ -98,6 +99,8 @@ def _train(say_and_run: Callable[..., None], run: DemoRun, cache: Path, steps: i
     if run.method != "none":
         # the paper's 2,048 are for backbones of 384 channels and more
         settings["method.projector_width"] = 256
+    if run.method == "haste":
+        settings["method.stop"] = max(2 * steps // 3, 1)
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     place = ("--cache", cache, "--run", run.folder)
     amount = ("--max-steps", steps, "--batch-size", BATCH_SIZE, "--lr", "2e-3")

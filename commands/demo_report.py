@@ -47,14 +47,14 @@ class DemoRow:
         velocity_loss: on held-out rows, of the averaged weights, at the last step.
         frechet_distance: between samples and the cache's images, in the class vectors of the demo's teacher.
         images_per_second: of training, the median over its logged stretches.
-        bytes_per_image: read from the cache for one image of a step.
+        bytes_per_image: read from the cache for one image of a step, in each phase of the run.
     """
 
     method: str
     velocity_loss: float
     frechet_distance: float
     images_per_second: float
-    bytes_per_image: int
+    bytes_per_image: tuple[int, ...]
 
 
 def report(cache: Path, runs: Sequence[DemoRun], out: Path) -> list[DemoRow]:
@@ -106,11 +106,11 @@ def _cached_class_vectors(cache: Path) -> NDArray[np.float32]:
     return values.astype(np.float32)
 
 
-def _bytes_per_image(run: DemoRun) -> int:
-    """Bytes that the first phase of a run reads for an image."""
+def _bytes_per_image(run: DemoRun) -> tuple[int, ...]:
+    """Bytes that each phase of a run reads for an image."""
     config = build(load_yaml(run.folder / CONFIG_FILE))
-    phase = describe_phases(check(config), config)[0]
-    return int(phase["step_bytes"]) // config.batch_size
+    phases = describe_phases(check(config), config)
+    return tuple(int(phase["step_bytes"]) // config.batch_size for phase in phases)
 
 
 def _images_per_second(run: DemoRun) -> float:
@@ -136,7 +136,7 @@ def _print_table(rows: Sequence[DemoRow], floor: float, unseen: int) -> None:
     from rich.table import Table
 
     table = Table(
-        title="The demo's two runs: the same backbone, seed, order, noise and steps", title_justify="left"
+        title="The demo's runs: the same backbone, seed, order, noise and steps", title_justify="left"
     )
     for heading in (
         "method",
@@ -152,7 +152,7 @@ def _print_table(rows: Sequence[DemoRow], floor: float, unseen: int) -> None:
             f"{row.velocity_loss:.4f}",
             f"{row.frechet_distance:.2f}",
             f"{row.images_per_second:,.0f}",
-            f"{row.bytes_per_image:,}",
+            " → ".join(f"{count:,}" for count in row.bytes_per_image),
         )
     console = Console()
     console.print(table)
@@ -170,8 +170,8 @@ def _draw(runs: Sequence[DemoRun], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure = plt.figure(figsize=(6.5 * len(runs), 7.2), layout="constrained")
-    grids = figure.add_gridspec(2, 2 * len(runs), height_ratios=(3.8, 2.6))
+    figure = plt.figure(figsize=(5.2 * len(runs), 6.4), layout="constrained")
+    grids = figure.add_gridspec(2, 2 * len(runs), height_ratios=(3.2, 2.6))
     for place, run in enumerate(runs):
         axes = figure.add_subplot(grids[0, 2 * place : 2 * place + 2])
         axes.imshow(_grid(*_samples(run)), interpolation="nearest")

@@ -28,14 +28,16 @@ def test_demo_from_images_to_picture(tmp_path: Path, capsys: pytest.CaptureFixtu
     out = tmp_path / "demo"
     demo(run_command, out=out, steps=3, images=64)
     printed = capsys.readouterr().out
-    for method in ("none", "repa"):
+    for method in ("none", "repa", "haste"):
         assert f"$ repa train --method {method} --model SiT-T/1" in printed
         assert (out / "runs" / method / "config.yaml").exists()
     numbers = json.loads((out / "demo.json").read_text())
     rows = {row["method"]: row for row in numbers["rows"]}
-    # moments float32 [8, 8, 8]; patch tokens float16 [64, 128]
-    assert rows["none"]["bytes_per_image"] == 8 * 8 * 8 * 4
-    assert rows["repa"]["bytes_per_image"] == 8 * 8 * 8 * 4 + 64 * 128 * 2
+    # moments float32 [8, 8, 8]; patch tokens float16 [64, 128]; q and k float16 [3, 2, 64, 64] until τ
+    moments, patch, attention = 8 * 8 * 8 * 4, 64 * 128 * 2, 2 * 3 * 2 * 64 * 64 * 2
+    assert rows["none"]["bytes_per_image"] == [moments]
+    assert rows["repa"]["bytes_per_image"] == [moments + patch]
+    assert rows["haste"]["bytes_per_image"] == [moments + patch + attention, moments]
     for method, row in rows.items():
         last = read_metrics(out / "runs" / method / "metrics.csv")[-1]
         assert row["velocity_loss"] == last["held_out_ema"]
