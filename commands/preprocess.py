@@ -73,7 +73,7 @@ def preprocess(
         attention_kl: cut them, as int8, to the smallest rank of 8, 16, 24, … whose mean divergence from the
             teacher's attention is at most so many nats in every block and head, on held-out images.
         compress: ``zstd``, ``blosc`` or ``pcodec`` for the teachers' columns, losslessly. By default they are
-            not compressed: floats shrink by 18 % at most, and compressed rows cannot be read directly.
+            not compressed: floats shrink by a tenth to a fifth, and compressed rows cannot be read directly.
         compute_dtype: ``float32``, ``bfloat16`` or ``float16``, of the forward passes.
         exif: turn images by their EXIF orientation.
         class_names: file with the name of a class in each line, for tars, whose classes are numbers.
