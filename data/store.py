@@ -56,6 +56,8 @@ __all__ = [
     "SourceWriter",
     "committed_shards",
     "create_cache",
+    "declaration",
+    "differences",
     "encode_keys",
     "ensure_cache",
     "ensure_source",
@@ -123,7 +125,7 @@ def ensure_cache(path: Path, manifest: Manifest, keys: Sequence[str], labels: ND
             if not (path / GROUP_FILE).exists():
                 _create(path, manifest, keys, labels)
     present = open_manifest(path)
-    different = _differences(_fixed(present), _fixed(manifest))
+    different = differences(_fixed(present), _fixed(manifest))
     if different:
         raise CacheError(
             f"{path} is a cache of something else: {different}; give the same --data and flags as it was "
@@ -171,9 +173,9 @@ def ensure_source(
             manifest = open_manifest(path)
             if source not in manifest.sources:
                 return _declare(path, manifest.with_source(source, provenance, columns), source)
-    different = _differences(
-        _declaration(manifest.sources[source], manifest.source_columns(source)),
-        _declaration(provenance, columns),
+    different = differences(
+        declaration(manifest.sources[source], manifest.source_columns(source)),
+        declaration(provenance, columns),
     )
     if different and not committed_shards(path, manifest, source):
         # nobody may be about to commit by the old declaration
@@ -352,7 +354,7 @@ def _fixed(manifest: Manifest) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in {"columns", "sources"}}
 
 
-def _declaration(provenance: Provenance, columns: Mapping[str, ColumnSpec]) -> dict[str, Any]:
+def declaration(provenance: Provenance, columns: Mapping[str, ColumnSpec]) -> dict[str, Any]:
     """What binds of a source; notes and columns each for itself, so that the one that differs is named."""
     values = provenance.identity()
     notes = values.pop("notes")
@@ -363,7 +365,7 @@ def _declaration(provenance: Provenance, columns: Mapping[str, ColumnSpec]) -> d
     return values
 
 
-def _differences(here: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def differences(here: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """``field is a, not b`` of every field that differs, values that are long left out."""
     parts = []
     for key in dict.fromkeys([*here, *wanted]):
