@@ -40,14 +40,12 @@ class Calibration:
     Attributes:
         settings: all that decides its content, plain JSON values.
         images: number of images the projections were fitted to; 0 without projections.
-        rank: r of queries and keys; None for tokens.
         fidelity: what was measured on held-out images, plain JSON values.
         projections: of queries and of centred keys, each float32 ``[L, H, r, Dh]``; None: nothing is cut.
     """
 
     settings: Mapping[str, Any]
     images: int
-    rank: int | None
     fidelity: Mapping[str, Any]
     projections: tuple[Tensor, Tensor] | None = field(default=None, compare=False)
 
@@ -59,7 +57,6 @@ class Calibration:
         values = {
             "settings": self.settings,
             "images": self.images,
-            "rank": self.rank,
             "fidelity": self.fidelity,
         }
         # one entry only: safetensors writes several in no fixed order

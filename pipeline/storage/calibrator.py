@@ -73,13 +73,11 @@ class Calibrator:
         def compute() -> Calibration:
             with self._passes() as passes:
                 form, fidelity = choose_rank(encoder, settings, self._chosen, passes)
-            cut = form.projections
             return Calibration(
                 settings=wanted,
-                images=0 if cut is None else len(self._chosen.fit),
-                rank=form.rank,
+                images=0 if form.projections is None else len(self._chosen.fit),
                 fidelity=fidelity,
-                projections=None if cut is None else (cut[0].contiguous(), cut[1].contiguous()),
+                projections=form.projections,
             )
 
         wanted = self._settings(
@@ -90,8 +88,7 @@ class Calibrator:
             tolerance=settings.tolerance,
         )
         made, note = self._ensure(attention_source(encoder.name), wanted, compute)
-        assert made.rank is not None, "a calibration of attention has a rank"
-        form = attention_form(encoder, settings, made.rank, made.projections)
+        form = attention_form(encoder, settings, made.projections)
         own = {
             "depth": encoder.depth,
             "logit_scale": encoder.logit_scale,
@@ -110,7 +107,7 @@ class Calibrator:
         def compute() -> Calibration:
             with self._passes() as passes:
                 fidelity = token_fidelity(encoder, form, self._chosen.held_out, passes)
-            return Calibration(settings=wanted, images=0, rank=None, fidelity=fidelity)
+            return Calibration(settings=wanted, images=0, fidelity=fidelity)
 
         wanted = self._settings(provenance, dtype=form.dtype)
         made, note = self._ensure(encoder.name, wanted, compute)

@@ -31,8 +31,14 @@ def _store(model: str, kind: str, values: Tensor, dtype: str) -> dict[str, Tenso
     return {name: stored, f"{name}{SCALE_SUFFIX}": scale}
 
 
-def _restore(model: str, kind: str, columns: Mapping[str, Tensor]) -> Tensor:
-    """The float32 numbers that a column stands for."""
+def restore(model: str, kind: str, columns: Mapping[str, Tensor]) -> Tensor:
+    """The float32 numbers that a column stands for.
+
+    Args:
+        model: name of the teacher.
+        kind: ``patch``, ``q`` or ``k``.
+        columns: as stored, name → values; with the scales of an int8 column.
+    """
     name = column_name(model, kind)
     scale = columns.get(f"{name}{SCALE_SUFFIX}")
     return columns[name].float() if scale is None else dequantise(columns[name], scale)
@@ -73,7 +79,7 @@ class TokenForm:
 
     def decode(self, columns: Mapping[str, Tensor]) -> Tensor:
         """Patch tokens float32 ``[B, T, D]`` as a reader has them."""
-        return _restore(self.model, "patch", columns)
+        return restore(self.model, "patch", columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +150,7 @@ class AttentionForm:
 
     def decode(self, columns: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Queries and keys, each float32 ``[B, L, H, T, r]``, as a reader has them."""
-        return _restore(self.model, "q", columns), _restore(self.model, "k", columns)
+        return restore(self.model, "q", columns), restore(self.model, "k", columns)
 
 
 def token_form(encoder: Encoder, dtype: str, compressor: str | None) -> TokenForm:
@@ -159,20 +165,15 @@ def token_form(encoder: Encoder, dtype: str, compressor: str | None) -> TokenFor
 
 
 def attention_form(
-    encoder: Encoder, settings: AttentionSettings, rank: int, projections: tuple[Tensor, Tensor] | None
+    encoder: Encoder, settings: AttentionSettings, projections: tuple[Tensor, Tensor] | None
 ) -> AttentionForm:
-    """The form of an encoder's attention at a rank.
+    """The form of an encoder's attention.
 
     Args:
         encoder: the teacher.
         settings: what is asked for.
-        rank: r.
-        projections: of all ranks or just this one, ``[L, H, ≥ r, Dh]``; not needed for the whole width.
+        projections: see `AttentionForm`.
     """
-    cut = None
-    if rank < encoder.head_width:
-        assert projections is not None, "a cut form has been calibrated"
-        cut = (projections[0][:, :, :rank], projections[1][:, :, :rank])
     return AttentionForm(
         model=encoder.name,
         blocks=settings.blocks,
@@ -180,6 +181,6 @@ def attention_form(
         tokens=encoder.grid[0] * encoder.grid[1],
         head_width=encoder.head_width,
         dtype=settings.stored_dtype,
-        projections=cut,
+        projections=projections,
         compressor=settings.compressor,
     )

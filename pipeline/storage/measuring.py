@@ -19,7 +19,7 @@ from ..lanes import Task
 from .forms import AttentionForm, TokenForm, attention_form
 from .measures import TokenErrors, attention_divergence
 from .specs import AttentionSettings, bytes_per_image
-from .truncation import balanced_projections, centred, second_moment
+from .truncation import balanced_projections, centred, second_moment, truncated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -72,7 +72,7 @@ class Passes:
 def fit_attention(
     encoder: Encoder, blocks: tuple[int, ...], pixels: Pixels, passes: Passes
 ) -> tuple[Tensor, Tensor]:
-    """Projections of queries and centred keys for all ranks, each float32 ``[L, H, Dh, Dh]``.
+    """Projections of queries and centred keys for all ranks; see `balanced_projections`.
 
     Args:
         encoder: the teacher.
@@ -182,11 +182,12 @@ def choose_rank(
     Raises:
         RepaError: no rank meets the tolerance; values that are not finite.
     """
-    ranks = settings.ranks(encoder.head_width)
-    projections = None
-    if ranks[0] < encoder.head_width:
-        projections = fit_attention(encoder, settings.blocks, chosen.fit, passes)
-    forms = [attention_form(encoder, settings, rank, projections) for rank in ranks]
+    ranks, width = settings.ranks(encoder.head_width), encoder.head_width
+    balanced = fit_attention(encoder, settings.blocks, chosen.fit, passes) if ranks[0] < width else None
+    forms = [
+        attention_form(encoder, settings, truncated(balanced, rank) if balanced and rank < width else None)
+        for rank in ranks
+    ]
     measured = attention_fidelity(encoder, forms, chosen.held_out, passes)
     if settings.tolerance is None:
         return forms[0], measured[0]

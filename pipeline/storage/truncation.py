@@ -9,10 +9,18 @@ For one block and head the logits are a bilinear form q·k̃, with k̃ the keys 
 
 have the products q′·k′ that are nearest to q·k̃ in mean square among all forms of rank r (Eckart and Young on
 the whitened form; q and k̃ drawn independently). The name is that of model reduction: both sides are brought
-to the same second moments, S. Here ours; facts of HASTE: arXiv 2505.16792.
+to the same second moments, S. Truncating attention targets so is ours; HASTE itself: arXiv 2505.16792.
+
+The r numbers are then turned by one orthogonal matrix, the same for q′ and k′, which changes no product. It
+is for int8: rounding errors of component i of q′ meet component i of k′, so with a scale for each component
+the error of a logit has a variance in proportion to Σ sᵢ², which the first few components make up. Turned so
+that all are alike it is (Σ sᵢ)²/r, smaller by up to a factor of r. (Rotations before rounding: QuaRot, arXiv
+2404.00456; the matrix here, and its use on both factors of a bilinear form, are ours.)
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -40,7 +48,7 @@ def second_moment(values: Tensor) -> Tensor:
 
 
 def balanced_projections(query_moment: Tensor, key_moment: Tensor) -> tuple[Tensor, Tensor]:
-    """The projections of all ranks at once: the first r rows are those of rank r.
+    """The projections of all ranks at once, not turned yet: the first r rows are those of rank r.
 
     Directions without queries, or without keys, have no part in any logit of the calibration set; they get
     rows of zeros.
@@ -50,7 +58,7 @@ def balanced_projections(query_moment: Tensor, key_moment: Tensor) -> tuple[Tens
         key_moment: Σ_k of centred keys, the same shape.
 
     Returns:
-        Projections of queries and of centred keys, each float32 ``[L, H, Dh, Dh]``. Signs are fixed: the
+        Projections of queries and of centred keys, each float64 ``[L, H, Dh, Dh]``. Signs are fixed: the
         largest number in each row of the first is positive.
     """
     query_root, query_inverse = _roots(query_moment)
@@ -61,7 +69,36 @@ def balanced_projections(query_moment: Tensor, key_moment: Tensor) -> tuple[Tens
     key_rows = weight * (right @ key_inverse)
     largest = query_rows.abs().argmax(dim=-1, keepdim=True)
     sign = torch.where(query_rows.gather(-1, largest) < 0, -1.0, 1.0)
-    return (sign * query_rows).float(), (sign * key_rows).float()
+    return sign * query_rows, sign * key_rows
+
+
+def truncated(balanced: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    """The projections to a rank, turned so that the components are alike.
+
+    Args:
+        balanced: from `balanced_projections`.
+        rank: r.
+
+    Returns:
+        Projections of queries and of centred keys, each float32 ``[L, H, r, Dh]``.
+    """
+    turn = hartley(rank).to(balanced[0].device)
+    query_rows, key_rows = (turn @ each[..., :rank, :] for each in balanced)
+    return query_rows.float(), key_rows.float()
+
+
+def hartley(size: int) -> Tensor:
+    """The matrix of the discrete Hartley transform: (cos + sin)(2πij/n)/√n.
+
+    It is orthogonal and symmetric, there is one of every size, and all of its numbers are of like magnitude.
+
+    Returns:
+        float64 ``[n, n]``.
+    """
+    number = torch.arange(size, dtype=torch.float64)
+    # whole turns are taken off before the angle is formed, where they are exact
+    angle = (number[:, None] * number % size) * (2 * math.pi / size)
+    return (angle.cos() + angle.sin()) / math.sqrt(size)
 
 
 def project(values: Tensor, projection: Tensor) -> Tensor:

@@ -17,7 +17,14 @@ from repa.pipeline.storage.calibration import Calibration, choose_images
 from repa.pipeline.storage.forms import AttentionForm, TokenForm
 from repa.pipeline.storage.measures import TokenErrors, attention_divergence
 from repa.pipeline.storage.specs import AttentionSettings, bytes_per_image
-from repa.pipeline.storage.truncation import balanced_projections, centred, project, second_moment
+from repa.pipeline.storage.truncation import (
+    balanced_projections,
+    centred,
+    hartley,
+    project,
+    second_moment,
+    truncated,
+)
 
 L, H, DH = 2, 2, 16
 
@@ -50,8 +57,8 @@ def error_of(q: torch.Tensor, k: torch.Tensor, form: torch.Tensor) -> torch.Tens
 def test_truncation_is_the_best_form_of_its_rank(rank: int) -> None:
     """Against principal components of the queries, of the keys, and random ones; and the closed form."""
     q, k = drawn(5, 0), centred(drawn(5, 1))
-    to_query, to_key = balanced_projections(moments(q), moments(k))
-    balanced = error_of(q, k, (to_query[..., :rank, :].mT @ to_key[..., :rank, :]).double())
+    to_query, to_key = truncated(balanced_projections(moments(q), moments(k)), rank)
+    balanced = error_of(q, k, (to_query.mT @ to_key).double())
     others = {}
     for name, basis in (
         ("queries", torch.linalg.eigh(moments(q)).eigenvectors[..., -rank:]),
@@ -71,11 +78,12 @@ def test_truncation_is_the_best_form_of_its_rank(rank: int) -> None:
 def test_all_ranks_are_beginnings_of_one_and_the_whole_is_exact() -> None:
     q, k = drawn(5, 0), centred(drawn(5, 1))
     to_query, to_key = balanced_projections(moments(q), moments(k))
-    kept = project(q, to_query), project(k, to_key)
     exact = q.double() @ k.double().mT
-    assert ((kept[0].double() @ kept[1].double().mT - exact).abs().max() / exact.abs().max()) < 1e-6
+    whole = truncated((to_query, to_key), DH)
+    kept = project(q, whole[0]).double() @ project(k, whole[1]).double().mT
+    assert (kept - exact).abs().max() / exact.abs().max() < 1e-6
     # both sides have the same second moments, diagonal and falling: that is what balanced means
-    for each in kept:
+    for each in (q.double() @ to_query.mT, k.double() @ to_key.mT):
         moment = moments(each)
         diagonal = moment.diagonal(dim1=-2, dim2=-1)
         assert (diagonal.diff(dim=-1) <= 1e-9).all()
@@ -87,11 +95,39 @@ def test_all_ranks_are_beginnings_of_one_and_the_whole_is_exact() -> None:
     assert (to_query.gather(-1, largest) > 0).all()
 
 
+@pytest.mark.parametrize("size", [1, 2, 7, 8, 24, 64])
+def test_the_turn_is_orthogonal_and_even(size: int) -> None:
+    turn = hartley(size)
+    torch.testing.assert_close(turn @ turn.mT, torch.eye(size, dtype=torch.float64), atol=1e-12, rtol=0)
+    assert torch.equal(turn, turn.mT)
+    assert turn.abs().max() <= math.sqrt(2 / size) + 1e-12
+
+
+def test_the_turn_changes_no_product_and_makes_int8_finer() -> None:
+    """By about what the variances say: (Σs)²/r for Σs²."""
+    q, k = drawn(6, 0), centred(drawn(6, 1))
+    balanced = balanced_projections(moments(q), moments(k))
+    singular = moments(q.double() @ balanced[0].mT).diagonal(dim1=-2, dim2=-1)[..., :8]
+    expected = (singular.sum(-1) ** 2 / 8 / singular.square().sum(-1)).mean()
+    straight = tuple(each[..., :8, :].float() for each in balanced)
+    products, errors = [], []
+    for cut in (straight, truncated(balanced, 8)):
+        form = AttentionForm(
+            model="demo", blocks=(1, 2), heads=H, tokens=12, head_width=DH, dtype="int8", projections=cut
+        )
+        products.append(project(q, cut[0]) @ project(k, cut[1]).mT)
+        queries, keys = form.decode(form.encode({"q": q, "k": k}))
+        errors.append(float((queries @ keys.mT - products[-1]).square().mean()))
+    torch.testing.assert_close(products[0], products[1], atol=1e-5, rtol=1e-5)
+    assert expected < 0.6
+    assert errors[1] / errors[0] < 1.2 * expected
+
+
 @pytest.mark.parametrize("rank", [0, 1, 5])
 def test_directions_without_queries_or_keys_do_no_harm(rank: int) -> None:
     q, k = drawn(3, 0, rank=rank), centred(drawn(3, 1))
     for first, second in ((q, k), (k, q)):
-        to_first, to_second = balanced_projections(moments(first), moments(second))
+        to_first, to_second = truncated(balanced_projections(moments(first), moments(second)), DH)
         assert to_first.isfinite().all()
         assert to_second.isfinite().all()
         kept = project(first, to_first).double() @ project(second, to_second).double().mT
@@ -154,8 +190,7 @@ def test_forms_without_truncation(dtype: str) -> None:
 
 def test_a_cut_form() -> None:
     q, k = drawn(4, 0), drawn(4, 1)
-    projections = balanced_projections(moments(q), moments(centred(k)))
-    cut = tuple(each[:, :, :6] for each in projections)
+    cut = truncated(balanced_projections(moments(q), moments(centred(k))), 6)
     form = AttentionForm(
         model="demo", blocks=(1, 2), heads=H, tokens=12, head_width=DH, dtype="int8", projections=cut
     )
@@ -281,7 +316,6 @@ def test_a_calibration_is_one_spelling_of_its_content() -> None:
     made = Calibration(
         settings={"b": [1, 2], "a": None},
         images=3,
-        rank=2,
         fidelity={"kl_mean": 1e-7},
         projections=projections,
     )
@@ -289,7 +323,6 @@ def test_a_calibration_is_one_spelling_of_its_content() -> None:
     turned = Calibration(
         settings={"a": None, "b": [1, 2]},
         images=3,
-        rank=2,
         fidelity={"kl_mean": 1e-7},
         projections=projections,
     )
@@ -299,7 +332,7 @@ def test_a_calibration_is_one_spelling_of_its_content() -> None:
     assert again == made
     assert again.projections is not None
     assert torch.equal(again.projections[0], projections[0])
-    bare = Calibration(settings={}, images=0, rank=None, fidelity={})
+    bare = Calibration(settings={}, images=0, fidelity={})
     assert Calibration.decode(bare.encode()).projections is None
     for damaged in (b"", data[:20], b"x" * 40, data[:-1]):
         with pytest.raises(ValueError, match="not a calibration"):
