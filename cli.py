@@ -361,8 +361,35 @@ def _cache_info(cache: CacheArgument = None) -> None:
 
 
 @cache_app.command("verify")
-def _cache_verify(cache: CacheArgument = None) -> None:
+def _cache_verify(
+    cache: CacheArgument = None,
+    fidelity: Annotated[
+        bool,
+        typer.Option(
+            "--fidelity", help="Instead: encode random images again, and compare with what is stored."
+        ),
+    ] = False,
+    rows: Annotated[int | None, typer.Option(help="Fidelity: how many images.", show_default="64")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Fidelity: the images of the cache.", show_default="images, or demo")
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="Fidelity: weights of a teacher; may repeat."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Fidelity: of the choice of images.", show_default="0")
+    ] = None,
+) -> None:
     """Check every byte of a cache; exit status 1 if anything is wrong."""
+    if fidelity:
+        from .commands.cache_fidelity import verify_fidelity
+
+        verify_fidelity(cache=cache, rows=rows, data=data, weights=weights or (), seed=seed or 0)
+        return
+    for flag, value in (("--rows", rows), ("--data", data), ("--weights", weights), ("--seed", seed)):
+        if value is not None and value != []:
+            raise RepaError(f"{flag} says what --fidelity encodes; add --fidelity, or drop it")
     from .commands.cache import verify
 
     verify(cache=cache)
