@@ -395,6 +395,34 @@ def _cache_verify(
     verify(cache=cache)
 
 
+@cache_app.command("export")
+def _cache_export(
+    out: Annotated[Path, typer.Option(help="Folder of the tars.")],
+    cache: CacheArgument = None,
+    form: Annotated[str, typer.Option("--format", help="webdataset.")] = "webdataset",
+    columns: Annotated[
+        str | None, typer.Option(help="Columns, as sd-vae/moments,dinov2-b/patch.", show_default="all")
+    ] = None,
+) -> None:
+    """Write columns as WebDataset tars, one a shard, for storage that is read in sequence."""
+    from .commands.export import export
+
+    export(out=out, cache=cache, form=form, columns=columns)
+
+
+@cache_app.command("import")
+def _cache_import(
+    tars: Annotated[
+        str, typer.Argument(metavar="TARS", help="Of one export: 'out/shard-{000000..001251}.tar'.")
+    ],
+    cache: Annotated[Path, typer.Option(help="Folder of the cache.")],
+) -> None:
+    """Make the cache again that tars were exported from, bit for bit."""
+    from .commands.export import import_tars
+
+    import_tars(tars=tars, cache=cache)
+
+
 @app.command("demo")
 def _demo(
     out: Annotated[Path, typer.Option(help="Folder of its cache, runs and report.")] = Path("demo-out"),

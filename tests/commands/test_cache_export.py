@@ -1,0 +1,48 @@
+"""`repa cache export` and `repa cache import` as typed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from repa.cli import main, run_command
+from repa.data.testing import folder_contents, synthetic_cache
+
+
+def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache, out, back = tmp_path / "cache", tmp_path / "out", tmp_path / "back"
+    synthetic_cache(cache, num_rows=11, invalid={4: "broken"})
+    run_command(["cache", "export", str(cache), "--format", "webdataset", "--out", str(out)])
+    printed = capsys.readouterr().out
+    pattern = f"{out}/shard-{{000000..000001}}.tar"
+    assert "10 images" in printed
+    assert f"repa cache import '{pattern}' --cache CACHE" in printed
+    run_command(["cache", "import", pattern, "--cache", str(back)])
+    assert f"Wrote {back}" in capsys.readouterr().out
+    assert folder_contents(back) == folder_contents(cache)
+    run_command(["cache", "export", str(cache), "--out", str(out)])
+    assert "0 images, 0 B of columns written" in (printed := capsys.readouterr().out)
+    assert "2 of 2 shards were there already" in printed
+    main(
+        ["cache", "export", str(cache), "--out", str(tmp_path / "some"), "--columns", "demo/cls, demo/patch"]
+    )
+    assert (tmp_path / "some" / "shard-000001.tar").stat().st_size < (out / "shard-000001.tar").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (
+            ["export", "--format", "zip", "--out", "x"],
+            "--format 'zip' is unknown; there is webdataset",
+        ),
+        (["export", "nothing", "--out", "x"], "error: there is no cache at nothing"),
+        (["import", "none-*.tar", "--cache", "x"], "error: no tar matches none-*.tar"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["cache", *words])
+    printed = capsys.readouterr().err
+    assert what in printed
+    assert printed.count("\n") == 1
