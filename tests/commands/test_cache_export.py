@@ -23,9 +23,8 @@ def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     run_command(["cache", "export", str(cache), "--out", str(out)])
     assert "0 images, 0 B of columns written" in (printed := capsys.readouterr().out)
     assert "2 of 2 shards were there already" in printed
-    main(
-        ["cache", "export", str(cache), "--out", str(tmp_path / "some"), "--columns", "demo/cls, demo/patch"]
-    )
+    some = ["--out", str(tmp_path / "some"), "--columns", "demo/cls, demo/patch"]
+    run_command(["cache", "export", str(cache), *some])
     assert (tmp_path / "some" / "shard-000001.tar").stat().st_size < (out / "shard-000001.tar").stat().st_size
 
 
