@@ -17,10 +17,10 @@ import numpy as np
 from .errors import CacheError
 from .files import os_errors
 from .layout import canonical_json, commit_file, shard_file
+from .remote import CachePath, file_bytes, map_files
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -106,7 +106,7 @@ class CommitRecord:
         return record
 
 
-def read_commit(path: Path, source: str, shard: int) -> CommitRecord | None:
+def read_commit(path: CachePath, source: str, shard: int) -> CommitRecord | None:
     """The commit record of a shard, or None when it is not committed.
 
     Args:
@@ -132,7 +132,7 @@ def read_commit(path: Path, source: str, shard: int) -> CommitRecord | None:
     return record
 
 
-def record_problem(path: Path, manifest: Manifest, source: str, record: CommitRecord) -> str | None:
+def record_problem(path: CachePath, manifest: Manifest, source: str, record: CommitRecord) -> str | None:
     """What keeps a record from standing for its shard, or None: rows, columns, or a file's presence and size.
 
     Args:
@@ -151,15 +151,15 @@ def record_problem(path: Path, manifest: Manifest, source: str, record: CommitRe
         file = shard_file(path, name, columns[name], record.shard)
         with os_errors("read", file):
             try:
-                file_bytes = file.stat().st_size
+                found = file_bytes(file)
             except FileNotFoundError:
                 return f"{file} is missing"
-        if file_bytes != column.file_bytes:
-            return f"{file} has {file_bytes} bytes of {column.file_bytes}"
+        if found != column.file_bytes:
+            return f"{file} has {found} bytes of {column.file_bytes}"
     return None
 
 
-def is_committed(path: Path, manifest: Manifest, source: str, shard: int) -> bool:
+def is_committed(path: CachePath, manifest: Manifest, source: str, shard: int) -> bool:
     """Whether a shard has an intact record and files of the recorded sizes; if not, it is to be written."""
     try:
         record = read_commit(path, source, shard)
@@ -168,30 +168,97 @@ def is_committed(path: Path, manifest: Manifest, source: str, shard: int) -> boo
     return record is not None and record_problem(path, manifest, source, record) is None
 
 
-def committed_shards(path: Path, manifest: Manifest, source: str) -> list[int]:
+def committed_shards(path: CachePath, manifest: Manifest, source: str) -> list[int]:
     """The shards of a source that are committed (see `is_committed`), ascending."""
-    return [shard for shard in range(manifest.num_shards) if is_committed(path, manifest, source, shard)]
+    committed = map_files(
+        lambda shard: is_committed(path, manifest, source, shard), range(manifest.num_shards), path
+    )
+    return [shard for shard, found in enumerate(committed) if found]
 
 
-def invalid_reasons(path: Path, manifest: Manifest) -> dict[int, str]:
+def invalid_reasons(path: CachePath, manifest: Manifest) -> dict[int, str]:
     """Row → reason of every row that some source has marked invalid, ascending by row.
 
     Raises:
         CacheError: a commit record is damaged; the rows it marks are not known then.
     """
-    reasons: dict[int, str] = {}
-    for source in manifest.sources:
-        for shard in range(manifest.num_shards):
-            record = read_commit(path, source, shard)
-            if record is not None:
-                reasons = {**record.invalid, **reasons} if record.invalid else reasons
-    return dict(sorted(reasons.items()))
+    return survey(path, manifest).invalid_reasons()
 
 
-def invalid_rows(path: Path, manifest: Manifest) -> NDArray[np.int64]:
+def invalid_rows(path: CachePath, manifest: Manifest) -> NDArray[np.int64]:
     """The rows of `invalid_reasons`, int64, ascending: the union over all sources.
 
     Raises:
         CacheError: a commit record is damaged.
     """
-    return np.array(list(invalid_reasons(path, manifest)), dtype=np.int64)
+    return survey(path, manifest).invalid_rows()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What the commit records of a cache say, each read once.
+
+    Attributes:
+        records: source → the intact record of every shard that has one, ascending.
+        absent: source → shards that are not committed (see `is_committed`), ascending.
+        damaged: what is wrong with records that are not intact.
+        file_bytes: column → bytes of its recorded shards.
+    """
+
+    records: Mapping[str, Sequence[CommitRecord]]
+    absent: Mapping[str, Sequence[int]]
+    damaged: Sequence[CacheError]
+    file_bytes: Mapping[str, int]
+
+    def invalid_reasons(self) -> dict[int, str]:
+        """Row → reason of every row that some source has marked invalid, ascending by row.
+
+        Raises:
+            CacheError: a commit record is damaged; the rows it marks are not known then.
+        """
+        for error in self.damaged:
+            raise error
+        reasons: dict[int, str] = {}
+        for records in self.records.values():
+            for record in records:
+                for row, reason in record.invalid.items():
+                    reasons.setdefault(row, reason)
+        return dict(sorted(reasons.items()))
+
+    def invalid_rows(self) -> NDArray[np.int64]:
+        """The rows of `invalid_reasons`, int64, ascending.
+
+        Raises:
+            CacheError: as there.
+        """
+        return np.array(list(self.invalid_reasons()), dtype=np.int64)
+
+
+def survey(path: CachePath, manifest: Manifest) -> Survey:
+    """Read the commit records of all sources, and look at the files they stand for.
+
+    Raises:
+        RepaError: the operating system refuses.
+    """
+    records: dict[str, list[CommitRecord]] = {}
+    absent: dict[str, list[int]] = {}
+    damaged: list[CacheError] = []
+    sizes = dict.fromkeys(manifest.columns, 0)
+
+    for source in manifest.sources:
+
+        def look(shard: int, source: str = source) -> tuple[CommitRecord | CacheError | None, bool]:
+            try:
+                record = read_commit(path, source, shard)
+            except CacheError as error:
+                return error, False
+            return record, record is not None and record_problem(path, manifest, source, record) is None
+
+        found = map_files(look, range(manifest.num_shards), path)
+        absent[source] = [shard for shard, (_, committed) in enumerate(found) if not committed]
+        damaged += [record for record, _ in found if isinstance(record, CacheError)]
+        records[source] = [record for record, _ in found if isinstance(record, CommitRecord)]
+        for record in records[source]:
+            for name, column in record.columns.items():
+                sizes[name] = sizes.get(name, 0) + column.file_bytes
+    return Survey(records=records, absent=absent, damaged=damaged, file_bytes=sizes)

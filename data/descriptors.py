@@ -25,10 +25,12 @@ class DescriptorCache:
 
     Args:
         limit: files kept open; more are open only while more are in use at once.
+        flags: to open them with, besides read-only.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, *, flags: int = 0) -> None:
         self._limit = limit
+        self._flags = os.O_RDONLY | os.O_CLOEXEC | flags
         self._files: OrderedDict[str, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
         if limit < 1:
@@ -79,7 +81,7 @@ class DescriptorCache:
                 file.users += 1
                 return file
         # opened without the lock: a slow file system must not stop the other threads
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, self._flags)
         with self._lock:
             file = self._files.get(path)
             if file is None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from .remote import CachePath
+
 _REMEDIES = {
     errno.ENOSPC: "free some space, then run the same command again",
     errno.EDQUOT: "free some of your quota, then run the same command again",
@@ -36,7 +38,7 @@ _THREADS: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
 
 @contextmanager
-def os_errors(doing: str, path: Path) -> Iterator[None]:
+def os_errors(doing: str, path: CachePath) -> Iterator[None]:
     """Turn the operating system's errors into one line that names the path.
 
     Args:

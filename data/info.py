@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .commits import committed_shards, invalid_reasons, read_commit
+from .commits import Survey, survey
 from .files import os_errors
+from .remote import CachePath, RemotePath
 from .store import open_manifest
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class CacheInfo:
         total_bytes: of all files in the folder, unfinished ones included.
     """
 
-    path: Path
+    path: CachePath
     manifest: Manifest
     num_rows: int
     valid_rows: int
@@ -99,14 +100,15 @@ class CacheInfo:
         return all(source.shards_committed == self.num_shards for source in self.sources)
 
 
-def cache_info(path: Path) -> CacheInfo:
+def cache_info(path: CachePath) -> CacheInfo:
     """What the cache at ``path`` holds.
 
     Raises:
         CacheError: there is no cache, or its manifest or a commit record is damaged.
     """
     manifest = open_manifest(path)
-    invalid = invalid_reasons(path, manifest)
+    found = survey(path, manifest)
+    invalid = found.invalid_reasons()
     return CacheInfo(
         path=path,
         manifest=manifest,
@@ -116,19 +118,19 @@ def cache_info(path: Path) -> CacheInfo:
         num_classes=len(manifest.class_names),
         resolution=manifest.resolution,
         num_shards=manifest.num_shards,
-        sources=tuple(_source_info(path, manifest, source) for source in manifest.sources),
+        sources=tuple(_source_info(found, manifest, source) for source in manifest.sources),
         total_bytes=_folder_bytes(path),
     )
 
 
-def _source_info(path: Path, manifest: Manifest, source: str) -> SourceInfo:
-    shards = committed_shards(path, manifest, source)
+def _source_info(found: Survey, manifest: Manifest, source: str) -> SourceInfo:
+    shards = manifest.num_shards - len(found.absent[source])
     columns = manifest.source_columns(source)
     file_bytes = dict.fromkeys(columns, 0)
     images = 0
-    for shard in shards:
-        record = read_commit(path, source, shard)
-        if record is not None:
+    absent = set(found.absent[source])
+    for record in found.records[source]:
+        if record.shard not in absent:
             images += record.rows[1] - record.rows[0] - len(record.invalid)
             for name, column in record.columns.items():
                 file_bytes[name] += column.file_bytes
@@ -137,7 +139,7 @@ def _source_info(path: Path, manifest: Manifest, source: str) -> SourceInfo:
         name=source,
         model=manifest.sources[source].model,
         random_weights=manifest.sources[source].random_weights,
-        shards_committed=len(shards),
+        shards_committed=shards,
         columns=tuple(
             ColumnInfo(
                 name=name,
@@ -153,8 +155,11 @@ def _source_info(path: Path, manifest: Manifest, source: str) -> SourceInfo:
     )
 
 
-def _folder_bytes(path: Path) -> int:
+def _folder_bytes(path: CachePath) -> int:
     total = 0
+    if isinstance(path, RemotePath):
+        with os_errors("list", path):
+            return sum(path.bucket.sizes().values())
     with os_errors("read", path):
         for folder, _, names in os.walk(path):
             for name in names:

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .columns import LABEL, ColumnSpec, split_column
+from .remote import CachePath, RemotePath
 from .schema import ATTRIBUTE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping
-    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
 
     from .schema import Manifest
+
+# of a folder or of a bucket, as what is asked about
+PathT = TypeVar("PathT", Path, RemotePath, CachePath)
 
 GROUP_FILE = "zarr.json"
 KEYS_FILE = "keys.txt"
@@ -31,7 +35,7 @@ LABEL_CHUNK = f"{LABEL}/c/0"
 CHECKSUM_ATTRIBUTE = f"{ATTRIBUTE}_sha256"
 
 
-def shard_file(path: Path, column: str, spec: ColumnSpec, shard: int) -> Path:
+def shard_file(path: PathT, column: str, spec: ColumnSpec, shard: int) -> PathT:
     """The file of one shard of one column: ``<column>/c/<shard>/0/0…``, a zero per view and shape axis.
 
     Args:
@@ -43,12 +47,12 @@ def shard_file(path: Path, column: str, spec: ColumnSpec, shard: int) -> Path:
     return path.joinpath(*column.split("/"), "c", str(shard), *["0"] * (1 + len(spec.shape)))
 
 
-def commit_folder(path: Path, source: str) -> Path:
+def commit_folder(path: PathT, source: str) -> PathT:
     """The folder of a source's commit records and of its writers' lock."""
     return path / COMMITS_FOLDER / source
 
 
-def commit_file(path: Path, source: str, shard: int) -> Path:
+def commit_file(path: PathT, source: str, shard: int) -> PathT:
     """The commit record of one shard of a source."""
     return commit_folder(path, source) / f"{shard}.json"
 

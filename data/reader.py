@@ -5,7 +5,8 @@ bytes into the caller's array and the checksum beside it; nothing is copied in b
 checksum run without the interpreter's lock, so threads add up.
 
 The chunks of a compressed column take the slow path: read into memory of their own, checked, decoded, copied.
-It is the same threads that do it, the codecs run without the lock too, and one batch may mix both.
+It is the same threads that do it, the codecs run without the lock too, and one batch may mix both. So they do
+for reads past the page cache (`direct`) and for rows of a bucket (`remote`).
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ import threading
 import weakref
 from concurrent.futures import wait
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from crc32c import crc32c
 
+from .column_reader import ColumnReader
 from .columns import LABEL, source_of
-from .compression import chunk_codec
-from .descriptors import DescriptorCache
-from .errors import CacheError, CorruptRowError
-from .shard_index import CHECKSUM_BYTES, MISSING, read_index
-from .store import committed_shards, invalid_rows, open_manifest, read_labels, shard_file
+from .commits import survey
+from .direct import DIRECT_CHOICES, PROBES, DirectFiles, direct_is_faster, fits_in_memory, supports_direct
+from .errors import CacheError, RepaError
+from .remote import REQUESTS, CachePath, RemoteFiles, RemotePath, cache_path
+from .shard_files import BufferedFiles
+from .store import open_manifest, read_labels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -34,12 +35,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from .compression import ChunkCodec
-
-# in a column's table of chunk offsets: the index gives the chunk no place, or one of the wrong size
-_NO_CHUNK = -1
-_WRONG_SIZE = -2
-_REASONS = {_NO_CHUNK: "its chunk is missing", _WRONG_SIZE: "its chunk has another size"}
+    from .shard_files import ShardFiles
 
 
 class _Target(NamedTuple):
@@ -47,7 +43,7 @@ class _Target(NamedTuple):
 
     column: str
     memory: memoryview
-    row_bytes: int
+    reader: ColumnReader
 
 
 class CacheReader:
@@ -56,10 +52,13 @@ class CacheReader:
     Starts no threads and opens no shard before the first row is read.
 
     Args:
-        path: folder of the cache.
+        path: folder of the cache, or its address in a bucket, ``s3://bucket/path``.
         columns: the columns that may be read, without ``label``.
         check_crc: compare every row with its checksum.
         max_open_files: shard files held open; more only while more threads than this read at once.
+        direct: ``on`` reads past the page cache (O_DIRECT), ``off`` through it; ``auto`` decides when the
+            first rows are asked for: past it if the columns are larger than half of the free memory, and a
+            few rows read either way come faster so. Without effect in a bucket.
 
     Attributes:
         manifest: the cache's manifest.
@@ -70,40 +69,42 @@ class CacheReader:
     Raises:
         CacheError: there is no cache, or a column is missing or not completely written; names what is missing
             and the command that adds it.
-        RepaError: a column's compressor needs a package that is not installed.
+        RepaError: a column's compressor or the bucket needs a package that is not installed.
     """
 
     def __init__(
-        self, path: Path | str, columns: Sequence[str], *, check_crc: bool = True, max_open_files: int = 128
+        self,
+        path: CachePath | str,
+        columns: Sequence[str],
+        *,
+        check_crc: bool = True,
+        max_open_files: int = 128,
+        direct: str = "auto",
     ) -> None:
-        self.path = Path(path)
+        if direct not in DIRECT_CHOICES:
+            raise RepaError(f"direct={direct} is not valid: expected one of {', '.join(DIRECT_CHOICES)}")
+        self.path = cache_path(path)
         self.columns = tuple(dict.fromkeys(column for column in columns if column != LABEL))
         self.check_crc = check_crc
         self.max_open_files = max_open_files
+        self.direct = direct
         self.manifest = open_manifest(self.path)
         self.manifest.require(self.columns, where=str(self.path))
-        self._require_committed()
+        found = survey(self.path, self.manifest)
+        for source in dict.fromkeys(source_of(column) for column in self.columns):
+            self._require_committed(source, found.absent[source])
         self.labels = read_labels(self.path, self.manifest)
-        self.invalid_rows = invalid_rows(self.path, self.manifest)
-        valid = np.ones(self.manifest.num_rows, dtype=bool)
-        valid[self.invalid_rows] = False
-        self._valid = valid
-        self.valid_rows: NDArray[np.int64] = np.flatnonzero(valid).astype(np.int64, copy=False)
-        self._files = DescriptorCache(max_open_files)
-        self._paths: dict[tuple[str, int], str] = {}
-        self._offsets: dict[str, NDArray[np.int64]] = {}
-        self._indexed: dict[str, NDArray[np.bool_]] = {}
-        # of compressed columns only: codec, and the table of what their chunks take up
-        self._codecs: dict[str, ChunkCodec] = {}
-        self._sizes: dict[str, NDArray[np.int64]] = {}
-        for column in self.columns:
-            rows = self.manifest.num_shards * self.manifest.shard_rows
-            self._offsets[column] = np.empty((rows, len(self.manifest.views)), dtype=np.int64)
-            self._indexed[column] = np.zeros(self.manifest.num_shards, dtype=bool)
-            codec = chunk_codec(self.manifest.columns[column])
-            if codec is not None:
-                self._codecs[column] = codec
-                self._sizes[column] = np.empty_like(self._offsets[column])
+        self.invalid_rows = found.invalid_rows()
+        self._valid = np.ones(self.manifest.num_rows, dtype=bool)
+        self._valid[self.invalid_rows] = False
+        self.valid_rows: NDArray[np.int64] = np.flatnonzero(self._valid).astype(np.int64, copy=False)
+        self._column_bytes = {column: found.file_bytes[column] for column in self.columns}
+        self._readers = {
+            column: ColumnReader(self.path, self.manifest, column, check_crc=check_crc)
+            for column in self.columns
+        }
+        # which they are is decided when the first rows are asked for
+        self._files: ShardFiles | None = None
         self._bytes_read = dict.fromkeys(self.columns, 0)
         self._lock = threading.Lock()
         _READERS.add(self)
@@ -116,7 +117,9 @@ class CacheReader:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a spawned process opens the cache anew; descriptors and locks do not travel
-        options = partial(CacheReader, check_crc=self.check_crc, max_open_files=self.max_open_files)
+        options = partial(
+            CacheReader, check_crc=self.check_crc, max_open_files=self.max_open_files, direct=self.direct
+        )
         return options, (self.path, self.columns)
 
     @property
@@ -127,7 +130,12 @@ class CacheReader:
 
     def close(self) -> None:
         """Close the shard files; reading afterwards opens them again."""
-        self._files.close()
+        if self._files is not None:
+            self._files.close()
+
+    def threads_for(self, threads: int) -> int:
+        """How many threads should read where the user asked for so many: more, where each mostly waits."""
+        return max(threads, REQUESTS) if isinstance(self.path, RemotePath) else threads
 
     def read_rows(
         self,
@@ -152,6 +160,7 @@ class CacheReader:
         Raises:
             CorruptRowError: stored bytes are missing, cut off or do not match their checksum.
             CacheError: a row is invalid or not of the cache, or a file cannot be read.
+            RepaError: ``direct`` is on, and the file system has no direct reads.
             ValueError: an array of ``out`` does not fit.
         """
         if pool is None:
@@ -190,13 +199,15 @@ class CacheReader:
         """Calls that together read a batch, each for consecutive rows of it in the order of the files."""
         self._check_rows(rows, views)
         targets = [self._target(column, len(rows), out) for column in columns if column != LABEL]
+        files = self._opened()
         order = np.argsort(rows, kind="stable")
         for places in np.array_split(order, max(1, min(parts, len(rows)))):
             part_views = np.zeros(len(places), dtype=np.int64) if views is None else views[places]
-            yield partial(self._read_part, rows[places], part_views, places, targets)
+            yield partial(self._read_part, files, rows[places], part_views, places, targets)
 
     def _read_part(
         self,
+        files: ShardFiles,
         rows: NDArray[np.int64],
         views: NDArray[np.int64],
         places: NDArray[np.intp],
@@ -212,82 +223,52 @@ class CacheReader:
         for target in targets:
             for start, stop in zip(starts, stops, strict=True):
                 run = slice(start, stop)
-                self._read_run(target, int(shards[start]), rows[run], views[run], places[run])
+                target.reader.read(
+                    files, int(shards[start]), rows[run], views[run], target.memory, places[run]
+                )
         with self._lock:
             for target in targets:
-                self._bytes_read[target.column] += target.row_bytes * len(rows)
+                self._bytes_read[target.column] += target.reader.spec.row_bytes * len(rows)
 
-    def _read_run(
-        self,
-        target: _Target,
-        shard: int,
-        rows: NDArray[np.int64],
-        views: NDArray[np.int64],
-        places: NDArray[np.intp],
-    ) -> None:
-        """Read rows of one shard of one column."""
-        column, memory, row_bytes = target
-        path = self._path(column, shard)
-        row = int(rows[0])
-        scratch = memoryview(bytearray(CHECKSUM_BYTES))
-        codec = self._codecs.get(column)
+    def _opened(self) -> ShardFiles:
+        """Where the bytes come from; chosen the first time."""
+        if self._files is None:
+            with self._lock:
+                if self._files is None:
+                    self._files = self._choose()
+        return self._files
+
+    def _choose(self) -> ShardFiles:
+        if isinstance(self.path, RemotePath):
+            return RemoteFiles(self.path.bucket)
+        buffered = BufferedFiles(self.max_open_files)
+        if self.direct == "off" or not self.columns or not len(self.valid_rows):
+            return buffered
+        # the column of the largest rows, and the file of its first shard
+        reader = max(self._readers.values(), key=lambda each: each.spec.row_bytes)
+        supported = supports_direct(reader.shard_path(0))
+        if self.direct == "on" and not supported:
+            raise RepaError(
+                f"the file system of {self.path} has no direct reads (O_DIRECT); leave direct=on out"
+            )
+        direct = DirectFiles(self.max_open_files)
+        if self.direct == "on":
+            return direct
+        if not supported or fits_in_memory(sum(self._column_bytes.values())):
+            return buffered
+        # other rows every time: those of the last time may be in the page cache
+        rows = np.random.default_rng().choice(self.valid_rows, PROBES)
         try:
-            with self._files.open(path) as descriptor:
-                if not self._indexed[column][shard]:
-                    self._load_index(descriptor, path, column, shard, row)
-                offsets = self._offsets[column][rows, views].tolist()
-                sizes = self._sizes[column][rows, views].tolist() if codec else ()
-                for at, (row, place) in enumerate(zip(rows.tolist(), places.tolist(), strict=True)):
-                    out = memory[place * row_bytes : (place + 1) * row_bytes]
-                    chunk = memoryview(bytearray(sizes[at] - CHECKSUM_BYTES)) if codec else out
-                    reason = _REASONS.get(offsets[at])
-                    if reason is None and not _read_chunk(descriptor, chunk, scratch, offsets[at]):
-                        reason = "the file was cut off"
-                    if (
-                        reason is None
-                        and self.check_crc
-                        and crc32c(chunk) != int.from_bytes(scratch, "little")
-                    ):
-                        reason = "wrong checksum"
-                    if reason is None and codec is not None:
-                        reason = codec.decode(chunk, out)
-                    if reason is not None:
-                        raise CorruptRowError(row=row, column=column, path=path, reason=reason)
-        except OSError as error:
-            raise CacheError(
-                f"row {row} of {column} cannot be read from {path}: {error.strerror}; run `repa cache verify "
-                f"{self.path}` to see what else is wrong"
-            ) from error
-
-    def _path(self, column: str, shard: int) -> str:
-        # building a path takes as long as reading 50 kB; a batch may touch a shard per row
-        path = self._paths.get((column, shard))
-        if path is None:
-            path = str(shard_file(self.path, column, self.manifest.columns[column], shard))
-            self._paths[column, shard] = path
-        return path
-
-    def _load_index(self, descriptor: int, path: str, column: str, shard: int, row: int) -> None:
-        """Put the index of a shard into the column's table of offsets; two threads may do it at once."""
-        shard_rows, views = self.manifest.shard_rows, len(self.manifest.views)
-        here = slice(shard * shard_rows, (shard + 1) * shard_rows)
-        try:
-            index = read_index(descriptor, path, shard_rows, views)
-        except CacheError as error:
-            raise CorruptRowError(row=row, column=column, path=path, reason=str(error)) from error
-        starts, sizes = index[..., 0], index[..., 1]
-        # a place past 2⁶³ is past the end of any file; it must not turn negative
-        offsets = np.minimum(starts, np.uint64(2**63 - 1 - 2**32)).astype(np.int64)
-        if column in self._codecs:
-            # what is no size of a chunk must not be asked for as memory either
-            wrong = (sizes <= CHECKSUM_BYTES) | (sizes > os.fstat(descriptor).st_size)
-            self._sizes[column][here] = np.where(wrong, CHECKSUM_BYTES, sizes).astype(np.int64)
-        else:
-            wrong = sizes != self.manifest.columns[column].row_bytes + CHECKSUM_BYTES
-        offsets[wrong] = _WRONG_SIZE
-        offsets[(starts == MISSING) & (sizes == MISSING)] = _NO_CHUNK
-        self._offsets[column][here] = offsets
-        self._indexed[column][shard] = True
+            for row in rows:
+                reader.load_index(buffered, int(row))
+            faster = direct_is_faster(
+                lambda number: reader.probe(buffered, int(rows[number])),
+                lambda number: reader.probe(direct, int(rows[number])),
+            )
+        except (CacheError, OSError):
+            # whoever asks for that row is told what is wrong with it
+            return buffered
+        return direct if faster else buffered
 
     def _check_rows(self, rows: NDArray[np.int64], views: NDArray[np.int64] | None) -> None:
         outside = rows[(rows < 0) | (rows >= self.manifest.num_rows)]
@@ -320,36 +301,21 @@ class CacheReader:
                 f"the array for {column} is {array.dtype} {array.shape}, "
                 f"not a C-contiguous {spec.dtype} {expected}"
             )
-        return _Target(column, array.reshape(-1).view(np.uint8).data, spec.row_bytes)
+        return _Target(column, array.reshape(-1).view(np.uint8).data, self._readers[column])
 
-    def _require_committed(self) -> None:
-        for source in dict.fromkeys(source_of(column) for column in self.columns):
-            shards = range(self.manifest.num_shards)
-            absent = sorted(set(shards) - set(committed_shards(self.path, self.manifest, source)))
-            if absent:
-                raise CacheError(
-                    f"{len(absent)} of the {len(shards)} shards of {source} in {self.path} are not wholly "
-                    f"written, the first is shard {absent[0]}; run the same `repa preprocess` to write them"
-                )
+    def _require_committed(self, source: str, absent: Sequence[int]) -> None:
+        if absent:
+            raise CacheError(
+                f"{len(absent)} of the {self.manifest.num_shards} shards of {source} in {self.path} are not "
+                f"wholly written, the first is shard {absent[0]}; run the same `repa preprocess` to write "
+                "them"
+            )
 
     def _after_fork(self) -> None:
         # a lock held by a thread of the parent would never be released here
         self._lock = threading.Lock()
-        self._files.after_fork()
-
-
-def _read_chunk(descriptor: int, chunk: memoryview, scratch: memoryview, offset: int) -> bool:
-    """Read a chunk and its checksum; False when the file ends before."""
-    total = len(chunk) + CHECKSUM_BYTES
-    count = os.preadv(descriptor, [chunk, scratch], offset)
-    while count < total:
-        # rare: a signal or a network file system cut the read short
-        rest = [chunk[count:], scratch] if count < len(chunk) else [scratch[count - len(chunk) :]]
-        more = os.preadv(descriptor, rest, offset + count)
-        if more == 0:
-            return False
-        count += more
-    return True
+        if self._files is not None:
+            self._files.after_fork()
 
 
 _READERS: weakref.WeakSet[CacheReader] = weakref.WeakSet()

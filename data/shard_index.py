@@ -47,14 +47,31 @@ def read_index(descriptor: int, path: str, rows: int, views: int) -> NDArray[np.
     Raises:
         CacheError: the file is too short, or the index does not match its checksum.
     """
-    size = index_bytes(rows, views)
     file_bytes = os.fstat(descriptor).st_size
-    if file_bytes < size:
+    size = index_bytes(rows, views)
+    tail = os.pread(descriptor, size, max(file_bytes - size, 0))
+    return decode_index(tail, file_bytes, path, rows, views)
+
+
+def decode_index(tail: bytes, file_bytes: int, path: str, rows: int, views: int) -> NDArray[np.uint64]:
+    """The index ``uint64 [rows, V, 2]`` in the last bytes of a shard file.
+
+    Args:
+        tail: the last `index_bytes` of the file, or all there are.
+        file_bytes: length of the file.
+        path: its name, for the error.
+        rows: rows of a shard, those past the last image included.
+        views: views of the cache.
+
+    Raises:
+        CacheError: the file is too short, or the index does not match its checksum.
+    """
+    size = index_bytes(rows, views)
+    if len(tail) < size:
         raise CacheError(
             f"shard {path} was cut off: {file_bytes} bytes are fewer than its index alone ({size})"
         )
-    raw = os.pread(descriptor, size, file_bytes - size)
-    pairs, stored = raw[:-CHECKSUM_BYTES], int.from_bytes(raw[-CHECKSUM_BYTES:], "little")
+    pairs, stored = tail[:-CHECKSUM_BYTES], int.from_bytes(tail[-CHECKSUM_BYTES:], "little")
     if crc32c(pairs) != stored:
         raise CacheError(f"the index of shard {path} does not match its checksum: the file is damaged")
     return np.frombuffer(pairs, dtype="<u8").astype(np.uint64).reshape(rows, views, 2)

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from .remote import CachePath
+
 __all__ = [
     "ColumnRecord",
     "CommitRecord",
@@ -136,7 +138,7 @@ def ensure_cache(path: Path, manifest: Manifest, keys: Sequence[str], labels: ND
     return present
 
 
-def open_manifest(path: Path) -> Manifest:
+def open_manifest(path: CachePath) -> Manifest:
     """The manifest of the cache at ``path``.
 
     Raises:
@@ -204,7 +206,7 @@ def metadata_documents(path: Path, manifest: Manifest) -> dict[str, bytes]:
     return zarr_documents(manifest, attributes=attributes)
 
 
-def read_keys(path: Path, manifest: Manifest) -> list[str]:
+def read_keys(path: CachePath, manifest: Manifest) -> list[str]:
     """Image key of every row.
 
     Raises:
@@ -219,7 +221,7 @@ def read_keys(path: Path, manifest: Manifest) -> list[str]:
     return data.decode().split("\n")[:-1]
 
 
-def read_labels(path: Path, manifest: Manifest) -> NDArray[np.int32]:
+def read_labels(path: CachePath, manifest: Manifest) -> NDArray[np.int32]:
     """The label of every row, int32 ``[N]``.
 
     Raises:
@@ -289,7 +291,7 @@ def _declare(path: Path, manifest: Manifest, source: str) -> Manifest:
     return manifest
 
 
-def _read(file: Path) -> bytes:
+def _read(file: CachePath) -> bytes:
     with os_errors("read", file):
         try:
             return file.read_bytes()
@@ -297,7 +299,7 @@ def _read(file: Path) -> bytes:
             raise CacheError(f"{file} is missing; restore it or write the cache again") from error
 
 
-def _read_group(path: Path) -> dict[str, Any]:
+def _read_group(path: CachePath) -> dict[str, Any]:
     """The cache's group document, its manifest checked against its checksum."""
     file = path / GROUP_FILE
     with os_errors("read", file):

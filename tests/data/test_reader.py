@@ -21,6 +21,7 @@ from repa.data.descriptors import DescriptorCache
 from repa.data.errors import CacheError, CorruptRowError
 from repa.data.layout import shard_file
 from repa.data.reader import CacheReader
+from repa.data.shard_files import BufferedFiles
 from repa.data.testing import expected_labels, expected_row, synthetic_cache
 
 if TYPE_CHECKING:
@@ -186,7 +187,8 @@ def test_reader_works_in_a_forked_process(cache: Path) -> None:
         context = multiprocessing.get_context("fork")
         queue = context.Queue()
         # as if a thread that does not exist in the child held the locks
-        with reader._lock, reader._files._lock:
+        assert isinstance(reader._files, BufferedFiles)
+        with reader._lock, reader._files._files._lock:
             child = context.Process(target=read_in_child, args=(reader, queue))
             child.start()
         received = queue.get(timeout=60)
