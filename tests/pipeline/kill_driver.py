@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from repa.pipeline.models import SourceModel
 
 RESOLUTION = 32
+# so that there is something to calibrate, and to be killed in
+ATTENTION = {"demo": (4, 6)}
+TOLERANCE = 0.01
 
 
 def attempt(data: Path, cache: Path, world: int) -> list[int]:
@@ -54,6 +57,8 @@ def attempt(data: Path, cache: Path, world: int) -> list[int]:
                 resolution=RESOLUTION,
                 batch_size=4,
                 shard_rows=8,
+                attention=",".join(map(str, ATTENTION["demo"])),
+                attention_kl=TOLERANCE,
                 console=Console(file=io.StringIO()),
             )
             status = 0
@@ -89,7 +94,14 @@ def load_once(data: Path) -> None:
     """Load the models now, for all attempts."""
     torch.set_num_threads(1)  # a fork does not survive a pool of threads
     config = PreprocessConfig(
-        data=str(data), cache=Path(), encoders=("demo",), vae="demo", resolution=RESOLUTION, batch_size=4
+        data=str(data),
+        cache=Path(),
+        encoders=("demo",),
+        vae="demo",
+        resolution=RESOLUTION,
+        batch_size=4,
+        attention=ATTENTION,
+        attention_kl=TOLERANCE,
     )
     models = repa.pipeline.models.load_models(config, config.sources, "cpu")
 

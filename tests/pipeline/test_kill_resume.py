@@ -70,9 +70,10 @@ def test_one_process_and_three_write_the_same_bytes(caches: dict[int, Path]) -> 
     assert folder_contents(cache) == folder_contents(caches[3] / "undisturbed")
     manifest = open_manifest(cache)
     assert manifest.num_shards == SHARDS
-    for source in ("sd-vae", "demo"):
+    for source in ("sd-vae", "demo", "demo+attention"):
         assert committed_shards(cache, manifest, source) == list(range(SHARDS))
     assert list(invalid_reasons(cache, manifest)) == [13]
+    assert manifest.sources["demo+attention"].notes["form"] == "truncated"
     assert verify_cache(cache) == []
 
 
