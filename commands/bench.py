@@ -59,11 +59,15 @@ class Measured:
         name: what was measured.
         rates: items per second, one a round.
         bytes_per_item: for the GB/s column; 0 leaves it empty.
+        peak_bytes: most memory of the GPU at any time; 0 if that was not measured.
+        beside: name of another line that it is compared with as well.
     """
 
     name: str
     rates: tuple[float, ...]
     bytes_per_item: int = 0
+    peak_bytes: int = 0
+    beside: str = ""
 
     @property
     def median(self) -> float:
@@ -157,10 +161,19 @@ def _print_table(console: Console, title: str, unit: str, lines: Sequence[Measur
 
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for heading in (f"{unit} (median)", "lowest", "highest", "GB/s", "of the first line"):
+    by_name = {line.name: line for line in lines}
+    columns: dict[str, Callable[[Measured], str]] = {
+        f"{unit} (median)": lambda line: f"{line.median:,.1f}",
+        "lowest": lambda line: f"{min(line.rates):,.1f}",
+        "highest": lambda line: f"{max(line.rates):,.1f}",
+        "GB/s": lambda line: f"{line.median * line.bytes_per_item / 1e9:.2f}" if line.bytes_per_item else "",
+        "peak GB": lambda line: f"{line.peak_bytes / 1e9:.2f}" if line.peak_bytes else "",
+        "of the first line": lambda line: f"{line.ratio(lines[0]):.3f}",
+        "of constant targets": lambda line: f"{line.ratio(by_name[line.beside]):.3f}" if line.beside else "",
+    }
+    shown = {heading: text for heading, text in columns.items() if any(map(text, lines))}
+    for heading in shown:
         table.add_column(heading, justify="right")
     for line in lines:
-        gigabytes = f"{line.median * line.bytes_per_item / 1e9:.2f}" if line.bytes_per_item else ""
-        rates = [f"{rate:,.1f}" for rate in (line.median, min(line.rates), max(line.rates))]
-        table.add_row(line.name, *rates, gigabytes, f"{line.ratio(lines[0]):.3f}")
+        table.add_row(line.name, *(text(line) for text in shown.values()))
     console.print(table)

@@ -1,10 +1,10 @@
 """Which rows of a cache a teacher computes together when it is called live, so that the bits are the cache's.
 
 An output is computed from its own image by instructions that depend on the size of the batch and on the
-image's place in it, not on the other images. Measured with torch 2.15 on one thread (demo, DINOv2-S): the
-AVX-512 and SSE kernels round alike for any size and place, the AVX2 kernels do not (in batches of 3 and of 7
-images some places differ in the last bits). So `exact` passes put each row where it stood when the cache was
-written, into a batch of that size.
+image's place in it, not on the other images. Measured with torch 2.15 on one thread: the AVX-512 and SSE
+kernels round alike for any size and place (demo, DINOv2-S and -B, DINOv3-S, SigLIP 2), the AVX2 kernels do
+not (demo: in batches of 2, 3 and 7 images some places differ in the last bits). So `exact` passes put each
+row where it stood when the cache was written, into a batch of that size.
 """
 
 from __future__ import annotations

@@ -36,14 +36,23 @@ def test_every_part_runs(tmp_path: Path) -> None:
     settings = BenchSettings(batch_size=4, images=8, rows=128, steps=1, rounds=1)
     text = StringIO()
     results = bench((), settings, folder=tmp_path, console=Console(file=text, width=160))
-    assert [len(results[part]) for part in ("loader", "preprocess", "train")] == [5, 2, 3]
+    assert [len(results[part]) for part in ("loader", "preprocess", "train")] == [5, 2, 8]
     for lines in results.values():
         assert lines[0].ratio(lines[0]) == 1.0
         assert all(rate > 0 for line in lines for rate in line.rates)
         assert all(line.name in text.getvalue() for line in lines)
+    train = {line.name: line for line in results["train"]}
+    assert [name for name, line in train.items() if line.beside] == ["repa, cached", "haste, cached"]
+    assert all(line.beside in train for line in train.values() if line.beside)
     # latents and tokens: 8·32·32·4 + 256·768·2 bytes
     assert {line.bytes_per_item for line in results["loader"]} == {425_984}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_does_not_fit_the_teacher_is_refused(tmp_path: Path) -> None:
+    settings = BenchSettings(model="SiT-S/2", batch_size=4, steps=1, rounds=1)
+    with pytest.raises(RepaError, match="8×8 grid, the backbone 4×4"):
+        bench(("train",), settings, folder=tmp_path, console=Console(file=StringIO(), width=160))
 
 
 def test_unknown_parts_and_sizes_are_refused() -> None:
