@@ -259,7 +259,9 @@ def _check_columns(config: TrainConfig, manifest: Manifest, method: Method, foun
             found.warnings.append(
                 f"{source} in cache {config.cache} was computed with random weights: {RANDOM_WEIGHTS}"
             )
-    found.reader = found.attempt(lambda: CacheReader(config.cache, present))
+    found.reader = found.attempt(
+        lambda: CacheReader(config.cache, present, check_crc=config.check_crc, direct=config.direct)
+    )
 
 
 def _check_rows(config: TrainConfig, reader: CacheReader, found: Checked) -> None:
