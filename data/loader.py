@@ -78,7 +78,7 @@ class CacheLoader:
         images_seen: state to begin with.
         last_image: stop once that many images were seen; never, if None.
         columns_at: step → columns to read for it; ``label`` always comes along.
-        threads: threads that read.
+        threads: threads that read; of a cache in a bucket there are more, which mostly wait.
         prefetch: micro-batches being read ahead of the one asked for.
         pin_memory: read into page-locked memory; without effect where there is no CUDA.
 
@@ -117,7 +117,7 @@ class CacheLoader:
             raise RepaError(f"{threads} threads and {prefetch} batches ahead: both must be at least 1")
         if order not in ORDERS:
             raise RepaError(f"order {order!r} is unknown; there are {', '.join(ORDERS)}")
-        invalid = np.intersect1d(rows, reader.invalid_rows)
+        invalid = reader.invalid_rows[np.isin(reader.invalid_rows, rows)] if len(reader.invalid_rows) else ()
         if len(invalid):
             raise CacheError(
                 f"row {invalid[0]} of cache {reader.path} is invalid; train on reader.valid_rows"
@@ -131,7 +131,7 @@ class CacheLoader:
         self.seed = seed
         self.last_image = last_image
         self.columns_at = columns_at
-        self.threads = threads
+        self.threads = reader.threads_for(threads)
         self.prefetch = prefetch
         self._images_seen = images_seen
         blocks = block_starts(rows, reader.manifest.shard_rows) if order == "blocks" else None
@@ -271,9 +271,10 @@ class _Stream:
 class RecycledMemory:
     """Arrays for batches, used again once nobody refers to them.
 
-    A fresh array would cost as much in page faults as the reading itself. Every array handed out is a new
-    view of memory that is kept here. The tensor on it, and whatever shares the tensor's storage (slices,
-    what autograd saved, NumPy arrays), keep the view alive; when it dies its memory comes back.
+    A fresh array would cost as much in page faults as the reading itself. Arrays of 4 MiB and more lie on
+    huge pages where the kernel gives them to those who ask: NumPy asks. Every array handed out is a new view
+    of memory that is kept here. The tensor on it, and whatever shares the tensor's storage (slices, what
+    autograd saved, NumPy arrays), keep the view alive; when it dies its memory comes back.
 
     Args:
         keep: arrays per column kept for use; more are let go.

@@ -174,9 +174,10 @@ def split_holdout(valid_rows: NDArray[np.int64], holdout: int) -> tuple[NDArray[
             f"{holdout} images cannot be held out of the {count} valid ones; "
             f"hold out between 0 and {max(count - 1, 0)}"
         )
+    if not holdout:
+        return valid_rows, valid_rows[:0]
     held = np.zeros(count, dtype=bool)
-    if holdout:
-        held[(2 * np.arange(holdout, dtype=np.int64) + 1) * count // (2 * holdout)] = True
+    held[(2 * np.arange(holdout, dtype=np.int64) + 1) * count // (2 * holdout)] = True
     return valid_rows[~held], valid_rows[held]
 
 

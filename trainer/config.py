@@ -54,6 +54,8 @@ RESUMABLE = (
     "gradient_angle_every",
     "gradient_angle_block",
     "threads",
+    "check_crc",
+    "direct",
     "trainer",
 )
 
@@ -97,6 +99,8 @@ class TrainConfig:
         gradient_angle_block: block over whose parameters; none takes the last that alignment reaches.
         log_every: steps between rows of metrics.csv, each the mean over the steps since the last.
         threads: reading threads of the loader.
+        check_crc: compare every row read with its checksum.
+        direct: read past the page cache (on), through it (off), or as is faster on that disk (auto).
         trainer: passed on to ``lightning.Trainer``: devices, num_nodes, strategy, accelerator, …
     """
 
@@ -109,6 +113,7 @@ class TrainConfig:
     times: Literal["uniform", "lognormal"] = "uniform"
     seed: int = 0
     order: Literal["full", "blocks"] = "full"
+    shuffle_buffer: int = 4096
     batch_size: int = 256
     accumulate: int = 1
     max_steps: int = 400_000
@@ -132,6 +137,8 @@ class TrainConfig:
     gradient_angle_block: int | None = None
     log_every: int = 50
     threads: int = 2
+    check_crc: bool = True
+    direct: Literal["auto", "on", "off"] = "auto"
     trainer: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -146,6 +153,7 @@ class TrainConfig:
             "threads": 1,
             "preview_count": 1,
             "preview_steps": 1,
+            "shuffle_buffer": 1,
             "seed": 0,
             "holdout": 0,
             "keep_every": 0,

@@ -61,10 +61,7 @@ def coerce(value: Any, annotation: Any, key: str) -> Any:
 def _coerce(value: Any, annotation: Any) -> Any:  # noqa: PLR0911 - one return per kind of annotation
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        for choice in arguments:
-            if value == choice or str(value) == str(choice):
-                return choice
-        raise _MismatchError
+        return _choice(value, arguments)
     if origin in (Union, types.UnionType):
         return _first_fit(value, arguments)
     if origin is tuple:
@@ -83,6 +80,15 @@ def _coerce(value: Any, annotation: Any) -> Any:  # noqa: PLR0911 - one return p
         if not isinstance(value, str):
             raise _MismatchError
         return value
+    raise _MismatchError
+
+
+def _choice(value: Any, choices: tuple[Any, ...]) -> Any:
+    if isinstance(value, bool):
+        value = "on" if value else "off"  # what YAML makes of these words
+    for choice in choices:
+        if value == choice or str(value) == str(choice):
+            return choice
     raise _MismatchError
 
 

@@ -52,6 +52,10 @@ def test_another_method_forgets_the_settings_of_the_first() -> None:
         ("betas=0.9,0.95", "betas", (0.9, 0.95)),
         ("betas=[0.9, 0.95]", "betas", (0.9, 0.95)),
         ("path=cosine", "path", "cosine"),
+        ("order=blocks", "order", "blocks"),
+        ("direct=on", "direct", "on"),
+        ("direct=auto", "direct", "auto"),
+        ("check_crc=off", "check_crc", False),
         ("cache=a=b", "cache", "a=b"),
     ],
 )
@@ -143,6 +147,14 @@ def test_yaml_values_of_another_type(values: dict[str, Any]) -> None:
         build(values)
 
 
+def test_on_and_off_of_yaml_are_choices(tmp_path: Path) -> None:
+    # YAML 1.1 reads these words as truth values
+    file = tmp_path / "config.yaml"
+    for word, expected in (("on", "on"), ("off", "off"), ("'on'", "on"), ("auto", "auto")):
+        file.write_text(f"direct: {word}\n")
+        assert build(load_yaml(file)).direct == expected
+
+
 def test_configurations_are_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         TrainConfig().lr = 1.0  # type: ignore[misc]
@@ -157,6 +169,8 @@ def test_differences_are_those_that_change_what_is_computed() -> None:
             "checkpoint_every=3",
             "trainer.devices=2",
             "threads=5",
+            "check_crc=off",
+            "direct=on",
             "cache=x",
         ]
     )
