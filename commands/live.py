@@ -67,18 +67,26 @@ def live_teachers(
         RepaError: unknown images or teachers, several to choose from, or a block that no teacher has.
         CacheError: no cache, or the images are not the cache's.
     """
+    from ..data.remote import cache_path
     from ..data.store import open_manifest
+    from ..data.tars import names_tars
     from ..pipeline.live import LiveTeachers
     from ..trainer.checks import attention_blocks
     from .preprocess import parse_weights
 
+    if names_tars(config.cache):
+        raise RepaError(
+            f"live teachers cannot be called beside tars, as {config.cache}; make a cache of them with "
+            "`repa cache import`"
+        )
     before = before or {}
-    manifest = open_manifest(Path(config.cache))
+    cache = cache_path(config.cache)
+    manifest = open_manifest(cache)
     recorded = {name: Path(path) for name, path in before.get("weights", {}).items()}
     data = flags.data or before.get("data")
     encoders = flags.encoders or tuple(before.get("encoders", ()))
     return LiveTeachers(
-        Path(config.cache),
+        cache,
         data=data or (DEMO_DATA if manifest.source_kind == DEMO_DATA else DEFAULT_DATA),
         encoders=encoders or _encoders(config, manifest),
         blocks=attention_blocks(config),

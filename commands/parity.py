@@ -181,9 +181,10 @@ class _Comparison:
         from dataclasses import replace
 
         from ..data.loader import CacheLoader
+        from ..data.reader import CacheReader
 
         reader, rows = self._checked.reader, self._checked.train_rows
-        assert reader is not None, "the checks have passed"
+        assert isinstance(reader, CacheReader), "the checks have passed"
         assert rows is not None, "the checks have passed"
         size, steps = self._config.batch_size, self._config.max_steps
         loader = CacheLoader(
@@ -191,6 +192,7 @@ class _Comparison:
             rows=rows,
             batch_size=size,
             seed=self._config.seed,
+            order=self._config.order,
             last_image=size * steps,
             columns_at=self._module.columns_at,
         )
@@ -233,11 +235,10 @@ class _Comparison:
             if name not in self._teachers.columns:
                 continue
             notes = manifest.sources[source_of(name)].notes
-            rank, width = notes.get("rank"), notes.get("head_width")
             spec = manifest.columns[name]
             entry = self._found.columns.setdefault(name, ColumnParity(stored=spec.dtype))
-            if rank != width:
-                entry.stored = f"{spec.dtype}, rank {rank} of {width}"
+            if notes.get("form", "exact") != "exact":
+                entry.stored = f"{spec.dtype}, rank {notes['rank']} of {notes['head_width']}"
                 continue
             stored = target(cached.columns, name, manifest.columns).float()
             wanted, there = _comparable(name, stored, notes, exact, self._teachers.notes)

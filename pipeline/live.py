@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from ..data.remote import CachePath
     from ..data.schema import Manifest, Provenance
     from .encoders.base import Encoder
     from .images import ImageSource
@@ -50,7 +51,7 @@ class LiveTeachers:
     """Computes ``<teacher>/patch``, ``/q`` and ``/k`` of rows of a cache; the trainer's `LiveTargets`.
 
     Args:
-        cache: folder of the cache: which images, how cropped, and by what its columns were made.
+        cache: the cache: which images, how cropped, and by what its columns were made.
         data: the images, a folder or ``demo``.
         encoders: names of the teachers.
         blocks: blocks whose queries and keys it offers, counted from 1, ascending, of every teacher that has
@@ -67,7 +68,7 @@ class LiveTeachers:
 
     def __init__(
         self,
-        cache: Path,
+        cache: CachePath,
         *,
         data: str,
         encoders: Sequence[str],
@@ -78,7 +79,7 @@ class LiveTeachers:
     ) -> None:
         self._cache = cache
         self._manifest = open_manifest(cache)
-        self._images = _images_of(self._manifest, data, cache)
+        self._images = images_of(self._manifest, data, cache)
         self._weights = dict(weights)
         self._random_weights = random_weights
         self._exact = exact
@@ -315,8 +316,13 @@ def _compute_with_one_thread() -> None:
     torch.get_num_threads()
 
 
-def _images_of(manifest: Manifest, data: str, cache: Path) -> ImageSource:
+def images_of(manifest: Manifest, data: str, cache: CachePath) -> ImageSource:
     """The images of a cache, opened as it was written.
+
+    Args:
+        manifest: of the cache.
+        data: what is said to be its images, see `open_source`.
+        cache: the cache, for the error.
 
     Raises:
         RepaError: the folder cannot be listed.

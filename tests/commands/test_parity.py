@@ -1,0 +1,219 @@
+"""Cached is online, by the commands: parity of every storage form, and a run that is the cached one."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from repa import cli
+from repa.commands.live import LiveFlags
+from repa.commands.parity import Parity, parity
+from repa.commands.preprocess import preprocess
+from repa.commands.train import train
+from repa.data.errors import RepaError
+from repa.trainer.checkpoints import checkpoints_of
+from rich.console import Console
+
+IMAGES = 40
+SMALL = ("method.projector_width=32",)
+SHORT = (*SMALL, "preview_every=0", "log_every=1", "checkpoint_every=2", "precision=32-true")
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def written(folder: Path, name: str, **options: Any) -> Path:
+    """A cache of the demo in batches of 16, 8, 16 images."""
+    values = {"limit": IMAGES, "batch_size": 16, "shard_rows": 24, "attention": "haste"}
+    preprocess(data="demo", cache=folder / name, console=quiet(), **{**values, **options})
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A cache by the name of its form, written when it is first asked for."""
+    folder = tmp_path_factory.mktemp("parity")
+    forms: dict[str, dict[str, Any]] = {
+        "float32": {"feature_dtype": "float32"},
+        "float16": {},
+        "int8": {"feature_dtype": "int8"},
+        "rank": {"attention_rank": 16},
+        "tokens": {"attention": None},
+    }
+    made: dict[str, Path] = {}
+
+    def cache(form: str) -> Path:
+        if form not in made:
+            made[form] = written(folder, form, **forms[form])
+        return made[form]
+
+    return cache
+
+
+def compared(cache: Path, method: str = "haste", **options: Any) -> Parity:
+    values = {"model": "SiT-T/1", "batches": 2, "batch_size": 8, "assignments": SMALL, "console": quiet()}
+    return parity(method=method, cache=cache, **{**values, **options})
+
+
+@pytest.mark.parametrize("method", ["repa", "haste"])
+def test_a_float32_cache_is_the_live_teacher_to_the_bit(caches: Callable[[str], Path], method: str) -> None:
+    found = compared(caches("float32"), method)
+    names = {"loss", "velocity", "repa", *(("attention", "attention_excess") if method == "haste" else ())}
+    assert set(found.terms) == names
+    for term in found.terms.values():
+        assert len(term.cached) == 2
+        assert term.cached == term.live
+        assert term.largest == 0.0
+    assert set(found.columns) == {"demo/patch", *(("demo/q", "demo/k") if method == "haste" else ())}
+    for column in found.columns.values():
+        assert (column.stored, column.largest, column.cosine_error) == ("float32", 0.0, 0.0)
+
+
+def test_float16_differs_by_its_rounding(caches: Callable[[str], Path]) -> None:
+    found = compared(caches("float16"))
+    assert found.terms["velocity"].largest == 0.0
+    # η of `cosine_similarity`, with the tokens' norms above 1
+    assert 0 < found.terms["repa"].largest < 5e-4
+    assert 0 < found.terms["attention"].largest < 1e-2
+    for column in found.columns.values():
+        assert column.stored == "float16"
+        assert column.largest is not None
+        assert column.cosine_error is not None
+        assert 0 < column.largest < 2e-2
+        assert 0 < column.cosine_error < 1e-6
+
+
+def test_int8_keys_are_compared_centred(caches: Callable[[str], Path]) -> None:
+    found = compared(caches("int8"))
+    for column in found.columns.values():
+        assert column.stored == "int8"
+        assert column.cosine_error is not None
+        # uncentred keys would be far away
+        assert 0 < column.cosine_error < 1e-3
+    loss = found.terms["loss"]
+    assert loss.largest == pytest.approx(
+        max(
+            abs(0.5 * (repa_here - repa_there) + 0.5 * (here - there))
+            for repa_here, repa_there, here, there in zip(
+                found.terms["repa"].cached,
+                found.terms["repa"].live,
+                found.terms["attention"].cached,
+                found.terms["attention"].live,
+                strict=True,
+            )
+        ),
+        abs=1e-6,
+    )
+
+
+def test_a_cut_rank_is_seen_in_the_loss_alone(caches: Callable[[str], Path]) -> None:
+    found = compared(caches("rank"))
+    assert found.columns["demo/q"].stored.startswith("int8, rank 16 of ")
+    assert found.columns["demo/q"].largest is None
+    assert found.columns["demo/patch"].largest is not None
+    assert found.terms["attention"].largest > 0
+
+
+def test_the_command_prints_both_tables(
+    caches: Callable[[str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    arguments = ["parity", "--cache", str(caches("tokens")), "--model", "SiT-T/1", "--data", "demo"]
+    cli.run_command([*arguments, "--batches", "1", "--batch-size", "4", "--set", SMALL[0]])
+    printed = capsys.readouterr().out
+    for part in (
+        "repa, SiT-T/1: 1 batches, 4 images",
+        "velocity",
+        "largest difference",
+        "demo/patch",
+        "float16",
+    ):
+        assert part in printed, part
+
+
+def test_what_parity_cannot_compare(caches: Callable[[str], Path]) -> None:
+    with pytest.raises(RepaError, match="--batches 0"):
+        compared(caches("tokens"), batches=0)
+    with pytest.raises(RepaError, match="no attention targets of demo"):
+        compared(caches("tokens"))
+    with pytest.raises(RepaError, match="encoder 'nobody' is unknown"):
+        compared(caches("tokens"), "repa", live=LiveFlags(encoders=("nobody",)))
+    with pytest.raises(RepaError, match="image folder nowhere does not exist"):
+        compared(caches("tokens"), "repa", live=LiveFlags(data="nowhere"))
+
+
+@pytest.fixture
+def run_train(tmp_path: Path) -> Callable[..., str]:
+    def run(name: str, cache: Path, **options: Any) -> str:
+        printed = io.StringIO()
+        values = {"method": "haste", "model": "SiT-T/1", "max_steps": 4, "batch_size": 8, "lr": 1e-3}
+        values |= {"assignments": (*SHORT, "method.stop=3")}
+        train(
+            cache=cache,
+            run=tmp_path / name,
+            **{**values, **options},
+            console=Console(file=printed, width=200),
+        )
+        return printed.getvalue()
+
+    return run
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(checkpoints_of(run)[step], weights_only=True)["state_dict"]
+    return state
+
+
+def test_an_online_run_from_latents_is_the_cached_one_and_resumes(
+    caches: Callable[[str], Path], run_train: Callable[..., str], tmp_path: Path
+) -> None:
+    """A cache of latents alone, and the flags given only once: the record of the run has them."""
+    run_train("cached", caches("float32"))
+    latents = written(tmp_path, "latents", encoders=("none",), attention=None)
+    live = LiveFlags(data="demo", encoders=("demo",))
+    run_train("online", latents, targets="online", live=live, max_steps=2)
+    assert "resuming" in run_train("online", latents, targets="online")
+    metrics = [(tmp_path / name / "metrics.csv").read_bytes() for name in ("cached", "online")]
+    assert metrics[0] == metrics[1]
+    cached, online = weights(tmp_path / "cached", 4), weights(tmp_path / "online", 4)
+    assert cached.keys() == online.keys()
+    assert all(torch.equal(value, online[name]) for name, value in cached.items())
+    starts = json.loads((tmp_path / "online" / "run.json").read_text())["starts"]
+    assert [start["live"]["encoders"] for start in starts] == [["demo"], ["demo"]]
+
+
+def test_dry_run_shows_what_is_live(caches: Callable[[str], Path], run_train: Callable[..., str]) -> None:
+    printed = run_train("plan", caches("tokens"), targets="online", dry_run=True)
+    assert "targets: online" in printed
+    for column in ("demo/patch", "demo/q", "demo/k"):
+        assert f"{column} (live)" in printed
+
+
+def test_flags_of_live_teachers_without_any(
+    caches: Callable[[str], Path], run_train: Callable[..., str]
+) -> None:
+    with pytest.raises(RepaError, match="--data, --encoder choose live teachers; add --targets online"):
+        run_train("refused", caches("tokens"), live=LiveFlags(data="demo", encoders=("demo",)))
+    with pytest.raises(RepaError, match="targets"):
+        run_train("refused", caches("tokens"), targets="sometimes")
+    with pytest.raises(RepaError, match="method none takes nothing from a teacher"):
+        run_train("refused", caches("tokens"), targets="online", method="none", assignments=())
+
+
+def test_a_teacher_without_the_blocks_is_named(
+    caches: Callable[[str], Path], run_train: Callable[..., str]
+) -> None:
+    """The preset of SiT-B is for a teacher of twelve blocks."""
+    with pytest.raises(RepaError, match=r"attention of blocks 8, 10, 12, there is demo 1 to 6"):
+        run_train("refused", caches("tokens"), targets="online", model="SiT-B/1", assignments=())
+
+
+def test_tars_have_no_live_teachers(run_train: Callable[..., str]) -> None:
+    with pytest.raises(RepaError, match="live teachers cannot be called beside tars"):
+        run_train("refused", Path("shards/{0..3}.tar"), targets="online")
