@@ -20,13 +20,14 @@ from .encoders.table import find_teacher
 from .storage.specs import attention_columns, describe_attention, token_columns
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from .config import PreprocessConfig
     from .images import ImageSource
     from .storage.specs import AttentionSettings
 
 CROP = "adm-center"
+_LEAST_RATIO = 0.5  # no lossless compressor halves features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +39,10 @@ class SourcePlan:
         columns: its columns, name → spec.
         missing: shards that are not committed.
         rows: images of those shards.
-        bytes: what writing them will take before compression, checksums and indexes included.
-        at_most: whether columns and bytes are the largest that may come: the rank of the attention is yet to
-            be chosen.
+        bytes: what writing them will take at most, checksums and indexes included: before compression, and at
+            the full rank of attention whose rank is yet to be chosen.
+        least_bytes: what it will take at least.
+        at_most: whether that rank is yet to be chosen; columns are of the full one then.
         declared: what the cache says of it already, or None.
         drawn: whether its weights are drawn, not trained.
     """
@@ -50,6 +52,7 @@ class SourcePlan:
     missing: tuple[int, ...]
     rows: int
     bytes: int
+    least_bytes: int
     at_most: bool
     declared: Provenance | None
     drawn: bool
@@ -75,7 +78,7 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """What is to be written."""
+        """What is to be written, at most."""
         return sum(source.bytes for source in self.sources)
 
     @property
@@ -86,8 +89,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the disk has room for it."""
-        return self.bytes <= self.free_bytes
+        """Whether the disk may have room for it."""
+        return sum(source.least_bytes for source in self.sources) <= self.free_bytes
 
     def require_room(self) -> None:
         """Refuse a disk that is too small or read-only, before a model is loaded or a byte written.
@@ -102,11 +105,38 @@ class Plan:
                 "name another place with --cache"
             )
         if not self.fits:
-            raise RepaError(
-                f"{human_bytes(self.bytes)} are to be written to {self.config.cache}, its disk has "
-                f"{human_bytes(self.free_bytes)} free; free some, name another disk with --cache, "
-                "or take fewer images with --limit"
-            )
+            raise _too_small(self.config.cache, self.bytes, self.free_bytes)
+
+
+def require_room_for(
+    cache: Path, manifest: Manifest, columns: Mapping[str, Mapping[str, ColumnSpec]], compressed: bool
+) -> None:
+    """Refuse a disk that is too small for what is left of some sources, now that their columns are known.
+
+    Args:
+        cache: folder of the cache.
+        manifest: what it is to be.
+        columns: source → name → spec.
+        compressed: whether they will be.
+
+    Raises:
+        RepaError: what is to be written and what is free.
+    """
+    present = present_manifest(cache)
+    needed = 0
+    for source, specs in columns.items():
+        missing = missing_shards(cache, present, source, range(manifest.num_shards))
+        needed += _bytes(manifest, missing, specs)
+    free = shutil.disk_usage(_nearest_folder(cache)).free
+    if needed * (_LEAST_RATIO if compressed else 1) > free:
+        raise _too_small(cache, needed, free)
+
+
+def _too_small(cache: Path, needed: int, free: int) -> RepaError:
+    return RepaError(
+        f"{human_bytes(needed)} are to be written to {cache}, its disk has {human_bytes(free)} free; free "
+        "some, name another disk with --cache, or take fewer images with --limit"
+    )
 
 
 def make_plan(config: PreprocessConfig) -> Plan:
@@ -231,18 +261,27 @@ def _plan_source(
             at_most = not begun
             columns = known if begun else columns
     rows = sum(len(manifest.shard_range(shard)) for shard in missing)
-    views = len(manifest.views)
-    index = len(missing) * index_bytes(manifest.shard_rows, views)
+    least = _columns(config, source, smallest=True) if at_most else columns
+    packed = any(spec.compressor is not None for spec in columns.values())
     return SourcePlan(
         source=source,
         columns=columns,
         missing=missing,
         rows=rows,
-        bytes=sum(rows * views * (spec.row_bytes + CHECKSUM_BYTES) + index for spec in columns.values()),
+        bytes=_bytes(manifest, missing, columns),
+        least_bytes=int(_bytes(manifest, missing, least) * (_LEAST_RATIO if packed else 1)),
         at_most=at_most,
         declared=declared,
         drawn=declared.random_weights if declared is not None else _is_drawn(config, source),
     )
+
+
+def _bytes(manifest: Manifest, missing: Sequence[int], columns: Mapping[str, ColumnSpec]) -> int:
+    """What the missing shards of some columns take before compression, checksums and indexes included."""
+    rows = sum(len(manifest.shard_range(shard)) for shard in missing)
+    views = len(manifest.views)
+    index = len(missing) * index_bytes(manifest.shard_rows, views)
+    return sum(rows * views * (spec.row_bytes + CHECKSUM_BYTES) + index for spec in columns.values())
 
 
 def _attention(config: PreprocessConfig, source: str) -> AttentionSettings | None:
@@ -251,8 +290,11 @@ def _attention(config: PreprocessConfig, source: str) -> AttentionSettings | Non
     return None if encoder == source else config.attention_settings(encoder)
 
 
-def _columns(config: PreprocessConfig, source: str) -> dict[str, ColumnSpec]:
-    """The columns a source would have, from what is known of it without its weights; of ranks the largest."""
+def _columns(config: PreprocessConfig, source: str, *, smallest: bool = False) -> dict[str, ColumnSpec]:
+    """The columns a source would have, from what is known of it without its weights.
+
+    Of the ranks that attention may get the largest, or the smallest.
+    """
     if source == AUTOENCODER:
         from .vae import latent_shape
 
@@ -276,7 +318,7 @@ def _columns(config: PreprocessConfig, source: str) -> dict[str, ColumnSpec]:
         blocks=len(settings.blocks),
         heads=teacher.heads,
         tokens=rows * columns,
-        rank=settings.ranks(teacher.head_width)[-1],
+        rank=settings.ranks(teacher.head_width)[0 if smallest else -1],
         dtype=settings.stored_dtype,
         compressor=settings.compressor,
     )

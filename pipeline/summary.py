@@ -59,7 +59,7 @@ def show_plan(plan: Plan, rank: Rank, console: Console) -> None:
             f"{_most(source)}{human_bytes(source.bytes)}",
         )
     console.print(table)
-    fits = "fits" if plan.fits else "does not fit"
+    fits = "fits" if plan.bytes <= plan.free_bytes else "may not fit" if plan.fits else "does not fit"
     most = "at most " if any(source.at_most for source in plan.sources) else ""
     packed = " before compression" if config.compress else ""
     say(

@@ -16,7 +16,7 @@ from ..data.errors import RepaError
 from ..data.store import SourceWriter, ensure_cache, ensure_source
 from .batches import batches
 from .interrupts import deferred_interrupts
-from .plan import missing_shards, present_manifest
+from .plan import missing_shards, present_manifest, require_room_for
 from .writing import WriterThread, Written
 
 if TYPE_CHECKING:
@@ -111,9 +111,39 @@ def work(job: Job, source: ImageSource, report: Report) -> Tally:
     for model in models:
         model.prepare(settles)
     tally.calibrate_seconds = time.perf_counter() - started - tally.load_seconds
-    # only now: a model that cannot be loaded, or a tolerance that cannot be met, leaves nothing behind
-    manifest = ensure_cache(job.config.cache, job.manifest, source.keys, source.labels)
     parts = {name: part for model in models for name, part in model.parts.items()}
+    if job.config.attention_kl is not None:
+        # the plan did not know the rank
+        columns = {name: part.columns for name, part in parts.items()}
+        require_room_for(job.config.cache, job.manifest, columns, job.config.compress is not None)
+    # only now: a model that cannot be loaded, or a tolerance that cannot be met, leaves nothing behind
+    write_columns(job, source, models, missing, report, tally)
+    return tally
+
+
+def write_columns(
+    job: Job,
+    source: ImageSource,
+    models: Sequence[SourceModel],
+    missing: Mapping[str, Sequence[int]],
+    report: Report,
+    tally: Tally,
+) -> None:
+    """Compute and write shards by models that are loaded and prepared.
+
+    Args:
+        job: the share.
+        source: the images.
+        models: of every source in ``missing`` that misses a shard.
+        missing: source → shards to write.
+        report: see `work`.
+        tally: what is done is added to it.
+
+    Raises:
+        RepaError: see `work`.
+    """
+    parts = {name: part for model in models for name, part in model.parts.items()}
+    manifest = ensure_cache(job.config.cache, job.manifest, source.keys, source.labels)
     for name, part in parts.items():
         manifest = ensure_source(job.config.cache, name, part.provenance, part.columns)
     with ExitStack() as stack:
@@ -125,7 +155,6 @@ def work(job: Job, source: ImageSource, report: Report) -> Tally:
             # until a shard is committed or locked, another command may have declared the source anew
             ensure_source(job.config.cache, name, part.provenance, part.columns)
         _Loop(job, manifest, source, models, writers, report, tally).run()
-    return tally
 
 
 def calibrator(job: Job, source: ImageSource) -> Calibrator:

@@ -88,7 +88,11 @@ class Calibrator:
             tolerance=settings.tolerance,
         )
         made, note = self._ensure(attention_source(encoder.name), wanted, compute)
-        form = attention_form(encoder, settings, made.projections)
+        at_hand = None
+        if made.projections is not None:
+            # where they are used, once and not for every batch
+            at_hand = made.projections[0].to(self._device), made.projections[1].to(self._device)
+        form = attention_form(encoder, settings, at_hand)
         own = {
             "depth": encoder.depth,
             "logit_scale": encoder.logit_scale,

@@ -69,6 +69,10 @@ class TokenForm:
             self.model, tokens=self.tokens, width=self.width, dtype=self.dtype, compressor=self.compressor
         )
 
+    def exact(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What columns are rounded from: ``patch`` float32 ``[B, T, D]`` and ``cls`` float32 ``[B, D]``."""
+        return {column_name(self.model, kind): features[kind] for kind in ("patch", "cls")}
+
     def encode(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Columns of ``patch`` float32 ``[B, T, D]`` and ``cls`` float32 ``[B, D]``."""
         whole = "float16" if self.dtype == INT8 else self.dtype
@@ -135,18 +139,23 @@ class AttentionForm:
             "keys": "centred" if self.dtype == INT8 else "as computed",
         }
 
-    def encode(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Columns of ``q`` and ``k``, each float32 ``[B, L, H, T, Dh]``."""
+    def exact(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What columns are rounded from, float32 ``[B, L, H, T, r]``: centred and cut, as the form has it."""
         queries, keys = features["q"], features["k"]
         if self.dtype == INT8:
             keys = centred(keys)
         if self.projections is not None:
             to_query, to_key = (each.to(queries.device) for each in self.projections)
             queries, keys = project(queries, to_query), project(keys, to_key)
-        return {
-            **_store(self.model, "q", queries, self.dtype),
-            **_store(self.model, "k", keys, self.dtype),
-        }
+        return {column_name(self.model, "q"): queries, column_name(self.model, "k"): keys}
+
+    def encode(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Columns of ``q`` and ``k``, each float32 ``[B, L, H, T, Dh]``."""
+        exact = self.exact(features)
+        stored: dict[str, Tensor] = {}
+        for kind in ("q", "k"):
+            stored |= _store(self.model, kind, exact[column_name(self.model, kind)], self.dtype)
+        return stored
 
     def decode(self, columns: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Queries and keys, each float32 ``[B, L, H, T, r]``, as a reader has them."""

@@ -86,13 +86,16 @@ def fit_attention(
 
     def moments(images: Tensor) -> dict[str, Tensor]:
         features = encoder.encode(images, blocks)
-        return {"q": second_moment(features["q"]), "k": second_moment(centred(features["k"]))}
+        # of a batch together: per image they would be as large as queries and keys themselves
+        return {
+            "q": second_moment(features["q"]).sum(0, keepdim=True),
+            "k": second_moment(centred(features["k"])).sum(0, keepdim=True),
+        }
 
     sums: dict[str, NDArray[np.float64]] = {}
     for batch in passes.over(pixels, moments):
         for name, values in batch.items():
-            for each in values:
-                sums[name] = sums[name] + each if name in sums else each
+            sums[name] = sums[name] + values[0] if name in sums else values[0]
     if not all(np.isfinite(values).all() for values in sums.values()):
         raise RepaError(
             f"queries or keys of encoder {encoder.name} are not finite; try --compute-dtype float32, and "

@@ -1,0 +1,117 @@
+"""What attention will take before anything is loaded, and which blocks the words of the flag mean."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from repa.commands.attention import attention_blocks
+from repa.data.columns import ColumnSpec
+from repa.data.errors import RepaError
+from repa.pipeline import plan as plan_module
+from repa.pipeline.config import PreprocessConfig
+from repa.pipeline.plan import Plan, make_plan, require_room_for
+from repa.trainer.config import TrainConfig
+from repa.trainer.methods.haste import PRESETS
+
+IMAGES = 10
+
+
+def plan(tmp_path: Path, encoders: tuple[str, ...], wanted: str, **changes: Any) -> Plan:
+    config = PreprocessConfig(
+        data="demo",
+        cache=tmp_path / "cache",
+        encoders=encoders,
+        vae="demo",
+        resolution=256,
+        limit=IMAGES,
+        batch_size=4,
+        attention=attention_blocks(wanted, encoders),
+        random_weights=True,
+    )
+    return make_plan(replace(config, **changes))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "flags", "each"),
+    [
+        ("haste", {}, 3 * 2 * 256 * 768 * 2),
+        # the figures of the specification, four blocks
+        ("haste:SiT-XL", {}, 3_145_728),
+        ("haste:SiT-XL/2", {"feature_dtype": "float32"}, 2 * 3_145_728),
+        ("9-12", {"feature_dtype": "int8"}, 3_145_728 // 2 + 4 * 2 * 4 * 768),
+        ("haste:SiT-XL", {"attention_rank": 32}, 24_576 * 32 + 4 * 2 * 4 * 12 * 32),
+        ("9,10,11,12", {"attention_rank": 16, "feature_dtype": "float32"}, 24_576 * 16 + 4 * 2 * 4 * 12 * 16),
+    ],
+)
+def test_bytes_of_an_image(wanted: str, flags: dict[str, Any], each: int, tmp_path: Path) -> None:
+    made = plan(tmp_path, ("dinov2-b",), wanted, **flags)
+    assert [source.source for source in made.sources] == ["sd-vae", "dinov2-b", "dinov2-b+attention"]
+    attention = made.sources[2]
+    assert sum(spec.row_bytes for spec in attention.columns.values()) == each
+    checksums = 4 * IMAGES * len(attention.columns)
+    assert attention.bytes - checksums - IMAGES * each < 20_000 * len(attention.columns)  # the index
+    assert attention.bytes == attention.least_bytes
+    assert not attention.at_most
+    assert made.rows == IMAGES
+
+
+def test_a_tolerance_leaves_the_rank_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = plan(tmp_path, ("dinov2-b",), "haste", attention_kl=0.01)
+    attention = made.sources[2]
+    assert attention.at_most
+    assert attention.columns["dinov2-b/q"] == ColumnSpec(shape=(3, 12, 256, 64), dtype="int8")
+    smallest, largest = (
+        plan(tmp_path, ("dinov2-b",), "haste", attention_rank=rank).sources[2] for rank in (8, 64)
+    )
+    assert (attention.least_bytes, attention.bytes) == (smallest.bytes, largest.bytes)
+    # a disk between the two may do: what is chosen is looked at again
+    others = made.bytes - attention.bytes
+    usage = namedtuple("usage", "total used free")
+    free = others + (smallest.bytes + largest.bytes) // 2
+    monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda path: usage(free, 0, free))
+    tight = plan(tmp_path, ("dinov2-b",), "haste", attention_kl=0.01)
+    assert tight.fits
+    tight.require_room()
+    for chosen, fits in ((smallest.columns, True), (largest.columns, False)):
+        columns = {source.source: source.columns for source in made.sources[:2]} | {
+            "dinov2-b+attention": chosen
+        }
+        if fits:
+            require_room_for(tmp_path / "cache", made.manifest, columns, compressed=False)
+            continue
+        with pytest.raises(RepaError, match="free some") as caught:
+            require_room_for(tmp_path / "cache", made.manifest, columns, compressed=False)
+        assert "\n" not in str(caught.value)
+
+
+def test_several_teachers_each_with_blocks_of_its_own(tmp_path: Path) -> None:
+    assert attention_blocks("haste", ("demo", "dinov2-b")) == {"demo": (4, 5, 6), "dinov2-b": (8, 10, 12)}
+    made = plan(tmp_path, ("dinov2-b", "dinov3-s"), "4-6,12")
+    assert made.config.sources == (
+        "sd-vae",
+        "dinov2-b",
+        "dinov2-b+attention",
+        "dinov3-s",
+        "dinov3-s+attention",
+    )
+    assert made.sources[4].columns["dinov3-s/k"].shape == (4, 6, 256, 64)
+    with pytest.raises(RepaError, match=r"block 12 of encoder demo; its blocks are 1 to 6"):
+        plan(tmp_path, ("dinov2-b", "demo"), "12")
+
+
+def test_haste_is_what_the_method_aligns_by_default() -> None:
+    preset = PRESETS[TrainConfig().model.removeprefix("SiT-").split("/")[0]]
+    assert attention_blocks("haste", ("dinov2-b",)) == {"dinov2-b": preset.teacher_blocks}
+    assert attention_blocks("haste:SiT-XL", ("dinov2-b",)) == {"dinov2-b": (9, 10, 11, 12)}
+    assert attention_blocks("12, 8,8", ("dinov2-b",)) == {"dinov2-b": (8, 12)}
+
+
+@pytest.mark.parametrize("wanted", ["", "haste:", "haste:XXL", "8;9", "9-", "-9", "12-9", "eight"])
+def test_words_that_mean_no_blocks(wanted: str) -> None:
+    with pytest.raises(RepaError, match="--attention") as caught:
+        attention_blocks(wanted, ("dinov2-b",))
+    assert "\n" not in str(caught.value)
