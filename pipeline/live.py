@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from ..data.remote import CachePath
     from ..data.schema import Manifest, Provenance
     from .encoders.base import Encoder
     from .images import ImageSource
@@ -51,7 +50,7 @@ class LiveTeachers:
     """Computes ``<teacher>/patch``, ``/q`` and ``/k`` of rows of a cache; the trainer's `LiveTargets`.
 
     Args:
-        cache: the cache: which images, how cropped, and by what its columns were made.
+        cache: folder of the cache: which images, how cropped, and by what its columns were made.
         data: the images, a folder or ``demo``.
         encoders: names of the teachers.
         blocks: blocks whose queries and keys it offers, counted from 1, ascending, of every teacher that has
@@ -68,7 +67,7 @@ class LiveTeachers:
 
     def __init__(
         self,
-        cache: CachePath,
+        cache: Path,
         *,
         data: str,
         encoders: Sequence[str],
@@ -316,7 +315,7 @@ def _compute_with_one_thread() -> None:
     torch.get_num_threads()
 
 
-def images_of(manifest: Manifest, data: str, cache: CachePath) -> ImageSource:
+def images_of(manifest: Manifest, data: str, cache: Path) -> ImageSource:
     """The images of a cache, opened as it was written.
 
     Args:

@@ -69,6 +69,17 @@ class SourceModel(Protocol):
         """
         ...
 
+    def encode_exactly(
+        self, images: torch.Tensor, sources: Collection[str]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The same columns, and the float32 numbers that they were rounded from, but for those of scales.
+
+        Args:
+            images: uint8 ``[B, 3, R, R]``, on the device.
+            sources: those of its sources that are wanted.
+        """
+        ...
+
 
 class AutoencoderModel:
     """``sd-vae/moments``: posterior mean and standard deviation, float32. See `SourceModel`.
@@ -97,6 +108,13 @@ class AutoencoderModel:
         """Moments ``[B, 2C, h, w]`` of uint8 images ``[B, 3, R, R]``."""
         del sources
         return {MOMENTS: self._autoencoder.encode_moments(images)}
+
+    def encode_exactly(
+        self, images: torch.Tensor, sources: Collection[str]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Moments are stored as they are."""
+        columns = self.encode(images, sources)
+        return columns, columns
 
 
 class EncoderModel:
@@ -153,10 +171,32 @@ class EncoderModel:
 
     def encode(self, images: torch.Tensor, sources: Collection[str]) -> dict[str, torch.Tensor]:
         """Columns of the sources asked for, from one pass over uint8 images ``[B, 3, R, R]``."""
+        columns: dict[str, torch.Tensor] = {}
+        forms, features = self._run(images, sources)
+        for form in forms:
+            columns |= form.encode(features)
+        return columns
+
+    def encode_exactly(
+        self, images: torch.Tensor, sources: Collection[str]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Columns of the sources asked for, and what they were rounded from."""
+        columns: dict[str, torch.Tensor] = {}
+        exact: dict[str, torch.Tensor] = {}
+        forms, features = self._run(images, sources)
+        for form in forms:
+            columns |= form.encode(features)
+            exact |= form.exact(features)
+        return columns, exact
+
+    def _run(
+        self, images: torch.Tensor, sources: Collection[str]
+    ) -> tuple[list[TokenForm | AttentionForm], dict[str, torch.Tensor]]:
+        """The forms of the sources asked for, and what the teacher says that they store."""
         attention = self._attention if attention_source(self.name) in sources else None
         features = self._encoder.encode(images, attention.blocks if attention is not None else ())
-        columns = self._tokens.encode(features) if self.name in sources else {}
-        return {**columns, **(attention.encode(features) if attention is not None else {})}
+        tokens = self._tokens if self.name in sources else None
+        return [form for form in (tokens, attention) if form is not None], features
 
 
 def load_models(config: PreprocessConfig, sources: Iterable[str], device: str) -> list[SourceModel]:
