@@ -16,7 +16,7 @@ from ..data.errors import RepaError
 from ..data.store import SourceWriter, ensure_cache, ensure_source
 from .batches import batches
 from .interrupts import deferred_interrupts
-from .plan import missing_shards, present_manifest
+from .plan import missing_shards, present_manifest, require_room_for
 from .writing import WriterThread, Written
 
 if TYPE_CHECKING:
@@ -111,6 +111,11 @@ def work(job: Job, source: ImageSource, report: Report) -> Tally:
     for model in models:
         model.prepare(settles)
     tally.calibrate_seconds = time.perf_counter() - started - tally.load_seconds
+    parts = {name: part for model in models for name, part in model.parts.items()}
+    if job.config.attention_kl is not None:
+        # the plan did not know the rank
+        columns = {name: part.columns for name, part in parts.items()}
+        require_room_for(job.config.cache, job.manifest, columns, job.config.compress is not None)
     # only now: a model that cannot be loaded, or a tolerance that cannot be met, leaves nothing behind
     write_columns(job, source, models, missing, report, tally)
     return tally
