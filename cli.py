@@ -116,8 +116,8 @@ def _preprocess(
     data: Annotated[
         str,
         typer.Option(
-            help="Folder of images, a sub-folder per class; tars 'train-{0000..0146}.tar'; 'hf:NAME[:SPLIT]'; "
-            "'demo': the drawn images."
+            help="Folder of images, a sub-folder per class; tars 'train-{0000..0146}.tar'; "
+            "'hf:NAME[:SPLIT]'; 'demo': the drawn images."
         ),
     ] = "images",
     cache: Annotated[
@@ -214,7 +214,11 @@ def _train(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Backbone.", show_default="SiT-B/2")] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="Folder of the cache; default: the only one under caches/.")
+        str | None,
+        typer.Option(
+            metavar="CACHE",
+            help="Folder of the cache, or tars of an export; default: the only one under caches/.",
+        ),
     ] = None,
     run: Annotated[
         Path | None, typer.Option(help="Folder of the run.", show_default="runs/<method>-<model>")

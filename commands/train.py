@@ -28,7 +28,7 @@ def train(
     *,
     method: str | None = None,
     model: str | None = None,
-    cache: Path | None = None,
+    cache: Path | str | None = None,
     run: Path | None = None,
     max_steps: int | None = None,
     batch_size: int | None = None,
@@ -48,7 +48,8 @@ def train(
     Args:
         method: name of the method, ``repa``, ``haste`` or ``none``.
         model: name of the backbone, ``SiT-B/2``.
-        cache: the cache; by default that of the run when it is resumed, else the only one under ``caches/``.
+        cache: the cache, or the tars of an export, as ``out/shard-{000000..001251}.tar`` or ``pipe:…``; by
+            default that of the run when it is resumed, else the only one under ``caches/``.
         run: folder of the run; by default ``runs/<method>-<model>``.
         max_steps: optimiser steps.
         batch_size: images of a step, over all devices.
@@ -147,13 +148,12 @@ def _decoder(config: TrainConfig) -> Decoder | None:
     import torch
 
     from ..data.columns import AUTOENCODER
-    from ..data.errors import CacheError
-    from ..data.store import open_manifest
+    from ..data.tar_cache import manifest_of
     from .decoder import Decoder
 
     try:
-        provenance = open_manifest(Path(config.cache)).sources.get(AUTOENCODER)
-    except CacheError:
+        provenance = manifest_of(config.cache).sources.get(AUTOENCODER)
+    except RepaError:
         return None
     if provenance is None:
         return None

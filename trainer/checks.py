@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -14,7 +13,9 @@ from ..data.latents import LatentScale, latent_scale
 from ..data.ordering import split_holdout
 from ..data.reader import CacheReader
 from ..data.schema import ORIGINAL_VIEW
-from ..data.store import open_manifest
+from ..data.tar_cache import TarCache, manifest_of
+from ..data.tar_order import steps_of_epoch
+from ..data.tars import names_tars
 from .data import columns_of_phase
 from .diagnostics import angle_problems
 from .loop import make_trainer
@@ -23,6 +24,7 @@ from .methods.base import Method, Problem
 from .models.sit import SiTConfig, parse_model_name
 from .online import live_columns, offer, read_columns
 from .randomness import derived_seed
+from .tar_stream import GUARANTEES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -83,7 +85,7 @@ class Checked:
     backbone: SiTConfig | None = None
     method: Method | None = None
     scale: LatentScale | None = None
-    reader: CacheReader | None = None
+    reader: CacheReader | TarCache | None = None
     live: LiveTargets | None = None
     live_sources: Mapping[str, Provenance] = field(default_factory=dict)
     train_rows: NDArray[np.int64] | None = None
@@ -120,7 +122,7 @@ def check(config: TrainConfig, live: LiveTargets | None = None) -> Checked:
     if not config.cache:
         found.add("no cache was named", "name one with --cache")
         return found
-    found.manifest = found.attempt(lambda: open_manifest(Path(config.cache)))
+    found.manifest = found.attempt(lambda: manifest_of(config.cache))
     if found.manifest is None:
         return found
     if config.targets == "online":
@@ -130,7 +132,9 @@ def check(config: TrainConfig, live: LiveTargets | None = None) -> Checked:
         _check_method(config, found.manifest, found.backbone, found)
     if found.method is not None:
         _check_columns(config, found.manifest, found.method, found)
-    if found.reader is not None:
+    if isinstance(found.reader, TarCache):
+        _check_tars(config, found.reader, found)
+    elif found.reader is not None:
         _check_rows(config, found.reader, found)
     return found
 
@@ -166,7 +170,7 @@ def attention_blocks(config: TrainConfig) -> tuple[int, ...]:
     Raises:
         RepaError: there is no cache.
     """
-    manifest = open_manifest(Path(config.cache))
+    manifest = manifest_of(config.cache)
     found = Checked()
     _check_backbone(config, manifest, found)
     if found.backbone is None:
@@ -259,6 +263,9 @@ def _check_columns(config: TrainConfig, manifest: Manifest, method: Method, foun
             found.warnings.append(
                 f"{source} in cache {config.cache} was computed with random weights: {RANDOM_WEIGHTS}"
             )
+    if names_tars(config.cache):
+        found.reader = found.attempt(lambda: TarCache(config.cache, present))
+        return
     found.reader = found.attempt(
         lambda: CacheReader(config.cache, present, check_crc=config.check_crc, direct=config.direct)
     )
@@ -281,6 +288,30 @@ def _check_rows(config: TrainConfig, reader: CacheReader, found: Checked) -> Non
             f"a batch of {config.batch_size} images is larger than the {len(found.train_rows)} images there "
             "are to train on",
             f"set --batch-size to at most {len(found.train_rows)}, or cache more images",
+        )
+
+
+def _check_tars(config: TrainConfig, cache: TarCache, found: Checked) -> None:
+    import_them = "make a cache of them with `repa cache import`"
+    if found.live is not None:
+        found.add(f"live teachers cannot be called beside tars, as {config.cache}", import_them)
+    if config.holdout:
+        found.add(
+            f"holdout={config.holdout}: rows cannot be held out of tars, which are read in sequence",
+            f"leave holdout at 0, or {import_them}",
+        )
+    if config.order != "full":
+        found.add(f"order={config.order} is of caches, tars have one order", "leave order at full")
+    images = len(cache.valid_rows)
+    found.train_rows, found.held_out_rows = cache.valid_rows, cache.valid_rows[:0]
+    if found.world_size is None:
+        return
+    world = found.world_size
+    steps = found.attempt(lambda: steps_of_epoch(cache.counts, config.batch_size, world))
+    if steps is not None:
+        left_out = images - steps * config.batch_size
+        found.warnings.append(
+            GUARANTEES.format(buffer=config.shuffle_buffer, images=images, left_out=left_out)
         )
 
 

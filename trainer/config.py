@@ -65,7 +65,7 @@ class TrainConfig:
     """Settings of a training run; the defaults are REPA's (arXiv 2410.06940, section 4 and its appendix).
 
     Attributes:
-        cache: folder of the cache.
+        cache: folder of the cache, or a pattern of the tars it was exported to.
         targets: where the teachers' targets come from: the cache, or online from the teachers themselves.
         model: name of the backbone, ``SiT-<size>/<patch>``.
         method: settings of the method; its type says which.
@@ -75,6 +75,7 @@ class TrainConfig:
         seed: of initialisation, order and every draw.
         order: of the images: full, any at any place; or blocks, a few shards of the cache at a time, for
             disks that are slow at random places.
+        shuffle_buffer: rows of the buffer that shuffles a cache that is read from tars.
         batch_size: images of an optimiser step, over all devices and accumulated micro-batches.
         accumulate: micro-batches of a step.
         max_steps: optimiser steps of the run.

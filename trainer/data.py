@@ -9,13 +9,16 @@ from lightning.pytorch import LightningDataModule
 
 from ..data.columns import LABEL, MOMENTS
 from ..data.loader import Batch, CacheLoader
+from ..data.tar_cache import TarCache
 from .online import live_columns, read_columns, with_targets
+from .tar_stream import TarLoader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import numpy as np
     import torch
+    from lightning.pytorch import Trainer
     from numpy.typing import NDArray
 
     from ..data.reader import CacheReader
@@ -50,7 +53,7 @@ class CacheData(LightningDataModule):
     def __init__(
         self,
         config: TrainConfig,
-        reader: CacheReader,
+        reader: CacheReader | TarCache,
         rows: NDArray[np.int64],
         columns_at: Callable[[int], Sequence[str]],
         live: LiveTargets | None = None,
@@ -79,24 +82,38 @@ class CacheData(LightningDataModule):
         trainer = self.trainer
         if trainer is None:
             raise RuntimeError("the data belongs to no trainer yet")
-        self._stream = _Stream(
-            CacheLoader(
+        self._stream = _Stream(self._loader(trainer), self._prepare)
+        return self._stream
+
+    def _loader(self, trainer: Trainer) -> CacheLoader | TarLoader:
+        pin_memory = trainer.strategy.root_device.type == "cuda"
+        if isinstance(self._reader, TarCache):
+            return TarLoader(
                 self._reader,
-                rows=self._rows,
                 batch_size=self._config.batch_size,
+                columns_at=self._columns_at,
                 rank=trainer.global_rank,
                 world=trainer.world_size,
                 accumulate=self._config.accumulate,
                 seed=self._config.seed,
-                order=self._config.order,
+                buffer=self._config.shuffle_buffer,
                 images_seen=self._images_seen,
-                columns_at=lambda step: read_columns(self._columns_at(step), self._live),
-                threads=self._config.threads,
-                pin_memory=trainer.strategy.root_device.type == "cuda",
-            ),
-            self._prepare,
+                pin_memory=pin_memory,
+            )
+        return CacheLoader(
+            self._reader,
+            rows=self._rows,
+            batch_size=self._config.batch_size,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+            accumulate=self._config.accumulate,
+            seed=self._config.seed,
+            order=self._config.order,
+            images_seen=self._images_seen,
+            columns_at=lambda step: read_columns(self._columns_at(step), self._live),
+            threads=self._config.threads,
+            pin_memory=pin_memory,
         )
-        return self._stream
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move a batch and add its live targets.
@@ -124,7 +141,7 @@ class CacheData(LightningDataModule):
 class _Stream:
     """A loader without a length or state: Lightning would save the state of what it has read ahead."""
 
-    def __init__(self, loader: CacheLoader, ahead: Callable[[Batch], None]) -> None:
+    def __init__(self, loader: CacheLoader | TarLoader, ahead: Callable[[Batch], None]) -> None:
         self._loader = loader
         self._ahead = ahead
         self._iterator: Iterator[Batch] | None = None

@@ -15,6 +15,7 @@ import torch
 from ..data.columns import AUTOENCODER, LABEL, MOMENTS, source_of
 from ..data.errors import CacheError, RepaError
 from ..data.files import make_folder, os_errors, write_file
+from ..data.reader import CacheReader
 from .callbacks import Clock, GracefulStop, Metrics
 from .checkpoints import Checkpoints, checkpoint_path, checkpoints_of, load_checkpoint
 from .checks import RANDOM_WEIGHTS, Checked, ProblemsError, check
@@ -270,7 +271,7 @@ def _held_out_evaluation(
     config: TrainConfig, checked: Checked
 ) -> Callable[[Trainer, TrainingModule], dict[str, float]] | None:
     reader, rows = checked.reader, checked.held_out_rows
-    if reader is None or rows is None or not len(rows):
+    if not isinstance(reader, CacheReader) or rows is None or not len(rows):
         return None
 
     def evaluate(trainer: Trainer, module: TrainingModule) -> dict[str, float]:

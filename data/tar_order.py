@@ -1,0 +1,91 @@
+"""The order of images that come from tars, each read from its beginning to its end, as a pure function.
+
+In every epoch the tars are shuffled by (seed, epoch), rank r of w takes tars r, r + w, … of them, and the
+rows of a rank pass through a shuffle buffer: for each that comes one leaves, drawn by (seed, epoch, rank).
+That is less than a permutation: neighbours in a tar stay near one another, and which images share a batch
+depends on the number of ranks.
+
+An epoch has as many batches as every rank can fill whatever tars it drew; the rest is left out, other images
+in every epoch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .errors import RepaError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# words of Philox's counter, apart from those of `ordering`
+_TAR_STREAM = 0x746172
+_BUFFER_STREAM = 0x627566
+
+
+def tar_permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    """The order of an epoch's tars, ``int64 [count]``."""
+    return np.random.Generator(_philox(seed, epoch, _TAR_STREAM, 0)).permutation(count).astype(np.int64)
+
+
+def steps_of_epoch(counts: NDArray[np.int64], batch_size: int, world: int) -> int:
+    """Global batches of an epoch.
+
+    Args:
+        counts: rows of each tar, int64 ``[S]``.
+        batch_size: images of a global batch, a multiple of ``world``.
+        world: number of ranks.
+
+    Raises:
+        RepaError: there are fewer tars than ranks, or not one batch for every rank.
+    """
+    if len(counts) < world:
+        raise RepaError(
+            f"{len(counts)} tars cannot be shared among {world} ranks; start fewer, or export smaller shards"
+        )
+    # whatever a rank draws, it has at least this many rows
+    least = int(np.sort(counts)[: len(counts) // world].sum())
+    steps = least // (batch_size // world)
+    if not steps:
+        raise RepaError(
+            f"a batch of {batch_size} images is larger than what {world} ranks are sure to have of "
+            f"{int(counts.sum())} images in {len(counts)} tars ({least} each); set a smaller --batch-size"
+        )
+    return steps
+
+
+def buffered_order(seed: int, epoch: int, rank: int, count: int, buffer: int) -> NDArray[np.int64]:
+    """In which order rows leave a shuffle buffer.
+
+    Args:
+        seed: of the run.
+        epoch: epoch.
+        rank: rank.
+        count: rows that come.
+        buffer: rows that the buffer holds; 1 keeps their order.
+
+    Returns:
+        int64 ``[count]``, each of 0 … count−1 once; number k is below k + ``buffer``.
+    """
+    buffer = min(buffer, count)
+    draws = _philox(seed, epoch, _BUFFER_STREAM, rank).random_raw(count)
+    slots = list(range(buffer))
+    order = []
+    for coming, slot in zip(
+        range(buffer, count), (draws[: count - buffer] % np.uint64(max(buffer, 1))).tolist(), strict=True
+    ):
+        order.append(slots[slot])
+        slots[slot] = coming
+    # the buffer is emptied in the order of the last draws
+    last = np.argsort(draws[count - buffer :], kind="stable")
+    return np.array([*order, *np.array(slots, dtype=np.int64)[last]], dtype=np.int64)
+
+
+def _philox(seed: int, epoch: int, stream: int, rank: int) -> np.random.Philox:
+    if not 0 <= seed < 2**64:
+        raise RepaError(f"seed {seed} is not between 0 and 2⁶⁴−1; set --seed")
+    return np.random.Philox(
+        key=np.array([seed, epoch], dtype=np.uint64), counter=np.array([0, 0, rank, stream], dtype=np.uint64)
+    )
