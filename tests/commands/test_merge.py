@@ -117,7 +117,7 @@ def test_killed_at_any_moment_it_resumes(made: Path, tmp_path: Path) -> None:
     parts, data = (made / "a.cache", made / "b.cache"), str(made / "whole")
     whole = folder_contents(made / "whole.cache")
     replace, out = os.replace, tmp_path / "out"
-    for steps in (0, 3, 6, 5, 4):
+    for steps in (0, 3, 6, 9, 5, 4):
         left = steps
 
         def mortal(*arguments: Any) -> None:
