@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..data.columns import model_of
 from ..data.errors import RepaError
 from ..data.places import DEFAULT_DATA, DEMO_DATA, default_cache
 
@@ -62,8 +63,8 @@ def verify_fidelity(
         seed=seed,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
-    console.print(_table(found))
-    console.print("tokens: 1 − cosine; attention: KL(teacher ‖ stored) in nats; means", style="dim")
+    for source in dict.fromkeys(each.source for each in found):
+        console.print(_table(source, [each for each in found if each.source == source]))
     lost = [each for each in found if not each.kept]
     verdict = (
         f"{len(lost)} of {len(found)} are farther from the teacher than they may be: the cache is not what "
@@ -76,16 +77,15 @@ def verify_fidelity(
         raise SystemExit(1)
 
 
-def _table(found: Sequence[Comparison]) -> Table:
+def _table(source: str, found: Sequence[Comparison]) -> Table:
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
-    for heading in ("source", "what", "recorded", "measured", "largest", "limit", ""):
-        left = heading in {"source", "what"}
-        table.add_column(heading, justify="left" if left else "right", no_wrap=left)
+    unit = "KL(teacher ‖ stored), nats" if source != model_of(source) else "1 − cosine"
+    table = Table(box=None, pad_edge=False, title=f"{source}: {unit}", title_justify="left")
+    for heading in ("", "recorded", "measured", "largest", "limit", ""):
+        table.add_column(heading, justify="right" if heading else "left")
     for each in found:
         table.add_row(
-            each.source,
             each.what,
             "" if each.recorded is None else f"{each.recorded:.3g}",
             f"{each.measured:.3g}",
