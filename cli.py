@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
+from .commands.cache_app import cache_app
 from .commands.demo import DEFAULT_STEPS, IMAGES
 from .commands.live import LiveFlags
 from .data.errors import RepaError
@@ -28,12 +29,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-cache_app = typer.Typer(help="Look into a cache and check it.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 
-CacheArgument = Annotated[
-    Path | None, typer.Argument(metavar="[CACHE]", help="Folder of the cache; the only one under caches/.")
-]
 LiveData = Annotated[
     str | None,
     typer.Option(help="Live teachers: the images of the cache.", show_default="images, or demo"),
@@ -164,8 +161,8 @@ def _preprocess(
     compress: Annotated[
         str | None,
         typer.Option(
-            help="zstd, blosc or pcodec, losslessly. Off: floats shrink by 18 % at most, and compressed rows "
-            "cannot be read directly."
+            help="zstd, blosc or pcodec, losslessly. Off: floats shrink by a tenth to a fifth, and "
+            "compressed rows cannot be read directly."
         ),
     ] = None,
     compute_dtype: Annotated[
@@ -354,77 +351,6 @@ def _sample(
         weights=weights,
         vae=vae,
     )
-
-
-@cache_app.command("info")
-def _cache_info(cache: CacheArgument = None) -> None:
-    """What a cache holds: columns, sizes, progress, and which models wrote them."""
-    from .commands.cache import info
-
-    info(cache=cache)
-
-
-@cache_app.command("verify")
-def _cache_verify(
-    cache: CacheArgument = None,
-    fidelity: Annotated[
-        bool,
-        typer.Option(
-            "--fidelity", help="Instead: encode random images again, and compare with what is stored."
-        ),
-    ] = False,
-    rows: Annotated[int | None, typer.Option(help="Fidelity: how many images.", show_default="64")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Fidelity: the images of the cache.", show_default="images, or demo")
-    ] = None,
-    weights: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=FILE", help="Fidelity: weights of a teacher; may repeat."),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Fidelity: of the choice of images.", show_default="0")
-    ] = None,
-) -> None:
-    """Check every byte of a cache; exit status 1 if anything is wrong."""
-    if fidelity:
-        from .commands.cache_fidelity import verify_fidelity
-
-        verify_fidelity(cache=cache, rows=rows, data=data, weights=weights or (), seed=seed or 0)
-        return
-    for flag, value in (("--rows", rows), ("--data", data), ("--weights", weights), ("--seed", seed)):
-        if value is not None and value != []:
-            raise RepaError(f"{flag} says what --fidelity encodes; add --fidelity, or drop it")
-    from .commands.cache import verify
-
-    verify(cache=cache)
-
-
-@cache_app.command("export")
-def _cache_export(
-    out: Annotated[Path, typer.Option(help="Folder of the tars.")],
-    cache: CacheArgument = None,
-    form: Annotated[str, typer.Option("--format", help="webdataset.")] = "webdataset",
-    columns: Annotated[
-        str | None, typer.Option(help="Columns, as sd-vae/moments,dinov2-b/patch.", show_default="all")
-    ] = None,
-) -> None:
-    """Write columns as WebDataset tars, one a shard, for storage that is read in sequence."""
-    from .commands.export import export
-
-    export(out=out, cache=cache, form=form, columns=columns)
-
-
-@cache_app.command("import")
-def _cache_import(
-    tars: Annotated[
-        str, typer.Argument(metavar="TARS", help="Of one export: 'out/shard-{000000..001251}.tar'.")
-    ],
-    cache: Annotated[Path, typer.Option(help="Folder of the cache.")],
-) -> None:
-    """Make the cache again that tars were exported from, bit for bit."""
-    from .commands.export import import_tars
-
-    import_tars(tars=tars, cache=cache)
 
 
 @app.command("demo")
