@@ -30,6 +30,7 @@ _REMEDIES = {
     errno.EPERM: "choose a folder you have the rights to, or have them granted",
     errno.ENOTDIR: "a file stands where a folder is needed; choose another folder",
     errno.EIO: "the disk or its connection fails; choose another",
+    errno.ECONNABORTED: "look at the connection, the endpoint and the credentials",
     errno.ENOLCK: "the file system cannot lock files; choose a folder on another",
 }
 

@@ -117,7 +117,7 @@ class CacheLoader:
             raise RepaError(f"{threads} threads and {prefetch} batches ahead: both must be at least 1")
         if order not in ORDERS:
             raise RepaError(f"order {order!r} is unknown; there are {', '.join(ORDERS)}")
-        invalid = reader.invalid_rows[np.isin(reader.invalid_rows, rows)] if len(reader.invalid_rows) else ()
+        invalid = reader.invalid_rows[np.isin(reader.invalid_rows, rows)]
         if len(invalid):
             raise CacheError(
                 f"row {invalid[0]} of cache {reader.path} is invalid; train on reader.valid_rows"

@@ -18,6 +18,8 @@ from .store import SourceWriter, create_cache, ensure_source, keys_sha256
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from .remote import CachePath
+
 _ROWS = 128
 _BYTES = 64_000_000
 _SEED = 0
@@ -38,7 +40,7 @@ class ReadSpeed:
     plain: float
 
 
-def measure_read_speed(path: Path, column: str) -> ReadSpeed | None:
+def measure_read_speed(path: CachePath, column: str) -> ReadSpeed | None:
     """Read up to 128 random valid rows, at most 64 MB, of a column as it is and uncompressed.
 
     Args:

@@ -78,7 +78,7 @@ class Bucket:
         except FileNotFoundError as error:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.url}/{name}") from error
         except (BaseError, OSError) as error:
-            raise OSError(errno.EIO, _one_line(error), f"{self.url}/{name}") from error
+            raise OSError(errno.ECONNABORTED, _one_line(error), f"{self.url}/{name}") from error
 
     def read(self, name: str) -> bytes:
         """The bytes of an object.
@@ -252,4 +252,5 @@ def map_files(action: Callable[[int], T], numbers: Iterable[int], path: CachePat
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    # the crate appends the whole chain of causes as it is in memory
+    return " ".join(str(error).partition("Debug source")[0].split())[:300]
