@@ -3,8 +3,8 @@
 An image's features are the same bits as in a float32 cache written on the same machine if *one thread*
 computes a batch, as in `lanes`, and each row stands where it stood then, see `passes`. Rows that stood at the
 same place need batches of their own, padded with zeros: for B rows from batches of S, with B far below S,
-most of the computing is for the exactness. A GPU used for training therefore computes plain batches, unless
-exactness is asked for.
+most of the computing is for the exactness (of a cache written with ``--batch-size 1``, none is). A GPU used
+for training therefore computes plain batches, unless exactness is asked for.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from ..data.remote import CachePath
     from ..data.schema import Manifest, Provenance
     from .encoders.base import Encoder
     from .images import ImageSource
@@ -50,7 +51,7 @@ class LiveTeachers:
     """Computes ``<teacher>/patch``, ``/q`` and ``/k`` of rows of a cache; the trainer's `LiveTargets`.
 
     Args:
-        cache: folder of the cache: which images, how cropped, and by what its columns were made.
+        cache: the cache: which images, how cropped, and by what its columns were made.
         data: the images, a folder or ``demo``.
         encoders: names of the teachers.
         blocks: blocks whose queries and keys it offers, counted from 1, ascending, of every teacher that has
@@ -67,7 +68,7 @@ class LiveTeachers:
 
     def __init__(
         self,
-        cache: Path,
+        cache: CachePath,
         *,
         data: str,
         encoders: Sequence[str],
@@ -315,7 +316,7 @@ def _compute_with_one_thread() -> None:
     torch.get_num_threads()
 
 
-def images_of(manifest: Manifest, data: str, cache: Path) -> ImageSource:
+def images_of(manifest: Manifest, data: str, cache: CachePath) -> ImageSource:
     """The images of a cache, opened as it was written.
 
     Args:

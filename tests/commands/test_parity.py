@@ -217,3 +217,13 @@ def test_a_teacher_without_the_blocks_is_named(
 def test_tars_have_no_live_teachers(run_train: Callable[..., str]) -> None:
     with pytest.raises(RepaError, match="live teachers cannot be called beside tars"):
         run_train("refused", Path("shards/{0..3}.tar"), targets="online")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_parity_on_a_gpu(tmp_path: Path) -> None:
+    """Written and called on the GPU; float32 without TF32, whose kernels may still choose by their input."""
+    cache = written(tmp_path, "gpu", feature_dtype="float32")
+    found = compared(cache, assignments=(*SMALL, "precision=32-true"))
+    assert all(term.largest <= 1e-4 for term in found.terms.values())
+    assert all(column.largest is not None and column.largest <= 1e-4 for column in found.columns.values())
