@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..data.places import default_cache
 from .cache_notes import print_compression, print_notes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from rich.console import Console
     from rich.table import Table
 
     from ..data.info import CacheInfo
+    from ..data.verify import Finding
 
 _SHOWN = 20
 
@@ -115,26 +118,35 @@ def _invalid(found: CacheInfo, console: Console) -> None:
         console.print(f"  and {len(found.invalid) - _SHOWN} more, in the commit records")
 
 
-def verify(*, cache: Path | None = None, console: Console | None = None) -> None:
-    """Check every byte of a cache and print what is wrong.
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What a check of every byte has found.
+
+    Attributes:
+        findings: what is wrong.
+        bytes: of shards that were read.
+        seconds: it took.
+    """
+
+    findings: Sequence[Finding]
+    bytes: int
+    seconds: float
+
+
+def check_bytes(path: Path, console: Console) -> Checked:
+    """Check every byte of a cache, with a bar of the progress.
 
     Args:
-        cache: the cache; by default the only one under ``caches/``.
-        console: where to print; standard output by default.
+        path: folder of the cache.
+        console: where the bar goes.
 
     Raises:
         CacheError: there is no cache.
-        SystemExit: with status 1 when anything is wrong or missing.
     """
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-    from rich.text import Text
 
-    from ..data.units import human_bytes
     from ..data.verify import verify_cache
 
-    console = console or Console()
-    path = cache or default_cache()
     total = 0
     started = time.perf_counter()
     bars = Progress(
@@ -154,11 +166,35 @@ def verify(*, cache: Path | None = None, console: Console | None = None) -> None
     with bars:
         task = bars.add_task("checking", total=None)
         findings = verify_cache(path, progress=progress)
-    seconds = time.perf_counter() - started
+    return Checked(findings=findings, bytes=total, seconds=time.perf_counter() - started)
+
+
+def verify(*, cache: Path | None = None, console: Console | None = None) -> None:
+    """Check every byte of a cache and print what is wrong.
+
+    Args:
+        cache: the cache; by default the only one under ``caches/``.
+        console: where to print; standard output by default.
+
+    Raises:
+        CacheError: there is no cache.
+        SystemExit: with status 1 when anything is wrong or missing.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    from ..data.units import human_bytes
+
+    console = console or Console()
+    path = cache or default_cache()
+    found = check_bytes(path, console)
+    findings = found.findings
     for finding in findings:
         console.print(Text(str(finding)), soft_wrap=True)
-    checked = f"{human_bytes(total)} of shards, metadata, keys and labels checked in {seconds:.1f} s"
-    rate = f" ({human_bytes(total / seconds)}/s)" if total else ""
+    checked = (
+        f"{human_bytes(found.bytes)} of shards, metadata, keys and labels checked in {found.seconds:.1f} s"
+    )
+    rate = f" ({human_bytes(found.bytes / found.seconds)}/s)" if found.bytes else ""
     verdict = (
         f"{len(findings)} finding{'s' if len(findings) != 1 else ''}" if findings else "all is as committed"
     )

@@ -23,8 +23,7 @@ class CorruptRowError(CacheError):
     def __init__(self, *, row: int, column: str, path: str, reason: str) -> None:
         super().__init__(
             f"row {row} of {column} is corrupt ({reason}) in {path}; "
-            "run `repa cache verify` to list every bad row, then delete the shard's commit record and "
-            "run the same `repa preprocess` again"
+            "`repa cache verify` lists every bad row, `repa cache repair` encodes them again"
         )
         self.row = row
         self.column = column

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from .schema import Manifest
 
 _RESUME = "run the same `repa preprocess` again"
-_REDO = f"delete the commit record of the shard and {_RESUME}"
+_REDO = "encode it again with `repa cache repair`"
 
 
 @dataclass(frozen=True, kw_only=True)
