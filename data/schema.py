@@ -66,7 +66,7 @@ class Manifest:
         resolution: side in pixels of the cropped images.
         crop: name of the crop, ``adm-center``.
         exif_orientation: ``ignored`` or ``applied``.
-        source_kind: ``folder`` or ``demo``.
+        source_kind: ``folder``, ``tars``, ``hf`` or ``demo``.
         source_fingerprint: ``sha256:…`` over keys, labels and sizes of the source.
         keys_sha256: sha256 of ``keys.txt``.
         class_names: label → name.

@@ -54,10 +54,14 @@ class TarReader:
         file: opened for reading bytes, at the beginning.
         where: its name, for errors.
         length: of the tar in bytes, if the file can seek; None reads what is skipped.
+
+    Attributes:
+        at_end: whether the file has no more to give.
     """
 
     def __init__(self, file: Any, where: str, length: int | None = None) -> None:
         self.where = where
+        self.at_end = False
         self._file = file
         self._length = length
         self._at = 0
@@ -113,6 +117,7 @@ class TarReader:
         block = self._file.read(BLOCK)
         self._at += len(block)
         if len(block) < BLOCK:
+            self.at_end = True
             if start == 0:
                 what = "is empty" if not block else "is no tar"
                 raise RepaError(f"{self.where} {what}; give WebDataset tars")
@@ -159,6 +164,7 @@ class TarReader:
         data: bytes = self._file.read(size)
         self._at += len(data)
         if len(data) < size:
+            self.at_end = True
             raise self._cut_off()
         return data
 
@@ -174,6 +180,7 @@ class TarReader:
         """Read a stream to its end, so that the program behind it can end well."""
         while self._length is None and self._file.read(_PIECE):
             pass
+        self.at_end = True
 
     def _cut_off(self) -> RepaError:
         return RepaError(
@@ -197,21 +204,19 @@ def open_tar(place: str) -> Iterator[TarReader]:
     gopen, set_options = _gopen()
     try:
         stream = gopen(place)
-        whole = False
-        try:
-            yield TarReader(stream, place)
-            whole = True
-        finally:
-            # whoever stops reading early breaks the pipe, and that is no mistake of the command's
-            set_options(stream, ignore_errors=not whole or not _ended(stream))
-            stream.close()
+        # whoever stops reading early breaks the pipe, and that is no mistake of the command's
+        set_options(stream, ignore_errors=True)
+        with stream:
+            reader = TarReader(stream, place)
+            try:
+                yield reader
+            finally:
+                command = getattr(stream, "proc", None)
+                if command is not None and reader.at_end and (status := command.wait()):
+                    # the command's failure is the cause of whatever its tar lacks
+                    raise OSError(f"its command ended with status {status}")
     except (OSError, ValueError) as error:
         raise RepaError(f"cannot read {place}: {error}; try its command or URL by itself") from error
-
-
-def _ended(stream: Any) -> bool:
-    pipe = getattr(stream, "stream", None)
-    return pipe is None or pipe.closed or not pipe.read(1)
 
 
 def _gopen() -> tuple[Any, Any]:

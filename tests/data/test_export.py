@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -175,6 +176,12 @@ def test_a_failed_write_leaves_no_tar(cache: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(RepaError, match=r"cannot write .*shard-000000\.tar: No space left on device; free"):
         export_cache(cache, tmp_path / "out")
     assert os.listdir(tmp_path / "out") == []
+
+
+def test_without_webdataset(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "webdataset.writer", None)
+    with pytest.raises(RepaError, match=r"pip install 'repa\[tars\]'"):
+        export_cache(cache, tmp_path / "out")
 
 
 def test_another_export_is_not_overwritten(cache: Path, tmp_path: Path) -> None:

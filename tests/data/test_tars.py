@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import io
+import shutil
 import subprocess
+import sys
 import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -128,11 +133,53 @@ def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
         list(TarReader(io.BytesIO(stream.getvalue()), "x"))
 
 
-def test_a_command_that_fails_is_one_line() -> None:
-    for place in ("pipe:false", "pipe:exit 3", "nonsense://x/y.tar"):
-        with pytest.raises(RepaError, match=place) as caught, open_tar(place) as reader:
+def test_a_command_that_fails_is_one_line(tmp_path: Path) -> None:
+    whole = io.BytesIO(tar({"a.jpg": b"x" * 700}))
+    for place, what in (
+        ("pipe:false", "status 1"),
+        ("pipe:exit 3", "status 3"),
+        ("nonsense://x/y.tar", "no gopen handler"),
+    ):
+        with pytest.raises(RepaError, match=what) as caught, open_tar(place) as reader:
             list(reader)
+        assert str(caught.value).startswith(f"cannot read {place}: ")
         assert "\n" not in str(caught.value)
+    # a whole tar of a command that fails all the same
+    path = tmp_path / "a.tar"
+    path.write_bytes(whole.getvalue())
+    with pytest.raises(RepaError, match="status 5"), open_tar(f"pipe:cat '{path}'; exit 5") as reader:
+        list(reader)
+
+
+def test_through_http(tmp_path: Path) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("webdataset opens URLs by curl")
+    (tmp_path / "a.tar").write_bytes(tar(FILES))
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with open_tar(f"http://127.0.0.1:{server.server_port}/a.tar") as reader:
+                assert contents(reader) == FILES
+            with (
+                pytest.raises(RepaError, match=r"none\.tar: its command ended with status 22"),
+                open_tar(f"http://127.0.0.1:{server.server_port}/none.tar") as reader,
+            ):
+                contents(reader)
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_without_webdataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "webdataset.gopen", None)
+    with pytest.raises(RepaError, match=r"pip install 'repa\[tars\]'"), open_tar("pipe:cat x.tar"):
+        pass
 
 
 def test_who_stops_early_breaks_no_pipe(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from repa.data.testing import folder_contents
 from repa.pipeline.images import UndecodableImage, open_source
 from repa.pipeline.preprocess import decode_rows
 
-os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
 datasets = pytest.importorskip("datasets")
 datasets.disable_progress_bars()
 
@@ -121,9 +120,27 @@ def test_what_will_not_do_is_one_line(tmp_path: Path) -> None:
     refused("the split has no labels", data_set(label=[0, 1, -1, 0, 0, 0, 0]))
     refused("rows without a label", data_set(label=[0, 1, None, 0, 0, 0, 0]))
     refused("row 2 of .* has no image", data_set(3, image=[{"bytes": png(0), "path": None}] * 2 + [None]))
-    with pytest.raises(RepaError, match=r"data set nobody/has-this cannot be opened") as caught:
+
+
+def test_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, *, split: str) -> Any:
+        asked.append((name, split))
+        if name == "nobody/has-this":
+            raise ConnectionError("Couldn't reach the hub\n(offline)")
+        return data_set(3)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert list(open_source("hf:some/set").keys) == [f"train/0000000{row}" for row in range(3)]
+    assert open_source("hf:some/set:validation").keys[0] == "validation/00000000"
+    assert asked == [("some/set", "train"), ("some/set", "validation")]
+    with pytest.raises(RepaError, match="data set nobody/has-this cannot be opened") as caught:
         open_source("hf:nobody/has-this")
     assert "\n" not in str(caught.value)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(RepaError, match=r"pip install 'repa\[hf\]'"):
+        open_source("hf:some/set")
 
 
 def test_integer_labels_are_named_by_number(tmp_path: Path) -> None:
