@@ -68,8 +68,9 @@ def demo(
         print(f"\n$ repa {shlex.join(line)}", flush=True)
         run_command(line)
 
-    words = ("--data", "demo", "--encoder", "demo", "--attention", "haste", "--limit", images)
-    say_and_run("preprocess", *words, "--cache", cache)
+    attention = ("--attention", "haste", "--attention-kl", "1e-3")
+    source = ("--data", "demo", "--encoder", "demo", "--limit", images)
+    say_and_run("preprocess", *source, *attention, "--cache", cache)
     runs = [
         DemoRun(method=method, folder=out / "runs" / method, samples=out / "samples" / method)
         for method in METHODS
