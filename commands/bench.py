@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ..data.errors import RepaError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from rich.console import Console
 
@@ -61,6 +61,7 @@ class Measured:
         bytes_per_item: for the GB/s column; 0 leaves it empty.
         peak_bytes: most memory of the GPU at any time; 0 if that was not measured.
         beside: name of another line that it is compared with as well.
+        cpu_per_1000: CPU seconds of 1,000 items, one a round; empty if that was not measured.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Measured:
     bytes_per_item: int = 0
     peak_bytes: int = 0
     beside: str = ""
+    cpu_per_1000: tuple[float, ...] = ()
 
     @property
     def median(self) -> float:
@@ -107,7 +109,7 @@ def bench(
         console: where to print.
 
     Returns:
-        Part → its lines, the reference first.
+        Part → the lines of its tables, in each the reference first.
 
     Raises:
         RepaError: an unknown part or setting.
@@ -124,14 +126,19 @@ def bench(
     console = console or Console()
     console.print(describe_machine(), highlight=False)
     results: dict[str, list[Measured]] = {}
-    jobs = {"loader": bench_loader, "preprocess": bench_preprocess, "train": bench_train}
+    jobs: dict[str, Callable[[BenchSettings, Path], Iterable[tuple[str, str, list[Measured]]]]] = {
+        "loader": bench_loader,
+        "preprocess": lambda *given: [bench_preprocess(*given)],
+        "train": lambda *given: [bench_train(*given)],
+    }
     with tempfile.TemporaryDirectory(prefix="repa-bench-", dir=folder) as scratch:
         for part in parts or PARTS:
             room = Path(scratch) / part
             room.mkdir()
-            title, unit, lines = jobs[part](settings, room)
-            _print_table(console, title, unit, lines)
-            results[part] = lines
+            results[part] = []
+            for title, unit, lines in jobs[part](settings, room):
+                _print_table(console, title, unit, lines)
+                results[part] += lines
     return results
 
 
@@ -167,6 +174,9 @@ def _print_table(console: Console, title: str, unit: str, lines: Sequence[Measur
         "lowest": lambda line: f"{min(line.rates):,.1f}",
         "highest": lambda line: f"{max(line.rates):,.1f}",
         "GB/s": lambda line: f"{line.median * line.bytes_per_item / 1e9:.2f}" if line.bytes_per_item else "",
+        "CPU s / 1,000": lambda line: (
+            f"{statistics.median(line.cpu_per_1000):.3f}" if line.cpu_per_1000 else ""
+        ),
         "peak GB": lambda line: f"{line.peak_bytes / 1e9:.2f}" if line.peak_bytes else "",
         "of the first line": lambda line: f"{line.ratio(lines[0]):.3f}",
         "of constant targets": lambda line: f"{line.ratio(by_name[line.beside]):.3f}" if line.beside else "",
