@@ -17,6 +17,7 @@ from . import __version__
 from .commands.cache_app import cache_app
 from .commands.demo import DEFAULT_STEPS, IMAGES
 from .commands.live import LiveFlags
+from .commands.preprocess_app import plan_words, preprocess_words
 from .data.errors import RepaError
 
 _SUMMARY = "Encode an image set once, then train every representation-alignment method from the cache."
@@ -108,100 +109,8 @@ def _live_flags(
     )
 
 
-@app.command("preprocess")
-def _preprocess(
-    data: Annotated[
-        str,
-        typer.Option(
-            help="Folder of images, a sub-folder per class; tars 'train-{0000..0146}.tar'; "
-            "'hf:NAME[:SPLIT]'; 'demo': the drawn images."
-        ),
-    ] = "images",
-    cache: Annotated[
-        Path | None, typer.Option(help="Folder of the cache; default caches/<images>-<resolution>.")
-    ] = None,
-    encoder: Annotated[
-        list[str] | None,
-        typer.Option(help="Teacher; may repeat. 'none': latents only. Default dinov2-b, of the demo 'demo'."),
-    ] = None,
-    vae: Annotated[
-        str | None,
-        typer.Option(help="AutoencoderKL: hub name or folder. Default stabilityai/sd-vae-ft-mse."),
-    ] = None,
-    resolution: Annotated[
-        int | None, typer.Option(help="Side of the crop in pixels; 256, of the demo 64.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Take so many images, evenly spaced over the set.")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images of a forward pass.")] = None,
-    devices: Annotated[int, typer.Option(help="Processes: one a GPU, or sharing the CPU's cores.")] = 1,
-    weights: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=FILE", help="Weights of a teacher; may repeat.")
-    ] = None,
-    random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="Draw weights, to try things out.")
-    ] = False,
-    feature_dtype: Annotated[
-        str, typer.Option(help="float16, float32 or int8, of the stored features.")
-    ] = "float16",
-    attention: Annotated[
-        str | None,
-        typer.Option(
-            help="Store queries and keys too: 'haste', 'haste:SiT-XL', or blocks as 8,10,12 or 9-12."
-        ),
-    ] = None,
-    attention_rank: Annotated[
-        int | None, typer.Option(help="Cut them to so many components a head, as int8.")
-    ] = None,
-    attention_kl: Annotated[
-        float | None,
-        typer.Option(help="Cut them as far as the mean KL of every head stays within so many nats."),
-    ] = None,
-    compress: Annotated[
-        str | None,
-        typer.Option(
-            help="zstd, blosc or pcodec, losslessly. Off: floats shrink by a tenth to a fifth, and "
-            "compressed rows cannot be read directly."
-        ),
-    ] = None,
-    compute_dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16, of the models.")
-    ] = "float32",
-    exif: Annotated[bool, typer.Option("--exif", help="Turn images by their EXIF orientation.")] = False,
-    class_names: Annotated[
-        Path | None, typer.Option(help="Of tars: file with the name of a class in each line.")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(help="Decoding processes for each device.")] = None,
-    shard_rows: Annotated[int | None, typer.Option(help="Images of a shard; default 1024.")] = None,
-    dry_run: DryRun = False,
-) -> None:
-    """Encode images by the autoencoder and by teachers into a cache. The same command again resumes."""
-    from .commands.preprocess import preprocess
-
-    preprocess(
-        data=data,
-        cache=cache,
-        encoders=encoder or (),
-        vae=vae,
-        resolution=resolution,
-        limit=limit,
-        batch_size=batch_size,
-        devices=devices,
-        weights=weights or (),
-        random_weights=random_weights,
-        feature_dtype=feature_dtype,
-        attention=attention,
-        attention_rank=attention_rank,
-        attention_kl=attention_kl,
-        compress=compress,
-        compute_dtype=compute_dtype,
-        exif=exif,
-        class_names=class_names,
-        workers=workers,
-        shard_rows=shard_rows,
-        dry_run=dry_run,
-    )
+app.command("preprocess")(preprocess_words)
+app.command("plan")(plan_words)
 
 
 @app.command("train")

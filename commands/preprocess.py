@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from ..pipeline.config import PreprocessConfig
+
 DEFAULT_ENCODER = "dinov2-b"
 NO_ENCODER = "none"
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
@@ -91,19 +93,78 @@ def preprocess(
         from rich.console import Console
 
         console = console or Console()
-        demo = data == DEMO_DATA
-        default = DEMO_RESOLUTION if demo else DEFAULT_RESOLUTION
-        side = default if resolution is None else resolution
-        _check_choice("--feature-dtype", feature_dtype, STORED_DTYPES)
-        _check_choice("--compute-dtype", compute_dtype, COMPUTE_DTYPES)
-        if compress is not None:
-            _check_choice("--compress", compress, COMPRESSORS)
-        names = _encoders(encoders, demo)
-        from ..pipeline.config import PreprocessConfig
+        config = make_config(
+            data=data,
+            cache=cache,
+            encoders=encoders,
+            vae=vae,
+            resolution=resolution,
+            limit=limit,
+            batch_size=batch_size,
+            devices=devices,
+            weights=weights,
+            random_weights=random_weights,
+            feature_dtype=feature_dtype,
+            attention=attention,
+            attention_rank=attention_rank,
+            attention_kl=attention_kl,
+            compress=compress,
+            compute_dtype=compute_dtype,
+            exif=exif,
+            class_names=class_names,
+            workers=workers,
+            shard_rows=shard_rows,
+        )
         from ..pipeline.run import StoppedError, run
     except KeyboardInterrupt:
         _leave("interrupted: nothing had begun")
-    config = PreprocessConfig(
+    try:
+        run(config, console, dry_run=dry_run)
+    except StoppedError as stop:
+        _leave(str(stop))
+    except KeyboardInterrupt:
+        _leave("interrupted: nothing has been written by this run; the same command begins again")
+
+
+def make_config(
+    *,
+    data: str = DEFAULT_DATA,
+    cache: Path | None = None,
+    encoders: Sequence[str] = (),
+    vae: str | None = None,
+    resolution: int | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    devices: int = 1,
+    weights: Sequence[str] = (),
+    random_weights: bool = False,
+    feature_dtype: str = "float16",
+    attention: str | None = None,
+    attention_rank: int | None = None,
+    attention_kl: float | None = None,
+    compress: str | None = None,
+    compute_dtype: str = "float32",
+    exif: bool = False,
+    class_names: Path | None = None,
+    workers: int | None = None,
+    shard_rows: int | None = None,
+) -> PreprocessConfig:
+    """The command that flags ask for, defaults filled in; see `preprocess` for what they mean.
+
+    Raises:
+        RepaError: a flag that is none of its choices.
+    """
+    from ..pipeline.config import PreprocessConfig
+
+    demo = data == DEMO_DATA
+    default = DEMO_RESOLUTION if demo else DEFAULT_RESOLUTION
+    side = default if resolution is None else resolution
+    _check_choice("--feature-dtype", feature_dtype, STORED_DTYPES)
+    _check_choice("--compute-dtype", compute_dtype, COMPUTE_DTYPES)
+    if compress is not None:
+        _check_choice("--compress", compress, COMPRESSORS)
+    names = _encoders(encoders, demo)
+    return PreprocessConfig(
         data=data,
         cache=cache or cache_for(data, side),
         encoders=names,
@@ -125,12 +186,6 @@ def preprocess(
         shard_rows=shard_rows,
         workers=workers,
     )
-    try:
-        run(config, console, dry_run=dry_run)
-    except StoppedError as stop:
-        _leave(str(stop))
-    except KeyboardInterrupt:
-        _leave("interrupted: nothing has been written by this run; the same command begins again")
 
 
 def _encoders(names: Sequence[str], demo: bool) -> tuple[str, ...]:

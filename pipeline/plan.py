@@ -98,7 +98,7 @@ class Plan:
         Raises:
             RepaError: which of the two, and what to do.
         """
-        folder = _nearest_folder(self.config.cache)
+        folder = nearest_folder(self.config.cache)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise RepaError(
                 f"cannot write cache {self.config.cache}: folder {folder} is read-only for you; "
@@ -127,7 +127,7 @@ def require_room_for(
     for source, specs in columns.items():
         missing = missing_shards(cache, present, source, range(manifest.num_shards))
         needed += _bytes(manifest, missing, specs)
-    free = shutil.disk_usage(_nearest_folder(cache)).free
+    free = shutil.disk_usage(nearest_folder(cache)).free
     if needed * (_LEAST_RATIO if compressed else 1) > free:
         raise _too_small(cache, needed, free)
 
@@ -173,7 +173,7 @@ def make_plan(config: PreprocessConfig) -> Plan:
         # nothing is written for a cache that is there: this only compares
         ensure_cache(config.cache, manifest, images.keys, images.labels)
     sources = tuple(_plan_source(config, manifest, present, source) for source in config.sources)
-    free = shutil.disk_usage(_nearest_folder(config.cache)).free
+    free = shutil.disk_usage(nearest_folder(config.cache)).free
     return Plan(config=config, images=images, manifest=manifest, sources=sources, free_bytes=free)
 
 
@@ -371,7 +371,7 @@ def _check_declared(
         )
 
 
-def _nearest_folder(path: Path) -> Path:
+def nearest_folder(path: Path) -> Path:
     """The path, or the nearest folder above it that is there."""
     for each in (path.absolute(), *path.absolute().parents):
         if each.is_dir():

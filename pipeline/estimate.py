@@ -1,0 +1,166 @@
+"""How fast a `repa preprocess` will be: a few batches encoded in memory, through its own lanes."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..data.columns import AUTOENCODER, model_of
+from .batches import Batch
+from .lanes import Task, open_lanes
+from .models import load_models
+from .preprocess import decode_row
+from .ranks import Rank
+from .run import share_out
+from .storage.calibrator import Calibrator
+from .storage.forms import AttentionForm, TokenForm, attention_form
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from ..data.schema import Provenance
+    from .encoders.base import Encoder
+    from .lanes import Lanes
+    from .plan import Plan
+    from .storage.specs import AttentionSettings
+    from .writing import Pending
+
+_DECODED = 8  # images that are decoded to see how long it takes; the others are these again
+_WARM_UP = 1  # rounds of all lanes
+_TIMED = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingSpeed:
+    """What was measured in one process.
+
+    Attributes:
+        images: computed while the clock ran.
+        model_seconds: model → seconds of the device for an image; lanes side by side count as one.
+        decode_seconds: of one thread, for an image.
+        decoders: threads or processes that decode.
+        beside: whether decoding has processes of its own, and goes on beside the device.
+        devices: devices that the command uses.
+    """
+
+    images: int
+    model_seconds: Mapping[str, float]
+    decode_seconds: float
+    decoders: int
+    beside: bool
+    devices: int
+
+    def seconds_of(self, models: Iterable[str]) -> float:
+        """For an image on one device: decoding, and these models."""
+        computed = sum(self.model_seconds[name] for name in models)
+        decoded = self.decode_seconds / self.decoders
+        return max(computed, decoded) if self.beside else computed + decoded
+
+    @property
+    def rate(self) -> float:
+        """Images a second of all models, on all devices."""
+        return self.devices / self.seconds_of(self.model_seconds)
+
+
+def measure_encoding(plan: Plan) -> EncodingSpeed:
+    """Encode a few batches of the images, of every source that is still to be written; nothing is stored.
+
+    What is fitted or measured before attention and int8 are written (`Calibrator`) is left out: it is done
+    once.
+
+    Args:
+        plan: of the command; of one that has nothing left to do, its teachers are measured.
+
+    Raises:
+        RepaError: weights that are not there, images that cannot be read, a GPU with too little memory.
+    """
+    job = share_out(plan, Rank())[0]
+    missing = [source.source for source in plan.sources if source.missing]
+    wanted = missing or [name for name in plan.config.sources if name != AUTOENCODER] or [AUTOENCODER]
+    models = load_models(job.config, wanted, job.device)
+    tasks = []
+    for model in models:
+        model.prepare(_Uncalibrated())
+        sources = tuple(model.parts)
+        tasks.append(Task(model=model.name, sources=sources, compute=partial(model.encode, sources=sources)))
+    pixels, decode_seconds = _decode(plan)
+    assert job.config.batch_size is not None, "the plan resolves the command"
+    with open_lanes(job.device, job.threads) as lanes:
+        _run(lanes, tasks, pixels, job.config.batch_size, _WARM_UP * lanes.count)
+        rounds = _TIMED * lanes.count if lanes.count > 1 else 2 * _TIMED
+        started = time.perf_counter()
+        busy = _run(lanes, tasks, pixels, job.config.batch_size, rounds)
+        elapsed = time.perf_counter() - started
+    images = rounds * job.config.batch_size
+    total = sum(busy.values())
+    return EncodingSpeed(
+        images=images,
+        # what the lanes take side by side, each model by its share of the time
+        model_seconds={name: elapsed / images * seconds / total for name, seconds in busy.items()},
+        decode_seconds=decode_seconds,
+        decoders=job.workers or 1,
+        beside=job.workers > 0 or lanes.count > 1,
+        devices=job.config.devices,
+    )
+
+
+def live_models(plan: Plan, speed: EncodingSpeed) -> tuple[str, ...]:
+    """The teachers among the models that were measured: what a live run would call."""
+    return tuple(name for name in speed.model_seconds if name in map(model_of, plan.config.encoders))
+
+
+def _decode(plan: Plan) -> tuple[list[NDArray[np.uint8]], float]:
+    """Some images, evenly spaced, and seconds for one; a broken one is grey."""
+    count = min(_DECODED, len(plan.images))
+    side = plan.config.resolution
+    pixels = []
+    started = time.perf_counter()
+    for number in range(count):
+        decoded = decode_row(plan.images, number * len(plan.images) // count, side)
+        pixels.append(np.full((3, side, side), 127, np.uint8) if isinstance(decoded, str) else decoded)
+    return pixels, (time.perf_counter() - started) / count
+
+
+def _run(
+    lanes: Lanes, tasks: Sequence[Task], pixels: Sequence[NDArray[np.uint8]], size: int, count: int
+) -> dict[str, float]:
+    """Compute so many batches; model → seconds, summed over the lanes."""
+    waiting: deque[Pending] = deque()
+    busy: dict[str, float] = {}
+
+    def finish() -> None:
+        for name, seconds in waiting.popleft().result().seconds.items():
+            busy[name] = busy.get(name, 0.0) + seconds
+
+    for number in range(count):
+        images = [pixels[(number * size + place) % len(pixels)] for place in range(size)]
+        waiting.append(lanes.submit(Batch(shard=0, rows=list(range(size)), images=images), tasks))
+        if len(waiting) == lanes.ahead:
+            finish()
+    while waiting:
+        finish()
+    return busy
+
+
+class _Uncalibrated(Calibrator):
+    """Storage forms that nothing was fitted for: as much work, and no file written."""
+
+    def __init__(self) -> None:
+        pass
+
+    def attention(
+        self, encoder: Encoder, provenance: Provenance, settings: AttentionSettings
+    ) -> tuple[AttentionForm, dict[str, Any]]:
+        """The whole width, in the dtype that is asked for."""
+        return attention_form(encoder, settings, None), {}
+
+    def tokens(self, encoder: Encoder, provenance: Provenance, form: TokenForm) -> dict[str, Any]:
+        """Nothing is measured."""
+        return {}
