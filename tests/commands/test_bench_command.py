@@ -39,7 +39,7 @@ def test_every_part_runs(tmp_path: Path) -> None:
     # per form: warm 7 lines of ours and the limit, cold 8; and zarr, perhaps tensorstore, in each
     others = 4 * (1 + (find_spec("tensorstore") is not None)) - 2
     results = bench((), settings, folder=tmp_path, console=Console(file=text, width=160))
-    assert [len(results[part]) for part in ("loader", "preprocess", "train")] == [32 + others, 2, 8]
+    assert [len(results[part]) for part in ("loader", "preprocess", "train")] == [32 + others, 4, 8]
     for lines in results.values():
         assert lines[0].ratio(lines[0]) == 1.0
         assert all(rate > 0 for line in lines for rate in line.rates)
