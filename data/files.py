@@ -11,7 +11,7 @@ import fcntl
 import os
 import threading
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from .errors import RepaError
@@ -106,10 +106,16 @@ def write_file(path: Path, data: bytes, root: Path) -> None:
     """
     make_folder(path.parent)
     partial = partial_path(path)
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        # a full disk needs the room; what cannot be removed is overwritten by the next writer
+        with suppress(OSError):
+            partial.unlink()
+        raise
     publish(partial, path, root)
 
 
