@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-NOT_PACKAGES = {"tests", "build", "dist", "docs"}
+NOT_PACKAGES = {"tests", "benchmarks", "build", "dist", "docs"}
 
 
 def run_python(code: str) -> str:
@@ -36,7 +36,7 @@ def test_every_folder_with_modules_is_a_package() -> None:
     if listed.returncode:
         pytest.skip("not a git checkout")
     folders = {
-        str(Path(name).parent) for name in listed.stdout.split() if not name.startswith(("tests/", "."))
+        str(Path(name).parent) for name in listed.stdout.split() if not name.startswith(("tests/", "benchmarks/", "."))
     }
     bare = [folder for folder in folders if not (ROOT / folder / "__init__.py").exists()]
     assert bare == []
