@@ -268,7 +268,7 @@ def _demo(
     steps: Annotated[int, typer.Option(help="Training steps of each method.")] = DEFAULT_STEPS,
     images: Annotated[int, typer.Option(help="Images to encode; 256 of them are held out.")] = IMAGES,
 ) -> None:
-    """The main job on what the package carries: no download, no GPU, about 8 minutes on 2 cores."""
+    """The main job on what the package carries: no download, no GPU, at most 8 minutes on 2 cores."""
     from .commands.demo import demo
 
     demo(run_command, out=out, steps=steps, images=images)
