@@ -36,7 +36,9 @@ def test_every_folder_with_modules_is_a_package() -> None:
     if listed.returncode:
         pytest.skip("not a git checkout")
     folders = {
-        str(Path(name).parent) for name in listed.stdout.split() if not name.startswith(("tests/", "benchmarks/", "."))
+        str(Path(name).parent)
+        for name in listed.stdout.split()
+        if not name.startswith(("tests/", "benchmarks/", "."))
     }
     bare = [folder for folder in folders if not (ROOT / folder / "__init__.py").exists()]
     assert bare == []
