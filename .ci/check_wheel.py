@@ -18,15 +18,15 @@ def main(wheel: str) -> None:
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     wanted = {package.replace(".", "/") + "/__init__.py" for package in packages}
     for name in tracked.stdout.split():
-        inside = not name.startswith(("tests/", "docs/", "."))
+        inside = not name.startswith(("tests/", "docs/", "benchmarks/", "."))
         if inside and (name.endswith(".py") or name.startswith("pipeline/demo/")):
             wanted.add(f"repa/{name}")
     missing = sorted(wanted - names)
     if missing:
         sys.exit("the wheel lacks " + ", ".join(missing))
-    surplus = sorted(name for name in names if name.startswith("repa/tests/"))
+    surplus = sorted(name for name in names if name.startswith(("repa/tests/", "repa/benchmarks/")))
     if surplus:
-        sys.exit("the wheel holds tests: " + ", ".join(surplus))
+        sys.exit("the wheel holds what is not of the package: " + ", ".join(surplus))
     print(f"{Path(wheel).name}: {len(wanted)} wanted files are in it")
 
 
