@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,8 @@ def deaf_to_interrupts() -> Iterator[None]:
 
     A child inherits the blocked signal; this process gets it when the block ends.
     """
+    # starting its helper, multiprocessing lets the signal through again (Python 3.11)
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
