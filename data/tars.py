@@ -66,6 +66,7 @@ class TarReader:
         self._length = length
         self._at = 0
         self._unread = 0
+        self._last: Member | None = None
 
     def __iter__(self) -> Iterator[Member]:
         """Members until the tar's end.
@@ -94,11 +95,13 @@ class TarReader:
                 extended = {}
                 if kind not in (b"0", b"\0", b"7") or (kind == b"\0" and name.endswith("/")):
                     continue  # folders and devices have no content
+                self._last = Member(name, self._at, size)
                 if self._length is not None and self._at + size > self._length:
+                    self._at = self._length
                     raise self._cut_off()
                 self._unread = size
                 end = self._at + _padded(size)
-                yield Member(name, self._at, size)
+                yield self._last
                 self._unread = 0
                 self._skip(end - self._at)
 
@@ -135,7 +138,7 @@ class TarReader:
         if checksum != sum(block[:148]) + sum(block[156:]) + 8 * ord(" "):
             if start == 0:
                 raise RepaError(f"{self.where} is no tar; give WebDataset tars")
-            raise RepaError(f"{self.where} is damaged at byte {start}; fetch or write it again")
+            raise self._damaged(start)
         name = _text(block[:100].split(b"\0", 1)[0])
         if block[257:263] == b"ustar\0" and block[345]:
             name = f"{_text(block[345:500].split(bytes(1), 1)[0])}/{name}"
@@ -149,7 +152,7 @@ class TarReader:
             length = int(digits) if digits.isdigit() else 0
             key, sign, value = data[len(digits) + 1 : length - 1].partition(b"=")
             if not sign or data[length - 1 : length] != b"\n":
-                raise RepaError(f"{self.where} is damaged at byte {self._at - size}; fetch or write it again")
+                raise self._damaged(self._at - size)
             records[_text(key)] = _text(value)
             data = data[length:]
         return records
@@ -157,7 +160,7 @@ class TarReader:
     def _whole(self, size: int) -> bytes:
         """The content of a header's extension, and past it."""
         if size > _EXTENSION:
-            raise RepaError(f"{self.where} is damaged at byte {self._at}; fetch or write it again")
+            raise self._damaged(self._at)
         return self._take(_padded(size))[:size]
 
     def _take(self, size: int) -> bytes:
@@ -182,10 +185,21 @@ class TarReader:
             pass
         self.at_end = True
 
+    @property
+    def progress(self) -> str:
+        """How far it was read, for an error: ``, in a/1.jpg``; nothing before the first member."""
+        if self._last is None:
+            return ""
+        inside = self._at < self._last.offset + self._last.size
+        return f", {'in' if inside else 'after'} {self._last.name}"
+
+    def _damaged(self, at: int) -> RepaError:
+        return RepaError(f"{self.where} is damaged at byte {at}{self.progress}; fetch or write it again")
+
     def _cut_off(self) -> RepaError:
         return RepaError(
-            f"{self.where} was cut off: it ends at byte {self._at if self._length is None else self._length} "
-            "without an end mark; fetch or write it again"
+            f"{self.where} was cut off: it ends at byte {self._at if self._length is None else self._length}"
+            f"{self.progress}, without an end mark; fetch or write it again"
         )
 
 
@@ -214,7 +228,7 @@ def open_tar(place: str) -> Iterator[TarReader]:
                 command = getattr(stream, "proc", None)
                 if command is not None and reader.at_end and (status := command.wait()):
                     # the command's failure is the cause of whatever its tar lacks
-                    raise OSError(f"its command ended with status {status}")
+                    raise OSError(f"its command ended with status {status}{reader.progress}")
     except (OSError, ValueError) as error:
         raise RepaError(f"cannot read {place}: {error}; try its command or URL by itself") from error
 

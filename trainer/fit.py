@@ -22,7 +22,7 @@ from .checks import RANDOM_WEIGHTS, Checked, ProblemsError, check
 from .config import TrainConfig, build, differences, load_yaml
 from .data import CacheData
 from .evaluation.velocity import held_out_batches, held_out_sums
-from .loop import is_leader, make_trainer, quiet_lightning, resolve_precision
+from .loop import is_leader, make_trainer, other_ranks, quiet_lightning, resolve_precision
 from .module import CHECKPOINT_KEY, TrainingModule, build_backbone
 from .previews import LatentDecoder, Previews
 from .starts import add_start
@@ -83,7 +83,7 @@ def fit(
     Raises:
         ProblemsError: the checks found problems; all of them are listed.
         RepaError: the folder holds another run, its checkpoint is of another cache or live teacher, that
-            teacher cannot be had, or training diverged.
+            teacher cannot be had, training diverged, or another rank has ended.
     """
     config = replace(config, precision=resolve_precision(config))
     leader = is_leader()
@@ -143,7 +143,7 @@ def _train(
     if config.compile:
         # in place, so that the state dict's keys stay as they are
         module.backbone.compile()
-    with quiet_lightning():
+    with quiet_lightning(), other_ranks():
         trainer.fit(
             module,
             datamodule=data,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from .config import TrainConfig
 
 _LOGGERS = ("lightning.pytorch", "lightning.fabric")
+# what gloo and NCCL say when the process at the other end is gone
+_GONE = re.compile(r"Connection \w+ by peer|remote process exited")
 
 
 def resolve_precision(config: TrainConfig) -> Literal["32-true", "bf16-mixed", "16-mixed"]:
@@ -120,3 +123,22 @@ def quiet_lightning() -> Iterator[None]:
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def other_ranks() -> Iterator[None]:
+    """One line where a rank stops because another has; what that one printed is the cause.
+
+    Raises:
+        RepaError: in place of the error of a collective whose other end is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found = _GONE.search(str(error))
+        if found is None:
+            raise
+        raise RepaError(
+            f"another process of this run has ended ({found.group()}); mend what it printed, "
+            "then the same command goes on"
+        ) from error

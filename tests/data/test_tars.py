@@ -92,6 +92,7 @@ def test_sizes_in_base_256(tmp_path: Path) -> None:
 def test_every_cut_is_noticed(tmp_path: Path, stream: bool) -> None:
     data = tar({"a.jpg": b"x" * 700, "a.cls": b"1"})
     end = 512 + 512 + 1024 + 512 + 512
+    members = {1024: "", 1024 + 700: ", in a.jpg,", 2048 + 512: ", after a.jpg,", 2561: ", in a.cls,"}
     path = tmp_path / "cut.tar"
     for length in (*range(0, end, 256), end - 1, end):
         path.write_bytes(data[:length])
@@ -103,6 +104,8 @@ def test_every_cut_is_noticed(tmp_path: Path, stream: bool) -> None:
             contents(reader)
         assert "\n" not in str(caught.value)
         assert str(path) in str(caught.value)
+        said = next((what for stop, what in members.items() if length < stop), ", after a.cls,")
+        assert said in str(caught.value)
 
 
 def test_damage_is_noticed_where_tarfile_takes_it_for_the_end(tmp_path: Path) -> None:
@@ -112,7 +115,10 @@ def test_damage_is_noticed_where_tarfile_takes_it_for_the_end(tmp_path: Path) ->
     path.write_bytes(data)
     with tarfile.open(path) as file:
         assert file.getnames() == ["a", "a.jpg"]
-    with pytest.raises(RepaError, match=r"bad\.tar is damaged at byte 2048"), open_tar(str(path)) as reader:
+    with (
+        pytest.raises(RepaError, match=r"bad\.tar is damaged at byte 2048, after a\.jpg"),
+        open_tar(str(path)) as reader,
+    ):
         contents(reader)
 
 
@@ -135,9 +141,12 @@ def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
 
 def test_a_command_that_fails_is_one_line(tmp_path: Path) -> None:
     whole = io.BytesIO(tar({"a.jpg": b"x" * 700}))
+    half = tmp_path / "half.tar"
+    half.write_bytes(whole.getvalue()[:1500])
     for place, what in (
         ("pipe:false", "status 1"),
         ("pipe:exit 3", "status 3"),
+        (f"pipe:cat '{half}'; exit 18", r"status 18, in a\.jpg;"),
         ("nonsense://x/y.tar", "no gopen handler"),
     ):
         with pytest.raises(RepaError, match=what) as caught, open_tar(place) as reader:
