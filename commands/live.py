@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import typer
 
 from ..data.errors import RepaError
 from ..data.places import DEFAULT_DATA, DEMO_DATA
@@ -16,36 +17,52 @@ if TYPE_CHECKING:
     from ..pipeline.live import LiveTeachers
     from ..trainer.config import TrainConfig
 
+LiveData = Annotated[
+    str | None,
+    typer.Option(help="Live teachers: the images of the cache.", show_default="images, or demo"),
+]
+LiveEncoders = Annotated[
+    list[str] | None,
+    typer.Option("--encoder", help="Live teacher; may repeat. Default: the method's, or the cache's."),
+]
+LiveWeights = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=FILE", help="Live teachers: file of an encoder's weights; may repeat."),
+]
+LiveRandom = Annotated[
+    bool, typer.Option("--random-weights", help="Live teachers: draw weights, to try things out.")
+]
 
-@dataclass(frozen=True, kw_only=True)
-class LiveFlags:
-    """What a command line says of live teachers; what it leaves out is found out.
 
-    Attributes:
-        data: the images of the cache, a folder or ``demo``.
-        encoders: names of teachers.
-        weights: ``NAME=FILE`` of an encoder's weights.
-        random_weights: draw weights, for trying things out.
-    """
-
-    data: str | None = None
-    encoders: tuple[str, ...] = ()
-    weights: tuple[str, ...] = ()
-    random_weights: bool = False
+class LiveFlags(Protocol):
+    """What the flags of a command say of live teachers; what they leave out is found out."""
 
     @property
-    def given(self) -> tuple[str, ...]:
-        """Those flags that were given."""
-        values = {
-            "--data": self.data,
-            "--encoder": self.encoders,
-            "--weights": self.weights,
-            "--random-weights": self.random_weights,
-        }
-        return tuple(flag for flag, value in values.items() if value)
+    def data(self) -> str | None:
+        """The images of the cache, a folder or ``demo``."""
+
+    @property
+    def encoders(self) -> Sequence[str] | None:
+        """Names of teachers."""
+
+    @property
+    def weights(self) -> Sequence[str] | None:
+        """``NAME=FILE`` of an encoder's weights."""
+
+    @property
+    def random_weights(self) -> bool:
+        """Draw weights, for trying things out."""
 
 
-NO_FLAGS = LiveFlags()
+def flags_given(flags: LiveFlags) -> tuple[str, ...]:
+    """Those flags of live teachers that were given."""
+    values = {
+        "--data": flags.data,
+        "--encoder": flags.encoders,
+        "--weights": flags.weights,
+        "--random-weights": flags.random_weights,
+    }
+    return tuple(flag for flag, value in values.items() if value)
 
 
 def live_teachers(
@@ -84,13 +101,13 @@ def live_teachers(
     manifest = open_manifest(cache)
     recorded = {name: Path(path) for name, path in before.get("weights", {}).items()}
     data = flags.data or before.get("data")
-    encoders = flags.encoders or tuple(before.get("encoders", ()))
+    encoders = tuple(flags.encoders or before.get("encoders", ()))
     return LiveTeachers(
         cache,
         data=data or (DEMO_DATA if manifest.source_kind == DEMO_DATA else DEFAULT_DATA),
         encoders=encoders or _encoders(config, manifest),
         blocks=attention_blocks(config),
-        weights={**recorded, **parse_weights(flags.weights)},
+        weights={**recorded, **parse_weights(flags.weights or ())},
         random_weights=flags.random_weights or bool(before.get("random_weights", False)),
         exact=exact,
     )

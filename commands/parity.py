@@ -6,16 +6,18 @@ what differs in the losses is what storing the targets costs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path  # noqa: TC003 - typer resolves annotations of flags
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from ..data.errors import RepaError
 from ..data.places import default_cache
-from .live import NO_FLAGS, LiveFlags, live_teachers
+from .live import LiveData, LiveEncoders, LiveRandom, LiveWeights, live_teachers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping
 
     import torch
     from rich.console import Console
@@ -28,6 +30,30 @@ if TYPE_CHECKING:
     from ..trainer.module import TrainingModule
 
 LOSS = "loss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityFlags:
+    """The flags of `repa parity`."""
+
+    method: Annotated[str | None, typer.Option(help="As of `repa train`.", show_default="repa")] = None
+    model: Annotated[str | None, typer.Option(help="Backbone.", show_default="SiT-B/2")] = None
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of the cache; default: the only one under caches/.")
+    ] = None
+    batches: Annotated[int, typer.Option(help="Batches to compare.")] = 4
+    batch_size: Annotated[int, typer.Option(help="Images of a batch.")] = 16
+    seed: Annotated[
+        int | None, typer.Option(help="Of initialisation, order and draws.", show_default="0")
+    ] = None
+    data: LiveData = None
+    encoders: LiveEncoders = None
+    weights: LiveWeights = None
+    random_weights: LiveRandom = False
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any other setting of `repa train`; may repeat."),
+    ] = None
 
 
 @dataclass(kw_only=True)
@@ -77,60 +103,37 @@ class Parity:
     columns: dict[str, ColumnParity] = field(default_factory=dict)
 
 
-def parity(
-    *,
-    method: str | None = None,
-    model: str | None = None,
-    cache: Path | None = None,
-    batches: int = 4,
-    batch_size: int = 16,
-    seed: int | None = None,
-    live: LiveFlags = NO_FLAGS,
-    assignments: Sequence[str] = (),
-    console: Console | None = None,
-) -> Parity:
+def parity(flags: ParityFlags, *, console: Console | None = None) -> Parity:
     """Compare the first batches of a run with cached and with live targets.
 
     From a cache of float32 targets that was written on the same machine the two are equal to the bit.
 
     Args:
-        method: name of the method.
-        model: name of the backbone.
-        cache: the cache; by default the only one under ``caches/``.
-        batches: number of batches.
-        batch_size: images of each.
-        seed: of initialisation, order and draws.
-        live: the live teachers.
-        assignments: further settings of the run, each ``key=value``.
+        flags: of the command.
         console: where to print; standard output by default.
 
     Raises:
         RepaError: a mistake the user can mend.
     """
-    from dataclasses import replace
-
     from rich.console import Console
 
     from ..trainer.config import build
     from ..trainer.loop import resolve_precision
 
-    if batches < 1:
-        raise RepaError(f"--batches {batches} is too small; give at least 1")
-    config = build(
-        None,
-        {
-            "method": method,
-            "model": model,
-            "cache": str(cache or default_cache()),
-            "batch_size": batch_size,
-            "max_steps": batches,
-            "seed": seed,
-        },
-        (*assignments, "targets=cache"),
-    )
+    if flags.batches < 1:
+        raise RepaError(f"--batches {flags.batches} is too small; give at least 1")
+    given = {
+        "method": flags.method,
+        "model": flags.model,
+        "cache": str(flags.cache or default_cache()),
+        "batch_size": flags.batch_size,
+        "max_steps": flags.batches,
+        "seed": flags.seed,
+    }
+    config = build(None, given, (*(flags.assignments or ()), "targets=cache"))
     config = replace(config, precision=resolve_precision(config))
     checked = _checked(config)
-    teachers = live_teachers(replace(config, targets="online"), live, exact=True)
+    teachers = live_teachers(replace(config, targets="online"), flags, exact=True)
     try:
         found = _Comparison(config, checked, teachers).run()
     finally:
@@ -152,8 +155,6 @@ class _Comparison:
     """Both sides, on the training device."""
 
     def __init__(self, config: TrainConfig, checked: Checked, teachers: LiveTeachers) -> None:
-        from dataclasses import replace
-
         from ..trainer.fit import assemble
         from ..trainer.loop import make_trainer
 
@@ -178,8 +179,6 @@ class _Comparison:
 
     def _batches(self) -> Iterator[Batch]:
         """The first batches of the run, on the device."""
-        from dataclasses import replace
-
         from ..data.loader import CacheLoader
         from ..data.reader import CacheReader
 

@@ -5,19 +5,34 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from ..data.errors import RepaError
+from .preprocess import EncodingFlags, make_config
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..data.disk import DiskSpeed
-    from ..pipeline.config import PreprocessConfig
     from ..pipeline.estimate import EncodingSpeed
     from ..pipeline.plan import Plan
 
 _STEPS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanFlags(EncodingFlags):
+    """The flags of `repa plan`: those of the `repa preprocess` it foretells, and of the training after it."""
+
+    model: Annotated[
+        str | None, typer.Option(help="Backbone to train, as SiT-B/2: steps of it are measured.")
+    ] = None
+    train_batch_size: Annotated[int, typer.Option(help="Images of a training step.")] = 32
+    images_per_second: Annotated[
+        float | None, typer.Option(help="Of the training, if it is known: nothing is measured then.")
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,21 +68,11 @@ def break_even(count: int, *, live_seconds: float, read_seconds: float) -> Break
     return BreakEven(live_seconds=live_seconds, read_seconds=read_seconds, images=images)
 
 
-def plan(
-    config: PreprocessConfig,
-    *,
-    model: str | None = None,
-    train_batch_size: int = 32,
-    images_per_second: float | None = None,
-    console: Console | None = None,
-) -> None:
+def plan(flags: PlanFlags, *, console: Console | None = None) -> None:
     """Print what a `repa preprocess` of these flags takes, and what training from its cache needs and gets.
 
     Args:
-        config: the command.
-        model: backbone that is to be trained: steps of it are measured, unless the rate is given.
-        train_batch_size: images of a step, for measuring it.
-        images_per_second: of the training, instead of measuring.
+        flags: of the command.
         console: where to print; standard output by default.
 
     Raises:
@@ -82,11 +87,14 @@ def plan(
     from ..pipeline.ranks import detect_rank
     from ..pipeline.summary import say, show_plan
 
-    for flag, value in (("--images-per-second", images_per_second), ("--train-batch-size", train_batch_size)):
+    for flag, value in (
+        ("--images-per-second", flags.images_per_second),
+        ("--train-batch-size", flags.train_batch_size),
+    ):
         if value is not None and value <= 0:
             raise RepaError(f"{flag} {value:g} is too small; give more than 0")
     console = console or Console()
-    found = make_plan(config)
+    found = make_plan(make_config(flags))
     rank = detect_rank(os.environ, found.config.devices)
     show_plan(found, rank, console)
     row_bytes = training_bytes(found)
@@ -102,9 +110,10 @@ def plan(
         )
     speed = measure_encoding(found)
     _say_encoding(found, speed, disk, console)
-    rate, how = images_per_second, "given"
-    if rate is None and model is not None:
-        rate, how = _training_rate(found, model, train_batch_size), f"measured, plain {model}"
+    rate, how = flags.images_per_second, "given"
+    if rate is None and flags.model is not None:
+        rate = _training_rate(found, flags.model, flags.train_batch_size)
+        how = f"measured, plain {flags.model}"
     say(console, f"train   {_reading(row_bytes, rate, how, disk)}")
     _say_break_even(found, speed, disk, row_bytes, console)
 

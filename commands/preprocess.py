@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-from ..data.columns import COMPRESSORS, STORED_DTYPES
+import typer
+
 from ..data.errors import RepaError
 from ..data.places import DEFAULT_DATA, DEFAULT_RESOLUTION, DEMO_DATA, DEMO_RESOLUTION, cache_for
 from .attention import attention_blocks
@@ -24,64 +26,94 @@ NO_ENCODER = "none"
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
 
-def preprocess(
-    *,
-    data: str = DEFAULT_DATA,
-    cache: Path | None = None,
-    encoders: Sequence[str] = (),
-    vae: str | None = None,
-    resolution: int | None = None,
-    limit: int | None = None,
-    batch_size: int | None = None,
-    devices: int = 1,
-    weights: Sequence[str] = (),
-    random_weights: bool = False,
-    feature_dtype: str = "float16",
-    attention: str | None = None,
-    attention_rank: int | None = None,
-    attention_kl: float | None = None,
-    compress: str | None = None,
-    compute_dtype: str = "float32",
-    exif: bool = False,
-    class_names: Path | None = None,
-    workers: int | None = None,
-    shard_rows: int | None = None,
-    dry_run: bool = False,
-    console: Console | None = None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class EncodingFlags:
+    """What is to be encoded and how: the flags of `repa preprocess` that `repa plan` has too.
+
+    Their names are those of `PreprocessConfig`, which says more of each.
+    """
+
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Folder of images, a sub-folder per class; tars 'train-{0000..0146}.tar'; "
+            "'hf:NAME[:SPLIT]'; 'demo': the drawn images."
+        ),
+    ] = DEFAULT_DATA
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of the cache; default caches/<images>-<resolution>.")
+    ] = None
+    encoders: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--encoder",
+            help="Teacher; may repeat. 'none': latents only. Default dinov2-b, of the demo 'demo'.",
+        ),
+    ] = None
+    vae: Annotated[
+        str | None,
+        typer.Option(help="AutoencoderKL: hub name or folder. Default stabilityai/sd-vae-ft-mse."),
+    ] = None
+    resolution: Annotated[
+        int | None, typer.Option(help="Side of the crop in pixels; 256, of the demo 64.")
+    ] = None
+    limit: Annotated[int | None, typer.Option(help="Take so many images, evenly spaced over the set.")] = None
+    batch_size: Annotated[int | None, typer.Option(help="Images of a forward pass.")] = None
+    devices: Annotated[int, typer.Option(help="Processes: one a GPU, or sharing the CPU's cores.")] = 1
+    weights: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FILE", help="Weights of a teacher; may repeat.")
+    ] = None
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Draw weights, to try things out.")
+    ] = False
+    feature_dtype: Annotated[str, typer.Option(help="float16, float32 or int8, of the stored features.")] = (
+        "float16"
+    )
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            help="Store queries and keys too: 'haste', 'haste:SiT-XL', or blocks as 8,10,12 or 9-12."
+        ),
+    ] = None
+    attention_rank: Annotated[
+        int | None, typer.Option(help="Cut them to so many components a head, as int8.")
+    ] = None
+    attention_kl: Annotated[
+        float | None,
+        typer.Option(help="Cut them as far as the mean KL of every head stays within so many nats."),
+    ] = None
+    compress: Annotated[
+        str | None,
+        typer.Option(
+            help="zstd, blosc or pcodec, losslessly. Off: floats shrink by a tenth to a fifth, and "
+            "compressed rows cannot be read directly."
+        ),
+    ] = None
+    compute_dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, of the models.")] = (
+        "float32"
+    )
+    apply_exif: Annotated[bool, typer.Option("--exif", help="Turn images by their EXIF orientation.")] = False
+    class_names: Annotated[
+        Path | None, typer.Option(help="Of tars: file with the name of a class in each line.")
+    ] = None
+    workers: Annotated[int | None, typer.Option(help="Decoding processes for each device.")] = None
+    shard_rows: Annotated[int | None, typer.Option(help="Images of a shard; default 1024.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessFlags(EncodingFlags):
+    """The flags of `repa preprocess`."""
+
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False
+
+
+def preprocess(flags: PreprocessFlags, *, console: Console | None = None) -> None:
     """Encode images by the autoencoder and by teachers, and write what is not in the cache yet.
 
-    Running the same command again resumes; another ``encoders`` adds to the cache and rewrites nothing.
+    Running the same command again resumes; another encoder adds to the cache and rewrites nothing.
 
     Args:
-        data: image folder; WebDataset tars, as ``shards/train-{0000..0146}.tar``; a Hugging Face data set,
-            ``hf:NAME[:SPLIT]`` or ``hf:FOLDER`` of `save_to_disk`; ``demo`` names the drawn images.
-        cache: the cache; by default ``caches/<name of the folder>-<resolution>``, the demo's ``caches/demo``.
-        encoders: names of teachers, or ``none`` alone for latents only; by default ``dinov2-b``, of the demo
-            ``demo``.
-        vae: hub name or folder of an ``AutoencoderKL``, or ``demo``; by default the one the cache was made
-            with, else ``stabilityai/sd-vae-ft-mse``, of the demo ``demo``.
-        resolution: side in pixels of the crop; 256, of the demo 64.
-        limit: take so many images, evenly spaced; of the demo: draw so many.
-        batch_size: images of a forward pass. It is part of the cache, for features of another batch size may
-            differ in the last bits. By default as the cache has it, else by resolution and device.
-        devices: processes: one a GPU, or sharing the cores. Started by torchrun or SLURM, leave it 1.
-        weights: ``NAME=FILE`` of an encoder's weights, safetensors or a tensors-only .pth.
-        random_weights: draw weights, for trying things out.
-        feature_dtype: ``float16``, ``float32`` or ``int8``, as the teachers' columns are stored; of int8 it
-            is measured what that changes, see `TokenErrors`.
-        attention: store queries and keys of each teacher's blocks too: see `attention_blocks`.
-        attention_rank: cut them to so many components a head, as int8.
-        attention_kl: cut them, as int8, to the smallest rank of 8, 16, 24, … whose mean divergence from the
-            teacher's attention is at most so many nats in every block and head, on held-out images.
-        compress: ``zstd``, ``blosc`` or ``pcodec`` for the teachers' columns, losslessly. By default they are
-            not compressed: floats shrink by a tenth to a fifth, and compressed rows cannot be read directly.
-        compute_dtype: ``float32``, ``bfloat16`` or ``float16``, of the forward passes.
-        exif: turn images by their EXIF orientation.
-        class_names: file with the name of a class in each line, for tars, whose classes are numbers.
-        workers: processes a device that decode images; by default by the number of cores, 0 on a CPU.
-        shard_rows: images of a shard; as the cache has it, else 1,024.
-        dry_run: only print what would be done.
+        flags: of the command.
         console: where to print; standard output by default.
 
     Raises:
@@ -93,99 +125,42 @@ def preprocess(
         from rich.console import Console
 
         console = console or Console()
-        config = make_config(
-            data=data,
-            cache=cache,
-            encoders=encoders,
-            vae=vae,
-            resolution=resolution,
-            limit=limit,
-            batch_size=batch_size,
-            devices=devices,
-            weights=weights,
-            random_weights=random_weights,
-            feature_dtype=feature_dtype,
-            attention=attention,
-            attention_rank=attention_rank,
-            attention_kl=attention_kl,
-            compress=compress,
-            compute_dtype=compute_dtype,
-            exif=exif,
-            class_names=class_names,
-            workers=workers,
-            shard_rows=shard_rows,
-        )
+        config = make_config(flags)
         from ..pipeline.run import StoppedError, run
     except KeyboardInterrupt:
         _leave("interrupted: nothing had begun")
     try:
-        run(config, console, dry_run=dry_run)
+        run(config, console, dry_run=flags.dry_run)
     except StoppedError as stop:
         _leave(str(stop))
     except KeyboardInterrupt:
         _leave("interrupted: nothing has been written by this run; the same command begins again")
 
 
-def make_config(
-    *,
-    data: str = DEFAULT_DATA,
-    cache: Path | None = None,
-    encoders: Sequence[str] = (),
-    vae: str | None = None,
-    resolution: int | None = None,
-    limit: int | None = None,
-    batch_size: int | None = None,
-    devices: int = 1,
-    weights: Sequence[str] = (),
-    random_weights: bool = False,
-    feature_dtype: str = "float16",
-    attention: str | None = None,
-    attention_rank: int | None = None,
-    attention_kl: float | None = None,
-    compress: str | None = None,
-    compute_dtype: str = "float32",
-    exif: bool = False,
-    class_names: Path | None = None,
-    workers: int | None = None,
-    shard_rows: int | None = None,
-) -> PreprocessConfig:
-    """The command that flags ask for, defaults filled in; see `preprocess` for what they mean.
+def make_config(flags: EncodingFlags) -> PreprocessConfig:
+    """The command that flags ask for: most as they are, those below made out, their defaults filled in.
 
     Raises:
         RepaError: a flag that is none of its choices.
     """
+    from ..data.columns import COMPRESSORS, STORED_DTYPES
     from ..pipeline.config import PreprocessConfig
 
-    demo = data == DEMO_DATA
+    demo = flags.data == DEMO_DATA
     default = DEMO_RESOLUTION if demo else DEFAULT_RESOLUTION
-    side = default if resolution is None else resolution
-    _check_choice("--feature-dtype", feature_dtype, STORED_DTYPES)
-    _check_choice("--compute-dtype", compute_dtype, COMPUTE_DTYPES)
-    if compress is not None:
-        _check_choice("--compress", compress, COMPRESSORS)
-    names = _encoders(encoders, demo)
-    return PreprocessConfig(
-        data=data,
-        cache=cache or cache_for(data, side),
-        encoders=names,
-        vae=vae,
-        resolution=side,
-        limit=limit,
-        batch_size=batch_size,
-        devices=devices,
-        feature_dtype=feature_dtype,
-        attention=attention_blocks(attention, names) if attention is not None else {},
-        attention_rank=attention_rank,
-        attention_kl=attention_kl,
-        compress=compress,
-        compute_dtype=compute_dtype,
-        weights=parse_weights(weights),
-        random_weights=random_weights,
-        apply_exif=exif,
-        class_names=class_names,
-        shard_rows=shard_rows,
-        workers=workers,
-    )
+    side = default if flags.resolution is None else flags.resolution
+    _check_choice("--feature-dtype", flags.feature_dtype, STORED_DTYPES)
+    _check_choice("--compute-dtype", flags.compute_dtype, COMPUTE_DTYPES)
+    if flags.compress is not None:
+        _check_choice("--compress", flags.compress, COMPRESSORS)
+    names = _encoders(flags.encoders or (), demo)
+    settings: dict[str, Any] = {each.name: getattr(flags, each.name) for each in fields(EncodingFlags)}
+    settings["cache"] = flags.cache or cache_for(flags.data, side)
+    settings["encoders"] = names
+    settings["resolution"] = side
+    settings["weights"] = parse_weights(flags.weights or ())
+    settings["attention"] = {} if flags.attention is None else attention_blocks(flags.attention, names)
+    return PreprocessConfig(**settings)
 
 
 def _encoders(names: Sequence[str], demo: bool) -> tuple[str, ...]:

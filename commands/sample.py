@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass
+from pathlib import Path  # noqa: TC003 - typer resolves annotations of flags
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from ..data.errors import RepaError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
@@ -23,41 +26,47 @@ ARRAY_FILE = "samples.npz"
 _GRID_IMAGES = 64
 
 
-def sample(
-    *,
-    run: Path | None = None,
-    checkpoint: Path | None = None,
-    num: int = 16,
-    out: Path | None = None,
-    npz: bool = False,
-    solver: str = "euler",
-    steps: int = 50,
-    guidance: float = 1.0,
-    interval: tuple[float, float] = (0.0, 1.0),
-    labels: Sequence[int] = (),
-    seed: int = 0,
-    batch_size: int = 32,
-    weights: str = "ema",
-    vae: str | None = None,
-    console: Console | None = None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class SampleFlags:
+    """The flags of `repa sample`."""
+
+    run: Annotated[Path | None, typer.Option(help="Folder of a run: its newest checkpoint.")] = None
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--ckpt", help="Instead: a checkpoint of a run, or a published one of SiT or REPA."),
+    ] = None
+    num: Annotated[int, typer.Option(help="Number of images.")] = 16
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write to.", show_default="samples/final of the run")
+    ] = None
+    npz: Annotated[
+        bool, typer.Option("--npz", help="One uint8 array file, as the ADM evaluation suite reads it.")
+    ] = False
+    solver: Annotated[str, typer.Option(help="euler, heun or sde.")] = "euler"
+    steps: Annotated[int, typer.Option(help="Steps of the solver.")] = 50
+    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1: none.")] = 1.0
+    interval: Annotated[
+        tuple[float, float], typer.Option(metavar="LOW HIGH", help="Times between which guidance acts.")
+    ] = (0.0, 1.0)
+    labels: Annotated[
+        list[int] | None,
+        typer.Option("--label", help="Class to sample; may repeat. Default: all, equally often."),
+    ] = None
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0
+    batch_size: Annotated[int, typer.Option(help="Images of a forward pass; does not change them.")] = 32
+    weights: Annotated[str, typer.Option(help="ema or model.")] = "ema"
+    vae: Annotated[str | None, typer.Option(help="AutoencoderKL; default the one the latents came from.")] = (
+        None
+    )
+
+
+def sample(flags: SampleFlags, *, console: Console | None = None) -> None:
     """Sample images; sample i depends on seed, label and i, not on the batch size.
 
+    Those of a checkpoint file go, without ``--out``, into a folder beside it.
+
     Args:
-        run: folder of a run, whose newest checkpoint is taken.
-        checkpoint: a file instead: a checkpoint of a run, or a published one of SiT or REPA.
-        num: number of images.
-        out: folder to write to; by default ``samples/final`` of the run, or one beside the checkpoint.
-        npz: write one file for the ADM evaluation suite instead of a PNG file an image.
-        solver: ``euler``, ``heun`` or ``sde``.
-        steps: of the solver.
-        guidance: scale of classifier-free guidance; 1 means none.
-        interval: times between which guidance acts.
-        labels: classes to sample in turn; by default all of them, equally often.
-        seed: of the noise.
-        batch_size: images of a forward pass.
-        weights: ``ema`` or ``model``.
-        vae: hub name or folder of the autoencoder; by default the one that the latents came from.
+        flags: of the command.
         console: where to print; standard output by default.
 
     Raises:
@@ -66,30 +75,40 @@ def sample(
     from rich.console import Console
 
     console = console or Console()
-    if (run is None) == (checkpoint is None):
-        raise RepaError("sample from one thing: a run with --run, or a checkpoint with --ckpt")
-    if num < 1 or batch_size < 1:
-        raise RepaError(f"--num {num} and --batch-size {batch_size} must be at least 1")
+    if flags.num < 1 or flags.batch_size < 1:
+        raise RepaError(f"--num {flags.num} and --batch-size {flags.batch_size} must be at least 1")
     import torch
 
-    from ..trainer.generate import generate, model_of_file, model_of_run
+    from ..trainer.generate import generate
     from ..trainer.sampler import SamplerConfig
 
-    settings = SamplerConfig(solver=solver, steps=steps, guidance=guidance, interval=interval)
-    if run is not None:
-        model, folder = model_of_run(run, weights=weights), out or run / "samples" / "final"
-    else:
-        file = cast("Path", checkpoint)
-        model, folder = model_of_file(file, weights=weights), out or file.parent / f"{file.stem}-samples"
+    settings = SamplerConfig(
+        solver=flags.solver, steps=flags.steps, guidance=flags.guidance, interval=flags.interval
+    )
+    model, folder = _model(flags)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.backbone.to(device)
-    classes = _labels(labels, num, model.backbone.config.num_classes)
+    classes = _labels(flags.labels or (), flags.num, model.backbone.config.num_classes)
     # before the sampling, which may take hours: without an autoencoder it would be for nothing
-    decoder = _decoder(model, vae, device, console)
-    latents = generate(model, classes, settings, seed=seed, batch_size=batch_size)
-    images = _with_progress((_pixels(decoder, part) for part in latents), num, console)
-    _write(images, classes, folder, npz=npz)
-    console.print(f"Wrote {num:,} images to {folder}.", highlight=False, soft_wrap=True)
+    decoder = _decoder(model, flags.vae, device, console)
+    latents = generate(model, classes, settings, seed=flags.seed, batch_size=flags.batch_size)
+    images = _with_progress((_pixels(decoder, part) for part in latents), flags.num, console)
+    _write(images, classes, folder, npz=flags.npz)
+    console.print(f"Wrote {flags.num:,} images to {folder}.", highlight=False, soft_wrap=True)
+
+
+def _model(flags: SampleFlags) -> tuple[TrainedModel, Path]:
+    """The model that the flags name, and the folder for its images."""
+    from ..trainer.generate import model_of_file, model_of_run
+
+    if flags.run is not None and flags.checkpoint is None:
+        model = model_of_run(flags.run, weights=flags.weights)
+        return model, flags.out or flags.run / "samples" / "final"
+    if flags.checkpoint is not None and flags.run is None:
+        file = flags.checkpoint
+        model = model_of_file(file, weights=flags.weights)
+        return model, flags.out or file.parent / f"{file.stem}-samples"
+    raise RepaError("sample from one thing: a run with --run, or a checkpoint with --ckpt")
 
 
 def _labels(asked: Sequence[int], num: int, num_classes: int) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from ..data.errors import RepaError
 from ..data.places import default_cache
-from .live import NO_FLAGS, LiveFlags, live_teachers
+from .live import LiveData, LiveEncoders, LiveRandom, LiveWeights, flags_given, live_teachers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,72 +27,83 @@ RUNS = Path("runs")
 STOPPED_STATUS = 130
 
 
-def train(
-    *,
-    method: str | None = None,
-    model: str | None = None,
-    cache: Path | str | None = None,
-    run: Path | None = None,
-    max_steps: int | None = None,
-    batch_size: int | None = None,
-    lr: float | None = None,
-    seed: int | None = None,
-    targets: str | None = None,
-    live: LiveFlags = NO_FLAGS,
-    assignments: Sequence[str] = (),
-    config: Path | None = None,
-    dry_run: bool = False,
-    console: Console | None = None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags:
+    """The flags of `repa train`; what is None is as in the configuration file, or the default."""
+
+    method: Annotated[
+        str | None, typer.Option(help="'repa', 'haste', or 'none' for plain SiT.", show_default="repa")
+    ] = None
+    model: Annotated[str | None, typer.Option(help="Backbone.", show_default="SiT-B/2")] = None
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CACHE",
+            help="Folder of the cache, or tars of an export; default: the only one under caches/.",
+        ),
+    ] = None
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of the run.", show_default="runs/<method>-<model>")
+    ] = None
+    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps.", show_default="400000")] = None
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images of a step, over all devices.", show_default="256")
+    ] = None
+    lr: Annotated[float | None, typer.Option(help="Learning rate.", show_default="1e-4")] = None
+    seed: Annotated[
+        int | None, typer.Option(help="Of initialisation, order and draws.", show_default="0")
+    ] = None
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            help="'cache', or 'online': call the teachers in every step, the reference.", show_default="cache"
+        ),
+    ] = None
+    data: LiveData = None
+    encoders: LiveEncoders = None
+    weights: LiveWeights = None
+    random_weights: LiveRandom = False
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any other setting of config.yaml; may repeat."),
+    ] = None
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of settings, as config.yaml of another run.")
+    ] = None
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False
+
+
+_SETTINGS = ("method", "model", "cache", "max_steps", "batch_size", "lr", "seed", "targets")
+"""Flags that are settings of `TrainConfig`."""
+
+
+def train(flags: TrainFlags, *, console: Console | None = None) -> None:
     """Train from a cache; the same command resumes from the newest checkpoint.
 
-    What is given here goes before the configuration file, and that before the defaults.
+    What the flags say goes before the configuration file, and that before the defaults. A run that is resumed
+    keeps its cache and, if it is ``online``, its teachers.
 
     Args:
-        method: name of the method, ``repa``, ``haste`` or ``none``.
-        model: name of the backbone, ``SiT-B/2``.
-        cache: the cache, or the tars of an export, as ``out/shard-{000000..001251}.tar`` or ``pipe:…``; by
-            default that of the run when it is resumed, else the only one under ``caches/``.
-        run: folder of the run; by default ``runs/<method>-<model>``.
-        max_steps: optimiser steps.
-        batch_size: images of a step, over all devices.
-        lr: learning rate.
-        seed: of initialisation, order and draws.
-        targets: ``cache``, or ``online``: call the teachers in every step instead of reading what they said.
-        live: the teachers of ``online``; by default those that the run was begun with, else the method's or
-            the cache's, on the images that `repa preprocess` would take.
-        assignments: further settings, each ``key=value``.
-        config: YAML file of settings, for example ``config.yaml`` of another run.
-        dry_run: only print the configuration and what would be read.
+        flags: of the command.
         console: where to print; standard output by default.
 
     Raises:
         RepaError: a mistake the user can mend.
         SystemExit: with status 130, after Ctrl-C or SIGTERM ended the run early and it was saved.
     """
-    from dataclasses import replace
-
     from rich.console import Console
 
     from ..trainer.config import build, load_yaml
 
     console = console or Console()
-    flags = {
-        "method": method,
-        "model": model,
-        "cache": None if cache is None else str(cache),
-        "max_steps": max_steps,
-        "batch_size": batch_size,
-        "lr": lr,
-        "seed": seed,
-        "targets": targets,
-    }
-    settings = build(None if config is None else load_yaml(config), flags, assignments)
-    folder = run or RUNS / settings.default_run_name
+    given = {name: getattr(flags, name) for name in _SETTINGS}
+    base = None if flags.config is None else load_yaml(flags.config)
+    settings = build(base, given, flags.assignments or ())
+    folder = flags.run or RUNS / settings.default_run_name
     if not settings.cache:
         settings = replace(settings, cache=_cache_of_run(folder) or str(default_cache()))
-    teachers = _live(settings, live, folder)
-    if dry_run:
+    teachers = _live(settings, flags, folder)
+    if flags.dry_run:
         _print_plan(settings, folder, console, teachers)
         return
     from ..trainer.fit import fit
@@ -116,16 +130,16 @@ def train(
         )
 
 
-def _live(config: TrainConfig, flags: LiveFlags, folder: Path) -> LiveTeachers | None:
+def _live(config: TrainConfig, flags: TrainFlags, folder: Path) -> LiveTeachers | None:
     """The live teachers of an online run.
 
     Raises:
         RepaError: see `live_teachers`; or flags for them, but the targets come from the cache.
     """
     if config.targets != "online":
-        if flags.given:
+        if needless := flags_given(flags):
             raise RepaError(
-                f"{', '.join(flags.given)} choose live teachers; add --targets online, or leave them out"
+                f"{', '.join(needless)} choose live teachers; add --targets online, or leave them out"
             )
         return None
     from ..trainer.starts import read_starts
@@ -170,8 +184,6 @@ def _print_plan(
     Raises:
         ProblemsError: after printing, when the run could not start.
     """
-    from dataclasses import replace
-
     from ..trainer.checks import ProblemsError, check, describe_phases
     from ..trainer.loop import resolve_precision
 

@@ -17,27 +17,34 @@ class PreprocessConfig:
     """A `repa preprocess`, as asked for; `resolve` fills in what was left open.
 
     Attributes:
-        data: image folder, tars, ``hf:…``, or ``demo``.
+        data: image folder; WebDataset tars, as ``shards/train-{0000..0146}.tar``; a Hugging Face data set,
+            ``hf:NAME[:SPLIT]`` or ``hf:FOLDER`` of `save_to_disk`; ``demo`` names the drawn images.
         cache: folder of the cache.
         encoders: teachers to run, by name; none writes latents only.
-        vae: hub name or folder of the autoencoder, or ``demo``; None: the one the cache was made with.
+        vae: hub name or folder of an ``AutoencoderKL``, or ``demo``; None: the one the cache was made with,
+            else ``stabilityai/sd-vae-ft-mse``, of the demo ``demo``.
         resolution: side in pixels of the crop.
-        limit: take so many images, evenly spaced over the source; None takes all.
-        batch_size: images of a forward pass; None: the one the cache was made with, or by the device's size.
-        devices: processes to start, one a GPU, or sharing the cores; 1 computes in this one.
-        feature_dtype: ``float16``, ``float32`` or ``int8``, of the teachers' columns.
+        limit: take so many images, evenly spaced over the source; of the demo: draw so many. None takes all.
+        batch_size: images of a forward pass. It is part of the cache, for features of another batch size may
+            differ in the last bits. None: as the cache has it, else by resolution and device.
+        devices: processes to start, one a GPU, or sharing the cores; 1 computes in this one. Started by
+            torchrun or SLURM, leave it 1.
+        feature_dtype: ``float16``, ``float32`` or ``int8``, of the teachers' columns; of int8 it is measured
+            what that changes, see `TokenErrors`.
         attention: encoder → blocks whose queries and keys are stored too, counted from 1, ascending.
         attention_rank: cut them to so many components a head, as int8.
-        attention_kl: cut them, as int8, to the smallest rank whose mean divergence from the teacher's
-            attention is at most so many nats in every block and head.
-        compress: compressor of the teachers' columns, see `ColumnSpec`; None stores them as they are.
+        attention_kl: cut them, as int8, to the smallest rank of 8, 16, 24, … whose mean divergence from the
+            teacher's attention is at most so many nats in every block and head, on held-out images.
+        compress: ``zstd``, ``blosc`` or ``pcodec`` for the teachers' columns, losslessly. None stores them as
+            they are: floats shrink by a tenth to a fifth, and compressed rows cannot be read directly.
         compute_dtype: ``float32``, ``bfloat16`` or ``float16``, of the forward passes.
-        weights: encoder → file of its weights; others come from the hub or its local copy.
+        weights: encoder → file of its weights, safetensors or a tensors-only .pth; others come from the hub
+            or its local copy.
         random_weights: draw the weights of every model, for trying things out.
         apply_exif: turn images by their EXIF orientation.
-        class_names: file with the name of a class in each line, of tars.
-        shard_rows: rows of a shard; None: as the cache has it, or 1,024.
-        workers: processes that decode, per device; None: by the number of cores.
+        class_names: file with the name of a class in each line, for tars, whose classes are numbers.
+        shard_rows: rows of a shard; None: as the cache has it, else 1,024.
+        workers: processes a device that decode images; None: by the number of cores, 0 on a CPU.
     """
 
     data: str

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from repa.commands.preprocess import preprocess
+from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.data.columns import MOMENTS
 from repa.data.latents import latent_scale, sample_posterior, scale_latent
 from repa.data.reader import CacheReader
@@ -39,7 +39,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def written_cache(folder: Path, feature_dtype: str) -> Path:
-    preprocess(
+    flags = PreprocessFlags(
         data="demo",
         cache=folder / feature_dtype,
         limit=IMAGES,
@@ -47,6 +47,7 @@ def written_cache(folder: Path, feature_dtype: str) -> Path:
         shard_rows=SHARD_ROWS,
         feature_dtype=feature_dtype,
     )
+    preprocess(flags)
     return folder / feature_dtype
 
 

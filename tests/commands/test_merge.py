@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from repa.commands.merge import merge
-from repa.commands.preprocess import preprocess
+from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.data.columns import source_of
 from repa.data.errors import CacheError, CorruptRowError, RepaError
 from repa.data.reader import CacheReader
@@ -45,9 +45,8 @@ def encode(data: Path, cache: Path, **changes: Any) -> Path:
         "resolution": SIDE,
         "batch_size": 1,
         "shard_rows": SHARD_ROWS,
-        "console": Console(file=io.StringIO()),
     }
-    preprocess(**{**settings, **changes})
+    preprocess(PreprocessFlags(**{**settings, **changes}), console=Console(file=io.StringIO()))
     return cache
 
 
@@ -184,7 +183,7 @@ def test_what_does_not_fit_is_refused_in_one_line(made: Path, tmp_path: Path) ->
     refused("there is no cache at", a, tmp_path / "none", out=out)
     refused(r"image class0/1.png is in .*a.cache and in .*a.cache", a, a, out=out)
     refused("resolution is 16, not 32", a, other(resolution=32), out=out)
-    refused("exif_orientation is ignored, not applied", a, other(exif=True), out=out)
+    refused("exif_orientation is ignored, not applied", a, other(apply_exif=True), out=out)
     refused("different forms: batch_size is 1, not 2", a, other(batch_size=2), out=out)
     refused(
         r"columns.demo/patch is float16\[4, 128\], not float32",

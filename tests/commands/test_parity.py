@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 from repa import cli
-from repa.commands.live import LiveFlags
-from repa.commands.parity import Parity, parity
-from repa.commands.preprocess import preprocess
-from repa.commands.train import train
+from repa.commands.parity import Parity, ParityFlags, parity
+from repa.commands.preprocess import PreprocessFlags, preprocess
+from repa.commands.train import TrainFlags, train
 from repa.data.errors import RepaError
 from repa.trainer.checkpoints import checkpoints_of
 from rich.console import Console
@@ -31,7 +30,8 @@ def quiet() -> Console:
 def written(folder: Path, name: str, **options: Any) -> Path:
     """A cache of the demo in batches of 16, 8, 16 images."""
     values = {"limit": IMAGES, "batch_size": 16, "shard_rows": 24, "attention": "haste"}
-    preprocess(data="demo", cache=folder / name, console=quiet(), **{**values, **options})
+    flags = PreprocessFlags(data="demo", cache=folder / name, **{**values, **options})
+    preprocess(flags, console=quiet())
     return folder / name
 
 
@@ -57,8 +57,8 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def compared(cache: Path, method: str = "haste", **options: Any) -> Parity:
-    values = {"model": "SiT-T/1", "batches": 2, "batch_size": 8, "assignments": SMALL, "console": quiet()}
-    return parity(method=method, cache=cache, **{**values, **options})
+    values = {"model": "SiT-T/1", "batches": 2, "batch_size": 8, "assignments": SMALL}
+    return parity(ParityFlags(method=method, cache=cache, **{**values, **options}), console=quiet())
 
 
 @pytest.mark.parametrize("method", ["repa", "haste"])
@@ -143,9 +143,9 @@ def test_what_parity_cannot_compare(caches: Callable[[str], Path]) -> None:
     with pytest.raises(RepaError, match="no attention targets of demo"):
         compared(caches("tokens"))
     with pytest.raises(RepaError, match="encoder 'nobody' is unknown"):
-        compared(caches("tokens"), "repa", live=LiveFlags(encoders=("nobody",)))
+        compared(caches("tokens"), "repa", encoders=["nobody"])
     with pytest.raises(RepaError, match="image folder nowhere does not exist"):
-        compared(caches("tokens"), "repa", live=LiveFlags(data="nowhere"))
+        compared(caches("tokens"), "repa", data="nowhere")
 
 
 @pytest.fixture
@@ -154,12 +154,8 @@ def run_train(tmp_path: Path) -> Callable[..., str]:
         printed = io.StringIO()
         values = {"method": "haste", "model": "SiT-T/1", "max_steps": 4, "batch_size": 8, "lr": 1e-3}
         values |= {"assignments": (*SHORT, "method.stop=3")}
-        train(
-            cache=cache,
-            run=tmp_path / name,
-            **{**values, **options},
-            console=Console(file=printed, width=200),
-        )
+        flags = TrainFlags(cache=str(cache), run=tmp_path / name, **{**values, **options})
+        train(flags, console=Console(file=printed, width=200))
         return printed.getvalue()
 
     return run
@@ -175,9 +171,8 @@ def test_an_online_run_from_latents_is_the_cached_one_and_resumes(
 ) -> None:
     """A cache of latents alone, and the flags given only once: the record of the run has them."""
     run_train("cached", caches("float32"))
-    latents = written(tmp_path, "latents", encoders=("none",), attention=None)
-    live = LiveFlags(data="demo", encoders=("demo",))
-    run_train("online", latents, targets="online", live=live, max_steps=2)
+    latents = written(tmp_path, "latents", encoders=["none"], attention=None)
+    run_train("online", latents, targets="online", data="demo", encoders=["demo"], max_steps=2)
     assert "resuming" in run_train("online", latents, targets="online")
     metrics = [(tmp_path / name / "metrics.csv").read_bytes() for name in ("cached", "online")]
     assert metrics[0] == metrics[1]
@@ -199,7 +194,7 @@ def test_flags_of_live_teachers_without_any(
     caches: Callable[[str], Path], run_train: Callable[..., str]
 ) -> None:
     with pytest.raises(RepaError, match="--data, --encoder choose live teachers; add --targets online"):
-        run_train("refused", caches("tokens"), live=LiveFlags(data="demo", encoders=("demo",)))
+        run_train("refused", caches("tokens"), data="demo", encoders=["demo"])
     with pytest.raises(RepaError, match="targets"):
         run_train("refused", caches("tokens"), targets="sometimes")
     with pytest.raises(RepaError, match="method none takes nothing from a teacher"):

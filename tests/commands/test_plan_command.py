@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from repa.cli import run_command
-from repa.commands import plan as command
-from repa.commands.plan import break_even, plan, training_bytes
-from repa.commands.preprocess import make_config, preprocess
+from repa.commands.plan import PlanFlags, break_even, plan, training_bytes
+from repa.commands.preprocess import EncodingFlags, PreprocessFlags, make_config, preprocess
 from repa.data.disk import DiskSpeed, measure_disk
 from repa.data.errors import RepaError
 from repa.pipeline.estimate import EncodingSpeed, live_models
@@ -74,7 +73,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def said(flags: dict[str, Any], **more: Any) -> str:
     output = io.StringIO()
-    plan(make_config(**flags), console=Console(file=output, width=300), **more)
+    plan(PlanFlags(**flags, **more), console=Console(file=output, width=300))
     return output.getvalue()
 
 
@@ -89,10 +88,10 @@ def test_the_break_even_solves_its_equation() -> None:
 
 def test_an_image_reads_all_but_the_class_vector(flags: dict[str, Any]) -> None:
     moments, patch = 8 * 2 * 2 * 4, 4 * 128
-    assert training_bytes(make_plan(make_config(**flags))) == moments + 2 * patch
-    as_int8 = make_plan(make_config(**flags, feature_dtype="int8"))
+    assert training_bytes(make_plan(make_config(EncodingFlags(**flags)))) == moments + 2 * patch
+    as_int8 = make_plan(make_config(EncodingFlags(**flags, feature_dtype="int8")))
     assert training_bytes(as_int8) == moments + patch + 4 * 128
-    attention = make_plan(make_config(**flags, attention="2,3"))
+    attention = make_plan(make_config(EncodingFlags(**flags, attention="2,3")))
     queries = next(
         spec for source in attention.sources for name, spec in source.columns.items() if name == "demo/q"
     )
@@ -167,13 +166,13 @@ def test_nothing_is_left_behind_and_everything_is_measured(
 
 
 def test_a_complete_cache_has_nothing_to_do_and_still_a_price(flags: dict[str, Any]) -> None:
-    preprocess(**flags, console=Console(file=io.StringIO()))
+    preprocess(PreprocessFlags(**flags), console=Console(file=io.StringIO()))
     times = {file: file.stat().st_mtime_ns for file in flags["cache"].rglob("*")}
     lines = said(flags)
     assert "time    none: every column is there" in lines
     assert "pays    " in lines
     assert {file: file.stat().st_mtime_ns for file in flags["cache"].rglob("*")} == times
-    found = make_plan(make_config(**flags))
+    found = make_plan(make_config(EncodingFlags(**flags)))
     speed = EncodingSpeed(
         images=1, model_seconds={"demo": 1.0}, decode_seconds=0.0, decoders=1, beside=False, devices=1
     )
@@ -187,29 +186,16 @@ def test_latents_alone_have_no_teacher_to_pay_for(
     assert "pays" not in said({**flags, "encoders": ["none"]})
 
 
-def test_the_flags_are_those_of_preprocess(
-    flags: dict[str, Any], measured: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measured()
-    asked: dict[str, Any] = {}
-    monkeypatch.setattr(command, "plan", lambda config, **more: asked.update(config=config, **more))
+def test_the_flags_are_those_of_preprocess(flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[PlanFlags] = []
+    monkeypatch.setattr("repa.cli.plan", asked.append)
     words = ("--data", flags["data"], "--encoder", "demo", "--vae", "demo", "--resolution", "16", "--exif")
-    more = (
-        "--weights",
-        "demo=file",
-        "--images-per-second",
-        "7.5",
-        "--train-batch-size",
-        "3",
-        "--model",
-        "SiT-S/2",
-    )
-    run_command(("plan", *words, *more))
-    config = asked.pop("config")
-    assert asked == {"model": "SiT-S/2", "train_batch_size": 3, "images_per_second": 7.5}
-    assert config == make_config(
-        data=flags["data"], encoders=["demo"], vae="demo", resolution=16, exif=True, weights=["demo=file"]
-    )
+    more = ("--weights", "demo=file", "--images-per-second", "7.5", "--train-batch-size", "3")
+    run_command(("plan", *words, *more, "--model", "SiT-S/2"))
+    shared = {"data": flags["data"], "encoders": ["demo"], "vae": "demo", "resolution": 16}
+    shared |= {"apply_exif": True, "weights": ["demo=file"]}
+    assert asked == [PlanFlags(**shared, images_per_second=7.5, train_batch_size=3, model="SiT-S/2")]
+    assert make_config(asked[0]) == make_config(PreprocessFlags(**shared))
 
 
 def test_figures_that_are_none_are_refused(flags: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from repa.commands.preprocess import preprocess
+from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.data.columns import MOMENTS
 from repa.data.errors import RepaError
 from repa.data.places import default_cache
@@ -45,9 +45,8 @@ def demo(cache: Path | None, **changes: Any) -> str:
         "limit": IMAGES,
         "batch_size": BATCH,
         "shard_rows": SHARD,
-        "console": Console(file=output, width=200),
     }
-    preprocess(**{**arguments, **changes})
+    preprocess(PreprocessFlags(**{**arguments, **changes}), console=Console(file=output, width=200))
     return output.getvalue()
 
 

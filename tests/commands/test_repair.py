@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from repa.commands.preprocess import preprocess
+from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.commands.repair import repair, verify_by_reencoding
 from repa.data.columns import ColumnSpec, source_of
 from repa.data.errors import CacheError, RepaError
@@ -55,9 +55,8 @@ def encode(pictures: Path, cache: Path, **changes: Any) -> Path:
         "resolution": SIDE,
         "batch_size": 3,
         "shard_rows": SHARD_ROWS,
-        "console": quiet(),
     }
-    preprocess(**{**settings, **changes})
+    preprocess(PreprocessFlags(**{**settings, **changes}), console=quiet())
     return cache
 
 
@@ -255,7 +254,7 @@ def test_the_command_is_read_from_the_manifest(pictures: Path, tmp_path: Path) -
         tmp_path / "c",
         feature_dtype="int8",
         compress="zstd",
-        exif=True,
+        apply_exif=True,
         attention="2",
         attention_kl=1.0,
     )
@@ -284,7 +283,7 @@ def test_the_command_is_read_from_the_manifest(pictures: Path, tmp_path: Path) -
                     tmp_path / "d",
                     feature_dtype="int8",
                     compress="zstd",
-                    exif=True,
+                    apply_exif=True,
                     attention="2",
                     attention_kl=1.0,
                 ),

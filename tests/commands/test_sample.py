@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from repa.commands.sample import sample
+from repa.commands.sample import SampleFlags, sample
 from repa.data.errors import RepaError
 from repa.data.testing import synthetic_cache
 from repa.trainer.checkpoints import checkpoints_of, load_checkpoint
@@ -65,7 +65,8 @@ def run_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     def go(name: str = "out", **options: Any) -> tuple[Any, Any, str]:
         printed = io.StringIO()
         out = tmp_path / name
-        sample(**{"num": 5, "steps": 3, "npz": True, "out": out, **options}, console=Console(file=printed))
+        flags = SampleFlags(**{"num": 5, "steps": 3, "npz": True, "out": out, **options})
+        sample(flags, console=Console(file=printed))
         with np.load(out / "samples.npz") as arrays:
             return arrays["arr_0"], arrays["arr_1"], printed.getvalue()
 
@@ -157,7 +158,8 @@ def test_labels_in_turn(run: Path, run_sample: Run) -> None:
 def test_png_files_and_a_grid(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: LatentPixels())
     out = tmp_path / "png"
-    sample(run=run, num=70, steps=1, out=out, batch_size=16, console=Console(file=io.StringIO()))
+    flags = SampleFlags(run=run, num=70, steps=1, out=out, batch_size=16)
+    sample(flags, console=Console(file=io.StringIO()))
     assert len(list(out.glob("0*.png"))) == 70
     with Image.open(out / "000069.png") as image:
         assert (image.size, image.mode) == ((4, 4), "RGB")
@@ -167,9 +169,8 @@ def test_png_files_and_a_grid(run: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_the_demos_autoencoder(run: Path, tmp_path: Path) -> None:
     printed = io.StringIO()
-    sample(
-        run=run, num=2, steps=1, vae="demo", out=tmp_path / "out", console=Console(file=printed, width=300)
-    )
+    flags = SampleFlags(run=run, num=2, steps=1, vae="demo", out=tmp_path / "out")
+    sample(flags, console=Console(file=printed, width=300))
     assert "note: demo has other weights than the autoencoder" in printed.getvalue()
     with Image.open(tmp_path / "out" / "000001.png") as image:
         assert image.size == (32, 32)
@@ -182,8 +183,9 @@ def test_without_an_autoencoder_nothing_is_sampled(
         raise AssertionError("sampled although there is nothing to decode with")
 
     monkeypatch.setattr("repa.trainer.generate.sample", never)
+    flags = SampleFlags(run=run, vae=str(tmp_path), out=tmp_path / "out")
     with pytest.raises(RepaError):
-        sample(run=run, vae=str(tmp_path), out=tmp_path / "out", console=Console(file=io.StringIO()))
+        sample(flags, console=Console(file=io.StringIO()))
     assert not (tmp_path / "out").exists()
 
 
@@ -199,26 +201,23 @@ def test_without_an_autoencoder_nothing_is_sampled(
     ],
 )
 def test_mistakes(run: Path, tmp_path: Path, options: dict[str, Any], part: str) -> None:
+    flags = SampleFlags(**({"run": run, **options} if options else {}), out=tmp_path / "o")
     with pytest.raises(RepaError) as caught:
-        sample(
-            **({"run": run, **options} if options else {}),
-            out=tmp_path / "o",
-            console=Console(file=io.StringIO()),
-        )
+        sample(flags, console=Console(file=io.StringIO()))
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_run_without_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(RepaError, match="holds no checkpoint"):
-        sample(run=tmp_path, console=Console(file=io.StringIO()))
+        sample(SampleFlags(run=tmp_path), console=Console(file=io.StringIO()))
 
 
 def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
     file = tmp_path / "text.ckpt"
     file.write_text("no checkpoint")
     with pytest.raises(RepaError, match=r"text\.ckpt"):
-        sample(checkpoint=file, console=Console(file=io.StringIO()))
+        sample(SampleFlags(checkpoint=file), console=Console(file=io.StringIO()))
 
 
 def test_array_file_counts(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from repa.commands.train import train
+from repa.commands.train import TrainFlags, train
 from repa.data.errors import CacheError, RepaError
 from repa.data.testing import synthetic_cache
 from repa.trainer.checks import ProblemsError
@@ -36,7 +36,7 @@ def run_train() -> Callable[..., str]:
     def run(**options: Any) -> str:
         printed = io.StringIO()
         values = {"method": "repa", "model": "SiT-T/2", "max_steps": 2, "batch_size": 8, "assignments": SMALL}
-        train(**{**values, **options}, console=Console(file=printed, width=300))
+        train(TrainFlags(**{**values, **options}), console=Console(file=printed, width=300))
         return printed.getvalue()
 
     return run
@@ -53,7 +53,7 @@ def test_defaults_find_the_cache_and_name_the_run(here: Path, run_train: Callabl
 def test_the_configuration_can_be_passed_back_in(here: Path, run_train: Callable[..., str]) -> None:
     run_train()
     file = here / "runs" / "repa-SiT-T-2" / "config.yaml"
-    train(config=file, run=here / "again", console=Console(file=io.StringIO()))
+    train(TrainFlags(config=file, run=here / "again"), console=Console(file=io.StringIO()))
     assert (here / "again" / "config.yaml").read_text() == file.read_text()
     assert (here / "again" / "metrics.csv").read_bytes() == (file.parent / "metrics.csv").read_bytes()
 
@@ -98,7 +98,7 @@ def test_no_cache_at_all(
     with pytest.raises(CacheError, match="repa preprocess"):
         run_train()
     with pytest.raises(RepaError, match="there is no cache at"):
-        run_train(cache=tmp_path / "nowhere")
+        run_train(cache=str(tmp_path / "nowhere"))
 
 
 @pytest.mark.usefixtures("here")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from repa.commands.train import train
+from repa.commands.train import TrainFlags, train
 from repa.data.columns import ColumnSpec
 from repa.data.testing import SYNTHETIC_COLUMNS, synthetic_cache
 from repa.trainer.checks import ProblemsError
@@ -42,12 +42,12 @@ def run_train() -> Callable[..., str]:
         values = {
             "method": "haste",
             "model": "SiT-T/2",
-            "cache": Path("cache"),
+            "cache": "cache",
             "max_steps": 5,
             "batch_size": 8,
             "assignments": SMALL,
         }
-        train(**{**values, **options}, console=Console(file=printed, width=300))
+        train(TrainFlags(**{**values, **options}), console=Console(file=printed, width=300))
         return printed.getvalue()
 
     return run

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from PIL import Image
-from repa.commands.preprocess import preprocess
+from repa.commands.preprocess import PreprocessFlags, preprocess
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -30,9 +30,9 @@ def draw_pictures(folder: Path) -> Path:
     return folder
 
 
-def arguments(data: Path, cache: Path, console: Console) -> dict[str, Any]:
+def flags_for(data: Path, cache: Path, /, **changes: Any) -> PreprocessFlags:
     """`repa preprocess` by the demo's models, an image a batch and four a shard."""
-    return {
+    flags: dict[str, Any] = {
         "data": str(data),
         "cache": cache,
         "encoders": ["demo"],
@@ -40,8 +40,8 @@ def arguments(data: Path, cache: Path, console: Console) -> dict[str, Any]:
         "resolution": SIDE,
         "batch_size": 1,
         "shard_rows": 4,
-        "console": console,
     }
+    return PreprocessFlags(**{**flags, **changes})
 
 
 @pytest.fixture
@@ -54,8 +54,8 @@ def pictures(tmp_path: Path) -> Path:
 def complete_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `command` makes of the pictures; copy it before changing it."""
     folder = tmp_path_factory.mktemp("complete")
-    console = Console(file=io.StringIO())
-    preprocess(**arguments(draw_pictures(folder / "pictures"), folder / "cache", console))
+    flags = flags_for(draw_pictures(folder / "pictures"), folder / "cache")
+    preprocess(flags, console=Console(file=io.StringIO()))
     return folder / "cache"
 
 
@@ -65,8 +65,8 @@ def command(pictures: Path, tmp_path: Path) -> Callable[..., str]:
 
     def run(**changes: Any) -> str:
         output = io.StringIO()
-        given = arguments(pictures, tmp_path / "cache", Console(file=output, width=200))
-        preprocess(**{**given, **changes})
+        flags = flags_for(pictures, tmp_path / "cache", **changes)
+        preprocess(flags, console=Console(file=output, width=200))
         return output.getvalue()
 
     return run

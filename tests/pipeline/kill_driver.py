@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import repa.pipeline.models
 import torch
 import zarr  # noqa: F401 — so that no attempt spends its time importing it
-from repa.commands.preprocess import preprocess
+from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.pipeline.config import PreprocessConfig
 from rich.console import Console
 
@@ -49,7 +49,7 @@ def attempt(data: Path, cache: Path, world: int) -> list[int]:
         try:
             if world > 1:
                 os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-            preprocess(
+            flags = PreprocessFlags(
                 data=str(data),
                 cache=cache,
                 encoders=["demo"],
@@ -59,8 +59,8 @@ def attempt(data: Path, cache: Path, world: int) -> list[int]:
                 shard_rows=8,
                 attention=",".join(map(str, ATTENTION["demo"])),
                 attention_kl=TOLERANCE,
-                console=Console(file=io.StringIO()),
             )
+            preprocess(flags, console=Console(file=io.StringIO()))
             status = 0
         except BaseException:
             traceback.print_exc()

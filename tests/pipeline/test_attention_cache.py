@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from repa.commands.cache_fidelity import verify_fidelity
-from repa.commands.preprocess import preprocess
+from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.data.codec import dequantise, quantise
 from repa.data.errors import CacheError, RepaError
 from repa.data.reader import CacheReader
@@ -44,9 +44,8 @@ def demo(cache: Path, **changes: Any) -> str:
         "batch_size": BATCH,
         "shard_rows": SHARD,
         "attention": "haste",
-        "console": Console(file=output, width=200),
     }
-    preprocess(**{**arguments, **changes})
+    preprocess(PreprocessFlags(**{**arguments, **changes}), console=Console(file=output, width=200))
     return output.getvalue()
 
 

@@ -275,7 +275,7 @@ CHANGED: dict[str, tuple[Callable[..., dict[str, Any] | None], tuple[str, ...]]]
         lambda f: shutil.copy(TEACHER_WEIGHTS, f.pictures / VICTIM) and None,
         ("source_fingerprint",),
     ),
-    "other crop orientation": (lambda f: {"exif": True}, ("exif_orientation",)),
+    "other crop orientation": (lambda f: {"apply_exif": True}, ("exif_orientation",)),
     "another shard size": (lambda f: {"shard_rows": 5}, ("shard_rows",)),
     "another batch size": (lambda f: {"batch_size": 2}, ("--batch-size 1, not 2", "demo")),
     "another feature dtype": (lambda f: {"feature_dtype": "float32"}, ("--feature-dtype float16",)),

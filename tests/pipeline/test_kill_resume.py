@@ -80,12 +80,14 @@ def test_one_process_and_three_write_the_same_bytes(caches: dict[int, Path]) -> 
 COMMAND = """
 import sys
 from pathlib import Path
-from repa.commands.preprocess import preprocess
+from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.data.errors import RepaError
 if __name__ == "__main__":
     try:
         cache, devices = Path(sys.argv[1]), int(sys.argv[2])
-        preprocess(data="demo", cache=cache, limit=4096, batch_size=4, shard_rows=8, devices=devices)
+        preprocess(
+            PreprocessFlags(data="demo", cache=cache, limit=4096, batch_size=4, shard_rows=8, devices=devices)
+        )
     except RepaError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

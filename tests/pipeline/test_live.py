@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from repa.commands.preprocess import preprocess
+from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.data.errors import CacheError, RepaError
 from repa.data.reader import CacheReader
 from repa.data.store import open_manifest
@@ -48,16 +48,17 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Their cache in float32: batches of 3 in shards of 8, whose last ones are smaller."""
     path = tmp_path_factory.mktemp("live") / "cache"
-    preprocess(
+    flags = PreprocessFlags(
         data=str(images),
         cache=path,
-        encoders=("demo",),
+        encoders=["demo"],
         vae="demo",
         resolution=64,
         batch_size=3,
         shard_rows=8,
         feature_dtype="float32",
     )
+    preprocess(flags)
     return path
 
 

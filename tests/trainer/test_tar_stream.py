@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from repa.commands.train import train
+from repa.commands.train import TrainFlags, train
 from repa.data.columns import MOMENTS
 from repa.data.errors import CacheError, RepaError
 from repa.data.export import export_cache, export_pattern
@@ -177,9 +177,9 @@ def run_train(pattern: str, run: Path, **changes: object) -> str:
         "max_steps": 3,
         "batch_size": 6,
         "assignments": [*settings, *changes.pop("more", [])],  # type: ignore[misc]
-        "console": Console(file=output, width=300),
     }
-    train(**{**arguments, **changes})  # type: ignore[arg-type]
+    flags = TrainFlags(**{**arguments, **changes})  # type: ignore[arg-type]
+    train(flags, console=Console(file=output, width=300))
     return output.getvalue()
 
 
