@@ -156,6 +156,7 @@ def check_bytes(path: Path, console: Console) -> Checked:
         TransferSpeedColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
 
     def progress(done: int, of: int) -> None:

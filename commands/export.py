@@ -47,6 +47,8 @@ def export(
     if form not in FORMATS:
         raise RepaError(f"--format {form!r} is unknown; there is {', '.join(FORMATS)}")
     names = tuple(name.strip() for name in (columns or "").split(",") if name.strip())
+    if columns is not None and not names:
+        raise RepaError("--columns names no column; name some, as sd-vae/moments,dinov2-b/patch, or drop it")
     console = console or Console()
     path = cache or default_cache()
     started = time.perf_counter()
@@ -104,6 +106,7 @@ def _bar(doing: str, console: Console) -> Iterator[Callable[[int, int], None]]:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
     with bars:
         task = bars.add_task(doing, total=None)

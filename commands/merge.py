@@ -59,6 +59,7 @@ def merge(
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
     with bars:
         task = bars.add_task("joining", total=None)

@@ -153,6 +153,7 @@ def _encode_again(path: Path, plan: RepairPlan, given: Given, console: Console) 
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
     tasks = {}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +29,7 @@ from .store import (
     read_keys,
 )
 from .tar_shards import (
+    AGAIN,
     CALIBRATION_FIELD,
     CALIBRATION_KEY,
     FACTS_FIELD,
@@ -178,7 +181,7 @@ class _Headers:
 
 
 def _is_there(place: Path, header: ShardHeader) -> bool:
-    """Whether the tar was written by an earlier call; tars reach their names whole.
+    """Whether the tar was written by an earlier call; one that was cut off since is written again.
 
     Raises:
         CacheError: it is another one.
@@ -186,8 +189,17 @@ def _is_there(place: Path, header: ShardHeader) -> bool:
     if not place.exists():
         return False
     with open_tar(str(place)) as reader:
-        if read_header(reader, iter(reader)).encode() != header.encode():
+        members = iter(reader)
+        try:
+            own = read_header(reader, members).encode() == header.encode()
+        except RepaError:
+            own = False
+        if not own:
             raise CacheError(f"{place} is of another export; choose another --out, or delete it")
+        try:
+            deque(members, maxlen=0)
+        except RepaError:
+            return False
     return True
 
 
@@ -271,9 +283,11 @@ def import_cache(pattern: str, path: Path, progress: Progress | None = None) -> 
     manifest = headers[0].manifest
     keys = [key for header in headers for key in header.keys]
     labels = np.concatenate([header.labels for header in headers])
-    for source, data in tars[0][2].items():
-        ensure_calibration(path, source, partial(bytes, data))
+    calibrations = _calibrations(manifest, tars[0][2], tars[0][0])
+    # first of all, for nothing may get into another cache
     ensure_cache(path, replace(manifest, columns={}, sources={}), keys, labels)
+    for source, data in calibrations.items():
+        ensure_calibration(path, source, partial(bytes, data), usable=data.__eq__)
     for source, provenance in manifest.sources.items():
         ensure_source(path, source, provenance, manifest.source_columns(source))
     kept = images = 0
@@ -293,6 +307,23 @@ def import_cache(pattern: str, path: Path, progress: Progress | None = None) -> 
                 progress(shard + 1, len(headers))
     row_bytes = sum(spec.row_bytes for spec in manifest.columns.values()) * len(manifest.views)
     return Transfer(shards=len(headers), kept=kept, images=images, bytes=images * row_bytes)
+
+
+def _calibrations(manifest: Manifest, found: Mapping[str, bytes], place: str) -> dict[str, bytes]:
+    """Source → its calibration in the tar of shard 0.
+
+    Raises:
+        CacheError: it is missing or damaged.
+    """
+    calibrations = {}
+    for source, provenance in manifest.sources.items():
+        recorded = recorded_sha256(provenance)
+        if recorded is None:
+            continue
+        if hashlib.sha256(found.get(source, b"")).hexdigest() != recorded:
+            raise CacheError(f"{place} lacks the calibration of {source}, or it is damaged; {AGAIN}")
+        calibrations[source] = found[source]
+    return calibrations
 
 
 def _import_shard(place: str, header: ShardHeader, writers: Mapping[str, SourceWriter]) -> None:

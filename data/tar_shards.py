@@ -43,6 +43,7 @@ CALIBRATION_KEY = "__repa__/calibration/"
 CALIBRATION_FIELD = "safetensors"
 LABEL_FIELD = "cls"
 FACTS_FIELD = "json"
+AGAIN = "delete that tar, then fetch or export it again"  # export keeps the tars that are there
 _MAGIC = b"\x93NUMPY\x01\x00"
 
 
@@ -112,7 +113,7 @@ class ShardHeader:
                 chunks_sha256=values["chunks_sha256"],
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CacheError(f"the header of {where} is damaged ({error}); export it again") from error
+            raise CacheError(f"the header of {where} is damaged ({error}); {AGAIN}") from error
 
     @property
     def rows(self) -> list[int]:
@@ -201,14 +202,14 @@ def read_samples(
             row = rows.get(key)
             if row is None or row != next(expected, None):
                 raise CacheError(
-                    f"{reader.where} holds {member.name} where its header has another sample; export it again"
+                    f"{reader.where} holds {member.name} where its header has another sample; {AGAIN}"
                 )
             sample = _Sample(reader.where, header, key, row, tuple(columns_of(row)))
         if sample.wanted and (field in (LABEL_FIELD, FACTS_FIELD) or columns.get(field) in sample.wanted):
             sample.fields[field] = reader.read()
     yield from sample.finish()
     if (missing := next(expected, None)) is not None:
-        raise CacheError(f"{reader.where} has no sample of row {missing}; export it again")
+        raise CacheError(f"{reader.where} has no sample of row {missing}; {AGAIN}")
 
 
 class _Sample:
@@ -253,10 +254,7 @@ class _Sample:
         return np.frombuffer(data, dtype=spec.numpy_dtype).reshape(views, *spec.shape)
 
     def _damaged(self, why: str) -> CacheError:
-        return CacheError(
-            f"row {self._row} in {self._where}, sample {self.key}, is damaged ({why}); "
-            "fetch or export it again"
-        )
+        return CacheError(f"row {self._row} in {self._where}, sample {self.key}, is damaged ({why}); {AGAIN}")
 
 
 def restricted(manifest: Manifest, columns: Sequence[str]) -> Manifest:

@@ -200,6 +200,52 @@ def test_another_export_is_not_overwritten(cache: Path, tmp_path: Path) -> None:
         import_cache(f"{tmp_path}/all/shard-{{000000..000002}}.tar", tmp_path / "other")
 
 
+def test_nothing_gets_into_another_cache(cache: Path, tmp_path: Path) -> None:
+    export_cache(cache, tmp_path / "out")
+    synthetic_cache(tmp_path / "other", num_rows=ROWS, seed=1)
+    before = folder_contents(tmp_path / "other")
+    with pytest.raises(CacheError, match="is a cache of something else"):
+        import_cache(str(tmp_path / "out" / "*.tar"), tmp_path / "other")
+    assert folder_contents(tmp_path / "other") == before
+
+
+def test_a_calibration_that_nothing_relies_on_is_replaced(cache: Path, tmp_path: Path) -> None:
+    export_cache(cache, tmp_path / "out")
+    ensure_calibration(tmp_path / "back", "dino2.1+attention", lambda: b"of a run that was given up")
+    import_cache(str(tmp_path / "out" / "*.tar"), tmp_path / "back")
+    assert folder_contents(tmp_path / "back") == folder_contents(cache)
+
+
+@pytest.mark.parametrize("change", ["flip", "drop"])
+def test_a_damaged_calibration_is_named(cache: Path, tmp_path: Path, change: str) -> None:
+    export_cache(cache, tmp_path / "out")
+    path = tmp_path / "out" / "shard-000000.tar"
+    files = members(path)
+    name = "__repa__/calibration/dino2.1+attention.safetensors"
+    files[name] = files[name].upper()
+    if change == "drop":
+        del files[name]
+    rewrite(path, files)
+    with pytest.raises(
+        CacheError, match=r"shard-000000\.tar lacks the calibration of dino2\.1\+attention, or it"
+    ):
+        import_cache(str(tmp_path / "out" / "*.tar"), tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("left", [0.3, 0.9])
+def test_a_tar_that_was_cut_off_is_written_again(cache: Path, tmp_path: Path, left: float) -> None:
+    export_cache(cache, tmp_path / "out")
+    whole = folder_contents(tmp_path / "out")
+    path = tmp_path / "out" / "shard-000001.tar"
+    os.truncate(path, int(path.stat().st_size * left) // 512 * 512)
+    assert export_cache(cache, tmp_path / "out").kept == 2
+    assert folder_contents(tmp_path / "out") == whole
+    path.write_bytes(b"notes")
+    with pytest.raises(CacheError, match=r"shard-000001\.tar is of another export; choose another --out"):
+        export_cache(cache, tmp_path / "out")
+
+
 def test_through_a_pipe(cache: Path, tmp_path: Path) -> None:
     export_cache(cache, tmp_path / "out")
     import_cache(f"pipe:cat {tmp_path}/out/shard-{{000000..000002}}.tar", tmp_path / "back")
