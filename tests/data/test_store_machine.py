@@ -6,14 +6,11 @@ file there, and what is not is damage.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,75 +20,30 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from repa.data import repair, store, verify
-from repa.data.columns import ColumnSpec, source_of
+from repa.data.columns import source_of
 from repa.data.errors import CacheError, CorruptRowError
-from repa.data.layout import commit_file, zarr_documents
+from repa.data.layout import zarr_documents
 from repa.data.reader import CacheReader
 from repa.data.repair import plan_repair, restore_documents, restore_tables, withdraw
 from repa.data.schema import Manifest
-from repa.data.shard_index import MISSING, index_bytes, read_index
-from repa.data.store import committed_shards, open_manifest, read_keys, read_labels, shard_file
-from repa.data.testing import expected_labels, expected_row, synthetic_cache
+from repa.data.store import committed_shards, open_manifest, read_keys, read_labels
+from repa.data.testing import expected_labels, expected_row
 from repa.data.verify import verify_cache
-
-ROWS, SHARD_ROWS, SHARDS = 7, 3, 3
-VIEWS = ("original", "mirrored")
-INVALID = {4: "bad"}
-COLUMNS = {
-    "sd-vae/moments": ColumnSpec(shape=(2, 2, 2), dtype="float32"),
-    "demo/patch": ColumnSpec(shape=(2, 3), dtype="float16", compressor="zstd"),
-    "demo/cls": ColumnSpec(shape=(3,), dtype="float16"),
-    "demo/q": ColumnSpec(shape=(1, 2, 2, 2), dtype="int8"),
-    "demo/q-scale": ColumnSpec(shape=(1, 2, 2), dtype="float32"),
-}
-SOURCES = ("sd-vae", "demo", "demo+attention")
-CALLS = ("mkdir", "replace", "unlink", "writev")
-
-
-class Killed(BaseException):
-    """The process is gone: nothing it still runs changes the disk."""
-
-
-@contextmanager
-def life_of(steps: int | None) -> Iterator[None]:
-    """Let so many calls that change the disk happen; the next, and all after it, raise `Killed`.
-
-    Of a write that it dies in, half reaches the disk.
-    """
-    left = steps
-
-    def mortal(function: Callable[..., Any], torn: bool) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            nonlocal left
-            if left is not None:
-                left -= 1
-                if left == -1 and torn:
-                    descriptor, parts = args
-                    whole = b"".join(parts)
-                    os.write(descriptor, whole[: len(whole) // 2])
-                if left < 0:
-                    raise Killed
-            return function(*args, **options)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in CALLS:
-            patch.setattr(os, name, mortal(getattr(os, name), name == "writev"))
-        yield
-
-
-def write(path: Path, sources: tuple[str, ...]) -> Manifest:
-    """Create, declare and write whatever of these sources is not there."""
-    columns = {name: spec for name, spec in COLUMNS.items() if source_of(name) in sources}
-    return synthetic_cache(
-        path,
-        num_rows=ROWS,
-        columns=columns,
-        shard_rows=SHARD_ROWS,
-        views=VIEWS,
-        invalid=INVALID,
-    )
+from store_on_disk import (
+    COLUMNS,
+    INVALID,
+    ROWS,
+    SHARD_ROWS,
+    SHARDS,
+    SOURCES,
+    VIEWS,
+    CacheOnDisk,
+    Killed,
+    life_of,
+    right_or,
+    whole,
+    write,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -109,34 +61,13 @@ def _documents_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "zarr_documents", documents)
 
 
-@cache
-def whole() -> tuple[Manifest, dict[str, bytes]]:
-    """The finished cache: its manifest, and its files, relative path → bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        manifest = write(Path(folder) / "cache", SOURCES)
-        root = Path(folder) / "cache"
-        return manifest, {
-            str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()
-        }
-
-
-def same(name: str, here: bytes, there: bytes) -> bool:
-    """Whether a file says the same: of JSON, a flipped bit in white space does not matter."""
-    if here == there or not name.endswith("zarr.json"):
-        return here == there
-    try:
-        return bool(json.loads(here) == json.loads(there))
-    except ValueError:
-        return False
-
-
-class StoreMachine(RuleBasedStateMachine):
+class StoreMachine(CacheOnDisk, RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="repa-machine-"))
         self.path = self.folder / "cache"
         self.turn = 0
-        self.group: bytes | None = None  # the group's own document when it was last written
+        self.group = None
 
     def teardown(self) -> None:
         """However it ended: it can be repaired, and is what it would have been."""
@@ -151,70 +82,6 @@ class StoreMachine(RuleBasedStateMachine):
                     self.read({source})
         finally:
             shutil.rmtree(self.folder)
-
-    # what is on the disk, and what is wrong with it
-
-    def good(self, name: str) -> bytes | None:
-        return self.group if name == "zarr.json" else whole()[1].get(name)
-
-    def files(self) -> dict[str, Path]:
-        return {
-            str(file.relative_to(self.path)): file
-            for file in sorted(self.path.rglob("*"))
-            if file.is_file() and file.stat().st_size
-        }
-
-    def sound(self, name: str) -> bool:
-        file, good = self.path / name, self.good(name)
-        return good is not None and file.exists() and same(name, file.read_bytes(), good)
-
-    def manifest(self) -> Manifest:
-        """As it is when the group's document is sound."""
-        assert self.group is not None
-        values = json.loads(self.group)["attributes"]["repa"]
-        return Manifest.from_json(values, where="the machine")
-
-    def record(self, source: str, shard: int) -> str:
-        return str(commit_file(self.path, source, shard).relative_to(self.path))
-
-    def shard_files(self, source: str, shard: int) -> dict[str, str]:
-        return {
-            column: str(shard_file(self.path, column, spec, shard).relative_to(self.path))
-            for column, spec in COLUMNS.items()
-            if source_of(column) == source
-        }
-
-    def bad_rows(self, column: str, shard: int) -> set[tuple[int, int]] | None:
-        """(row, view) of a shard file whose chunks are not as written; None: cut off, or its index is bad."""
-        name = self.shard_files(source_of(column), shard)[column]
-        good, file = whole()[1][name], self.path / name
-        here = file.read_bytes() if file.exists() else b""
-        index = index_bytes(SHARD_ROWS, len(VIEWS))
-        if len(here) != len(good) or here[-index:] != good[-index:]:
-            return None
-        with tempfile.TemporaryFile() as copy:
-            copy.write(good)
-            copy.flush()
-            places = read_index(copy.fileno(), name, SHARD_ROWS, len(VIEWS))
-        return {
-            (shard * SHARD_ROWS + at, view)
-            for at, view in np.ndindex(places.shape[:2])
-            if places[at, view, 0] != MISSING
-            and here[int(places[at, view, 0]) :][: int(places[at, view, 1])]
-            != good[int(places[at, view, 0]) :][: int(places[at, view, 1])]
-        }
-
-    @staticmethod
-    @contextmanager
-    def right_or(kind: type[CacheError]) -> Iterator[list[Any]]:
-        """Go on, with the error in the list if there was one."""
-        caught: list[Any] = []
-        try:
-            yield caught
-        except kind as error:
-            caught.append(error)
-
-    # what may happen
 
     def run_to(self, steps: int | None, work: Callable[[], object]) -> bool:
         """Do something for so many steps; True when it came to its end."""
@@ -319,32 +186,12 @@ class StoreMachine(RuleBasedStateMachine):
                     # a file cut off, or a damaged index, is no row's damage alone
                     assert rows == {row for row, _ in self.bad_rows(column, shard) or [(None, 0)]}, name
 
-    def shards(self) -> Iterator[tuple[str, int]]:
-        return ((source, shard) for source in self.manifest().sources for shard in range(SHARDS))
-
-    def is_declared(self, name: str) -> bool:
-        """Whether a Zarr document belongs to a column that the manifest has, or to all."""
-        folder = str(Path(name).parent)
-        return folder in (".", "label") or any(
-            column == folder or column.startswith(f"{folder}/") for column in self.manifest().columns
-        )
-
-    def names(self) -> Iterator[str]:
-        """Files that must be there; of a shard without a sound record that alone."""
-        yield from ("zarr.json", "label/zarr.json", "keys.txt", "label/c/0")
-        yield from (name for name in whole()[1] if name.endswith("/zarr.json") and self.is_declared(name))
-        for source, shard in self.shards():
-            record = self.record(source, shard)
-            yield record
-            if self.sound(record):
-                yield from self.shard_files(source, shard).values()
-
     @precondition(lambda self: self.group is not None)
     @rule(sources=st.sets(st.sampled_from(SOURCES), min_size=1))
     def read(self, sources: set[str]) -> None:
         wanted = [column for column in COLUMNS if source_of(column) in sources]
         if not self.readable(sources):
-            with self.right_or(CacheError) as caught:
+            with right_or(CacheError) as caught:
                 CacheReader(self.path, wanted)
             if caught:
                 assert "\n" not in str(caught[0])
@@ -364,7 +211,7 @@ class StoreMachine(RuleBasedStateMachine):
         spec = COLUMNS[column]
         for view in range(len(VIEWS)):
             out = {column: np.empty((1, *spec.shape), dtype=spec.numpy_dtype)}
-            with self.right_or(CorruptRowError) as caught:
+            with right_or(CorruptRowError) as caught:
                 reader.read_rows(np.array([row]), [column], out, views=np.array([view]))
             if caught:
                 error = caught[0]
@@ -375,30 +222,11 @@ class StoreMachine(RuleBasedStateMachine):
                 assert bad is None or (row, view) not in bad
                 assert np.array_equal(out[column][0], expected_row(column, row, spec, view=view))
 
-    def readable(self, sources: set[str]) -> bool:
-        """Whether nothing that a reader of these sources must look at is missing or damaged."""
-        if not (self.sound("zarr.json") and self.sound("label/c/0")):
-            return False
-        manifest = self.manifest()
-        if not sources <= manifest.sources.keys():
-            return False
-        for source in manifest.sources:
-            for shard in range(SHARDS):
-                record = self.path / self.record(source, shard)
-                # of other sources too: they say which rows are invalid
-                if (record.exists() or source in sources) and not self.sound(self.record(source, shard)):
-                    return False
-                for name in self.shard_files(source, shard).values() if source in sources else ():
-                    file = self.path / name
-                    if not file.exists() or file.stat().st_size != len(whole()[1][name]):
-                        return False
-        return True
-
     @precondition(lambda self: self.group is not None)
     @rule(steps=st.none() | st.integers(0, 60))
     def repair(self, steps: int | None) -> None:
         findings = verify_cache(self.path)
-        with self.right_or(CacheError) as caught:
+        with right_or(CacheError) as caught:
             plan = plan_repair(self.path, findings)
         if caught:
             assert str(self.path) in str(caught[0])

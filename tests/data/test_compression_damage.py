@@ -1,0 +1,181 @@
+"""Compressed columns: what damage is found, and a writer that is killed."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from compressed_cache import COLUMNS, COMPRESSED, SHARD_ROWS, VIEWS, index_of, read_one, write
+from crc32c import crc32c
+from repa.data.columns import ColumnSpec
+from repa.data.compression import ChunkCodec
+from repa.data.errors import CorruptRowError
+from repa.data.reader import CacheReader
+from repa.data.shard_index import MISSING, encode_index, index_bytes
+from repa.data.store import shard_file
+from repa.data.testing import expected_row, folder_contents
+from repa.data.verify import verify_cache
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytest.importorskip("pcodec")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that every test of this module leaves as it was."""
+    path = tmp_path_factory.mktemp("compression") / "cache"
+    write(path)
+    return path
+
+
+@pytest.fixture
+def copy(cache: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(cache, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_a_flipped_bit_in_any_region_is_found_by_reader_and_verify(copy: Path, name: str) -> None:
+    bits = random.Random(name)
+    file = shard_file(copy, name, COLUMNS[name], 1)
+    whole = file.read_bytes()
+    regions: list[tuple[range, int | None]] = []
+    for at, chunks in enumerate(index_of(file)):
+        offset, size = chunks[0].tolist()
+        regions += [
+            (range(offset, offset + size - 4), 4 + at),
+            (range(offset + size - 4, offset + size), 4 + at),
+        ]
+    end = len(whole) - index_bytes(SHARD_ROWS, len(VIEWS))
+    regions += [(range(end, len(whole) - 4), None), (range(len(whole) - 4, len(whole)), None)]
+    for region, row in regions:
+        bit = bits.randrange(8 * region.start, 8 * region.stop)
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(data)
+        findings = verify_cache(copy, [name], threads=1)
+        assert [(finding.path, finding.column, finding.shard, finding.row) for finding in findings] == [
+            (file, name, 1, row)
+        ]
+        with CacheReader(copy, [name]) as reader, pytest.raises(CorruptRowError) as caught:
+            read_one(reader, name, 5 if row is None else row)
+        assert (caught.value.column, caught.value.path) == (name, str(file))
+        assert caught.value.row == (5 if row is None else row)
+        assert "\n" not in str(caught.value)
+    file.write_bytes(whole)
+    assert verify_cache(copy, [name]) == []
+
+
+def forge(file: Path, row: int, chunk: bytes) -> None:
+    """Put a chunk with a checksum that fits at the end of the data, and an index that fits too."""
+    index = index_of(file)
+    data = file.read_bytes()[: -index_bytes(SHARD_ROWS, len(VIEWS))]
+    stored = chunk + crc32c(chunk).to_bytes(4, "little")
+    index[row % SHARD_ROWS, 0] = (len(data), len(stored))
+    file.write_bytes(data + stored + encode_index(index))
+
+
+@pytest.mark.parametrize("name", ["zstd-float16/patch", "blosc-int8/patch", "pcodec-float32/patch"])
+def test_a_chunk_with_the_right_checksum_and_the_wrong_content_is_corrupt(copy: Path, name: str) -> None:
+    spec = COLUMNS[name]
+    file = shard_file(copy, name, spec, 1)
+    whole = file.read_bytes()
+    longer = ColumnSpec(shape=(17, 32), dtype=spec.dtype, compressor=spec.compressor)
+    wrong = spec.row_bytes * 17 // 16
+    forged = {
+        f"decodes to {wrong} bytes of {spec.row_bytes}": ChunkCodec(longer).encode(
+            expected_row(name, 0, longer)
+        ),
+        f"is not {spec.compressor}: ": b"no codec's",
+    }
+    for what, chunk in forged.items():
+        with CacheReader(copy, [name]) as reader:
+            # opening compares sizes; what happens to a file after that is met when reading
+            forge(file, 5, chunk)
+            with pytest.raises(CorruptRowError, match=f"row 5 of {name} is corrupt .*{what}"):
+                read_one(reader, name, 5)
+            assert np.array_equal(read_one(reader, name, 6), expected_row(name, 6, spec))
+        assert len(verify_cache(copy, [name])) == 1
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("size", [0, 4, 2**40, 2**63, int(MISSING)])
+def test_an_index_that_asks_for_absurd_sizes_is_corrupt(copy: Path, size: int) -> None:
+    name = "zstd-float32/patch"
+    file = shard_file(copy, name, COLUMNS[name], 1)
+    index = index_of(file)
+    data = file.read_bytes()[: -index_bytes(SHARD_ROWS, len(VIEWS))]
+    index[1, 0, 1] = size
+    file.write_bytes(data + encode_index(index))
+    with (
+        CacheReader(copy, [name]) as reader,
+        pytest.raises(CorruptRowError, match="its chunk has another size"),
+    ):
+        read_one(reader, name, 5)
+    (finding,) = verify_cache(copy, [name])
+    assert finding.row == 5
+    assert "an index that points outside its data" in finding.what
+    index[1, 0] = MISSING
+    file.write_bytes(data + encode_index(index))
+    with CacheReader(copy, [name]) as reader, pytest.raises(CorruptRowError, match="its chunk is missing"):
+        read_one(reader, name, 5)
+
+
+def test_damage_without_checksums_is_an_error_or_other_numbers_but_no_crash(copy: Path) -> None:
+    bits = random.Random(0)
+    for name in COMPRESSED:
+        file = shard_file(copy, name, COLUMNS[name], 0)
+        whole = file.read_bytes()
+        offset, size = index_of(file)[1, 0].tolist()
+        for _ in range(20):
+            data = bytearray(whole)
+            bit = bits.randrange(8 * offset, 8 * (offset + size - 4))
+            data[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(data)
+            with CacheReader(copy, [name], check_crc=False) as reader, suppress(CorruptRowError):
+                assert read_one(reader, name, 1).shape == COLUMNS[name].shape
+
+
+WRITE = """
+import sys
+from pathlib import Path
+from repa.data.columns import ColumnSpec
+from repa.data.testing import synthetic_cache
+columns = {
+    "demo/patch": ColumnSpec(shape=(64, 64), dtype="float16", compressor="blosc"),
+    "demo/cls": ColumnSpec(shape=(64,), dtype="float16"),
+    "other/patch": ColumnSpec(shape=(64, 64), dtype="float32", compressor="zstd"),
+}
+synthetic_cache(Path(sys.argv[1]), num_rows=200, shard_rows=8, columns=columns, invalid={7: "cut off"})
+"""
+
+
+def test_kill_9_and_resume_give_the_same_bytes(tmp_path: Path) -> None:
+    def start(path: Path) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", WRITE, str(path)])
+
+    assert start(tmp_path / "whole").wait(timeout=60) == 0
+    path = tmp_path / "cache"
+    committed = 0
+    for wanted in (1, 9, 30):
+        process = start(path)
+        while process.poll() is None and len(list(path.glob("commits/*/*.json"))) < wanted:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        before, committed = committed, len(list(path.glob("commits/*/*.json")))
+        assert before < committed < 50
+        for finding in verify_cache(path):
+            assert "is not committed" in finding.what or finding.path.name.endswith(".partial"), str(finding)
+    assert start(path).wait(timeout=60) == 0
+    assert folder_contents(path) == folder_contents(tmp_path / "whole")
+    assert verify_cache(path) == []
