@@ -26,10 +26,13 @@ from .shard_files import BufferedFiles
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from .descriptors import OpenFile
+
 DIRECT_CHOICES = ("auto", "on", "off")
 
-# rows read to decide, half of them either way
-PROBES = 24
+# groups of rows read to decide, half of them either way, and rows of a group: as many as a batch asks for
+PROBES = 6
+PROBE_ROWS = 16
 
 # blocks of 4 KiB satisfy every disk there is; the kernel tells the exact number only through statx
 _BLOCK = 4096
@@ -52,7 +55,11 @@ class DirectFiles(BufferedFiles):
         self._files = DescriptorCache(limit, flags=os.O_DIRECT)
         self._memory = threading.local()
 
-    def read(self, handle: int, offset: int, chunk: memoryview, checksum: memoryview) -> bool:
+    def try_read(self, handle: OpenFile, offset: int, chunk: memoryview, checksum: memoryview) -> bool:
+        """False: every direct read waits for the disk."""
+        return False
+
+    def read(self, handle: OpenFile, offset: int, chunk: memoryview, checksum: memoryview) -> bool:
         """Read a chunk and the checksum after it; False when the file ends before."""
         stop = offset + len(chunk) + len(checksum)
         start = offset & -_BLOCK
@@ -60,7 +67,7 @@ class DirectFiles(BufferedFiles):
         count = 0
         while start + count < stop:
             # a short read inside the file ends on a block; one that does not is the file's end
-            more = os.preadv(handle, [blocks[count:]], start + count)
+            more = os.preadv(handle.descriptor, [blocks[count:]], start + count)
             if more == 0 or (more % _BLOCK and start + count + more < stop):
                 return False
             count += more
@@ -70,9 +77,9 @@ class DirectFiles(BufferedFiles):
         checksum[:] = found[len(chunk) :].data
         return True
 
-    def tail(self, handle: int, size: int) -> tuple[bytes, int]:
+    def tail(self, handle: OpenFile, size: int) -> tuple[bytes, int]:
         """The last bytes of a file, at most ``size`` of them, and its length."""
-        length = os.fstat(handle).st_size
+        length = os.fstat(handle.descriptor).st_size
         data = bytearray(min(size, length))
         # an empty checksum: the whole tail is the chunk
         if not self.read(handle, length - len(data), memoryview(data), memoryview(bytearray())):
@@ -110,10 +117,10 @@ def fits_in_memory(total_bytes: int) -> bool:
 
 
 def direct_is_faster(read_buffered: Callable[[int], None], read_direct: Callable[[int], None]) -> bool:
-    """Read a few rows either way, in turn, and compare the medians.
+    """Read some groups of rows either way, in turn, and compare the medians.
 
     Args:
-        read_buffered: reads probe number i; every probe is another row.
+        read_buffered: reads group number i; every group is of other rows.
         read_direct: likewise, past the page cache.
     """
     seconds: Sequence[list[float]] = ([], [])

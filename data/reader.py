@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from concurrent.futures import wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,10 +23,18 @@ import numpy as np
 from .column_reader import ColumnReader
 from .columns import LABEL, source_of
 from .commits import survey
-from .direct import DIRECT_CHOICES, PROBES, DirectFiles, direct_is_faster, fits_in_memory, supports_direct
+from .direct import (
+    DIRECT_CHOICES,
+    PROBE_ROWS,
+    PROBES,
+    DirectFiles,
+    direct_is_faster,
+    fits_in_memory,
+    supports_direct,
+)
 from .errors import CacheError, RepaError
 from .remote import REQUESTS, CachePath, RemoteFiles, RemotePath, cache_path
-from .shard_files import BufferedFiles
+from .shard_files import BufferedFiles, open_files_limit
 from .store import open_manifest, read_labels
 
 if TYPE_CHECKING:
@@ -36,6 +44,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .shard_files import ShardFiles
+
+
+# rows of a thread whose bytes are asked for before the first is waited for
+_AT_ONCE = 32
 
 
 class _Target(NamedTuple):
@@ -55,7 +67,8 @@ class CacheReader:
         path: folder of the cache, or its address in a bucket, ``s3://bucket/path``.
         columns: the columns that may be read, without ``label``.
         check_crc: compare every row with its checksum.
-        max_open_files: shard files held open; more only while more threads than this read at once.
+        max_open_files: shard files held open, or as many more as there are threads times columns; by default
+            half of what the process may open, at most 8,192.
         direct: ``on`` reads past the page cache (O_DIRECT), ``off`` through it; ``auto`` decides when the
             first rows are asked for: past it if the columns are larger than half of the free memory, and a
             few rows read either way come faster so. Without effect in a bucket.
@@ -78,7 +91,7 @@ class CacheReader:
         columns: Sequence[str],
         *,
         check_crc: bool = True,
-        max_open_files: int = 128,
+        max_open_files: int | None = None,
         direct: str = "auto",
     ) -> None:
         if direct not in DIRECT_CHOICES:
@@ -86,7 +99,7 @@ class CacheReader:
         self.path = cache_path(path)
         self.columns = tuple(dict.fromkeys(column for column in columns if column != LABEL))
         self.check_crc = check_crc
-        self.max_open_files = max_open_files
+        self.max_open_files = open_files_limit() if max_open_files is None else max_open_files
         self.direct = direct
         self.manifest = open_manifest(self.path)
         self.manifest.require(self.columns, where=str(self.path))
@@ -199,11 +212,12 @@ class CacheReader:
         """Calls that together read a batch, each for consecutive rows of it in the order of the files."""
         self._check_rows(rows, views)
         targets = [self._target(column, len(rows), out) for column in columns if column != LABEL]
-        files = self._opened()
+        files = self._opened(parts)
+        at_once = max(1, min(_AT_ONCE, self.max_open_files // (parts * max(1, len(targets)))))
         order = np.argsort(rows, kind="stable")
         for places in np.array_split(order, max(1, min(parts, len(rows)))):
             part_views = np.zeros(len(places), dtype=np.int64) if views is None else views[places]
-            yield partial(self._read_part, files, rows[places], part_views, places, targets)
+            yield partial(self._read_part, files, rows[places], part_views, places, targets, at_once)
 
     def _read_part(
         self,
@@ -212,33 +226,32 @@ class CacheReader:
         views: NDArray[np.int64],
         places: NDArray[np.intp],
         targets: Sequence[_Target],
+        at_once: int,
     ) -> None:
         """Read ascending rows of all columns into the given places of the targets."""
-        if not len(rows):
-            return
-        shards = rows // self.manifest.shard_rows
-        cuts = np.flatnonzero(np.diff(shards)) + 1
-        starts = [0, *cuts.tolist()]
-        stops = [*cuts.tolist(), len(rows)]
-        for target in targets:
-            for start, stop in zip(starts, stops, strict=True):
-                run = slice(start, stop)
-                target.reader.read(
-                    files, int(shards[start]), rows[run], views[run], target.memory, places[run]
-                )
+        for start in range(0, len(rows), at_once):
+            piece = slice(start, start + at_once)
+            reads = [
+                target.reader.start(files, rows[piece], views[piece], target.memory, places[piece])
+                for target in targets
+            ]
+            for read in reads:
+                read.take_ready()
+            for read in reads:
+                read.wait()
         with self._lock:
             for target in targets:
-                self._bytes_read[target.column] += target.reader.spec.row_bytes * len(rows)
+                self._bytes_read[target.column] += target.reader.row_bytes * len(rows)
 
-    def _opened(self) -> ShardFiles:
-        """Where the bytes come from; chosen the first time."""
+    def _opened(self, threads: int) -> ShardFiles:
+        """Where the bytes come from; chosen the first time, for so many threads."""
         if self._files is None:
             with self._lock:
                 if self._files is None:
-                    self._files = self._choose()
+                    self._files = self._choose(threads)
         return self._files
 
-    def _choose(self) -> ShardFiles:
+    def _choose(self, threads: int) -> ShardFiles:
         if isinstance(self.path, RemotePath):
             return RemoteFiles(self.path.bucket)
         buffered = BufferedFiles(self.max_open_files)
@@ -257,14 +270,15 @@ class CacheReader:
         if not supported or fits_in_memory(sum(self._column_bytes.values())):
             return buffered
         # other rows every time: those of the last time may be in the page cache
-        rows = np.random.default_rng().choice(self.valid_rows, PROBES)
+        rows = np.random.default_rng().choice(self.valid_rows, (PROBES, PROBE_ROWS))
         try:
-            for row in rows:
-                reader.load_index(buffered, int(row))
-            faster = direct_is_faster(
-                lambda number: reader.probe(buffered, int(rows[number])),
-                lambda number: reader.probe(direct, int(rows[number])),
-            )
+            for row in rows.ravel().tolist():
+                reader.load_index(buffered, row)
+            with ThreadPoolExecutor(threads) as pool:
+                faster = direct_is_faster(
+                    lambda number: _probe(reader, buffered, rows[number], pool, threads),
+                    lambda number: _probe(reader, direct, rows[number], pool, threads),
+                )
         except (CacheError, OSError):
             # whoever asks for that row is told what is wrong with it
             return buffered
@@ -316,6 +330,21 @@ class CacheReader:
         self._lock = threading.Lock()
         if self._files is not None:
             self._files.after_fork()
+
+
+def _probe(
+    reader: ColumnReader, files: ShardFiles, rows: NDArray[np.int64], pool: Executor, threads: int
+) -> None:
+    """Read rows of the first view to nowhere, a part a thread."""
+
+    def read(part: NDArray[np.int64]) -> None:
+        places = np.arange(len(part))
+        memory = memoryview(bytearray(len(part) * reader.row_bytes))
+        reads = reader.start(files, part, np.zeros_like(part), memory, places)
+        reads.take_ready()
+        reads.wait()
+
+    list(pool.map(read, np.array_split(rows, min(threads, len(rows)))))
 
 
 _READERS: weakref.WeakSet[CacheReader] = weakref.WeakSet()

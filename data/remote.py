@@ -13,7 +13,7 @@ import errno
 import os
 import re
 import threading
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -187,9 +187,13 @@ class RemoteFiles:
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
 
-    def open(self, path: str) -> AbstractContextManager[str]:
+    def open(self, path: str) -> str:
         """The object's name within the prefix."""
-        return nullcontext(path.removeprefix(f"{self._bucket.url}/"))
+        return path.removeprefix(f"{self._bucket.url}/")
+
+    def try_read(self, handle: str, offset: int, chunk: memoryview, checksum: memoryview) -> bool:
+        """False: every request waits for its answer."""
+        return False
 
     def read(self, handle: str, offset: int, chunk: memoryview, checksum: memoryview) -> bool:
         """Read a chunk and the checksum after it; False when the object ends before."""

@@ -6,23 +6,48 @@ objects of a bucket. Threads share them.
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .descriptors import DescriptorCache
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
+    from .descriptors import OpenFile
+
+# of a file system, of a kernel without the flag
+_CANNOT_TRY = (errno.EOPNOTSUPP, errno.EINVAL)
+
+
+_MOST_OPEN = 8192
+
+
+def open_files_limit() -> int:
+    """How many files to hold open: half of what this process may, at least 64."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _MOST_OPEN if soft == resource.RLIM_INFINITY else max(64, min(_MOST_OPEN, soft // 2))
 
 
 class ShardFiles(Protocol):
-    """Files that can be read at any place; what `open` gives is known to `read` and `tail` alone."""
+    """Files that can be read at any place; what `open` gives is known to the other methods alone."""
 
-    def open(self, path: str) -> AbstractContextManager[Any]:
-        """A file, open for as long as the context lasts.
+    def open(self, path: str) -> Any:
+        """A file, open as long as what is returned is kept.
 
         Raises:
-            OSError: it cannot be opened.
+            OSError: it cannot be opened; its ``filename`` is the path.
+        """
+        ...
+
+    def try_read(self, handle: Any, offset: int, chunk: memoryview, checksum: memoryview) -> bool:
+        """Read a chunk and the checksum after it if that means no waiting.
+
+        Returns:
+            Whether they were read. If not, their way into memory has begun where the kernel can do that.
+
+        Raises:
+            OSError: it cannot be read.
         """
         ...
 
@@ -54,37 +79,58 @@ class ShardFiles(Protocol):
 class BufferedFiles:
     """Local files through the page cache, straight into the caller's memory.
 
+    A row that is not in the page cache is not waited for while others can be asked for: one thread keeps a
+    disk busy.
+
     Args:
         limit: files kept open; more are open only while more are in use at once.
     """
 
     def __init__(self, limit: int) -> None:
         self._files = DescriptorCache(limit)
+        self._can_try = hasattr(os, "RWF_NOWAIT")
 
     def __len__(self) -> int:
         return len(self._files)
 
-    def open(self, path: str) -> AbstractContextManager[int]:
-        """The file's descriptor, open for as long as the context lasts."""
+    def open(self, path: str) -> OpenFile:
+        """The file, open as long as it is kept."""
         return self._files.open(path)
 
-    def read(self, handle: int, offset: int, chunk: memoryview, checksum: memoryview) -> bool:
+    def try_read(self, handle: OpenFile, offset: int, chunk: memoryview, checksum: memoryview) -> bool:
+        """Read a chunk and the checksum after it if they are in memory; else ask the kernel for them."""
+        if not self._can_try:
+            return False
+        total = len(chunk) + len(checksum)
+        try:
+            if os.preadv(handle.descriptor, [chunk, checksum], offset, os.RWF_NOWAIT) == total:
+                return True
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if error.errno not in _CANNOT_TRY:
+                raise
+            self._can_try = False
+        os.posix_fadvise(handle.descriptor, offset, total, os.POSIX_FADV_WILLNEED)
+        return False
+
+    def read(self, handle: OpenFile, offset: int, chunk: memoryview, checksum: memoryview) -> bool:
         """Read a chunk and the checksum after it; False when the file ends before."""
         total = len(chunk) + len(checksum)
-        count = os.preadv(handle, [chunk, checksum], offset)
+        count = os.preadv(handle.descriptor, [chunk, checksum], offset)
         while count < total:
             # rare: a signal or a network file system cut the read short
             rest = [chunk[count:], checksum] if count < len(chunk) else [checksum[count - len(chunk) :]]
-            more = os.preadv(handle, rest, offset + count)
+            more = os.preadv(handle.descriptor, rest, offset + count)
             if more == 0:
                 return False
             count += more
         return True
 
-    def tail(self, handle: int, size: int) -> tuple[bytes, int]:
+    def tail(self, handle: OpenFile, size: int) -> tuple[bytes, int]:
         """The last bytes of a file, at most ``size`` of them, and its length."""
-        length = os.fstat(handle).st_size
-        return os.pread(handle, size, max(length - size, 0)), length
+        length = os.fstat(handle.descriptor).st_size
+        return os.pread(handle.descriptor, size, max(length - size, 0)), length
 
     def close(self) -> None:
         """Close every file that is not in use; reading opens them again."""

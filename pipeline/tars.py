@@ -112,8 +112,9 @@ class TarImages:
     def load(self, index: int, /) -> Image.Image:
         """Image of row ``index`` as RGB; see `ImageSource.load`."""
         tar, size = self._tars[self._tar[index]], int(self._size[index])
-        with os_errors("read", Path(tar)), self._files.open(tar) as descriptor:
-            content = _read(descriptor, size, int(self._offset[index]))
+        with os_errors("read", Path(tar)):
+            file = self._files.open(tar)
+            content = _read(file.descriptor, size, int(self._offset[index]))
         if len(content) < size:
             raise RepaError(
                 f"image {self.keys[index]} is cut off in {tar}, which has changed since it was indexed; "

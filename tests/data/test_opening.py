@@ -47,7 +47,7 @@ with CacheReader(sys.argv[1], ["sd-vae/moments", "dinov2-b/patch"]) as reader:
     # the index of every shard, and no row: what a run keeps of them after an epoch
     for column in reader._readers.values():
         for shard in range(reader.manifest.num_shards):
-            column.load_index(reader._opened(), shard * reader.manifest.shard_rows)
+            column.load_index(reader._opened(1), shard * reader.manifest.shard_rows)
     chunks = [each for column in reader._readers.values() for each in column._chunks.values()]
     kept = sum(each.offsets is not None for each in chunks)
     print(json.dumps({

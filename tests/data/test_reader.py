@@ -125,7 +125,7 @@ def test_many_threads_share_few_descriptors(cache: Path) -> None:
         out = buffers(40)
         reader.read_rows(rows, list(COLUMNS), out)
         check(out, rows)
-        assert len(reader._files) <= 8 + 1
+        assert len(reader._files) == 1
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(read, range(48)))
@@ -149,22 +149,26 @@ def test_descriptors_are_bounded_and_closed(cache: Path) -> None:
     assert open_descriptors(cache) == 0
 
 
-def test_least_recently_used_file_is_closed(tmp_path: Path) -> None:
+def test_the_file_opened_first_is_closed(tmp_path: Path) -> None:
     paths = [str(tmp_path / name) for name in "abc"]
     for path in paths:
         (tmp_path / path).write_text(path)
     files = DescriptorCache(2)
     for path in (paths[0], paths[1], paths[0], paths[2]):
-        with files.open(path) as descriptor:
-            assert os.pread(descriptor, 999, 0).decode() == path
-    assert list(files._files) == [paths[0], paths[2]]
+        assert os.pread(files.open(path).descriptor, 999, 0).decode() == path
+    assert list(files._files) == [paths[1], paths[2]]
+    assert open_descriptors(tmp_path) == 2
     # all in use: none may be closed, whatever the limit
-    with files.open(paths[0]) as first, files.open(paths[1]) as second, files.open(paths[2]) as third:
-        assert len({first, second, third}) == 3
-        assert [os.pread(each, 999, 0).decode() for each in (first, second, third)] == paths
-    assert len(files) == 2
-    with pytest.raises(FileNotFoundError), files.open(str(tmp_path / "absent")):
-        pass
+    used = [files.open(path) for path in paths]
+    assert [os.pread(each.descriptor, 999, 0).decode() for each in used] == paths
+    assert (len(files), open_descriptors(tmp_path)) == (2, 3)
+    files.close()
+    assert (len(files), open_descriptors(tmp_path)) == (0, 3)
+    del used
+    assert open_descriptors(tmp_path) == 0
+    with pytest.raises(FileNotFoundError) as caught:
+        files.open(str(tmp_path / "absent"))
+    assert caught.value.filename == str(tmp_path / "absent")
     with pytest.raises(ValueError, match="at least 1"):
         DescriptorCache(0)
 
@@ -335,7 +339,7 @@ def test_index_that_gives_a_row_no_place_is_named(
 def test_short_reads_are_continued(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = os.preadv
 
-    def short(descriptor: int, targets: list[memoryview], offset: int) -> int:
+    def short(descriptor: int, targets: list[memoryview], offset: int, flags: int = 0) -> int:
         # at most 7 bytes a call, into the first target that has room
         return whole(descriptor, [next(each for each in targets if len(each))[:7]], offset)
 
