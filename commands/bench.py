@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-PARTS = ("loader", "preprocess", "train")
+PARTS = ("loader", "writer", "preprocess", "train")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class BenchSettings:
         resolution: side in pixels of the images.
         batch_size: images of a training step and of a preprocessing batch.
         images: images that preprocess encodes in a round.
-        rows: rows of the cache that the loader reads.
+        rows: rows of the cache that is read or written.
         steps: training steps of a round.
         rounds: rounds; every figure is the median over them.
     """
@@ -122,12 +122,16 @@ def bench(
     from .bench_loader import bench_loader
     from .bench_preprocess import bench_preprocess
     from .bench_train import bench_train
+    from .bench_writer import bench_writer
 
+    if folder is not None and not folder.is_dir():
+        raise RepaError(f"--folder {folder} is no folder; make it first")
     console = console or Console()
     console.print(describe_machine(), highlight=False)
     results: dict[str, list[Measured]] = {}
     jobs: dict[str, Callable[[BenchSettings, Path], Iterable[tuple[str, str, list[Measured]]]]] = {
         "loader": bench_loader,
+        "writer": bench_writer,
         "preprocess": lambda *given: [bench_preprocess(*given)],
         "train": lambda *given: [bench_train(*given)],
     }

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from .bench import BenchSettings
 
 BATCH_SIZE = 64
+# few: a batch of a large image set, too, is of as many shards as it has rows
+SHARD_ROWS = 32
 THREADS = (1, 2, 4)
 PATCH = "dinov2-b/patch"
 _LATENT = {MOMENTS: ColumnSpec(shape=(8, 32, 32), dtype="float32")}
@@ -79,7 +81,7 @@ class _Bench:
         self.row_bytes = sum(spec.row_bytes for spec in columns.values())
         self._columns = columns
         self._cache = room / "cache"
-        manifest = synthetic_cache(self._cache, num_rows=rows, columns=columns, shard_rows=1024)
+        manifest = synthetic_cache(self._cache, num_rows=rows, columns=columns, shard_rows=SHARD_ROWS)
         self._shards = [
             shard_file(self._cache, column, spec, shard)
             for column, spec in columns.items()

@@ -96,6 +96,7 @@ def synthetic_cache(
     resolution: int = 32,
     random_weights: bool = False,
     notes: Mapping[str, Mapping[str, Any]] = _NO_NOTES,
+    written: bool = True,
 ) -> Manifest:
     """Write a complete cache of deterministic values, or add the columns that an earlier call did not.
 
@@ -112,6 +113,7 @@ def synthetic_cache(
         resolution: side in pixels of the images there never were.
         random_weights: what the provenance says of the weights.
         notes: source → notes of its provenance, over those of `synthetic_provenance`.
+        written: whether to write the rows; if not, the columns are declared and no shard is there.
 
     Returns:
         The manifest, as on disk.
@@ -148,7 +150,8 @@ def synthetic_cache(
             notes=notes.get(source),
         )
         manifest = ensure_source(path, source, provenance, specs)
-        _write_source(path, manifest, source, seed, invalid)
+        if written:
+            _write_source(path, manifest, source, seed, invalid)
     return manifest
 
 

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 _writing: set[str] = set()
 _writing_guard = threading.Lock()
 
+# bytes of a file after which the disk is set to work on them, so that the last sync has little left to do
+_FLUSH_BYTES = 8 << 20
+_CAN_FLUSH = hasattr(os, "posix_fadvise")
+
 
 class SourceWriter:
     """The one writer of some shards of a source: a context manager that holds their locks.
@@ -247,11 +251,13 @@ class _ColumnFile:
     def __init__(self, place: Path, spec: ColumnSpec, first_row: int, shard_rows: int, views: int) -> None:
         self.place = place
         self.partial = partial_path(place)
-        self._spec = spec
+        self._shape = (views, *spec.shape)
+        self._dtype = spec.numpy_dtype
         self._codec = chunk_codec(spec)
         self._first_row = first_row
         self._next_row = first_row
         self._offset = 0
+        self._flushed = 0
         self._index = np.full((shard_rows, views, 2), MISSING, dtype=np.uint64)
         self._checksums = np.zeros((shard_rows, views), dtype="<u4")
         make_folder(place.parent)
@@ -263,11 +269,9 @@ class _ColumnFile:
         return bool(self._index[row - self._first_row, 0, 0] != MISSING)
 
     def append(self, row: int, array: NDArray[np.generic]) -> None:
-        expected = (self._index.shape[1], *self._spec.shape)
-        if array.shape != expected or array.dtype != self._spec.numpy_dtype:
+        if array.shape != self._shape or array.dtype != self._dtype:
             raise ValueError(
-                f"row {row} is {array.dtype}{list(array.shape)}, "
-                f"its column {self._spec.dtype}{list(expected)}"
+                f"row {row} is {array.dtype}{list(array.shape)}, its column {self._dtype}{list(self._shape)}"
             )
         if row < self._next_row:
             raise ValueError(
@@ -281,8 +285,13 @@ class _ColumnFile:
             self._index[row - self._first_row, view] = (self._offset, len(data) + CHECKSUM_BYTES)
             self._checksums[row - self._first_row, view] = checksum
             self._offset += len(data) + CHECKSUM_BYTES
-        self._write(parts)
+        descriptor = self._write(parts)
         self._next_row = row + 1
+        if _CAN_FLUSH and self._offset - self._flushed >= _FLUSH_BYTES:
+            # Linux begins to write dirty pages that are said not to be needed, and keeps them
+            length = self._offset - self._flushed
+            os.posix_fadvise(descriptor, self._flushed, length, os.POSIX_FADV_DONTNEED)
+            self._flushed = self._offset
 
     def _stored_bytes(self, values: NDArray[np.generic]) -> memoryview | bytes:
         if self._codec is not None:
@@ -315,7 +324,7 @@ class _ColumnFile:
             raise ValueError(f"{self.place} has been finished, or a write to it has failed")
         try:
             written = os.writev(self._descriptor, parts)
-            if written < sum(len(part) for part in parts):
+            if written < sum(map(len, parts)):
                 # a disk that fills up takes a part before it refuses the rest
                 rest = memoryview(b"".join(parts))[written:]
                 while rest:

@@ -7,7 +7,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from repa.commands.bench import BenchSettings, Measured, bench, interleaved
+from repa.commands.bench import PARTS, BenchSettings, Measured, bench, interleaved
 from repa.data.errors import RepaError
 from rich.console import Console
 
@@ -39,7 +39,7 @@ def test_every_part_runs(tmp_path: Path) -> None:
     # per form: warm 7 lines of ours and the limit, cold 8; and zarr, perhaps tensorstore, in each
     others = 4 * (1 + (find_spec("tensorstore") is not None)) - 2
     results = bench((), settings, folder=tmp_path, console=Console(file=text, width=160))
-    assert [len(results[part]) for part in ("loader", "preprocess", "train")] == [32 + others, 4, 8]
+    assert [len(results[part]) for part in PARTS] == [32 + others, 6, 4, 8]
     for lines in results.values():
         assert lines[0].ratio(lines[0]) == 1.0
         assert all(rate > 0 for line in lines for rate in line.rates)
@@ -60,7 +60,9 @@ def test_a_model_that_does_not_fit_the_teacher_is_refused(tmp_path: Path) -> Non
 
 
 def test_unknown_parts_and_sizes_are_refused() -> None:
-    with pytest.raises(RepaError, match="no part sampler; the parts are loader, preprocess, train"):
+    with pytest.raises(RepaError, match="no part sampler; the parts are loader, writer, preprocess, train"):
         bench(["sampler"], BenchSettings())
     with pytest.raises(RepaError, match="--rounds 0"):
         BenchSettings(rounds=0)
+    with pytest.raises(RepaError, match="--folder /not/there is no folder"):
+        bench(["loader"], BenchSettings(), folder=Path("/not/there"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
+from repa.data import writer
 from repa.data.columns import MOMENTS, ColumnSpec
 from repa.data.errors import CacheError
 from repa.data.info import cache_info
@@ -135,6 +137,28 @@ def test_shard_file_holds_rows_one_after_the_other(tmp_path: Path) -> None:
         stored = data[position * size : position * size + spec.row_bytes]
         assert stored == expected_row("demo/cls", row, spec).tobytes()
     assert len(data) == 3 * size + 4 * 16 + 4
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs posix_fadvise")
+def test_the_disk_is_set_to_work_while_a_shard_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synthetic_cache(tmp_path / "whole", num_rows=20, shard_rows=20)
+    flushed: list[tuple[int, int]] = []
+
+    def fadvise(descriptor: int, start: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_DONTNEED
+        assert os.fstat(descriptor).st_size == start + length
+        flushed.append((start, length))
+
+    monkeypatch.setattr(os, "posix_fadvise", fadvise)
+    monkeypatch.setattr(writer, "_FLUSH_BYTES", 1500)
+    columns = {MOMENTS: SYNTHETIC_COLUMNS[MOMENTS]}
+    synthetic_cache(tmp_path / "flushed", num_rows=20, shard_rows=20, columns=columns)
+    # 512 + 4 bytes a row: every third row
+    assert flushed == [(each, 1548) for each in range(0, 6 * 1548, 1548)]
+    synthetic_cache(tmp_path / "flushed", num_rows=20, shard_rows=20)
+    assert folder_contents(tmp_path / "flushed") == folder_contents(tmp_path / "whole")
 
 
 def test_rows_of_zeros_are_stored_and_kept_apart_from_missing_ones(tmp_path: Path) -> None:
