@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from attention_forms import teacher_features, write_forms
 from PIL import Image
 from repa.commands.preprocess import PreprocessFlags, preprocess
 from rich.console import Console
@@ -14,6 +15,8 @@ from rich.console import Console
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    import torch
 
 SIDE = 16
 CLASSES, EACH = 3, 4
@@ -57,6 +60,18 @@ def complete_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = flags_for(draw_pictures(folder / "pictures"), folder / "cache")
     preprocess(flags, console=Console(file=io.StringIO()))
     return folder / "cache"
+
+
+@pytest.fixture(scope="session")
+def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One cache of the demo's images in each form of attention and tokens; copy it before changing it."""
+    return write_forms(tmp_path_factory.mktemp("forms"))
+
+
+@pytest.fixture(scope="session")
+def teacher() -> dict[str, torch.Tensor]:
+    """What the demo's teacher says of the images of `forms`, in float32."""
+    return teacher_features()
 
 
 @pytest.fixture
