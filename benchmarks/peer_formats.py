@@ -106,32 +106,18 @@ def read_plain(folder: Path, count: int) -> Iterator[Pair]:
 
 def write_cache(folder: Path, count: int) -> None:
     """A cache of repa."""
-    from repa.data.columns import MOMENTS, ColumnSpec, source_of
-    from repa.data.schema import Manifest
-    from repa.data.store import SourceWriter, create_cache, ensure_source, keys_sha256
-    from repa.data.testing import synthetic_provenance
+    from repa.data.columns import MOMENTS, ColumnSpec
+    from repa.data.store import SourceWriter
+    from repa.data.testing import synthetic_cache
 
-    keys = [f"{row}.jpg" for row in range(count)]
-    manifest = Manifest(
-        num_rows=count,
-        resolution=256,
-        crop="adm-center",
-        exif_orientation="ignored",
-        source_kind="synthetic",
-        source_fingerprint="sha256:",
-        keys_sha256=keys_sha256(keys),
-        class_names=("all",),
-    )
-    create_cache(folder / "cache", manifest, keys, np.zeros(count, dtype=np.int32))
     columns = {
         MOMENTS: ColumnSpec(shape=LATENT[0], dtype="float32"),
         "dinov2-b/patch": ColumnSpec(shape=TOKENS[0], dtype="float16"),
     }
-    for part, (column, spec) in enumerate(columns.items()):
-        source = source_of(column)
-        provenance = synthetic_provenance(source, {column: spec})
-        manifest = ensure_source(folder / "cache", source, provenance, {column: spec})
-        with SourceWriter(folder / "cache", manifest, source, range(manifest.num_shards)) as writer:
+    cache = folder / "cache"
+    manifest = synthetic_cache(cache, num_rows=count, columns=columns, shard_rows=1024, written=False)
+    for part, (column, source) in enumerate(zip(columns, manifest.sources, strict=True)):
+        with SourceWriter(cache, manifest, source, range(manifest.num_shards)) as writer:
             for number in writer.remaining:
                 with writer.shard(number) as shard:
                     for row in shard.rows:

@@ -25,7 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from peer_formats import BATCH_SIZE, FEW, PEERS, ROW_BYTES, check
+from peer_formats import BATCH_SIZE, FEW, PEERS, ROW_BYTES, WORKERS, check
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -116,7 +116,7 @@ def run(root: Path, rows: int, rounds: int, names: Sequence[str], *, cold: bool)
 
 
 def show(found: Mapping[str, list[Round]]) -> None:
-    """Print a Markdown table of medians; ratios are of medians to the first line's."""
+    """Print a Markdown table of medians, whose ratios are to the first line's, and CPU time against workers."""
     limit = statistics.median(each.rate for each in next(iter(found.values())))
     print("| | rows/s | GB/s | CPU s / 1,000 rows | of the first line |")
     print("|---|---|---|---|---|")
@@ -127,6 +127,18 @@ def show(found: Mapping[str, list[Round]]) -> None:
         rate = statistics.median(each.rate for each in measured)
         cpu = statistics.median(each.cpu_per_1000 for each in measured)
         print(f"| {name} | {rate:,.0f} | {rate * ROW_BYTES / 1e9:.2f} | {cpu:.3f} | {rate / limit:.3f} |")
+    costs = {
+        name: statistics.median(each.cpu_per_1000 for each in measured)
+        for name, measured in found.items()
+        if measured
+    }
+    peers = [name for name in costs if name.endswith(f"{WORKERS} workers")]
+    if peers:
+        best = min(peers, key=lambda name: costs[name])
+        print(f"\nRows per CPU second against the best of DataLoader's workers ({best}):")
+        for name in costs:
+            if name.startswith("repa"):
+                print(f"{name}: {costs[best] / costs[name]:.1f} times")
 
 
 def main() -> None:
