@@ -116,7 +116,7 @@ def run(root: Path, rows: int, rounds: int, names: Sequence[str], *, cold: bool)
 
 
 def show(found: Mapping[str, list[Round]]) -> None:
-    """Print a Markdown table of medians, whose ratios are to the first line's, and CPU time against workers."""
+    """Print a Markdown table of medians, ratios to the first line's, and CPU time against workers'."""
     limit = statistics.median(each.rate for each in next(iter(found.values())))
     print("| | rows/s | GB/s | CPU s / 1,000 rows | of the first line |")
     print("|---|---|---|---|---|")
@@ -136,9 +136,9 @@ def show(found: Mapping[str, list[Round]]) -> None:
     if peers:
         best = min(peers, key=lambda name: costs[name])
         print(f"\nRows per CPU second against the best of DataLoader's workers ({best}):")
-        for name in costs:
+        for name, cost in costs.items():
             if name.startswith("repa"):
-                print(f"{name}: {costs[best] / costs[name]:.1f} times")
+                print(f"{name}: {costs[best] / cost:.1f} times")
 
 
 def main() -> None:
