@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..data.columns import AUTOENCODER
 from ..data.errors import RepaError
 from .preprocess import EncodingFlags, make_config
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
     from rich.console import Console
 
     from ..data.disk import DiskSpeed
@@ -20,6 +26,7 @@ if TYPE_CHECKING:
     from ..pipeline.plan import Plan
 
 _STEPS = 3
+_STEP_SECONDS = 5.0  # of a timed step on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,33 +46,51 @@ class PlanFlags(EncodingFlags):
 class BreakEven:
     """When a cache has paid for itself against calling the teachers in every step.
 
-    The latents are read from a cache either way, so only the teachers count. Encoded once, they take
-    ``live_seconds`` for each of the N images of the set, and a training image then only its reading;
-    live, they take ``live_seconds`` for each training image:
-    images = N · live / (live − read).
+    The latents are read from a cache either way, so only the teachers count. Live, a training image takes
+    its step and the teachers; from the cache its step or its reading, which goes on beside it, whichever is
+    longer. Before that each of the N images of the set was encoded:
+    images = N · encode / (step + live − max(step, read)).
 
     Attributes:
-        live_seconds: of the teachers, decoding included, for an image.
+        encode_seconds: of the teachers and of writing what they give, for an image of the set.
+        live_seconds: of the teachers, decoding included, for a training image.
         read_seconds: of reading a training image's rows from the disk, page cache cold.
+        step_seconds: of the training itself, for an image; 0 where it is not known.
         images: training images after which the cache is ahead; None: never.
     """
 
+    encode_seconds: float
     live_seconds: float
     read_seconds: float
+    step_seconds: float
     images: float | None
 
 
-def break_even(count: int, *, live_seconds: float, read_seconds: float) -> BreakEven:
+def break_even(
+    count: int,
+    *,
+    encode_seconds: float,
+    live_seconds: float,
+    read_seconds: float,
+    step_seconds: float = 0.0,
+) -> BreakEven:
     """See `BreakEven`.
 
     Args:
         count: N, images of the set.
-        live_seconds: of the teachers for an image.
-        read_seconds: of reading an image's rows.
+        encode_seconds: of the teachers and of writing, for an image of the set.
+        live_seconds: of the teachers for a training image.
+        read_seconds: of reading its rows.
+        step_seconds: of training on it.
     """
-    saved = live_seconds - read_seconds
-    images = count * live_seconds / saved if saved > 0 else None
-    return BreakEven(live_seconds=live_seconds, read_seconds=read_seconds, images=images)
+    saved = step_seconds + live_seconds - max(step_seconds, read_seconds)
+    return BreakEven(
+        encode_seconds=encode_seconds,
+        live_seconds=live_seconds,
+        read_seconds=read_seconds,
+        step_seconds=step_seconds,
+        images=count * encode_seconds / saved if saved > 0 else None,
+    )
 
 
 def plan(flags: PlanFlags, *, console: Console | None = None) -> None:
@@ -108,14 +133,20 @@ def plan(flags: PlanFlags, *, console: Console | None = None) -> None:
             f"disk    {human_bytes(disk.bytes)} in {folder}: written at {human_bytes(disk.write)}/s, read in "
             f"random rows, dropped from the page cache, at {human_bytes(disk.read)}/s",
         )
-    speed = measure_encoding(found)
+    with _busy("measuring the models", console):
+        speed = measure_encoding(found)
     _say_encoding(found, speed, disk, console)
     rate, how = flags.images_per_second, "given"
     if rate is None and flags.model is not None:
-        rate = _training_rate(found, flags.model, flags.train_batch_size)
-        how = f"measured, plain {flags.model}"
+        with _busy(f"measuring steps of {flags.model}", console):
+            rate, how = _training_rate(found, flags.model, flags.train_batch_size)
     say(console, f"train   {_reading(row_bytes, rate, how, disk)}")
-    _say_break_even(found, speed, disk, row_bytes, console)
+    _say_break_even(found, speed, disk, rate, console)
+
+
+def _busy(doing: str, console: Console) -> AbstractContextManager[object]:
+    """What is being done, on a terminal, until it is."""
+    return console.status(doing) if console.is_terminal else nullcontext()
 
 
 def training_bytes(plan: Plan) -> int:
@@ -132,8 +163,8 @@ def _say_encoding(plan: Plan, speed: EncodingSpeed, disk: DiskSpeed | None, cons
     from ..data.units import human_rate, human_seconds
     from ..pipeline.summary import say
 
-    parts = [f"{name} {1000 * seconds:.3g} ms" for name, seconds in speed.model_seconds.items()]
-    parts.append(f"decoding {1000 * speed.decode_seconds:.3g} ms")
+    parts = [f"{name} {_short(seconds)}" for name, seconds in speed.model_seconds.items()]
+    parts.append(f"decoding {_short(speed.decode_seconds)}")
     devices = f" on {speed.devices} devices" if speed.devices > 1 else ""
     say(
         console,
@@ -144,7 +175,10 @@ def _say_encoding(plan: Plan, speed: EncodingSpeed, disk: DiskSpeed | None, cons
     if disk is not None and plan.bytes / disk.write > seconds:
         say(console, f"time    {human_seconds(plan.bytes / disk.write)}: the disk is slower than the models")
     elif plan.rows:
-        say(console, f"time    {human_seconds(seconds)} for {plan.rows} images")
+        load = human_seconds(speed.load_seconds)
+        say(
+            console, f"time    {human_seconds(seconds)} for {plan.rows} images, and {load} to load the models"
+        )
     else:
         say(console, "time    none: every column is there")
 
@@ -162,14 +196,14 @@ def _reading(row_bytes: int, rate: float | None, how: str, disk: DiskSpeed | Non
         )
     needed = rate * row_bytes
     ratio = disk.read / needed
-    verdict = f"this disk gives {ratio:.3g} times that"
+    verdict = f"this disk gives {_figure(ratio)} times that"
     if ratio < 1:
         verdict = f"this disk gives {ratio:.0%} of it: take a faster one, or a cache that fits into memory"
     return f"{each}: {human_rate(rate)} ({how}) need {human_bytes(needed)}/s; {verdict}"
 
 
 def _say_break_even(
-    plan: Plan, speed: EncodingSpeed, disk: DiskSpeed | None, row_bytes: int, console: Console
+    plan: Plan, speed: EncodingSpeed, disk: DiskSpeed | None, rate: float | None, console: Console
 ) -> None:
     from ..pipeline.estimate import live_models
     from ..pipeline.summary import say
@@ -178,21 +212,56 @@ def _say_break_even(
     if not teachers or disk is None:
         return
     count = len(plan.images)
-    found = break_even(count, live_seconds=speed.seconds_of(teachers), read_seconds=row_bytes / disk.read)
-    names = ", ".join(teachers)
-    each = f"{1000 * found.live_seconds:.3g} ms live, {1000 * found.read_seconds:.3g} ms read"
+    live = speed.seconds_of(teachers) / speed.devices
+    found = break_even(
+        count,
+        encode_seconds=max(live, _teacher_bytes(plan) / disk.write),
+        live_seconds=live,
+        read_seconds=training_bytes(plan) / disk.read,
+        step_seconds=1 / rate if rate is not None else 0.0,
+    )
     if found.images is None:
-        say(console, f"pays    never: an image of {names} takes {each}", style="yellow")
-        return
+        say(console, "pays    never", style="yellow")
+    else:
+        passes = found.images / count
+        say(
+            console,
+            f"pays    for itself after {found.images:,.0f} training images, {passes:.2f} passes over the set",
+        )
+    beside = f"beside a step of {_short(found.step_seconds)}" if rate else "which no known step hides"
     say(
         console,
-        f"pays    for itself after {found.images:,.0f} training images, {found.images / count:.2f} passes "
-        f"over the set: an image of {names} takes {each}",
+        f"        {', '.join(teachers)}: {_short(found.live_seconds)} of every training image live, decoding "
+        f"included, or {_short(found.encode_seconds)} of each image of the set once; rows are read in "
+        f"{_short(found.read_seconds)}, {beside}; latents come from the cache either way",
     )
 
 
-def _training_rate(plan: Plan, model: str, batch_size: int) -> float:
-    """Images a second of steps of plain SiT, forward, backward and AdamW: no method can be faster."""
+def _short(seconds: float) -> str:
+    return f"{_figure(1000 * seconds)} ms" if seconds < 1 else f"{_figure(seconds)} s"
+
+
+def _figure(value: float) -> str:
+    """Three figures, or all of a larger one: no exponents."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _teacher_bytes(plan: Plan) -> int:
+    """Bytes that the teachers' columns take of an image."""
+    return sum(
+        spec.row_bytes
+        for source in plan.sources
+        if source.source != AUTOENCODER
+        for spec in source.columns.values()
+    )
+
+
+def _training_rate(plan: Plan, model: str, batch_size: int) -> tuple[float, str]:
+    """Images a second of steps of plain SiT, forward, backward and AdamW, and how they were measured.
+
+    No method can be faster. A CPU computes an image after the other: where a step would take long, a part of
+    its images is timed, and the optimizer by itself.
+    """
     import torch
 
     from ..data.columns import MOMENTS
@@ -211,21 +280,38 @@ def _training_rate(plan: Plan, model: str, batch_size: int) -> float:
     )
     backbone = SiT(settings).to(device)
     optimizer = torch.optim.AdamW(backbone.parameters())
-    latent = torch.randn((batch_size, shape[0] // 2, *shape[1:]), device=device)
-    times = torch.rand(batch_size, device=device)
-    labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-            velocity = backbone(latent, times, labels).velocity
-        (velocity.float() - latent).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def timed(work: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        work()
         if cuda:
             torch.cuda.synchronize()
+        return time.perf_counter() - started
 
-    step()
-    started = time.perf_counter()
-    for _ in range(_STEPS):
-        step()
-    return _STEPS * batch_size / (time.perf_counter() - started)
+    def differentiate(images: int) -> None:
+        latent = torch.randn((images, shape[0] // 2, *shape[1:]), device=device)
+        labels = torch.zeros(images, dtype=torch.int64, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+            velocity = backbone(latent, torch.rand(images, device=device), labels).velocity
+        (velocity.float() - latent).square().mean().backward()
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    size = batch_size if cuda else 1
+    differentiate(size)
+    update()
+    if not cuda:
+        size = max(1, min(batch_size, int(_STEP_SECONDS / timed(lambda: differentiate(1)))))
+    computed, updated = (
+        median(each)
+        for each in zip(
+            *((timed(lambda: differentiate(size)), timed(update)) for _ in range(_STEPS)), strict=True
+        )
+    )
+    devices = plan.config.devices if cuda else 1
+    how = f"measured, plain {model}, batch {batch_size}"
+    how += f", {size} of its images timed" if size < batch_size else ""
+    how += f", times {devices} devices" if devices > 1 else ""
+    return devices * batch_size / (computed * batch_size / size + updated), how

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from .writing import Pending
 
 _DECODED = 8  # images that are decoded to see how long it takes; the others are these again
-_WARM_UP = 1  # rounds of all lanes
-_TIMED = 2
+_TIMED = 2  # batches of each lane
+_TIMED_SECONDS = 20.0  # for all of them: where a batch takes longer, fewer images of it tell as much
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,7 @@ class EncodingSpeed:
         images: computed while the clock ran.
         model_seconds: model → seconds of the device for an image; lanes side by side count as one.
         decode_seconds: of one thread, for an image.
+        load_seconds: of loading the models.
         decoders: threads or processes that decode.
         beside: whether decoding has processes of its own, and goes on beside the device.
         devices: devices that the command uses.
@@ -53,6 +54,7 @@ class EncodingSpeed:
     images: int
     model_seconds: Mapping[str, float]
     decode_seconds: float
+    load_seconds: float
     decoders: int
     beside: bool
     devices: int
@@ -84,7 +86,9 @@ def measure_encoding(plan: Plan) -> EncodingSpeed:
     job = share_out(plan, Rank())[0]
     missing = [source.source for source in plan.sources if source.missing]
     wanted = missing or [name for name in plan.config.sources if name != AUTOENCODER] or [AUTOENCODER]
+    started = time.perf_counter()
     models = load_models(job.config, wanted, job.device)
+    load_seconds = time.perf_counter() - started
     tasks = []
     for model in models:
         model.prepare(_Uncalibrated())
@@ -93,18 +97,19 @@ def measure_encoding(plan: Plan) -> EncodingSpeed:
     pixels, decode_seconds = _decode(plan)
     assert job.config.batch_size is not None, "the plan resolves the command"
     with open_lanes(job.device, job.threads) as lanes:
-        _run(lanes, tasks, pixels, job.config.batch_size, _WARM_UP * lanes.count)
+        size = _warm_up(lanes, tasks, pixels, job.config.batch_size, on_gpu=job.device != "cpu")
         rounds = _TIMED * lanes.count if lanes.count > 1 else 2 * _TIMED
         started = time.perf_counter()
-        busy = _run(lanes, tasks, pixels, job.config.batch_size, rounds)
+        busy = _run(lanes, tasks, pixels, size, rounds)
         elapsed = time.perf_counter() - started
-    images = rounds * job.config.batch_size
+    images = rounds * size
     total = sum(busy.values())
     return EncodingSpeed(
         images=images,
         # what the lanes take side by side, each model by its share of the time
         model_seconds={name: elapsed / images * seconds / total for name, seconds in busy.items()},
         decode_seconds=decode_seconds,
+        load_seconds=load_seconds,
         decoders=job.workers or 1,
         beside=job.workers > 0 or lanes.count > 1,
         devices=job.config.devices,
@@ -126,6 +131,24 @@ def _decode(plan: Plan) -> tuple[list[NDArray[np.uint8]], float]:
         decoded = decode_row(plan.images, number * len(plan.images) // count, side)
         pixels.append(np.full((3, side, side), 127, np.uint8) if isinstance(decoded, str) else decoded)
     return pixels, (time.perf_counter() - started) / count
+
+
+def _warm_up(
+    lanes: Lanes, tasks: Sequence[Task], pixels: Sequence[NDArray[np.uint8]], size: int, *, on_gpu: bool
+) -> int:
+    """Images of a batch that is to be timed.
+
+    One thread of a CPU computes a batch, in a time that grows with its images: there, fewer will do.
+    """
+    if not on_gpu:
+        _run(lanes, tasks, pixels, 1, lanes.count)
+        started = time.perf_counter()
+        _run(lanes, tasks, pixels, 1, lanes.count)
+        fitting = int(_TIMED_SECONDS / _TIMED / (time.perf_counter() - started))
+        if fitting < size:
+            return max(1, fitting)
+    _run(lanes, tasks, pixels, size, lanes.count)
+    return size
 
 
 def _run(

@@ -19,7 +19,9 @@ from repa.commands.preprocess import EncodingFlags, PreprocessFlags, make_config
 from repa.data.disk import DiskSpeed, measure_disk
 from repa.data.errors import RepaError
 from repa.pipeline.estimate import EncodingSpeed, live_models
+from repa.pipeline.lanes import usable_cores
 from repa.pipeline.plan import make_plan
+from repa.pipeline.run import MAX_LANES
 from rich.console import Console
 
 SIDE, ROWS = 16, 6
@@ -61,6 +63,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             images=8,
             model_seconds={"sd-vae": 0.5, "demo": 0.25},
             decode_seconds=0.125,
+            load_seconds=3.0,
             decoders=1,
             beside=beside,
             devices=1,
@@ -78,12 +81,21 @@ def said(flags: dict[str, Any], **more: Any) -> str:
 
 
 def test_the_break_even_solves_its_equation() -> None:
-    found = break_even(1000, live_seconds=0.004, read_seconds=0.001)
-    assert found.images == pytest.approx(4000 / 3)
+    found = break_even(1000, encode_seconds=0.005, live_seconds=0.004, read_seconds=0.001)
+    assert found.images == pytest.approx(5000 / 3)
     # at that many training images both have taken the same time
-    assert 1000 * 0.004 + found.images * 0.001 == pytest.approx(found.images * 0.004)
-    assert break_even(1000, live_seconds=0.001, read_seconds=0.001).images is None
-    assert break_even(1000, live_seconds=0.001, read_seconds=0.002).images is None
+    assert 1000 * 0.005 + found.images * 0.001 == pytest.approx(found.images * 0.004)
+    assert break_even(1000, encode_seconds=1, live_seconds=0.001, read_seconds=0.001).images is None
+    assert break_even(1000, encode_seconds=1, live_seconds=0.001, read_seconds=0.002).images is None
+
+
+@pytest.mark.parametrize(("step", "cached"), [(0.01, 0.01), (0.003, 0.003), (0.0005, 0.001)])
+def test_reading_counts_where_no_step_hides_it(step: float, cached: float) -> None:
+    found = break_even(
+        1000, encode_seconds=0.004, live_seconds=0.004, read_seconds=0.001, step_seconds=step
+    ).images
+    assert found is not None
+    assert 1000 * 0.004 + found * cached == pytest.approx(found * (step + 0.004))
 
 
 def test_an_image_reads_all_but_the_class_vector(flags: dict[str, Any]) -> None:
@@ -104,6 +116,7 @@ def test_seconds_add_up_or_run_side_by_side() -> None:
             "images": 1,
             "model_seconds": {"sd-vae": 0.5, "demo": 0.25},
             "decode_seconds": 2.0,
+            "load_seconds": 1.0,
             "decoders": 4,
             "beside": False,
             "devices": 1,
@@ -123,16 +136,20 @@ def test_what_is_said_follows_from_what_was_measured(
     lines = said(flags, images_per_second=100)
     # 0.5 + 0.25 + 0.125 s an image, six images
     assert "1.14 images/s, measured on 8 images: sd-vae 500 ms, demo 250 ms, decoding 125 ms each" in lines
-    assert "time    5.2 s for 6 images" in lines
+    assert "time    5.2 s for 6 images, and 3.0 s to load the models" in lines
     # 128 + 1024 bytes an image
     assert (
         "an image reads 1.15 kB: 100.0 images/s (given) need 115 kB/s; this disk gives 10 times that" in lines
     )
-    # live 0.375 s, read 0.001 s: 6 · 0.375 / 0.374
+    # encoded in 0.375 s, for the disk takes 1,280 bytes sooner; a step of 0.01 s hides the reading
+    assert "pays    for itself after 6 training images, 1.00 passes over the set" in lines
     assert (
-        "pays    for itself after 6 training images, 1.00 passes over the set: an image of demo takes 375 ms "
-        "live, 1 ms read" in lines
+        "demo: 375 ms of every training image live, decoding included, or 375 ms of each image of the set "
+        "once; rows are read in 1 ms, beside a step of 10 ms; latents come from the cache either way" in lines
     )
+    # without a step 0.375 s are saved but for the 0.001 s of reading: 6 · 0.375 / 0.374
+    assert "pays    for itself after 6 training images" in (unknown := said(flags))
+    assert "rows are read in 1 ms, which no known step hides" in unknown
     assert "images  " in lines
     assert re.search(r"moments float32\[8, 2, 2\] 768 B", lines)
     assert "free on the disk" in lines
@@ -143,7 +160,10 @@ def test_a_slow_disk_is_said(flags: dict[str, Any], measured: Callable[..., None
     lines = said(flags, images_per_second=4)
     assert "this disk gives 25% of it: take a faster one, or a cache that fits into memory" in lines
     assert "the disk is slower than the models" in lines
-    assert "pays    never: an image of demo takes 375 ms live, 1e+03 ms read" in lines
+    assert "this disk gives 10,000 times that" in said(flags, images_per_second=1e-4)
+    # 1,280 bytes of tokens and class vector at 10 a second; a second of reading is more than 0.25 + 0.375
+    assert "pays    never" in lines
+    assert "or 128 s of each image of the set once; rows are read in 1 s, beside a step of 250 ms" in lines
     assert "this disk feeds 1.00 images/s; name the --model" in said(flags)
 
 
@@ -158,11 +178,24 @@ def test_nothing_is_left_behind_and_everything_is_measured(
     )
     assert sorted(tmp_path.rglob("*")) == before
     assert re.search(
-        r"encode  [\d.]+ images/s, measured on \d+ images: sd-vae [\d.e+]+ ms, demo [\d.e+]+ ms, decoding",
+        r"encode  [\d.]+ images/s, measured on \d+ images: sd-vae [\d.]+ ms, demo [\d.]+ ms, decoding",
         lines,
     )
-    assert re.search(r"images/s \(measured, plain SiT-T/1\) need [\d.]+ [kM]?B/s; this disk gives", lines)
+    assert re.search(
+        r"images/s \(measured, plain SiT-T/1, batch 2\) need [\d.]+ [kM]?B/s; this disk gives", lines
+    )
     assert re.search(r"disk    [\d.]+ MB in .*: written at [\d.]+ [MG]B/s, read in random rows", lines)
+
+
+def test_where_a_batch_takes_long_fewer_images_are_measured(
+    flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("repa.pipeline.estimate._TIMED_SECONDS", 0.0)
+    monkeypatch.setattr("repa.commands.plan._STEP_SECONDS", 0.0)
+    lanes = min(MAX_LANES, usable_cores())
+    lines = said({**flags, "batch_size": 64}, model="SiT-T/1", train_batch_size=16)
+    assert f"measured on {2 * lanes if lanes > 1 else 4} images:" in lines
+    assert "(measured, plain SiT-T/1, batch 16, 1 of its images timed) need" in lines
 
 
 def test_a_complete_cache_has_nothing_to_do_and_still_a_price(flags: dict[str, Any]) -> None:
@@ -174,7 +207,13 @@ def test_a_complete_cache_has_nothing_to_do_and_still_a_price(flags: dict[str, A
     assert {file: file.stat().st_mtime_ns for file in flags["cache"].rglob("*")} == times
     found = make_plan(make_config(EncodingFlags(**flags)))
     speed = EncodingSpeed(
-        images=1, model_seconds={"demo": 1.0}, decode_seconds=0.0, decoders=1, beside=False, devices=1
+        images=1,
+        model_seconds={"demo": 1.0},
+        decode_seconds=0.0,
+        load_seconds=0.0,
+        decoders=1,
+        beside=False,
+        devices=1,
     )
     assert live_models(found, speed) == ("demo",)
 
