@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..data.info import CacheInfo
+    from ..data.remote import CachePath
     from ..data.verify import Finding
 
 _SHOWN = 20
@@ -133,15 +134,16 @@ class Checked:
     seconds: float
 
 
-def check_bytes(path: Path, console: Console) -> Checked:
+def check_bytes(path: CachePath, console: Console) -> Checked:
     """Check every byte of a cache, with a bar of the progress.
 
     Args:
-        path: folder of the cache.
+        path: folder of the cache, or its prefix in a bucket.
         console: where the bar goes.
 
     Raises:
         CacheError: there is no cache.
+        RepaError: the bucket cannot be read.
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
@@ -170,24 +172,26 @@ def check_bytes(path: Path, console: Console) -> Checked:
     return Checked(findings=findings, bytes=total, seconds=time.perf_counter() - started)
 
 
-def verify(*, cache: Path | None = None, console: Console | None = None) -> None:
+def verify(*, cache: Path | str | None = None, console: Console | None = None) -> None:
     """Check every byte of a cache and print what is wrong.
 
     Args:
-        cache: the cache; by default the only one under ``caches/``.
+        cache: the cache, or its address in a bucket; by default the only one under ``caches/``.
         console: where to print; standard output by default.
 
     Raises:
         CacheError: there is no cache.
+        RepaError: the bucket cannot be read.
         SystemExit: with status 1 when anything is wrong or missing.
     """
     from rich.console import Console
     from rich.text import Text
 
+    from ..data.remote import cache_path
     from ..data.units import human_bytes
 
     console = console or Console()
-    path = cache or default_cache()
+    path = cache_path(cache or default_cache())
     found = check_bytes(path, console)
     findings = found.findings
     for finding in findings:

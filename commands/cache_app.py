@@ -8,11 +8,15 @@ from typing import Annotated
 import typer
 
 from ..data.errors import RepaError
+from .flags import local_folder
 
 cache_app = typer.Typer(help="Look into a cache, check it, mend it, join it, move it.", no_args_is_help=True)
 
 CacheArgument = Annotated[
-    Path | None, typer.Argument(metavar="[CACHE]", help="Folder of the cache; the only one under caches/.")
+    Path | None,
+    typer.Argument(
+        parser=local_folder, metavar="[CACHE]", help="Folder of the cache; the only one under caches/."
+    ),
 ]
 PlaceArgument = Annotated[
     str | None,
@@ -33,7 +37,7 @@ def _cache_info(cache: PlaceArgument = None) -> None:
 
 @cache_app.command("verify")
 def _cache_verify(
-    cache: CacheArgument = None,
+    cache: PlaceArgument = None,
     fidelity: Annotated[
         bool,
         typer.Option(
@@ -61,6 +65,7 @@ def _cache_verify(
     """Check every byte of a cache; exit status 1 if anything is wrong."""
     if fidelity and reencode is not None:
         raise RepaError("--fidelity and --reencode exclude one another; give them one after the other")
+    folder = local_folder(cache) if cache is not None and (fidelity or reencode is not None) else None
     if reencode is not None:
         from .repair import verify_by_reencoding
 
@@ -68,12 +73,12 @@ def _cache_verify(
             raise RepaError(
                 f"--rows is of --fidelity; --reencode {reencode} says how many itself: drop --rows"
             )
-        verify_by_reencoding(cache=cache, rows=reencode, data=data, weights=weights or (), seed=seed or 0)
+        verify_by_reencoding(cache=folder, rows=reencode, data=data, weights=weights or (), seed=seed or 0)
         return
     if fidelity:
         from .cache_fidelity import verify_fidelity
 
-        verify_fidelity(cache=cache, rows=rows, data=data, weights=weights or (), seed=seed or 0)
+        verify_fidelity(cache=folder, rows=rows, data=data, weights=weights or (), seed=seed or 0)
         return
     for flag, value in (("--rows", rows), ("--data", data), ("--weights", weights), ("--seed", seed)):
         if value is not None and value != []:
@@ -104,8 +109,13 @@ def _cache_repair(
 
 @cache_app.command("merge")
 def _cache_merge(
-    parts: Annotated[list[Path], typer.Argument(metavar="PART...", help="Caches of parts of one image set.")],
-    cache: Annotated[Path, typer.Option(help="Folder of the cache of the whole.")],
+    parts: Annotated[
+        list[Path],
+        typer.Argument(parser=local_folder, metavar="PART...", help="Caches of parts of one image set."),
+    ],
+    cache: Annotated[
+        Path, typer.Option(parser=local_folder, metavar="<path>", help="Folder of the cache of the whole.")
+    ],
     data: Annotated[
         str | None,
         typer.Option(help="The images of the whole, which are only listed: needed to add teachers to it."),
@@ -122,8 +132,8 @@ def _cache_merge(
 
 @cache_app.command("export")
 def _cache_export(
-    out: Annotated[Path, typer.Option(help="Folder of the tars.")],
-    cache: CacheArgument = None,
+    out: Annotated[Path, typer.Option(parser=local_folder, metavar="<path>", help="Folder of the tars.")],
+    cache: PlaceArgument = None,
     form: Annotated[str, typer.Option("--format", help="webdataset.")] = "webdataset",
     columns: Annotated[
         str | None, typer.Option(help="Columns, as sd-vae/moments,dinov2-b/patch.", show_default="all")
@@ -140,7 +150,7 @@ def _cache_import(
     tars: Annotated[
         str, typer.Argument(metavar="TARS", help="Of one export: 'out/shard-{000000..001251}.tar'.")
     ],
-    cache: Annotated[Path, typer.Option(help="Folder of the cache.")],
+    cache: Annotated[Path, typer.Option(parser=local_folder, metavar="<path>", help="Folder of the cache.")],
 ) -> None:
     """Make the cache again that tars were exported from, bit for bit."""
     from .export import import_tars

@@ -23,7 +23,7 @@ FORMATS = ("webdataset",)
 def export(
     *,
     out: Path,
-    cache: Path | None = None,
+    cache: Path | str | None = None,
     form: str = FORMATS[0],
     columns: str | None = None,
     console: Console | None = None,
@@ -32,7 +32,7 @@ def export(
 
     Args:
         out: folder of the tars.
-        cache: the cache; by default the only one under ``caches/``.
+        cache: the cache, or its address in a bucket; by default the only one under ``caches/``.
         form: ``webdataset``.
         columns: names with commas between them; all by default.
         console: where to print; standard output by default.
@@ -43,6 +43,7 @@ def export(
     from rich.console import Console
 
     from ..data.export import export_cache, export_pattern
+    from ..data.remote import cache_path
 
     if form not in FORMATS:
         raise RepaError(f"--format {form!r} is unknown; there is {', '.join(FORMATS)}")
@@ -50,7 +51,7 @@ def export(
     if columns is not None and not names:
         raise RepaError("--columns names no column; name some, as sd-vae/moments,dinov2-b/patch, or drop it")
     console = console or Console()
-    path = cache or default_cache()
+    path = cache_path(cache or default_cache())
     started = time.perf_counter()
     with _bar("exporting", console) as progress:
         done = export_cache(path, out, names, progress)

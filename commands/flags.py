@@ -1,9 +1,17 @@
-"""The flags of a command are the fields of a dataclass: name, type, default and help, said once."""
+"""The flags of a command are the fields of a dataclass: name, type, default and help, said once.
+
+Flags that name a folder to write in are parsed by `local_folder`: ``Path`` would make ``s3:/bucket`` of an
+address, and a folder of that name.
+"""
 
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+from ..data.errors import RepaError
+from ..data.remote import is_remote
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,3 +44,17 @@ def takes_flags(flags: type[Flags]) -> Callable[[Callable[[Flags], None]], Calla
         return command
 
     return decorate
+
+
+def local_folder(place: str) -> Path:
+    """The folder that a flag names.
+
+    Raises:
+        RepaError: it is the address of a bucket.
+    """
+    if is_remote(place):
+        raise RepaError(
+            f"{place} is in a bucket, where caches are only read, by `repa train`, `repa parity` and `repa "
+            "cache info`, `verify` and `export`; name a folder"
+        )
+    return Path(place)

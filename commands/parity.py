@@ -7,7 +7,6 @@ what differs in the losses is what storing the targets costs.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path  # noqa: TC003 - typer resolves annotations of flags
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -39,7 +38,7 @@ class ParityFlags:
     method: Annotated[str | None, typer.Option(help="As of `repa train`.", show_default="repa")] = None
     model: Annotated[str | None, typer.Option(help="Backbone.", show_default="SiT-B/2")] = None
     cache: Annotated[
-        Path | None, typer.Option(help="Folder of the cache; default: the only one under caches/.")
+        str | None, typer.Option(help="Folder of the cache; default: the only one under caches/.")
     ] = None
     batches: Annotated[int, typer.Option(help="Batches to compare.")] = 4
     batch_size: Annotated[int, typer.Option(help="Images of a batch.")] = 16

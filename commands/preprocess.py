@@ -13,6 +13,7 @@ import typer
 from ..data.errors import RepaError
 from ..data.places import DEFAULT_DATA, DEFAULT_RESOLUTION, DEMO_DATA, DEMO_RESOLUTION, cache_for
 from .attention import attention_blocks
+from .flags import local_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +42,12 @@ class EncodingFlags:
         ),
     ] = DEFAULT_DATA
     cache: Annotated[
-        Path | None, typer.Option(help="Folder of the cache; default caches/<images>-<resolution>.")
+        Path | None,
+        typer.Option(
+            parser=local_folder,
+            metavar="<path>",
+            help="Folder of the cache; default caches/<images>-<resolution>.",
+        ),
     ] = None
     encoders: Annotated[
         list[str] | None,

@@ -11,6 +11,7 @@ import typer
 
 from ..data.errors import RepaError
 from ..data.places import default_cache
+from .flags import local_folder
 from .live import LiveData, LiveEncoders, LiveRandom, LiveWeights, flags_given, live_teachers
 
 if TYPE_CHECKING:
@@ -43,7 +44,13 @@ class TrainFlags:
         ),
     ] = None
     run: Annotated[
-        Path | None, typer.Option(help="Folder of the run.", show_default="runs/<method>-<model>")
+        Path | None,
+        typer.Option(
+            parser=local_folder,
+            metavar="<path>",
+            help="Folder of the run.",
+            show_default="runs/<method>-<model>",
+        ),
     ] = None
     max_steps: Annotated[int | None, typer.Option(help="Optimiser steps.", show_default="400000")] = None
     batch_size: Annotated[

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from .remote import CachePath
     from .schema import Provenance
 
 NOTE = "calibration"
@@ -78,7 +79,7 @@ def ensure_calibration(
         return computed
 
 
-def read_calibration(path: Path, source: str) -> bytes | None:
+def read_calibration(path: CachePath, source: str) -> bytes | None:
     """The calibration of a source as it is on disk, or None.
 
     Args:
@@ -102,7 +103,7 @@ def recorded_sha256(provenance: Provenance) -> str | None:
     return None if note is None else str(note["sha256"])
 
 
-def check_calibration(file: Path, data: bytes, recorded: str) -> None:
+def check_calibration(file: CachePath, data: bytes, recorded: str) -> None:
     """Compare a calibration with the sha256 that its source's notes record.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +20,7 @@ from .commits import read_commit
 from .errors import CacheError, RepaError
 from .files import make_folder, os_errors, partial_path, publish
 from .reader import CacheReader
+from .remote import map_files
 from .store import (
     SourceWriter,
     ensure_cache,
@@ -49,16 +51,19 @@ from .tars import missing_webdataset, open_tar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from concurrent.futures import Executor
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from .remote import CachePath
     from .schema import Manifest
 
     Progress = Callable[[int, int], None]
+    Read = Callable[[NDArray[np.int64]], dict[str, NDArray[Any]]]
 
 _OWNER = "repa"
-_ROWS = 16  # read at a time
+_ROWS = 64  # read at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +93,12 @@ def _tar_name(number: str) -> str:
 
 
 def export_cache(
-    path: Path, folder: Path, columns: Sequence[str] = (), progress: Progress | None = None
+    path: CachePath, folder: Path, columns: Sequence[str] = (), progress: Progress | None = None
 ) -> Transfer:
     """Write columns of a cache as tars, one a shard; called again, it goes on.
 
     Args:
-        path: the cache.
+        path: the cache, in a folder or a bucket.
         folder: where the tars go.
         columns: names, scales of int8 columns come along; all by default.
         progress: called with shards done and shards in all.
@@ -107,9 +112,11 @@ def export_cache(
     """
     manifest = open_manifest(path)
     names = _chosen(manifest, columns, path)
-    header = _Headers(path, restricted(manifest, names))
+    chosen = restricted(manifest, names)
+    header = _Headers(path, chosen)
     kept = images = 0
-    with CacheReader(path, names) as reader:
+    with CacheReader(path, names) as reader, ThreadPoolExecutor(reader.threads_for(1)) as pool:
+        read = partial(_read, reader, pool, chosen)
         for shard in range(manifest.num_shards):
             place = folder / _tar_name(f"{shard:06d}")
             own = header.of(shard)
@@ -117,7 +124,7 @@ def export_cache(
                 kept += 1
             else:
                 with os_errors("write", place):
-                    _write_tar(place, own, reader, header.calibrations if shard == 0 else {})
+                    _write_tar(place, own, read, header.calibrations if shard == 0 else {})
                 images += len(own.rows)
             if progress is not None:
                 progress(shard + 1, manifest.num_shards)
@@ -125,7 +132,7 @@ def export_cache(
     return Transfer(shards=manifest.num_shards, kept=kept, images=images, bytes=images * row_bytes)
 
 
-def _chosen(manifest: Manifest, columns: Sequence[str], path: Path) -> tuple[str, ...]:
+def _chosen(manifest: Manifest, columns: Sequence[str], path: CachePath) -> tuple[str, ...]:
     wanted = tuple(dict.fromkeys(name for name in columns or manifest.columns if name != LABEL))
     manifest.require(wanted, where=str(path))
     if not wanted:
@@ -137,7 +144,7 @@ def _chosen(manifest: Manifest, columns: Sequence[str], path: Path) -> tuple[str
 class _Headers:
     """Headers of the tars of one export."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: CachePath, manifest: Manifest) -> None:
         self._path = path
         self._manifest = manifest
         self._keys = read_keys(path, manifest)
@@ -145,10 +152,9 @@ class _Headers:
             self._labels = reader.labels
         self._reasons = invalid_reasons(path, open_manifest(path))
         self._all_invalid = np.array(list(self._reasons), dtype=np.int64)
+        shards = range(manifest.num_shards)
         self._records = {
-            (source, shard): read_commit(path, source, shard)
-            for source in manifest.sources
-            for shard in range(manifest.num_shards)
+            source: map_files(partial(read_commit, path, source), shards, path) for source in manifest.sources
         }
         self.calibrations: dict[str, bytes] = {}
         for source, provenance in manifest.sources.items():
@@ -161,7 +167,7 @@ class _Headers:
         records = {
             source: record
             for source in self._manifest.sources
-            if (record := self._records[source, shard]) is not None
+            if (record := self._records[source][shard]) is not None
         }
         # a row that one source alone lacks is read by nobody, and cannot be exported of the others
         lacking = {row: self._reasons[row] for row in rows if row in self._reasons}
@@ -203,9 +209,7 @@ def _is_there(place: Path, header: ShardHeader) -> bool:
     return True
 
 
-def _write_tar(
-    place: Path, header: ShardHeader, reader: CacheReader, calibrations: Mapping[str, bytes]
-) -> None:
+def _write_tar(place: Path, header: ShardHeader, read: Read, calibrations: Mapping[str, bytes]) -> None:
     try:
         from webdataset.writer import TarWriter
     except ImportError:
@@ -218,7 +222,7 @@ def _write_tar(
                 tar.write({"__key__": HEADER_KEY, "json": header.encode()})
                 for source, data in calibrations.items():
                     tar.write({"__key__": f"{CALIBRATION_KEY}{source}", CALIBRATION_FIELD: data})
-                for sample in _samples(header, reader):
+                for sample in _samples(header, read):
                     tar.write(sample)
             file.flush()
             os.fsync(file.fileno())
@@ -227,7 +231,7 @@ def _write_tar(
         unfinished.unlink(missing_ok=True)
 
 
-def _samples(header: ShardHeader, reader: CacheReader) -> Iterator[dict[str, str | bytes]]:
+def _samples(header: ShardHeader, read: Read) -> Iterator[dict[str, str | bytes]]:
     manifest = header.manifest
     views = len(manifest.views)
     start = manifest.shard_range(header.shard).start
@@ -235,7 +239,7 @@ def _samples(header: ShardHeader, reader: CacheReader) -> Iterator[dict[str, str
     rows = header.rows
     for first in range(0, len(rows), _ROWS):
         batch = rows[first : first + _ROWS]
-        arrays = _read(reader, manifest, np.array(batch, dtype=np.int64))
+        arrays = read(np.array(batch, dtype=np.int64))
         for place, row in enumerate(batch):
             key, label = header.keys[row - start], int(header.labels[row - start])
             data = {name: array[place].tobytes() for name, array in arrays.items()}
@@ -248,14 +252,23 @@ def _samples(header: ShardHeader, reader: CacheReader) -> Iterator[dict[str, str
             }
 
 
-def _read(reader: CacheReader, manifest: Manifest, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+def _read(
+    reader: CacheReader, pool: Executor, manifest: Manifest, rows: NDArray[np.int64]
+) -> dict[str, NDArray[Any]]:
     """Rows of every column in every view, ``[B, V, *shape]``."""
     out = {}
     count = len(manifest.views)
     views = np.tile(np.arange(count, dtype=np.int64), len(rows))
     for name, spec in manifest.columns.items():
         array = np.empty((len(rows) * count, *spec.shape), dtype=spec.numpy_dtype)
-        reader.read_rows(np.repeat(rows, count), (name,), {name: array}, views=views)
+        reader.read_rows(
+            np.repeat(rows, count),
+            (name,),
+            {name: array},
+            views=views,
+            pool=pool,
+            parts=reader.threads_for(1),
+        )
         out[name] = array.reshape(len(rows), count, *spec.shape)
     return out
 

@@ -57,12 +57,12 @@ def commit_file(path: PathT, source: str, shard: int) -> PathT:
     return commit_folder(path, source) / f"{shard}.json"
 
 
-def calibration_file(path: Path, source: str) -> Path:
+def calibration_file(path: PathT, source: str) -> PathT:
     """What was fitted to some images before a source was written (`calibrations`)."""
     return path / CALIBRATION_FOLDER / f"{source}.safetensors"
 
 
-def calibration_lock(path: Path, source: str) -> Path:
+def calibration_lock(path: PathT, source: str) -> PathT:
     """The lock under which that file is made."""
     return path / CALIBRATION_FOLDER / f".{source}{LOCK_FILE}"
 

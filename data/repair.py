@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,7 +42,6 @@ from .writer import SourceWriter
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -99,7 +99,7 @@ def plan_repair(path: Path, findings: Sequence[Finding]) -> RepairPlan:
     calibrations: list[str] = []
     strays: list[Finding] = []
     for finding in findings:
-        file = finding.path
+        file = Path(finding.path)
         if finding.shard is not None:
             shards.setdefault(finding.source, set()).add(finding.shard)
             if finding.row is not None:

@@ -4,24 +4,23 @@ Every stored byte is covered by some checksum: image data and their checksums by
 shard indexes by crc32c, commit records and the manifest by their own sha256, ``keys.txt`` by the manifest,
 labels by crc32c, calibrations by the notes of their source; Zarr's metadata are compared with what the
 manifest makes them.
+
+A cache in a bucket is checked as one in a folder, and as strictly: what was copied there arrived whole.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from crc32c import crc32c
 
 from .calibrations import check_calibration, read_calibration, recorded_sha256
 from .columns import LABEL, source_of
-from .commits import CommitRecord, read_commit
+from .commits import read_commit
 from .errors import CacheError
 from .files import os_errors, partial_path
 from .layout import (
@@ -37,45 +36,25 @@ from .layout import (
     shard_file,
     zarr_documents,
 )
-from .shard_index import CHECKSUM_BYTES, MISSING, index_bytes, read_index
+from .remote import REQUESTS, RemotePath, map_files
+from .shard_check import Finding, ShardCheck, remedy
 from .store import open_manifest, read_keys, read_labels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Sequence
 
+    from .commits import CommitRecord
+    from .remote import CachePath
     from .schema import Manifest
 
+__all__ = ["Finding", "verify_cache"]
+
 _RESUME = "run the same `repa preprocess` again"
-_REDO = "encode it again with `repa cache repair`"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One thing that is wrong in a cache.
-
-    Attributes:
-        path: the file.
-        what: what is wrong with it, its name included, and what to do.
-        source: the source it belongs to; empty for what belongs to the cache as a whole.
-        column: the column; empty for what belongs to all columns.
-        shard: the shard, where the file is of one.
-        row: the image, where the damage is known to be in its data.
-    """
-
-    path: Path
-    what: str
-    source: str = ""
-    column: str = ""
-    shard: int | None = None
-    row: int | None = None
-
-    def __str__(self) -> str:
-        row = "" if self.row is None else f"row {self.row} of {self.column}: "
-        return f"{row}{self.what}"
+_REMOTE_FILES = 16  # of a bucket at once, several requests each
 
 
 def verify_cache(
-    path: Path,
+    path: CachePath,
     columns: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
     *,
@@ -84,10 +63,10 @@ def verify_cache(
     """Check every byte of a cache.
 
     Args:
-        path: its folder.
+        path: its folder, or its prefix in a bucket.
         columns: check the data of these columns only, and look for no stray files; all columns by default.
         progress: called with bytes of shards checked and bytes in all, from the calling thread.
-        threads: readers; as many as CPUs, at most 8, by default.
+        threads: files checked at once; by default as many as CPUs, at most 8, and of a bucket 16.
 
     Returns:
         What is wrong, in the order of manifest, sources, shards, columns and rows; empty for a cache that is
@@ -95,12 +74,13 @@ def verify_cache(
 
     Raises:
         CacheError: there is no cache at ``path``, or it lacks a column that was asked for.
+        RepaError: the bucket cannot be read, or the package that reads it is not installed.
     """
     group = path / GROUP_FILE
     try:
         manifest = open_manifest(path)
     except CacheError as error:
-        if not group.exists():
+        if isinstance(error.__cause__, FileNotFoundError):
             raise
         return [Finding(path=group, what=str(error))]
     if columns is not None:
@@ -111,24 +91,30 @@ def verify_cache(
     records: dict[tuple[str, int], CommitRecord] = {}
     for source in dict.fromkeys(source_of(name) for name in checked):
         findings += _check_calibration(path, manifest, source)
-        for shard in range(manifest.num_shards):
-            record, finding = _check_record(path, manifest, source, shard)
-            findings += [finding] if finding else []
-            if record is not None:
-                records[source, shard] = record
-    tasks = [
-        _ShardCheck(path, manifest, name, record)
-        for (source, _), record in records.items()
-        for name in checked
-        if source_of(name) == source
-    ]
-    findings += _run(tasks, progress, threads or min(8, os.cpu_count() or 1))
+        for found in map_files(
+            lambda shard, source=source: _check_record(path, manifest, source, shard),  # type: ignore[misc]
+            range(manifest.num_shards),
+            path,
+        ):
+            if isinstance(found, Finding):
+                findings.append(found)
+            else:
+                records[source, found.shard] = found
+    usual = _REMOTE_FILES if isinstance(path, RemotePath) else min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(REQUESTS) as requests:
+        tasks = [
+            ShardCheck(path, manifest, name, record, requests)
+            for (source, _), record in records.items()
+            for name in checked
+            if source_of(name) == source
+        ]
+        findings += _run(tasks, progress, threads or usual)
     if columns is None:
         findings += _check_strays(path, manifest, records.keys())
     return findings
 
 
-def _check_metadata(path: Path, manifest: Manifest) -> list[Finding]:
+def _check_metadata(path: CachePath, manifest: Manifest) -> list[Finding]:
     """Zarr's documents against those that the manifest makes."""
     findings = []
     for name, expected in zarr_documents(manifest).items():
@@ -141,6 +127,9 @@ def _check_metadata(path: Path, manifest: Manifest) -> list[Finding]:
         except ValueError:
             same, what = False, "is damaged; restore it"
         except OSError as error:
+            if isinstance(file, RemotePath):
+                with os_errors("read", file):
+                    raise
             same, what = False, f"cannot be read: {error.strerror}"
         if not same:
             array = name.removesuffix(f"/{GROUP_FILE}")
@@ -164,7 +153,7 @@ def _comparable(document: bytes) -> Any:
     return values
 
 
-def _check_keys_and_labels(path: Path, manifest: Manifest) -> list[Finding]:
+def _check_keys_and_labels(path: CachePath, manifest: Manifest) -> list[Finding]:
     findings = []
     try:
         read_keys(path, manifest)
@@ -188,7 +177,7 @@ def _check_keys_and_labels(path: Path, manifest: Manifest) -> list[Finding]:
     return findings
 
 
-def _check_calibration(path: Path, manifest: Manifest, source: str) -> list[Finding]:
+def _check_calibration(path: CachePath, manifest: Manifest, source: str) -> list[Finding]:
     """The file that a source's notes speak of."""
     recorded = recorded_sha256(manifest.sources[source])
     if recorded is None:
@@ -205,9 +194,7 @@ def _check_calibration(path: Path, manifest: Manifest, source: str) -> list[Find
     return []
 
 
-def _check_record(
-    path: Path, manifest: Manifest, source: str, shard: int
-) -> tuple[CommitRecord | None, Finding | None]:
+def _check_record(path: CachePath, manifest: Manifest, source: str, shard: int) -> CommitRecord | Finding:
     """A shard's record, or why it has none."""
     file = commit_file(path, source, shard)
     rows = manifest.shard_range(shard)
@@ -215,101 +202,21 @@ def _check_record(
     try:
         record = read_commit(path, source, shard)
     except CacheError as error:
-        return None, Finding(path=file, source=source, shard=shard, what=str(error))
+        return Finding(path=file, source=source, shard=shard, what=str(error))
     if record is None:
-        what = f"shard {shard} of {source} is not committed: {file} is missing; {_RESUME}"
+        resume = remedy(path) if isinstance(path, RemotePath) else _RESUME
+        what = f"shard {shard} of {source} is not committed: {file} is missing; {resume}"
     elif record.rows != (rows.start, rows.stop) or record.columns.keys() != columns:
-        what = f"commit record {file} is of other rows or columns than shard {shard} of {source}; {_REDO}"
-    else:
-        return record, None
-    return None, Finding(path=file, source=source, shard=shard, what=what)
-
-
-class _ShardCheck:
-    """The check of one column's shard file, for a thread.
-
-    Args:
-        path: folder of the cache.
-        manifest: its manifest.
-        column: name of the column.
-        record: the shard's, intact.
-    """
-
-    def __init__(self, path: Path, manifest: Manifest, column: str, record: CommitRecord) -> None:
-        self.bytes = record.columns[column].file_bytes
-        self._column = column
-        self._record = record
-        self._spec = manifest.columns[column]
-        self._shape = (manifest.shard_rows, len(manifest.views))
-        self._file = shard_file(path, column, self._spec, record.shard)
-
-    def __call__(self) -> list[Finding]:
-        try:
-            descriptor = os.open(self._file, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                return self._check(descriptor)
-            finally:
-                os.close(descriptor)
-        except FileNotFoundError:
-            return [self._finding(f"is missing; {_REDO}")]
-        except OSError as error:
-            return [self._finding(f"cannot be read: {error.strerror}")]
-
-    def _finding(self, what: str, row: int | None = None) -> Finding:
-        return Finding(
-            path=self._file,
-            what=f"{self._file} {what}",
-            source=source_of(self._column),
-            column=self._column,
-            shard=self._record.shard,
-            row=row,
+        what = (
+            f"commit record {file} is of other rows or columns than shard {shard} of {source}; {remedy(path)}"
         )
-
-    def _check(self, descriptor: int) -> list[Finding]:
-        size = os.fstat(descriptor).st_size
-        if size != self.bytes:
-            return [self._finding(f"has {size} bytes of {self.bytes}; {_REDO}")]
-        try:
-            index = read_index(descriptor, str(self._file), *self._shape)
-        except CacheError as error:
-            return [self._finding(f"has no sound index ({error}); {_REDO}")]
-
-        data_bytes = size - index_bytes(*self._shape)
-        plain_bytes = None if self._spec.compressor else self._spec.row_bytes + CHECKSUM_BYTES
-        sizes = index[..., 1]
-        buffer = memoryview(bytearray(int(sizes[sizes <= data_bytes].max(initial=0))))
-        checksums = np.zeros(self._shape, dtype="<u4")
-        findings = []
-        first, stop = self._record.rows
-        for (at, view), offset in np.ndenumerate(index[..., 0]):
-            row = first + at
-            missing = row >= stop or row in self._record.invalid
-            if bool(offset == MISSING) != missing:
-                found = "has no data" if not missing else "has data, but is invalid or no image's"
-                findings.append(self._finding(f"{found}; {_REDO}", row))
-            if offset == MISSING:
-                continue
-            chunk_bytes = int(sizes[at, view])
-            inside = chunk_bytes > CHECKSUM_BYTES and int(offset) + chunk_bytes <= data_bytes
-            if not inside or chunk_bytes != (plain_bytes or chunk_bytes):
-                findings.append(self._finding(f"has an index that points outside its data; {_REDO}", row))
-                continue
-            chunk = buffer[:chunk_bytes]
-            if os.preadv(descriptor, [chunk], int(offset)) != chunk_bytes:
-                findings.append(self._finding(f"ends in the middle of the row; {_REDO}", row))
-                continue
-            stored = int.from_bytes(chunk[-CHECKSUM_BYTES:], "little")
-            checksums[at, view] = stored
-            if crc32c(chunk[:-CHECKSUM_BYTES]) != stored:
-                findings.append(self._finding(f"has data that do not match their checksum; {_REDO}", row))
-        recorded = self._record.columns[self._column].chunks_sha256
-        if not findings and hashlib.sha256(checksums.tobytes()).hexdigest() != recorded:
-            findings.append(self._finding(f"is intact, but not the file that was committed; {_REDO}"))
-        return findings
+    else:
+        return record
+    return Finding(path=file, source=source, shard=shard, what=what)
 
 
 def _run(
-    tasks: Sequence[_ShardCheck], progress: Callable[[int, int], None] | None, threads: int
+    tasks: Sequence[ShardCheck], progress: Callable[[int, int], None] | None, threads: int
 ) -> list[Finding]:
     """All tasks' findings, in the order of the tasks."""
     total = sum(task.bytes for task in tasks)
@@ -331,41 +238,59 @@ def _run(
     return [finding for number in sorted(found) for finding in found[number]]
 
 
-def _check_strays(path: Path, manifest: Manifest, committed: Iterable[tuple[str, int]]) -> list[Finding]:
+def _check_strays(path: CachePath, manifest: Manifest, committed: Iterable[tuple[str, int]]) -> list[Finding]:
     """Files that no part of the cache explains; those of a shard not committed are a run's in progress."""
     done = set(committed)
-    known = {path / name for name in zarr_documents(manifest)}
-    known |= {path / LOCK_FILE, path / KEYS_FILE, path / LABEL_CHUNK}
+    present = _names_of_files(path)
+    known: set[str] = {*zarr_documents(manifest), LOCK_FILE, KEYS_FILE, LABEL_CHUNK}
+    root = Path()
     for source in manifest.sources:
-        known.add(commit_folder(path, source) / LOCK_FILE)
+        known.add(str(commit_folder(root, source) / LOCK_FILE))
         for shard in range(manifest.num_shards):
             files = [
-                shard_file(path, name, spec, shard) for name, spec in manifest.source_columns(source).items()
+                shard_file(root, name, spec, shard) for name, spec in manifest.source_columns(source).items()
             ]
-            files.append(commit_file(path, source, shard))
-            known.update(files)
+            files.append(commit_file(root, source, shard))
+            known.update(map(str, files))
             if (source, shard) not in done:
-                known.update(partial_path(file) for file in files)
-    known |= _known_calibrations(path, manifest, {source for source, _ in done})
-    with os_errors("read", path):
-        present = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
+                known.update(str(partial_path(file)) for file in files)
+    known |= _known_calibrations(present, manifest, {source for source, _ in done})
     return [
-        Finding(path=file, what=f"{file} is not the cache's; delete it")
-        for file in sorted(present)
-        if file not in known
+        Finding(path=path / name, what=f"{path / name} is not the cache's; delete it")
+        for name in present
+        if name not in known
     ]
 
 
-def _known_calibrations(path: Path, manifest: Manifest, committed: Container[str]) -> set[Path]:
+def _names_of_files(path: CachePath) -> list[str]:
+    """Every file below a folder or prefix, by its name within it, as sorted paths are."""
+    with os_errors("read", path):
+        if isinstance(path, RemotePath):
+            sizes = path.bucket.sizes()
+            # consoles mark a folder by an object of its name, without bytes
+            folders = {parent for name in sizes for parent in map(str, Path(name).parents)}
+            names = [name for name, size in sizes.items() if size or name not in folders]
+        else:
+            names = [
+                os.path.relpath(os.path.join(folder, name), path)
+                for folder, _, files in os.walk(path)
+                for name in files
+            ]
+    return sorted(names, key=lambda name: name.split("/"))
+
+
+def _known_calibrations(present: Iterable[str], manifest: Manifest, committed: Container[str]) -> set[str]:
     """Calibrations that notes speak of, and those of sources that nobody has committed a shard of yet."""
     known = set()
+    root = Path()
     # a calibration is made before its source is declared, and its lock before it
-    locks = sorted((path / CALIBRATION_FOLDER).glob(f".?*{LOCK_FILE}"))
-    for source in {*manifest.sources, *(lock.name[1:].removesuffix(LOCK_FILE) for lock in locks)}:
-        file = calibration_file(path, source)
-        known.add(calibration_lock(path, source))
+    locks = [Path(name) for name in present if Path(name).match(f"{CALIBRATION_FOLDER}/.?*{LOCK_FILE}")]
+    begun = [lock.name[1:].removesuffix(LOCK_FILE) for lock in locks if len(lock.parts) == 2]
+    for source in {*manifest.sources, *begun}:
+        file = calibration_file(root, source)
+        known.add(calibration_lock(root, source))
         if source in manifest.sources and recorded_sha256(manifest.sources[source]) is not None:
             known.add(file)
         if source not in committed:
             known |= {file, partial_path(file)}
-    return known
+    return set(map(str, known))

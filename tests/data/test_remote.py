@@ -5,12 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +20,7 @@ from repa.data.reader import CacheReader
 from repa.data.remote import Bucket, RemotePath, cache_path, is_remote
 from repa.data.store import read_keys
 from repa.data.testing import expected_row, synthetic_cache
-
-obstore = pytest.importorskip("obstore")
-pytest.importorskip("moto")
-pytest.importorskip("flask")
+from s3_server import free_port, lead_to, obstore, s3_server, upload
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,34 +41,8 @@ URL = "s3://bucket/some/cache"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    """The address of a server that has an empty bucket, and the environment that leads to it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            for _ in range(600):
-                try:
-                    request = urllib.request.Request(f"{address}/bucket", method="PUT")
-                    urllib.request.urlopen(request).close()
-                    break
-                except urllib.error.URLError:
-                    time.sleep(0.05)
-            with pytest.MonkeyPatch.context() as patch:
-                environment(patch, address)
-                yield address
-        finally:
-            process.terminate()
-
-
-def environment(patch: pytest.MonkeyPatch, address: str) -> None:
-    patch.setenv("AWS_ACCESS_KEY_ID", "key")
-    patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    patch.setenv("AWS_REGION", "us-east-1")
-    patch.setenv("AWS_ENDPOINT_URL", address)
-    patch.setenv("AWS_ALLOW_HTTP", "true")
+    with s3_server() as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +50,6 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("remote") / "cache"
     synthetic_cache(path, num_rows=NUM_ROWS, columns=COLUMNS, invalid=INVALID, views=VIEWS)
     return path
-
-
-def upload(path: Path, url: str) -> Any:
-    store = obstore.store.from_url(url)
-    for file in path.rglob("*"):
-        if file.is_file():
-            obstore.put(store, str(file.relative_to(path)), file.read_bytes())
-    return store
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +169,7 @@ def test_missing_places_are_one_line(server: str) -> None:
 
 
 def test_a_server_that_is_away_is_one_line(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        environment(monkeypatch, f"http://127.0.0.1:{probe.getsockname()[1]}")
+    lead_to(monkeypatch, f"http://127.0.0.1:{free_port()}")
     with pytest.raises(RepaError, match="look at the connection, the endpoint and the credentials") as caught:
         CacheReader(remote, [])
     assert "\n" not in str(caught.value)

@@ -1,0 +1,259 @@
+"""`repa cache verify` of a bucket: the findings of a folder; and what is not done to buckets."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from repa.cli import main
+from repa.data import shard_check
+from repa.data.columns import ColumnSpec
+from repa.data.errors import CacheError, RepaError
+from repa.data.remote import Bucket, cache_path
+from repa.data.testing import synthetic_cache
+from repa.data.verify import Finding, verify_cache
+from s3_server import free_port, lead_to, obstore, s3_server, upload
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PATCH = "demo/patch"
+COLUMNS = {
+    "sd-vae/moments": ColumnSpec(shape=(8, 4, 4), dtype="float32"),
+    PATCH: ColumnSpec(shape=(4, 16), dtype="float16"),
+    "demo/cls": ColumnSpec(shape=(16,), dtype="float16", compressor="zstd"),
+}
+ROWS, SHARD_ROWS, VIEWS = 45, 8, ("original", "mirrored")
+CHUNK = COLUMNS[PATCH].row_bytes + 4
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("verify") / "cache"
+    synthetic_cache(
+        path, num_rows=ROWS, shard_rows=SHARD_ROWS, columns=COLUMNS, invalid={5: "x", 40: "y"}, views=VIEWS
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def remote(server: str, local: Path) -> str:
+    upload(local, "s3://bucket/whole")
+    return "s3://bucket/whole"
+
+
+def described(findings: list[Finding], root: str) -> list[tuple[Any, ...]]:
+    """Findings without where the cache lies, and without what to do, which differs."""
+    return [
+        (
+            str(each.path).removeprefix(root),
+            each.what.replace(root, "").rpartition("; ")[0],
+            each.source,
+            each.column,
+            each.shard,
+            each.row,
+        )
+        for each in findings
+    ]
+
+
+def test_a_whole_copy_has_no_findings(remote: str, local: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    assert verify_cache(cache_path(remote), progress=lambda done, total: calls.append((done, total))) == []
+    folder: list[tuple[int, int]] = []
+    assert verify_cache(local, progress=lambda done, total: folder.append((done, total))) == []
+    assert calls[-1] == folder[-1]
+
+
+def test_objects_are_read_in_pieces_and_each_byte_once(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int, int]] = []
+    read = Bucket.read_range
+
+    def watched(self: Bucket, name: str, start: int, length: int) -> Any:
+        asked.append((name, start, length))
+        return read(self, name, start, length)
+
+    monkeypatch.setattr(Bucket, "read_range", watched)
+    path = cache_path(remote)
+    assert verify_cache(path, [PATCH]) == []
+    index = 16 * SHARD_ROWS * len(VIEWS) + 4
+    shards = -(-ROWS // SHARD_ROWS)
+    assert len(asked) == 2 * shards  # the index, and all rows in one piece
+    assert sum(length == index for _, _, length in asked) == shards
+    rows = ROWS - 2  # that have data
+    assert sum(length for _, _, length in asked) == rows * len(VIEWS) * CHUNK + shards * index
+
+    asked.clear()
+    monkeypatch.setattr(shard_check, "_PIECE", 3 * CHUNK)
+    monkeypatch.setattr(shard_check, "_AHEAD", 2)
+    assert verify_cache(cache_path(remote), [PATCH], threads=2) == []
+    pieces = [length for _, _, length in asked if length != index]
+    assert max(pieces) == 3 * CHUNK
+    assert sum(pieces) == rows * len(VIEWS) * CHUNK
+
+
+def spoil(folder: Path, randomness: random.Random) -> None:
+    """Damage a copy of the cache at one place, in one of the ways that copying may."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != ".lock")
+    file = randomness.choice(files)
+    data = bytearray(file.read_bytes())
+    kind = randomness.choice(("flip", "cut", "lost", "longer", "stray", "other"))
+    if kind == "flip":
+        data[randomness.randrange(len(data))] ^= 1 << randomness.randrange(8)
+    elif kind == "cut":
+        del data[randomness.randrange(len(data)) :]
+    elif kind == "longer":
+        data += b"x"
+    elif kind == "stray":
+        file = file.with_name("stray.bin")
+    elif kind == "other":
+        others = [each for each in files if each.suffix == file.suffix]
+        data = bytearray(randomness.choice(others).read_bytes())
+    if kind == "lost":
+        file.unlink()
+    else:
+        file.write_bytes(data)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_findings_are_those_of_the_folder(server: str, local: Path, tmp_path: Path, seed: int) -> None:
+    randomness = random.Random(seed)
+    copy = tmp_path / "cache"
+    shutil.copytree(local, copy)
+    for _ in range(3):
+        spoil(copy, randomness)
+    url = f"s3://bucket/spoiled-{seed}"
+    upload(copy, url)
+    try:
+        expected = described(verify_cache(copy), str(copy))
+    except CacheError as error:  # its manifest is gone
+        with pytest.raises(CacheError, match=str(error).partition(" at ")[0]):
+            verify_cache(cache_path(url))
+        return
+    found = verify_cache(cache_path(url))
+    assert described(found, url) == expected
+    assert not [each for each in found if "repa cache repair" in each.what]
+
+
+def test_folders_that_consoles_mark_are_no_strays(server: str, local: Path) -> None:
+    url = "s3://bucket/marked"
+    store = upload(local, url)
+    obstore.put(store, "commits/demo/", b"")
+    obstore.put(store, "demo", b"")
+    assert verify_cache(cache_path(url)) == []
+    obstore.put(store, "demo", b"something")
+    assert [str(each) for each in verify_cache(cache_path(url))] == [
+        f"{url}/demo is not the cache's; delete it"
+    ]
+
+
+def run(*words: str) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(list(words))
+    code = left.value.code
+    assert code is None or isinstance(code, int)
+    return code or 0
+
+
+def test_the_command_says_what_it_says_of_a_folder(
+    remote: str, local: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run("cache", "verify", remote) == 0
+    said = capsys.readouterr().out.strip()
+    assert said.startswith(f"{remote}: ")
+    assert said.endswith("all is as committed")
+    store = upload(local, "s3://bucket/bad")
+    name = f"{PATCH}/c/2/0/0/0"
+    data = bytearray(obstore.get(store, name).bytes().to_bytes())
+    data[2 * CHUNK + 7] ^= 1
+    obstore.put(store, name, bytes(data))
+    obstore.delete(store, "commits/sd-vae/1.json")
+    assert run("cache", "verify", "s3://bucket/bad") == 1
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[0].startswith(
+        "shard 1 of sd-vae is not committed: s3://bucket/bad/commits/sd-vae/1.json is missing"
+    )
+    assert lines[1] == (
+        f"row 17 of {PATCH}: s3://bucket/bad/{name} has data that do not match their checksum; "
+        "copy it there again"
+    )
+    assert lines[-1].endswith("2 findings")
+    assert run("cache", "verify", "s3://bucket/nothing") == 1
+    assert capsys.readouterr().err.startswith("error: there is no cache at s3://bucket/nothing")
+
+
+def test_a_server_that_goes_away_is_one_line(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is no finding: nobody knows what is there."""
+    path = cache_path(remote)
+    assert verify_cache(path, ["demo/cls"]) == []
+    read = Bucket.read_range
+
+    def broken(self: Bucket, name: str, start: int, length: int) -> Any:
+        if "/3/" in name:
+            raise ConnectionAbortedError(103, "connection refused", f"{self.url}/{name}")
+        return read(self, name, start, length)
+
+    monkeypatch.setattr(Bucket, "read_range", broken)
+    with pytest.raises(
+        RepaError, match=r"cannot read s3://.*/3/.*connection refused; look at the conn"
+    ) as gone:
+        verify_cache(path)
+    assert not isinstance(gone.value, CacheError)
+    assert "\n" not in str(gone.value)
+    lead_to(monkeypatch, f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(RepaError, match="look at the connection, the endpoint and the credentials"):
+        verify_cache(cache_path(remote))
+
+
+def test_export_from_a_bucket_is_that_of_the_folder(
+    remote: str, local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("webdataset")
+    for place, out in ((remote, "ours"), (str(local), "theirs")):
+        assert run("cache", "export", place, "--out", str(tmp_path / out)) == 0
+    assert f"{ROWS - 2} images" in capsys.readouterr().out
+    files = sorted(file.name for file in (tmp_path / "theirs").iterdir())
+    assert len(files) == 6
+    for name in files:
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "cache repair s3://bucket/whole",
+        "cache verify s3://bucket/whole --reencode 3",
+        "cache verify s3://bucket/whole --fidelity",
+        "cache merge LOCAL s3://bucket/whole --cache out",
+        "cache merge LOCAL LOCAL --cache s3://bucket/out",
+        "cache import x.tar --cache s3://bucket/out",
+        "cache export LOCAL --out s3://bucket/out",
+        "preprocess --data images --cache s3://bucket/out",
+        "plan --data images --cache s3://bucket/out",
+        "train --cache LOCAL --run s3://bucket/run",
+    ],
+)
+def test_what_writes_or_needs_a_folder_refuses_in_one_line(
+    local: Path,
+    tmp_path: Path,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(*words.replace("LOCAL", str(local)).split()) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: s3://bucket/")
+    assert "is in a bucket, where caches are only read" in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []  # no folder `s3:`

@@ -1,0 +1,69 @@
+"""A real S3 server (moto's) on loopback, and what puts a cache into its bucket."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+obstore = pytest.importorskip("obstore")
+pytest.importorskip("moto")
+pytest.importorskip("flask")
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def s3_server() -> Iterator[str]:
+    """The address of a server that has an empty bucket ``bucket``, and the environment that leads to it."""
+    address = f"http://127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", address.rpartition(":")[2]]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            for _ in range(600):
+                try:
+                    request = urllib.request.Request(f"{address}/bucket", method="PUT")
+                    urllib.request.urlopen(request).close()
+                    break
+                except urllib.error.URLError:
+                    time.sleep(0.05)
+            with pytest.MonkeyPatch.context() as patch:
+                lead_to(patch, address)
+                yield address
+        finally:
+            process.terminate()
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def lead_to(patch: pytest.MonkeyPatch, address: str) -> None:
+    """Set the environment variables of a client of that server."""
+    patch.setenv("AWS_ACCESS_KEY_ID", "key")
+    patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    patch.setenv("AWS_REGION", "us-east-1")
+    patch.setenv("AWS_ENDPOINT_URL", address)
+    patch.setenv("AWS_ALLOW_HTTP", "true")
+
+
+def upload(path: Path, url: str) -> Any:
+    """Copy a folder into a bucket, file by file; the store of its prefix."""
+    store = obstore.store.from_url(url)
+    for file in path.rglob("*"):
+        if file.is_file():
+            obstore.put(store, str(file.relative_to(path)), file.read_bytes())
+    return store
