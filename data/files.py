@@ -78,6 +78,10 @@ def sync_folders(folder: Path, root: Path) -> None:
     """Fsync a folder and the folders above it up to ``root``, so that a rename in it survives a power cut.
 
     All of them every time, not only the new ones: one that a killed process made may never have been synced.
+
+    Raises:
+        OSError: the operating system refuses.
+        ValueError: ``root`` is not above the folder.
     """
     for each in (folder, *folder.parents):
         descriptor = os.open(each, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

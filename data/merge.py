@@ -81,20 +81,7 @@ def merge_caches(
         check_source(parts, source, chosen)
     origin = origins(parts, images)
     first = parts[0].manifest
-    manifest = ensure_cache(
-        out,
-        replace(
-            first,
-            num_rows=len(images.keys),
-            source_fingerprint=images.fingerprint,
-            keys_sha256=keys_sha256(images.keys),
-            class_names=images.class_names,
-            columns={},
-            sources={},
-        ),
-        images.keys,
-        images.labels,
-    )
+    manifest = ensure_cache(out, _manifest_of(images, first), images.keys, images.labels)
     with ExitStack() as stack:
         columns = [name for source in chosen for name in first.source_columns(source)]
         readers = [stack.enter_context(CacheReader(part.path, columns)) for part in parts]
@@ -110,6 +97,19 @@ def merge_caches(
                 if progress is not None:
                     progress(done, total)
     return manifest
+
+
+def _manifest_of(images: ImageSet, part: Manifest) -> Manifest:
+    """That of the whole before anything is joined: rows of the images, the rest as of a part."""
+    return replace(
+        part,
+        num_rows=len(images.keys),
+        source_fingerprint=images.fingerprint,
+        keys_sha256=keys_sha256(images.keys),
+        class_names=images.class_names,
+        columns={},
+        sources={},
+    )
 
 
 def _copy_calibration(part: Part, out: Path, source: str) -> None:

@@ -107,7 +107,13 @@ class EpochOrder:
         self._permutation: Permutation | None = None
 
     def batch(self, images_seen: int, batch_size: int) -> NDArray[np.int64]:
-        """Positions of a global batch; see `batch_rows`."""
+        """Positions of the global batch that comes after ``images_seen`` images, ``int64 [batch_size]``.
+
+        A function of the arguments and of nothing that was asked for before.
+
+        Raises:
+            RepaError: as `place_of`.
+        """
         place = place_of(images_seen, batch_size=batch_size, count=self.count)
         if self._permutation is None or place.epoch != self._epoch:
             # let go of the last one first: two would not fit where one does
@@ -131,15 +137,6 @@ def block_starts(rows: NDArray[np.int64], shard_rows: int) -> NDArray[np.int64]:
     """
     changes = np.flatnonzero(np.diff(rows // shard_rows)) + 1
     return np.concatenate([[0], changes, [len(rows)]]).astype(np.int64)
-
-
-def batch_rows(*, seed: int, images_seen: int, batch_size: int, count: int) -> NDArray[np.int64]:
-    """Positions of the global batch that comes after ``images_seen`` images, ``int64 [batch_size]``.
-
-    Raises:
-        RepaError: as `place_of`.
-    """
-    return EpochOrder(seed=seed, count=count).batch(images_seen, batch_size)
 
 
 def rank_slice(batch: NDArray[np.int64], rank: int, world: int) -> NDArray[np.int64]:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 FOLDER = "folder"
 _COMMON = ("resolution", "crop", "views", "exif_orientation", "source_kind")
-_CALIBRATED = ("notes.calibration", "notes.fidelity")
 
 
 @dataclass(frozen=True, kw_only=True)

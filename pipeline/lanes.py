@@ -56,7 +56,11 @@ class Lanes(Protocol):
     ahead: int
 
     def submit(self, batch: Batch, tasks: Sequence[Task]) -> Pending:
-        """Start on a batch."""
+        """Start on a batch.
+
+        Raises:
+            RepaError: the device has too little memory for it.
+        """
         ...
 
 

@@ -92,7 +92,11 @@ class Scene:
 
 
 def scene(index: int, seed: int) -> Scene:
-    """Draw the random parts of image `index` from a counter-based generator keyed by `(seed, index)`."""
+    """Draw the random parts of image `index` from a counter-based generator keyed by `(seed, index)`.
+
+    Raises:
+        ValueError: either is negative.
+    """
     if index < 0 or seed < 0:
         raise ValueError(f"index and seed must not be negative, got index={index}, seed={seed}")
     # only uniform doubles: the same bits on every platform, which other distributions do not promise

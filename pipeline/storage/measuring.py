@@ -140,7 +140,11 @@ def attention_fidelity(
 
 
 def attention_summary(form: AttentionForm, divergence: NDArray[np.float64]) -> dict[str, Any]:
-    """The fidelity that is recorded of divergences ``[N, L, H, T]``; see `attention_fidelity`."""
+    """The fidelity that is recorded of divergences ``[N, L, H, T]``; see `attention_fidelity`.
+
+    Raises:
+        RepaError: a divergence is not finite.
+    """
     if not np.isfinite(divergence).all():
         raise RepaError(
             f"queries or keys of encoder {form.model} are not finite, or larger than {form.dtype} holds; try "
@@ -241,7 +245,11 @@ def _token_errors(
 
 
 def token_summary(form: TokenForm, error: NDArray[np.float64], change: NDArray[np.float64]) -> dict[str, Any]:
-    """The fidelity that is recorded of token errors, each ``[N, T]``; see `token_fidelity`."""
+    """The fidelity that is recorded of token errors, each ``[N, T]``; see `token_fidelity`.
+
+    Raises:
+        RepaError: an error is not finite.
+    """
     if not (np.isfinite(error).all() and np.isfinite(change).all()):
         raise RepaError(
             f"tokens of encoder {form.model} are not finite; try --compute-dtype float32, and check the "

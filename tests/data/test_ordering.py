@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from repa.data.errors import RepaError
 from repa.data.ordering import (
     EpochOrder,
-    batch_rows,
     batch_views,
     permutation,
     place_of,
@@ -84,11 +83,11 @@ def test_left_out_images_differ_from_epoch_to_epoch() -> None:
 
 @settings(deadline=None)
 @given(SEEDS, st.integers(0, 10**7), st.integers(1, 64), st.integers(0, 200))
-def test_order_object_gives_the_pure_function(seed: int, seen: int, batch: int, extra: int) -> None:
+def test_a_batch_depends_on_nothing_asked_for_before(seed: int, seen: int, batch: int, extra: int) -> None:
     count = batch + extra
     order = EpochOrder(seed=seed, count=count)
     for images_seen in (seen, seen + batch, 0, seen + count * 3, seen):
-        expected = batch_rows(seed=seed, images_seen=images_seen, batch_size=batch, count=count)
+        expected = EpochOrder(seed=seed, count=count).batch(images_seen, batch)
         assert np.array_equal(order.batch(images_seen, batch), expected)
 
 
@@ -111,8 +110,8 @@ def test_a_new_batch_size_continues_as_if_the_run_always_had_it() -> None:
 
 def test_batch_larger_than_the_image_set_is_refused() -> None:
     with pytest.raises(RepaError, match="a batch of 9 images is larger than the 8 images"):
-        batch_rows(seed=0, images_seen=0, batch_size=9, count=8)
-    assert sorted(batch_rows(seed=0, images_seen=0, batch_size=8, count=8).tolist()) == list(range(8))
+        EpochOrder(seed=0, count=8).batch(0, 9)
+    assert sorted(EpochOrder(seed=0, count=8).batch(0, 8).tolist()) == list(range(8))
 
 
 @pytest.mark.parametrize(("images_seen", "batch_size"), [(-1, 4), (0, 0), (0, -4)])

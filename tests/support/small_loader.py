@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from repa.data.columns import ColumnSpec
 from repa.data.loader import THREAD_NAME, Batch, CacheLoader
-from repa.data.ordering import batch_rows
+from repa.data.ordering import EpochOrder
 from repa.data.reader import CacheReader
 from repa.data.testing import expected_labels, expected_row
 
@@ -52,5 +52,5 @@ def check(batch: Batch) -> None:
 
 
 def global_batch(reader: CacheReader, images_seen: int, batch_size: int = 24) -> list[int]:
-    positions = batch_rows(seed=5, images_seen=images_seen, batch_size=batch_size, count=NUM_ROWS - 1)
+    positions = EpochOrder(seed=5, count=NUM_ROWS - 1).batch(images_seen, batch_size)
     return reader.valid_rows[positions].tolist()
