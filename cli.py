@@ -57,6 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # whoever read our output (head, less) has gone: end quietly, as other tools do
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # of a path that no command expects to fail like this: a name too long, a folder taken away
+        print(f"error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
 
 
 def run_command(arguments: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from ..data.errors import CacheError, RepaError
 from ..data.places import DEMO_DATA
 from ..data.schema import DEFAULT_SHARD_ROWS, Manifest, Provenance
 from ..data.shard_index import CHECKSUM_BYTES, index_bytes
-from ..data.store import ensure_cache, is_committed, keys_sha256, open_manifest
+from ..data.store import ensure_cache, is_committed, keys_sha256, open_manifest, refuse_foreign_folder
 from ..data.units import human_bytes
 from .config import check_flags
 from .encoders.table import find_teacher
@@ -148,12 +148,15 @@ def make_plan(config: PreprocessConfig) -> Plan:
     Raises:
         RepaError: flags that contradict one another, images that cannot be listed, a teacher or a resolution
             that does not exist.
-        CacheError: the cache is of something else, or a source of it was made in another way.
+        CacheError: the cache is of something else, or a source of it was made in another way; the folder
+            holds something else.
     """
     from .images import open_source
 
     check_flags(config)
     present = present_manifest(config.cache)
+    if present is None:
+        refuse_foreign_folder(config.cache)
     config = _resolve(config, present)
     images = open_source(
         config.data, limit=config.limit, apply_exif=config.apply_exif, class_names=config.class_names
@@ -181,10 +184,11 @@ def present_manifest(cache: Path) -> Manifest | None:
     """The manifest of the cache, or None when nothing is there yet.
 
     Raises:
-        CacheError: a file stands there, or a cache that cannot be read.
+        CacheError: a file stands there or in its way, or a cache that cannot be read.
     """
-    if cache.exists() and not cache.is_dir():
-        raise CacheError(f"{cache} is a file, not a folder; choose another place with --cache")
+    for each in (cache, *cache.parents):
+        if each.exists() and not each.is_dir():
+            raise CacheError(f"{each} is a file, not a folder; choose another place with --cache")
     return open_manifest(cache) if (cache / "zarr.json").exists() else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import warnings
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -43,9 +44,12 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise RepaError(f"weights file {path} cannot be read ({error.strerror or error})") from error
     # the readers of broken files raise many kinds: SafetensorError, UnpicklingError, RuntimeError, …
     except Exception as error:
+        # torch's own words recommend reading it unsafely
+        unsafe = isinstance(error, pickle.UnpicklingError)
+        reason = "it holds other objects, or is damaged" if unsafe else one_line(error)
         raise RepaError(
             f"weights file {path} is neither safetensors nor a tensors-only PyTorch file "
-            f"({one_line(error)}); save its state dict as safetensors, or bring the file again if "
+            f"({reason}); save its state dict as safetensors, or bring the file again if "
             "the download broke"
         ) from error
     while isinstance(values, dict):

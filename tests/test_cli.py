@@ -50,6 +50,58 @@ def test_a_mistake_is_one_line_and_status_1(tmp_path: Path, capsys: pytest.Captu
     assert "repa preprocess" in output.err
 
 
+def words_of_paths(place: str) -> dict[str, list[str]]:
+    """Commands that name a path, each before it would load a model."""
+    return {
+        "preprocess --data": ["preprocess", "--data", place],
+        "preprocess --cache": ["preprocess", "--data", "demo", "--cache", place],
+        "preprocess --class-names": ["preprocess", "--data", "{0..1}.tar", "--class-names", place],
+        "plan --cache": ["plan", "--data", "demo", "--cache", place],
+        "train --config": ["train", "--config", place],
+        "sample --run": ["sample", "--run", place],
+        "sample --ckpt": ["sample", "--ckpt", place],
+        "cache info": ["cache", "info", place],
+        "cache verify": ["cache", "verify", place],
+        "cache repair": ["cache", "repair", place],
+        "cache merge": ["cache", "merge", place, place, "--cache", "whole"],
+        "cache export": ["cache", "export", "--out", "tars", place],
+        "cache import": ["cache", "import", place, "--cache", "cache"],
+    }
+
+
+@pytest.mark.parametrize("command", words_of_paths(""))
+@pytest.mark.parametrize("place", ["file", "file/below", "folder", "n" * 300])
+def test_a_path_that_cannot_be_is_one_line(
+    command: str,
+    place: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "other.txt").write_text("text")
+    words = words_of_paths(place)[command]
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "folder"]
+    assert [each.name for each in (tmp_path / "folder").iterdir()] == ["other.txt"]
+
+
+def test_errors_of_the_system_without_a_path_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(flags: object) -> None:
+        raise OSError("a library is not there")
+
+    monkeypatch.setattr("repa.cli.train", fail)
+    with pytest.raises(OSError, match="a library is not there"):
+        main(["train"])
+
+
 def test_an_unknown_flag_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["train", "--learning-rate", "1"])

@@ -63,7 +63,7 @@ def wrong(how: str, path: Path) -> None:
         ("empty", "pth", "neither safetensors nor a tensors-only PyTorch file"),
         ("empty", "safetensors", "neither safetensors nor a tensors-only PyTorch file"),
         ("truncated", "safetensors", "neither safetensors nor a tensors-only PyTorch file"),
-        ("pickle", "pth", "neither safetensors nor a tensors-only PyTorch file"),
+        ("pickle", "pth", r"tensors-only PyTorch file \(it holds other objects, or is damaged\); save"),
         ("numbers", "pth", r"holds more than tensors \(epoch\)"),
         ("list", "pth", "holds no state dict"),
         ("folder", "pth", "is a folder"),

@@ -138,7 +138,10 @@ def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "cut": (cut, "no checkpoint of tensors"),
         "cut safetensors": (cut_safe, "no checkpoint of tensors"),
         "list": (save(folder / "list.pt", [1, 2]), "holds a list"),
-        "code": (save(folder / "evil.pt", {"ema": Evil()}), "no checkpoint of tensors"),
+        "code": (
+            save(folder / "evil.pt", {"ema": Evil()}),
+            r"plain values \(it holds other objects, or is damaged\)",
+        ),
         "other model": (
             save(folder / "vit.pt", {"cls_token": torch.zeros(1)}),
             "no weights of a SiT .*cls_token",

@@ -8,6 +8,7 @@ only the `argparse.Namespace` in which the released training script keeps its fl
 from __future__ import annotations
 
 import argparse
+import pickle
 import re
 import warnings
 import zipfile
@@ -101,6 +102,8 @@ def _read(path: Path) -> Mapping[str, Any]:
         content = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
     except Exception as error:  # a damaged pickle fails in as many ways as its unpickler has lines
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words recommend reading it unsafely
+            reason = "it holds other objects, or is damaged"
         raise RepaError(
             f"{path} is no checkpoint of tensors and plain values ({reason}); "
             "give a published .pt of SiT or REPA, or its state dict as .safetensors"
