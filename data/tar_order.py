@@ -3,7 +3,8 @@
 In every epoch the tars are shuffled by (seed, epoch), rank r of w takes tars r, r + w, … of them, and the
 rows of a rank pass through a shuffle buffer: for each that comes one leaves, drawn by (seed, epoch, rank).
 That is less than a permutation: neighbours in a tar stay near one another, and which images share a batch
-depends on the number of ranks.
+depends on the number of ranks. Within an epoch no tar is read by two ranks; a rank that is first to begin the
+next one may meet another there that has not yet ended this one.
 
 An epoch has as many batches as every rank can fill whatever tars it drew; the rest is left out, other images
 in every epoch.

@@ -42,6 +42,7 @@ from .store import open_manifest, read_keys, read_labels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Sequence
+    from concurrent.futures import Executor
 
     from .commits import CommitRecord
     from .remote import CachePath
@@ -108,7 +109,7 @@ def verify_cache(
             for name in checked
             if source_of(name) == source
         ]
-        findings += _run(tasks, progress, threads or usual)
+        findings += _run(tasks, requests, progress, threads or usual)
     if columns is None:
         findings += _check_strays(path, manifest, records.keys())
     return findings
@@ -216,7 +217,10 @@ def _check_record(path: CachePath, manifest: Manifest, source: str, shard: int) 
 
 
 def _run(
-    tasks: Sequence[ShardCheck], progress: Callable[[int, int], None] | None, threads: int
+    tasks: Sequence[ShardCheck],
+    requests: Executor,
+    progress: Callable[[int, int], None] | None,
+    threads: int,
 ) -> list[Finding]:
     """All tasks' findings, in the order of the tasks."""
     total = sum(task.bytes for task in tasks)
@@ -232,7 +236,8 @@ def _run(
                 if progress is not None:
                     progress(done, total)
         except BaseException:
-            # Ctrl-C must not wait for the shards that nobody has begun
+            # Ctrl-C must not wait for the shards that nobody has begun, nor for the rest of those in a bucket
+            requests.shutdown(wait=False, cancel_futures=True)
             pool.shutdown(cancel_futures=True)
             raise
     return [finding for number in sorted(found) for finding in found[number]]

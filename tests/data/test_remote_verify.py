@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,6 +214,34 @@ def test_a_server_that_goes_away_is_one_line(remote: str, monkeypatch: pytest.Mo
     lead_to(monkeypatch, f"http://127.0.0.1:{free_port()}")
     with pytest.raises(RepaError, match="look at the connection, the endpoint and the credentials"):
         verify_cache(cache_path(remote))
+
+
+def test_ctrl_c_does_not_wait_for_the_rest_of_what_was_begun(
+    remote: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = cache_path(remote)
+    monkeypatch.setattr(shard_check, "_PIECE", CHUNK)
+    asked: list[str] = []
+    gate = threading.Event()
+    read = Bucket.read_range
+
+    def watched(self: Bucket, name: str, start: int, length: int) -> Any:
+        asked.append(name)
+        # the first shard ends while the others have only begun
+        if "/c/0/" not in name:
+            gate.wait(60)
+        return read(self, name, start, length)
+
+    def stop(done: int, total: int) -> None:
+        threading.Timer(0.3, gate.set).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bucket, "read_range", watched)
+    with pytest.raises(KeyboardInterrupt):
+        verify_cache(path, [PATCH], progress=stop)
+    first = (SHARD_ROWS - 1) * len(VIEWS) + 1
+    others = -(-ROWS // SHARD_ROWS) - 1
+    assert len(asked) == first + others  # their indexes, and no rows
 
 
 def test_export_from_a_bucket_is_that_of_the_folder(
