@@ -44,9 +44,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise RepaError(f"weights file {path} cannot be read ({error.strerror or error})") from error
     # the readers of broken files raise many kinds: SafetensorError, UnpicklingError, RuntimeError, …
     except Exception as error:
-        # torch's own words recommend reading it unsafely
-        unsafe = isinstance(error, pickle.UnpicklingError)
-        reason = "it holds other objects, or is damaged" if unsafe else one_line(error)
+        # torch's own words are a bare code, or recommend reading it unsafely
+        pickled = isinstance(error, pickle.UnpicklingError | LookupError)
+        reason = "it holds other objects, or is damaged" if pickled else one_line(error)
         raise RepaError(
             f"weights file {path} is neither safetensors nor a tensors-only PyTorch file "
             f"({reason}); save its state dict as safetensors, or bring the file again if "

@@ -59,7 +59,7 @@ def wrong(how: str, path: Path) -> None:
         ("another patch", "safetensors", "its patches have 16 pixels a side, not 8"),
         ("another table", "safetensors", "does not fit demo"),
         ("text", "safetensors", "neither safetensors nor a tensors-only PyTorch file"),
-        ("text", "pth", "neither safetensors nor a tensors-only PyTorch file"),
+        ("text", "pth", r"tensors-only PyTorch file \(it holds other objects, or is damaged\); save"),
         ("empty", "pth", "neither safetensors nor a tensors-only PyTorch file"),
         ("empty", "safetensors", "neither safetensors nor a tensors-only PyTorch file"),
         ("truncated", "safetensors", "neither safetensors nor a tensors-only PyTorch file"),

@@ -102,7 +102,8 @@ def _read(path: Path) -> Mapping[str, Any]:
         content = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
     except Exception as error:  # a damaged pickle fails in as many ways as its unpickler has lines
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if isinstance(error, pickle.UnpicklingError):  # torch's own words recommend reading it unsafely
+        if isinstance(error, pickle.UnpicklingError | LookupError):
+            # torch's own words are a bare code, or recommend reading it unsafely
             reason = "it holds other objects, or is damaged"
         raise RepaError(
             f"{path} is no checkpoint of tensors and plain values ({reason}); "
