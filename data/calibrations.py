@@ -112,7 +112,7 @@ def check_calibration(file: CachePath, data: bytes, recorded: str) -> None:
     if hashlib.sha256(data).hexdigest() != recorded:
         raise CacheError(
             f"{file} does not match its checksum in the manifest; "
-            "restore it, or write the cache again in another folder"
+            "restore it, or have it fitted again by `repa cache repair`"
         )
 
 

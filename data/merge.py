@@ -119,9 +119,11 @@ def _copy_calibration(part: Part, out: Path, source: str) -> None:
         return
     data = read_calibration(part.path, source)
     if data is None:
-        raise CacheError(f"{calibration_file(part.path, source)} is missing; restore it")
+        raise CacheError(
+            f"{calibration_file(part.path, source)} is missing; mend that part with `repa cache repair`"
+        )
     check_calibration(calibration_file(part.path, source), data, recorded)
-    ensure_calibration(out, source, lambda: data)
+    ensure_calibration(out, source, lambda: data, usable=data.__eq__)
 
 
 def _check_room(out: Path, manifest: Manifest, sources: Sequence[str]) -> None:

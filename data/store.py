@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from .files import locked, make_folder, os_errors, partial_path, sync_folders, w
 from .layout import (
     CALIBRATION_FOLDER,
     CHECKSUM_ATTRIBUTE,
+    COMMITS_FOLDER,
     GROUP_FILE,
     KEYS_FILE,
     LABEL_CHUNK,
@@ -45,7 +47,6 @@ from .writer import ShardWriter, SourceWriter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -216,7 +217,7 @@ def read_keys(path: CachePath, manifest: Manifest) -> list[str]:
     if hashlib.sha256(data).hexdigest() != manifest.keys_sha256:
         raise CacheError(
             f"{path / KEYS_FILE} does not match its checksum in the manifest; "
-            "restore it or write the cache again"
+            "restore it, or have it written again by `repa cache repair`"
         )
     return data.decode().split("\n")[:-1]
 
@@ -231,7 +232,9 @@ def read_labels(path: CachePath, manifest: Manifest) -> NDArray[np.int32]:
     data = _read(file)
     values, stored = data[:-CHECKSUM_BYTES], int.from_bytes(data[-CHECKSUM_BYTES:], "little")
     if len(values) != 4 * manifest.num_rows or crc32c(values) != stored:
-        raise CacheError(f"{file} does not match its checksum; restore it or write the cache again")
+        raise CacheError(
+            f"{file} does not match its checksum; restore it, or have it written again by `repa cache repair`"
+        )
     return np.frombuffer(values, dtype="<i4").astype(np.int32)
 
 
@@ -296,7 +299,9 @@ def _read(file: CachePath) -> bytes:
         try:
             return file.read_bytes()
         except FileNotFoundError as error:
-            raise CacheError(f"{file} is missing; restore it or write the cache again") from error
+            raise CacheError(
+                f"{file} is missing; restore it, or have it written again by `repa cache repair`"
+            ) from error
 
 
 def _read_group(path: CachePath) -> dict[str, Any]:
@@ -306,6 +311,11 @@ def _read_group(path: CachePath) -> dict[str, Any]:
         try:
             data = file.read_bytes()
         except FileNotFoundError as error:
+            if isinstance(path, Path) and (path / COMMITS_FOLDER).is_dir():
+                raise CacheError(
+                    f"{file} is missing, which says what is in cache {path}; restore it, or write the cache "
+                    "again in another folder"
+                ) from error
             raise CacheError(
                 f"there is no cache at {path}; make one with `repa preprocess --cache {path}`"
             ) from error
@@ -315,13 +325,14 @@ def _read_group(path: CachePath) -> dict[str, Any]:
         values = attributes.get(ATTRIBUTE)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CacheError(
-            f"{file} is damaged or no Zarr v3 group; restore it or choose another folder with --cache"
+            f"{file} is damaged or no Zarr v3 group; restore it, or write the cache again in another folder"
         ) from error
     if not isinstance(values, dict):
         raise CacheError(f"{path} is a Zarr group but no cache of repa; choose another folder with --cache")
     if hashlib.sha256(canonical_json(values)).hexdigest() != attributes.get(CHECKSUM_ATTRIBUTE):
         raise CacheError(
-            f"the manifest in {file} does not match its checksum; restore the file or write the cache again"
+            f"the manifest in {file} does not match its checksum; restore the file, or write the cache again "
+            "in another folder"
         )
     return group
 

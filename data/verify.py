@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Finding", "verify_cache"]
 
+_AGAIN = "have it written again by `repa cache repair`"
 _RESUME = "run the same `repa preprocess` again"
 _REMOTE_FILES = 16  # of a bucket at once, several requests each
 
@@ -122,11 +123,11 @@ def _check_metadata(path: CachePath, manifest: Manifest) -> list[Finding]:
         file = path / name
         try:
             same = _comparable(file.read_bytes()) == _comparable(expected)
-            what = "does not describe what the manifest does; restore it"
+            what = f"does not describe what the manifest does; {_AGAIN}"
         except FileNotFoundError:
-            same, what = False, "is missing; restore it"
+            same, what = False, f"is missing; {_AGAIN}"
         except ValueError:
-            same, what = False, "is damaged; restore it"
+            same, what = False, f"is damaged; {_AGAIN}"
         except OSError as error:
             if isinstance(file, RemotePath):
                 with os_errors("read", file):
@@ -186,7 +187,7 @@ def _check_calibration(path: CachePath, manifest: Manifest, source: str) -> list
     file = calibration_file(path, source)
     data = read_calibration(path, source)
     if data is None:
-        what = f"{file} is missing; restore it, or write the cache again in another folder"
+        what = f"{file} is missing; restore it, or have it fitted again by `repa cache repair`"
         return [Finding(path=file, source=source, what=what)]
     try:
         check_calibration(file, data, recorded)

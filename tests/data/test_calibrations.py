@@ -154,7 +154,7 @@ def test_one_that_is_not_usable_is_replaced_until_shards_rely_on_it(cache: Path)
 def test_a_lost_or_damaged_one_is_made_again_only_if_it_comes_out_the_same(calibrated: Path) -> None:
     file = calibrated / "calibration" / f"{SOURCE}.safetensors"
     file.write_bytes(FITTED[:-1] + b"\0")
-    with pytest.raises(CacheError, match="does not match its checksum in the manifest; restore it"):
+    with pytest.raises(CacheError, match=r"in the manifest; restore it, or .* `repa cache repair`"):
         ensure_calibration(calibrated, SOURCE, never)
     file.unlink()
     with pytest.raises(CacheError, match="does not match its checksum"):
@@ -193,7 +193,7 @@ def test_verify_finds_a_missing_one_and_strays_but_not_those_of_a_run(cache: Pat
     stray.unlink()
     (folder / f"{SOURCE}.safetensors").unlink()
     (finding,) = verify_cache(cache)
-    assert "is missing; restore it" in str(finding)
+    assert "is missing; restore it, or have it fitted again by `repa cache repair`" in str(finding)
 
 
 def test_one_that_no_committed_shard_was_made_with_is_a_stray(cache: Path) -> None:

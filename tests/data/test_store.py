@@ -293,6 +293,9 @@ def test_a_folder_that_is_no_cache_is_left_alone(tmp_path: Path) -> None:
         open_manifest(tmp_path / "photos")
     with pytest.raises(CacheError, match="no cache at"):
         open_manifest(tmp_path / "absent")
+    (tmp_path / "lost" / "commits").mkdir(parents=True)
+    with pytest.raises(CacheError, match=r"lost/zarr\.json is missing, which says what is in cache"):
+        open_manifest(tmp_path / "lost")
     zarr.create_group(str(tmp_path / "zarr"))
     before = folder_contents(tmp_path / "zarr")
     with pytest.raises(CacheError, match="a Zarr group but no cache"):

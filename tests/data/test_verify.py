@@ -179,6 +179,7 @@ def test_cut_grown_and_missing_files_are_found(copy: Path, manifest: Manifest) -
     ]
     assert "bytes of" in findings[3].what
     assert "is missing" in findings[5].what
+    assert all("`repa cache repair`" in finding.what for finding in findings)
 
 
 def test_stray_files_are_found_and_unfinished_shards_are_not_strays(copy: Path, manifest: Manifest) -> None:
