@@ -1,4 +1,4 @@
-"""Tar files read strictly: members one after the other, from a local file or a stream that cannot seek.
+"""Tar files read strictly: members one after the other, from a file, an object of a bucket, or a stream.
 
 Python's own `tarfile` takes a damaged header in the middle of a file for its end; here whatever is not a
 whole tar is an error that says where. Formats: POSIX ustar and pax (IEEE Std 1003.1, "pax"), and the long
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import RepaError
 from .files import os_errors
+from .object_file import open_object
+from .remote import is_remote
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -205,7 +207,9 @@ class TarReader:
 
 @contextmanager
 def open_tar(place: str) -> Iterator[TarReader]:
-    """A tar that `expand_tars` named: a path, or as WebDataset opens it ``pipe:<command>`` or a URL.
+    """A tar that `expand_tars` named: a path, an object of a bucket, or as WebDataset opens it a pipe or URL.
+
+    Of an object the pieces are asked for that are read; a ``pipe:<command>`` or URL is read from end to end.
 
     Raises:
         RepaError: it cannot be opened or read, or its command failed.
@@ -214,6 +218,10 @@ def open_tar(place: str) -> Iterator[TarReader]:
         with os_errors("read", Path(place)), open(place, "rb") as file:
             status = os.fstat(file.fileno())
             yield TarReader(file, place, status.st_size if file.seekable() else None)
+        return
+    if is_remote(place):
+        with open_object(place) as opened:
+            yield TarReader(opened, place, opened.size)
         return
     gopen, set_options = _gopen()
     try:
