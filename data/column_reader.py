@@ -106,9 +106,9 @@ class ColumnReader:
         """
         shards, within = np.divmod(rows, self._manifest.shard_rows)
         numbers, owners = rows.tolist(), shards.tolist()
-        paths = [self.shard_path(shard) for shard in owners]
+        paths = [self._paths.get(shard) or self.shard_path(shard) for shard in owners]
         try:
-            handles = [files.open(path) for path in paths]
+            handles = files.open(paths)
         except OSError as error:
             first = paths.index(error.filename) if error.filename in paths else 0
             raise self.unreadable(numbers[first], error) from error

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class OpenFile:
@@ -65,6 +69,16 @@ class DescriptorCache:
             while len(self._files) > self._limit:
                 del self._files[next(iter(self._files))]
         return file
+
+    def open_all(self, paths: Sequence[str]) -> list[OpenFile]:
+        """`open`, file by file.
+
+        Raises:
+            OSError: one of them, its ``filename``, cannot be opened.
+        """
+        # a call for each would take as long as reading a few kilobytes
+        known = self._files
+        return [known.get(path) or self.open(path) for path in paths]
 
     def close(self) -> None:
         """Close every file that is not in use."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from .errors import CacheError, RepaError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 T = TypeVar("T")
 
@@ -187,9 +187,9 @@ class RemoteFiles:
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
 
-    def open(self, path: str) -> str:
-        """The object's name within the prefix."""
-        return path.removeprefix(f"{self._bucket.url}/")
+    def open(self, paths: Sequence[str]) -> list[str]:
+        """The objects' names within the prefix."""
+        return [path.removeprefix(f"{self._bucket.url}/") for path in paths]
 
     def try_read(self, handle: str, offset: int, chunk: memoryview, checksum: memoryview) -> bool:
         """False: every request waits for its answer."""

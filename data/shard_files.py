@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .descriptors import DescriptorCache
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .descriptors import OpenFile
 
 # of a file system, of a kernel without the flag
@@ -32,11 +34,11 @@ def open_files_limit() -> int:
 class ShardFiles(Protocol):
     """Files that can be read at any place; what `open` gives is known to the other methods alone."""
 
-    def open(self, path: str) -> Any:
-        """A file, open as long as what is returned is kept.
+    def open(self, paths: Sequence[str]) -> Sequence[Any]:
+        """Files, each as often as it is named, open as long as what is returned is kept.
 
         Raises:
-            OSError: it cannot be opened; its ``filename`` is the path.
+            OSError: one of them, its ``filename``, cannot be opened.
         """
         ...
 
@@ -93,9 +95,9 @@ class BufferedFiles:
     def __len__(self) -> int:
         return len(self._files)
 
-    def open(self, path: str) -> OpenFile:
-        """The file, open as long as it is kept."""
-        return self._files.open(path)
+    def open(self, paths: Sequence[str]) -> list[OpenFile]:
+        """The files, each open as long as it is kept."""
+        return self._files.open_all(paths)
 
     def try_read(self, handle: OpenFile, offset: int, chunk: memoryview, checksum: memoryview) -> bool:
         """Read a chunk and the checksum after it if they are in memory; else ask the kernel for them."""

@@ -218,7 +218,7 @@ def test_threads_have_memory_of_their_own(tmp_path: Path) -> None:
         for _ in range(200):
             start, length = int(generator.integers(0, 39_000)), int(generator.integers(1, 900))
             chunk, checksum = bytearray(2 * length), bytearray(4)
-            done = files.read(files.open(str(path)), 2 * start, memoryview(chunk), memoryview(checksum))
+            done = files.read(*files.open([str(path)]), 2 * start, memoryview(chunk), memoryview(checksum))
             values = np.frombuffer(bytes(chunk + checksum), dtype=np.uint16)
             if not done or not np.array_equal(values, np.arange(start, start + length + 2)):
                 wrong.append((start, length))
@@ -229,7 +229,7 @@ def test_threads_have_memory_of_their_own(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
-    handle = files.open(str(path))
+    (handle,) = files.open([str(path)])
     assert files.tail(handle, 6) == (np.arange(39_997, 40_000, dtype=np.uint16).tobytes(), 80_000)
     assert not files.read(handle, 79_998, memoryview(bytearray(2)), memoryview(bytearray(4)))
     assert not files.read(handle, 2**40, memoryview(bytearray(2)), memoryview(bytearray(4)))
