@@ -9,7 +9,6 @@ codecs bytes + crc32c. Here an inner chunk is one row and view: ``[rows, V]`` pa
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,24 +32,6 @@ def encode_index(index: NDArray[np.uint64]) -> bytes:
     """Bytes of an index ``uint64 [rows, V, 2]`` of (offset, nbytes), with its crc32c."""
     pairs = np.ascontiguousarray(index, dtype="<u8").tobytes()
     return pairs + crc32c(pairs).to_bytes(CHECKSUM_BYTES, "little")
-
-
-def read_index(descriptor: int, path: str, rows: int, views: int) -> NDArray[np.uint64]:
-    """The index ``uint64 [rows, V, 2]`` of an open shard file.
-
-    Args:
-        descriptor: open file descriptor of the shard.
-        path: its name, for the error.
-        rows: rows of a shard, those past the last image included.
-        views: views of the cache.
-
-    Raises:
-        CacheError: the file is too short, or the index does not match its checksum.
-    """
-    file_bytes = os.fstat(descriptor).st_size
-    size = index_bytes(rows, views)
-    tail = os.pread(descriptor, size, max(file_bytes - size, 0))
-    return decode_index(tail, file_bytes, path, rows, views)
 
 
 def decode_index(tail: bytes, file_bytes: int, path: str, rows: int, views: int) -> NDArray[np.uint64]:

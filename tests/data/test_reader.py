@@ -320,7 +320,8 @@ def test_missing_file_is_named(own_cache: Path) -> None:
 def test_index_that_gives_a_row_no_place_is_named(
     own_cache: Path, pair: tuple[int, int], reason: str
 ) -> None:
-    from repa.data.shard_index import encode_index, index_bytes, read_index
+    from repa.data.shard_index import encode_index, index_bytes
+    from shard_files_read import read_index
 
     path = shard_file(own_cache, PATCH, COLUMNS[PATCH], 0)
     with path.open("rb") as file:

@@ -17,7 +17,7 @@ from repa.data.columns import MOMENTS, ColumnSpec
 from repa.data.errors import CacheError
 from repa.data.info import cache_info
 from repa.data.schema import Manifest
-from repa.data.shard_index import MISSING, read_index
+from repa.data.shard_index import MISSING
 from repa.data.store import (
     SourceWriter,
     committed_shards,
@@ -41,6 +41,7 @@ from repa.data.testing import (
     synthetic_cache,
     synthetic_provenance,
 )
+from shard_files_read import read_index
 
 if TYPE_CHECKING:
     from pathlib import Path

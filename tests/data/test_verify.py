@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import pytest
 from repa.data.columns import MOMENTS
 from repa.data.errors import CacheError
-from repa.data.shard_index import MISSING, index_bytes, read_index
+from repa.data.shard_index import MISSING, index_bytes
 from repa.data.store import read_commit, shard_file
 from repa.data.testing import synthetic_cache
 from repa.data.verify import Finding, verify_cache
+from shard_files_read import read_index
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,8 +8,8 @@ import numpy as np
 from repa.data.columns import MOMENTS, ColumnSpec
 from repa.data.reader import CacheReader
 from repa.data.schema import Manifest
-from repa.data.shard_index import read_index
 from repa.data.testing import synthetic_cache
+from shard_files_read import read_index
 
 if TYPE_CHECKING:
     from pathlib import Path

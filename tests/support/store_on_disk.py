@@ -17,9 +17,10 @@ from repa.data.columns import ColumnSpec, source_of
 from repa.data.errors import CacheError
 from repa.data.layout import commit_file
 from repa.data.schema import Manifest
-from repa.data.shard_index import MISSING, index_bytes, read_index
+from repa.data.shard_index import MISSING, index_bytes
 from repa.data.store import shard_file
 from repa.data.testing import synthetic_cache
+from shard_files_read import read_index
 
 ROWS, SHARD_ROWS, SHARDS = 7, 3, 3
 VIEWS = ("original", "mirrored")
