@@ -5,8 +5,8 @@
 
 Every measurement is a process of its own, started in turn A B C, A B C …: some of these libraries cannot
 share one with a fork of another. A process reads an epoch that does not count, whose rows are checked (warm
-only), and then one that does, from its first batch on. CPU seconds are those of the process and its workers,
-their start included. Libraries that are not installed are left out, and said to be. ``--cold`` empties the
+only), and then one that does, from its first batch on. CPU seconds are the process's from then on, and all of
+its workers'. Libraries that are not installed are left out, and said to be. ``--cold`` empties the
 page cache of the files before each process, which reads the epoch that counts and no other.
 """
 
@@ -51,13 +51,12 @@ def measure(name: str, root: Path, rows: int, *, cold: bool) -> Round:
             read += len(batch[0])
         if read < count - BATCH_SIZE * 4:
             raise ValueError(f"{name} gave {read} rows of {count}")
-    cpu = _cpu_seconds()
     batches = iter(peer.read(folder, count))
-    first = len(next(batches)[0])
-    started = time.perf_counter()
+    next(batches)
+    cpu, started = _cpu_seconds(), time.perf_counter()
     seen = sum(len(batch[0]) for batch in batches)
     seconds = time.perf_counter() - started
-    return Round(seen / seconds, 1000 * (_cpu_seconds() - cpu) / (seen + first))
+    return Round(seen / seconds, 1000 * (_cpu_seconds() - cpu) / seen)
 
 
 def _cpu_seconds() -> float:
