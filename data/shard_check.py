@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from .remote import CachePath
     from .schema import Manifest
 
-_REDO = "encode it again with `repa cache repair`"
-_COPY = "copy it there again"
+REDO = "encode it again with `repa cache repair`"
 
 _PIECE = 4 << 20  # bytes of a request
 _GAP = 64 << 10  # bytes between two chunks that are rather read than asked around
@@ -65,11 +64,6 @@ class Finding:
     def __str__(self) -> str:
         row = "" if self.row is None else f"row {self.row} of {self.column}: "
         return f"{row}{self.what}"
-
-
-def remedy(path: CachePath) -> str:
-    """What to do about a shard that is not as committed; a bucket is only read."""
-    return _COPY if isinstance(path, RemotePath) else _REDO
 
 
 class _Stored(Protocol):
@@ -110,7 +104,6 @@ class ShardCheck:
         self._shape = (manifest.shard_rows, len(manifest.views))
         self._file: CachePath = shard_file(path, column, self._spec, record.shard)
         self._requests = requests
-        self._remedy = remedy(path)
 
     def __call__(self) -> list[Finding]:
         """What is wrong with it, by rows.
@@ -122,7 +115,7 @@ class ShardCheck:
             with _opened(self._file, self._requests) as stored:
                 return self._check(stored)
         except FileNotFoundError:
-            return [self._finding(f"is missing; {self._remedy}")]
+            return [self._finding(f"is missing; {REDO}")]
         except OSError as error:
             if isinstance(self._file, RemotePath):
                 # a connection that fails says nothing of what is there
@@ -142,29 +135,27 @@ class ShardCheck:
 
     def _check(self, stored: _Stored) -> list[Finding]:
         if stored.size != self.bytes:
-            return [self._finding(f"has {stored.size} bytes of {self.bytes}; {self._remedy}")]
+            return [self._finding(f"has {stored.size} bytes of {self.bytes}; {REDO}")]
         tail = stored.tail(index_bytes(*self._shape))
         try:
             index = decode_index(tail, stored.size, str(self._file), *self._shape)
         except CacheError as error:
-            return [self._finding(f"has no sound index ({error}); {self._remedy}")]
+            return [self._finding(f"has no sound index ({error}); {REDO}")]
         findings, sound = self._check_index(index)
         checksums = np.zeros(self._shape, dtype="<u4")
         places = [(int(index[chunk][0]), int(index[chunk][1])) for chunk in sound]
         for number, data in stored.chunks(places):
             row = self._record.rows[0] + sound[number][0]
             if len(data) != places[number][1]:
-                findings.append(self._finding(f"ends in the middle of the row; {self._remedy}", row))
+                findings.append(self._finding(f"ends in the middle of the row; {REDO}", row))
                 continue
             checksum = int.from_bytes(data[-CHECKSUM_BYTES:], "little")
             checksums[sound[number]] = checksum
             if crc32c(data[:-CHECKSUM_BYTES]) != checksum:
-                findings.append(
-                    self._finding(f"has data that do not match their checksum; {self._remedy}", row)
-                )
+                findings.append(self._finding(f"has data that do not match their checksum; {REDO}", row))
         recorded = self._record.columns[self._column].chunks_sha256
         if not findings and hashlib.sha256(checksums.tobytes()).hexdigest() != recorded:
-            findings.append(self._finding(f"is intact, but not the file that was committed; {self._remedy}"))
+            findings.append(self._finding(f"is intact, but not the file that was committed; {REDO}"))
         return sorted(findings, key=lambda finding: -1 if finding.row is None else finding.row)
 
     def _check_index(self, index: NDArray[np.uint64]) -> tuple[list[Finding], list[tuple[int, int]]]:
@@ -179,15 +170,13 @@ class ShardCheck:
             missing = row >= stop or row in self._record.invalid
             if bool(offset == MISSING) != missing:
                 found = "has no data" if not missing else "has data, but is invalid or no image's"
-                findings.append(self._finding(f"{found}; {self._remedy}", row))
+                findings.append(self._finding(f"{found}; {REDO}", row))
             if offset == MISSING:
                 continue
             chunk_bytes = int(index[at, view, 1])
             inside = chunk_bytes > CHECKSUM_BYTES and int(offset) + chunk_bytes <= data_bytes
             if not inside or chunk_bytes != (plain_bytes or chunk_bytes):
-                findings.append(
-                    self._finding(f"has an index that points outside its data; {self._remedy}", row)
-                )
+                findings.append(self._finding(f"has an index that points outside its data; {REDO}", row))
                 continue
             sound.append((at, view))
         return findings, sound

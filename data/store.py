@@ -316,9 +316,9 @@ def _read_group(path: CachePath) -> dict[str, Any]:
                     f"{file} is missing, which says what is in cache {path}; restore it, or write the cache "
                     "again in another folder"
                 ) from error
-            raise CacheError(
-                f"there is no cache at {path}; make one with `repa preprocess --cache {path}`"
-            ) from error
+            local = isinstance(path, Path)
+            remedy = f"make one with `repa preprocess --cache {path}`" if local else "copy one there"
+            raise CacheError(f"there is no cache at {path}; {remedy}") from error
     try:
         group: dict[str, Any] = json.loads(data)
         attributes = group["attributes"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ from .layout import (
     zarr_documents,
 )
 from .remote import REQUESTS, RemotePath, map_files
-from .shard_check import Finding, ShardCheck, remedy
+from .shard_check import REDO, Finding, ShardCheck
 from .store import open_manifest, read_keys, read_labels
 
 if TYPE_CHECKING:
@@ -113,7 +114,13 @@ def verify_cache(
         findings += _run(tasks, requests, progress, threads or usual)
     if columns is None:
         findings += _check_strays(path, manifest, records.keys())
-    return findings
+    return [_of_a_copy(finding) for finding in findings] if isinstance(path, RemotePath) else findings
+
+
+def _of_a_copy(finding: Finding) -> Finding:
+    """A finding in a bucket: no command of ours writes there."""
+    what, _, remedy = finding.what.rpartition("; ")
+    return replace(finding, what=f"{what}; copy it there again") if "`repa " in remedy else finding
 
 
 def _check_metadata(path: CachePath, manifest: Manifest) -> list[Finding]:
@@ -206,12 +213,9 @@ def _check_record(path: CachePath, manifest: Manifest, source: str, shard: int) 
     except CacheError as error:
         return Finding(path=file, source=source, shard=shard, what=str(error))
     if record is None:
-        resume = remedy(path) if isinstance(path, RemotePath) else _RESUME
-        what = f"shard {shard} of {source} is not committed: {file} is missing; {resume}"
+        what = f"shard {shard} of {source} is not committed: {file} is missing; {_RESUME}"
     elif record.rows != (rows.start, rows.stop) or record.columns.keys() != columns:
-        what = (
-            f"commit record {file} is of other rows or columns than shard {shard} of {source}; {remedy(path)}"
-        )
+        what = f"commit record {file} is of other rows or columns than shard {shard} of {source}; {REDO}"
     else:
         return record
     return Finding(path=file, source=source, shard=shard, what=what)
