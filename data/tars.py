@@ -33,6 +33,9 @@ _STREAM = re.compile(r"pipe:|[a-z][a-z0-9+.-]*://")
 _FIELD = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 _META = re.compile(r"__[^/]*__($|/)")
 _WILD = "*?["
+# what a compressed tar begins with, and how its name may end: told apart, not read
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"}
+_ENDINGS = ("gz", "xz", "bz2", "zst")
 
 
 class Member(NamedTuple):
@@ -130,8 +133,9 @@ class TarReader:
         if not any(block):
             self._drain()
             return None
-        if start == 0 and block[:2] == b"\x1f\x8b":
-            raise RepaError(f"{self.where} is compressed by gzip; unpack it with gunzip")
+        for magic, program in _COMPRESSED.items():
+            if start == 0 and block.startswith(magic):
+                raise RepaError(f"{self.where} is compressed by {program}; unpack it with {program} -d")
         try:
             checksum = int(block[148:156].strip(b" \0") or b"0", 8)
             size = _number(block[124:136])
@@ -264,7 +268,7 @@ def names_tars(text: str) -> bool:
     if is_stream(text):
         return text.startswith("pipe:") or ".tar" in text.rsplit("/", 1)[-1]
     last = text.rstrip("/").rsplit("/", 1)[-1].lower()
-    return last.endswith((".tar", ".tar.gz", ".tgz")) and not Path(text).is_dir()
+    return last.endswith((".tar", ".tgz", *(f".tar.{end}" for end in _ENDINGS))) and not Path(text).is_dir()
 
 
 def expand_tars(pattern: str) -> list[str]:

@@ -104,6 +104,8 @@ def _open(name: str) -> tuple[Any, str]:
             "install it with `pip install 'repa[hf]'`"
         ) from None
     place, _, split = name.partition(":")
+    if not place:
+        raise RepaError(f"--data {HUGGING_FACE}{name} names no data set; give {HUGGING_FACE}NAME[:SPLIT]")
     folder = Path(place)
     saved = any((folder / file).exists() for file in ("state.json", "dataset_dict.json"))
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import shutil
 import subprocess
 import sys
@@ -122,9 +123,24 @@ def test_damage_is_noticed_where_tarfile_takes_it_for_the_end(tmp_path: Path) ->
         contents(reader)
 
 
+@pytest.mark.parametrize(("mode", "program"), [("w:gz", "gzip"), ("w:xz", "xz"), ("w:bz2", "bzip2")])
+def test_a_compressed_tar_is_said_to_be_one(tmp_path: Path, mode: str, program: str) -> None:
+    path = tmp_path / "x.tar"
+    noise = random.Random(0).randbytes(5000)
+    with tarfile.open(path, mode) as file:  # type: ignore[call-overload]
+        info = tarfile.TarInfo("a.jpg")
+        info.size = len(noise)
+        file.addfile(info, io.BytesIO(noise))
+    with (
+        pytest.raises(RepaError, match=f"is compressed by {program}; unpack it with {program} -d"),
+        open_tar(str(path)) as reader,
+    ):
+        list(reader)
+
+
 def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
-    for content, what in ((b"no tar" * 500, "no tar"), (b"\x1f\x8b" + bytes(600), "gunzip"), (b"", "empty")):
+    for content, what in ((b"no tar" * 500, "no tar"), (b"", "empty")):
         path.write_bytes(content)
         with pytest.raises(RepaError, match=what), open_tar(str(path)) as reader:
             list(reader)
@@ -229,6 +245,7 @@ def test_what_names_tars(tmp_path: Path) -> None:
     (tmp_path / "folder.tar").mkdir()
     assert names_tars("a/train-{0..3}.tar")
     assert names_tars("*.tar")
+    assert all(names_tars(f"x.{end}") for end in ("tar.gz", "tgz", "tar.xz", "tar.bz2", "tar.zst"))
     assert names_tars("pipe:aws s3 cp s3://b/x.tar -")
     assert names_tars("https://host/x-{0..3}.tar?key=1")
     assert not names_tars("s3://bucket/cache")

@@ -88,6 +88,8 @@ def test_splits(tmp_path: Path) -> None:
     assert list(open_source(f"{place}:test").keys) == ["test/00000000", "test/00000001"]
     with pytest.raises(RepaError, match="no split val but train, test"):
         open_source(f"{place}:val")
+    with pytest.raises(RepaError, match="hf: names no data set"):
+        open_source("hf:")
     data_set().save_to_disk(tmp_path / "one")
     with pytest.raises(RepaError, match="has no splits"):
         open_source(f"hf:{tmp_path / 'one'}:train")
