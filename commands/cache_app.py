@@ -15,14 +15,17 @@ cache_app = typer.Typer(help="Look into a cache, check it, mend it, join it, mov
 CacheArgument = Annotated[
     Path | None,
     typer.Argument(
-        parser=local_folder, metavar="[CACHE]", help="Folder of the cache; the only one under caches/."
+        parser=local_folder,
+        metavar="[CACHE]",
+        help="Folder of the cache; default: the only one under caches/.",
     ),
 ]
 PlaceArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="[CACHE]",
-        help="Folder of the cache, or its address in a bucket, s3://… or gs://…; the only one under caches/.",
+        help="Folder of the cache, or its address in a bucket, s3://… or gs://…; default: the only one under "
+        "caches/.",
     ),
 ]
 

@@ -40,7 +40,8 @@ class TrainFlags:
         str | None,
         typer.Option(
             metavar="CACHE",
-            help="Folder of the cache, or tars of an export; default: the only one under caches/.",
+            help="Folder of the cache, its address in a bucket, s3://… or gs://…, or tars of an export; "
+            "default: the only one under caches/.",
         ),
     ] = None
     run: Annotated[
