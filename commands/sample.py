@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..data.errors import RepaError
+from .flags import local_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -30,14 +31,23 @@ _GRID_IMAGES = 64
 class SampleFlags:
     """The flags of `repa sample`."""
 
-    run: Annotated[Path | None, typer.Option(help="Folder of a run: its newest checkpoint.")] = None
+    run: Annotated[
+        Path | None,
+        typer.Option(parser=local_folder, metavar="<path>", help="Folder of a run: its newest checkpoint."),
+    ] = None
     checkpoint: Annotated[
         Path | None,
         typer.Option("--ckpt", help="Instead: a checkpoint of a run, or a published one of SiT or REPA."),
     ] = None
     num: Annotated[int, typer.Option(help="Number of images.")] = 16
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write to.", show_default="samples/final of the run")
+        Path | None,
+        typer.Option(
+            parser=local_folder,
+            metavar="<path>",
+            help="Folder to write to.",
+            show_default="samples/final of the run",
+        ),
     ] = None
     npz: Annotated[
         bool, typer.Option("--npz", help="One uint8 array file, as the ADM evaluation suite reads it.")

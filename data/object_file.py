@@ -16,17 +16,6 @@ PIECE = 4 << 20  # bytes of a request
 AHEAD = 4  # pieces on their way
 
 
-class _Folder(Bucket):
-    """A prefix with one object of interest: what else lies there is not listed."""
-
-    def size_of(self, name: str) -> int:
-        import obstore
-
-        with self._requests(name) as store:
-            size: int = obstore.head(store, name)["size"]
-            return size
-
-
 class ObjectFile:
     """As much of a file as reading a tar needs.
 
@@ -43,7 +32,7 @@ class ObjectFile:
         OSError: it cannot be reached.
     """
 
-    def __init__(self, folder: _Folder, name: str, requests: Executor) -> None:
+    def __init__(self, folder: Bucket, name: str, requests: Executor) -> None:
         self.size = folder.size_of(name)
         self._folder, self._name = folder, name
         self._requests = requests
@@ -90,7 +79,7 @@ def open_object(url: str) -> Iterator[ObjectFile]:
         RepaError: there is none, it cannot be read, or the package obstore is not installed.
     """
     prefix, _, name = url.rpartition("/")
-    folder = _Folder(prefix)
+    folder = Bucket(prefix)
     with os_errors("read", RemotePath(folder, name)), ThreadPoolExecutor(AHEAD + 1) as requests:
         try:
             yield ObjectFile(folder, name, requests)

@@ -104,6 +104,19 @@ class Bucket:
         with self._requests(name) as store:
             return obstore.get_range(store, name, start=start, length=length)
 
+    def size_of(self, name: str) -> int:
+        """The size of an object, asked for by itself.
+
+        Raises:
+            FileNotFoundError: there is none.
+            OSError: it cannot be told.
+        """
+        import obstore
+
+        with self._requests(name) as store:
+            size: int = obstore.head(store, name)["size"]
+            return size
+
     def sizes(self) -> dict[str, int]:
         """Name → size of every object under the prefix, listed once.
 

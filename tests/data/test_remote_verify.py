@@ -270,6 +270,8 @@ def test_export_from_a_bucket_is_that_of_the_folder(
         "preprocess --data images --cache s3://bucket/out",
         "plan --data images --cache s3://bucket/out",
         "train --cache LOCAL --run s3://bucket/run",
+        "sample --run s3://bucket/run",
+        "sample --ckpt none.pt --out s3://bucket/out",
     ],
 )
 def test_what_writes_or_needs_a_folder_refuses_in_one_line(
