@@ -1,6 +1,6 @@
 """The loader beside other formats and their loaders: the same rows, each in its own format, in one run.
 
-    pip install 'repa[peers]'
+    pip install -e '.[peers]'             # in an environment of its own, '.[peers,peers-mds]': MDS too
     python benchmarks/peers.py --folder /disk/to/measure --rows 4096 --rounds 5
 
 Every measurement is a process of its own, started in turn A B C, A B C …: some of these libraries cannot
