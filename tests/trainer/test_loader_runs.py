@@ -36,9 +36,9 @@ def test_an_error_of_a_reader_thread_ends_the_run_with_its_cause(
 
     opened = module.CacheReader._opened
 
-    def gone(self: module.CacheReader) -> Any:
+    def gone(self: module.CacheReader, threads: int) -> Any:
         shutil.rmtree(copy / "demo" / "patch" / "c", ignore_errors=True)
-        return opened(self)
+        return opened(self, threads)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module.CacheReader, "_opened", gone)
