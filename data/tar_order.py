@@ -17,18 +17,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import RepaError
+from .permutations import philox_words, sorted_order
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# words of Philox's counter, apart from those of `ordering`
+# words of Philox's counter, apart from those of `permutations`
 _TAR_STREAM = 0x746172
 _BUFFER_STREAM = 0x627566
 
 
 def tar_permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     """The order of an epoch's tars, ``int64 [count]``."""
-    return np.random.Generator(_philox(seed, epoch, _TAR_STREAM, 0)).permutation(count).astype(np.int64)
+    return sorted_order(philox_words(seed, epoch, _TAR_STREAM, count))
 
 
 def steps_of_epoch(counts: NDArray[np.int64], batch_size: int, world: int) -> int:
@@ -71,7 +72,7 @@ def buffered_order(seed: int, epoch: int, rank: int, count: int, buffer: int) ->
         int64 ``[count]``, each of 0 … count−1 once; number k is below k + ``buffer``.
     """
     buffer = min(buffer, count)
-    draws = _philox(seed, epoch, _BUFFER_STREAM, rank).random_raw(count)
+    draws = philox_words(seed, epoch, _BUFFER_STREAM, count, substream=rank)
     slots = list(range(buffer))
     order = []
     for coming, slot in zip(
@@ -80,13 +81,5 @@ def buffered_order(seed: int, epoch: int, rank: int, count: int, buffer: int) ->
         order.append(slots[slot])
         slots[slot] = coming
     # the buffer is emptied in the order of the last draws
-    last = np.argsort(draws[count - buffer :], kind="stable")
+    last = sorted_order(draws[count - buffer :])
     return np.array([*order, *np.array(slots, dtype=np.int64)[last]], dtype=np.int64)
-
-
-def _philox(seed: int, epoch: int, stream: int, rank: int) -> np.random.Philox:
-    if not 0 <= seed < 2**64:
-        raise RepaError(f"seed {seed} is not between 0 and 2⁶⁴−1; set --seed")
-    return np.random.Philox(
-        key=np.array([seed, epoch], dtype=np.uint64), counter=np.array([0, 0, rank, stream], dtype=np.uint64)
-    )

@@ -72,3 +72,10 @@ def test_every_rank_can_fill_the_batches_of_an_epoch(counts: list[int], world: i
         tars = tar_permutation(7, epoch, len(counts))
         assert all(sum(counts[tar] for tar in tars[rank::world]) >= steps * size for rank in range(world))
     assert steps_of_epoch(np.array([8] * 12), 16, 1) == 6
+
+
+def test_orders_have_the_values_they_had() -> None:
+    # golden: a resumed run must see the same order on every platform and with every NumPy
+    assert tar_permutation(0, 0, 10).tolist() == [2, 5, 1, 7, 6, 4, 8, 0, 9, 3]
+    assert tar_permutation(2**64 - 1, 3, 6).tolist() == [0, 4, 1, 3, 2, 5]
+    assert buffered_order(7, 3, 2, 12, 5).tolist() == [3, 1, 0, 2, 5, 8, 9, 4, 6, 11, 7, 10]
