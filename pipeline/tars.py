@@ -57,7 +57,7 @@ class TarImages:
 
     Raises:
         RepaError: no such tars, one that is damaged or cut off, a sample without a label or with two images,
-            a key that comes twice, or a label without a name.
+            a key that comes twice, or a label without a name; on loading, a tar that has changed since.
     """
 
     kind = "tars"
@@ -73,12 +73,16 @@ class TarImages:
         self.name = pattern
         self.apply_exif = apply_exif
         self._tars = expand_tars(pattern)
+        # of each tar when it was indexed: offsets into another are no images
+        self._stamps: list[tuple[int, int]] = []
         index = _Index()
         for number, tar in enumerate(self._tars):
             if is_stream(tar):
                 raise RepaError(
                     f"images are read from tars by their place, which {tar} has none of; fetch it to a disk"
                 )
+            with os_errors("read", Path(tar)):
+                self._stamps.append(_stamp(os.stat(tar)))
             with open_tar(tar) as reader:
                 index.add(reader, number)
         if not index.keys:
@@ -111,16 +115,23 @@ class TarImages:
 
     def load(self, index: int, /) -> Image.Image:
         """Image of row ``index`` as RGB; see `ImageSource.load`."""
-        tar, size = self._tars[self._tar[index]], int(self._size[index])
+        number, size = int(self._tar[index]), int(self._size[index])
+        tar = self._tars[number]
         with os_errors("read", Path(tar)):
             file = self._files.open(tar)
-            content = _read(file.descriptor, size, int(self._offset[index]))
+            same = _stamp(os.fstat(file.descriptor)) == self._stamps[number]
+            content = _read(file.descriptor, size, int(self._offset[index])) if same else b""
         if len(content) < size:
             raise RepaError(
-                f"image {self.keys[index]} is cut off in {tar}, which has changed since it was indexed; "
-                "run the same command again"
+                f"image {self.keys[index]} cannot be read from {tar}, which has changed since it was "
+                "indexed; run the same command again"
             )
         return decode_image(content, apply_exif=self.apply_exif)
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    """What changes when a file is written: its size, and when that was."""
+    return status.st_size, status.st_mtime_ns
 
 
 def _read(descriptor: int, size: int, offset: int) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -179,14 +180,33 @@ def test_a_key_in_two_tars_a_cut_tar_and_a_pipe_are_one_line(tmp_path: Path, tar
         open_source("pipe:cat x.tar")
 
 
-def test_a_broken_image_keeps_its_row_and_a_shrunk_tar_stops(tmp_path: Path) -> None:
+def test_a_broken_image_keeps_its_row(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", {**samples(1), "s2.png": b"junk", "s2.cls": b"0", **samples(3)})
     source = TarImages(str(path))
     with pytest.raises(UndecodableImage, match="not a JPEG"):
         source.load(1)
-    path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(RepaError, match="image s3 is cut off"):
-        source.load(2)
+    assert source.load(2).getpixel((0, 0)) == (3, 252, 7)
+
+
+@pytest.mark.parametrize("change", ["cut", "other samples", "same size"])
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_tar_that_changed_since_it_was_indexed_stops(tmp_path: Path, change: str, opened: bool) -> None:
+    """Other bytes at the old place would be a row of another image, or one wrongly called broken."""
+    path = write_tar(tmp_path / "x.tar", samples(1, 2, 3))
+    source = TarImages(str(path))
+    if opened:
+        assert source.load(2).getpixel((0, 0)) == (3, 252, 7)
+    if change == "cut":
+        path.write_bytes(path.read_bytes()[:3000])
+    else:
+        before = path.stat()
+        write_tar(path, samples(6, 5, 4) if change == "same size" else samples(4, 5, 6, 7, 8, 9, 10, 11))
+        assert (path.stat().st_size == before.st_size) is (change == "same size")
+        # a file system may keep times to the second
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000_000))
+    for each in (source, pickle.loads(pickle.dumps(source))):
+        with pytest.raises(RepaError, match=r"image s3 .*x\.tar, which has changed since it was indexed"):
+            each.load(2)
 
 
 def test_names_of_caches() -> None:
