@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_finish() -> None:
+    """What the tests import lives to the end: no collection need walk through it again, 0.4 seconds each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -35,14 +35,6 @@ if TYPE_CHECKING:
 pytest.importorskip("pcodec")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache that every test of this module leaves as it was."""
-    path = tmp_path_factory.mktemp("compression") / "cache"
-    write(path)
-    return path
-
-
 def zarr_array(path: Path, name: str) -> Any:
     with warnings.catch_warnings():
         # zarr-python tells whoever opens pcodec that it is not in the specification
@@ -51,11 +43,11 @@ def zarr_array(path: Path, name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", COMPRESSED)
-def test_other_readers_see_the_same_numbers(cache: Path, name: str) -> None:
+def test_other_readers_see_the_same_numbers(compressed: Path, name: str) -> None:
     spec = COLUMNS[name]
-    readings = [zarr_array(cache, name)[:]]
+    readings = [zarr_array(compressed, name)[:]]
     if spec.compressor != "pcodec":
-        store = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(cache / name)}}
+        store = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(compressed / name)}}
         readings.append(tensorstore.open(store).result().read().result())
     for values in readings:
         assert values.shape == (ROWS, 2, 16, 32)
@@ -68,10 +60,10 @@ def test_other_readers_see_the_same_numbers(cache: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COMPRESSED)
-def test_the_stored_chunks_are_those_that_zarr_makes(cache: Path, tmp_path: Path, name: str) -> None:
-    shutil.copytree(cache / name, tmp_path / "array")
-    ours = shard_file(cache, name, COLUMNS[name], 1)
-    theirs = tmp_path / "array" / ours.relative_to(cache / name)
+def test_the_stored_chunks_are_those_that_zarr_makes(compressed: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(compressed / name, tmp_path / "array")
+    ours = shard_file(compressed, name, COLUMNS[name], 1)
+    theirs = tmp_path / "array" / ours.relative_to(compressed / name)
     theirs.unlink()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3")
@@ -115,8 +107,10 @@ def test_the_stored_chunks_are_those_that_zarr_makes(cache: Path, tmp_path: Path
         ("pcodec-float16/patch", [{"name": "numcodecs.pcodec", "configuration": {"level": 8}}]),
     ],
 )
-def test_metadata_name_the_codecs_and_the_checksum_last(cache: Path, name: str, codecs: list[Any]) -> None:
-    document = json.loads((cache / name / "zarr.json").read_bytes())
+def test_metadata_name_the_codecs_and_the_checksum_last(
+    compressed: Path, name: str, codecs: list[Any]
+) -> None:
+    document = json.loads((compressed / name / "zarr.json").read_bytes())
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     sharding = document["codecs"][0]
     inner = [little if codec == "bytes" else codec for codec in codecs]
@@ -124,16 +118,16 @@ def test_metadata_name_the_codecs_and_the_checksum_last(cache: Path, name: str, 
     assert sharding["configuration"]["index_codecs"] == [little, {"name": "crc32c"}]
 
 
-def test_int8_is_grouped_by_bits(cache: Path) -> None:
-    document = json.loads((cache / "blosc-int8" / "patch" / "zarr.json").read_bytes())
+def test_int8_is_grouped_by_bits(compressed: Path) -> None:
+    document = json.loads((compressed / "blosc-int8" / "patch" / "zarr.json").read_bytes())
     blosc = document["codecs"][0]["configuration"]["codecs"][1]["configuration"]
     assert (blosc["shuffle"], blosc["typesize"]) == ("bitshuffle", 1)
 
 
-def test_equal_rows_give_equal_bytes_in_whatever_thread(cache: Path, tmp_path: Path) -> None:
+def test_equal_rows_give_equal_bytes_in_whatever_thread(compressed: Path, tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         pool.submit(write, tmp_path / "again").result()
-    assert folder_contents(tmp_path / "again") == folder_contents(cache)
+    assert folder_contents(tmp_path / "again") == folder_contents(compressed)
 
 
 def test_rows_that_compress_well_and_badly_come_back(tmp_path: Path) -> None:
@@ -151,8 +145,8 @@ def test_rows_that_compress_well_and_badly_come_back(tmp_path: Path) -> None:
             assert bytes(out) == row.tobytes()
 
 
-def test_one_batch_mixes_compressed_and_direct_columns(cache: Path) -> None:
-    with CacheReader(cache, list(COLUMNS)) as reader:
+def test_one_batch_mixes_compressed_and_direct_columns(compressed: Path) -> None:
+    with CacheReader(compressed, list(COLUMNS)) as reader:
         rows = np.array([10, 0, 7, 7, 3, 9, 1])
         views = np.array([0, 1, 1, 0, 0, 1, 1])
         out = {name: np.zeros((7, *spec.shape), spec.numpy_dtype) for name, spec in COLUMNS.items()}
@@ -188,10 +182,10 @@ def read_in_child(reader: CacheReader, queue: Any) -> None:
     queue.put(out.tobytes())
 
 
-def test_a_reader_that_has_read_may_be_forked_and_pickled(cache: Path) -> None:
+def test_a_reader_that_has_read_may_be_forked_and_pickled(compressed: Path) -> None:
     name = "blosc-float16/patch"
     expected = expected_row(name, 6, COLUMNS[name])
-    with CacheReader(cache, [name]) as reader:
+    with CacheReader(compressed, [name]) as reader:
         out = np.zeros((1, *COLUMNS[name].shape), COLUMNS[name].numpy_dtype)
         reader.read_rows(np.array([6]), [name], {name: out})
         context = multiprocessing.get_context("fork")
@@ -209,7 +203,7 @@ def test_a_reader_that_has_read_may_be_forked_and_pickled(cache: Path) -> None:
 
 
 def test_without_the_package_of_pcodec_one_line_says_so(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compression, "find_spec", lambda name: None)
     columns = {"demo/patch": ColumnSpec(shape=(4, 8), dtype="float16", compressor="pcodec")}
@@ -220,8 +214,8 @@ def test_without_the_package_of_pcodec_one_line_says_so(
     assert "\n" not in str(caught.value)
     assert folder_contents(tmp_path / "new") == before
     with pytest.raises(RepaError, match="needs the package pcodec"):
-        CacheReader(cache, ["pcodec-float16/patch"])
-    CacheReader(cache, ["blosc-float16/patch"]).close()
+        CacheReader(compressed, ["pcodec-float16/patch"])
+    CacheReader(compressed, ["blosc-float16/patch"]).close()
 
 
 def test_what_cannot_be_is_refused() -> None:
@@ -231,17 +225,17 @@ def test_what_cannot_be_is_refused() -> None:
         ColumnSpec(shape=(4,), dtype="int8", compressor="pcodec")
 
 
-def test_a_cache_holds_a_source_in_one_compression(cache: Path) -> None:
+def test_a_cache_holds_a_source_in_one_compression(compressed: Path) -> None:
     name = "zstd-float16/patch"
     columns = {name: ColumnSpec(shape=(16, 32), dtype="float16")}
     with pytest.raises(
         CacheError, match=rf"columns\.{name} is float16\[16, 32\] in zstd, not float16\[16, 32\];"
     ):
-        ensure_source(cache, "zstd-float16", synthetic_provenance("zstd-float16", columns), columns)
+        ensure_source(compressed, "zstd-float16", synthetic_provenance("zstd-float16", columns), columns)
 
 
-def test_a_manifest_from_before_compression_has_none(cache: Path) -> None:
-    values = open_manifest(cache).to_json()
+def test_a_manifest_from_before_compression_has_none(compressed: Path) -> None:
+    values = open_manifest(compressed).to_json()
     assert values["columns"]["zstd-int8/patch"]["compressor"] == "zstd"
     for column in values["columns"].values():
         del column["compressor"]
@@ -249,11 +243,11 @@ def test_a_manifest_from_before_compression_has_none(cache: Path) -> None:
     assert {spec.compressor for spec in manifest.columns.values()} == {None}
 
 
-def test_info_gives_the_ratio_of_data_to_file(cache: Path) -> None:
-    columns = {column.name: column for source in cache_info(cache).sources for column in source.columns}
+def test_info_gives_the_ratio_of_data_to_file(compressed: Path) -> None:
+    columns = {column.name: column for source in cache_info(compressed).sources for column in source.columns}
     for name, spec in COLUMNS.items():
         column = columns[name]
-        files = [shard_file(cache, name, spec, shard) for shard in range(3)]
+        files = [shard_file(compressed, name, spec, shard) for shard in range(3)]
         assert column.compressor == spec.compressor
         assert column.data_bytes == 2 * (ROWS - 1) * spec.row_bytes
         assert column.ratio == column.data_bytes / sum(file.stat().st_size for file in files)
@@ -261,17 +255,17 @@ def test_info_gives_the_ratio_of_data_to_file(cache: Path) -> None:
 
 
 def test_read_speed_is_measured_and_leaves_nothing(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    before = folder_contents(cache)
-    speed = measure_read_speed(cache, "zstd-float16/patch")
+    before = folder_contents(compressed)
+    speed = measure_read_speed(compressed, "zstd-float16/patch")
     assert speed is not None
     assert speed.rows == ROWS - 1
     assert speed.stored > 0
     assert speed.plain > 0
     assert os.listdir(tmp_path) == []
-    assert folder_contents(cache) == before
+    assert folder_contents(compressed) == before
 
 
 def test_no_read_speed_without_a_valid_row(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from compressed_cache import COLUMNS, COMPRESSED, SHARD_ROWS, VIEWS, index_of, read_one, write
+from compressed_cache import COLUMNS, COMPRESSED, SHARD_ROWS, VIEWS, index_of, read_one
 from crc32c import crc32c
 from repa.data.columns import ColumnSpec
 from repa.data.compression import ChunkCodec
@@ -30,17 +30,9 @@ if TYPE_CHECKING:
 pytest.importorskip("pcodec")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache that every test of this module leaves as it was."""
-    path = tmp_path_factory.mktemp("compression") / "cache"
-    write(path)
-    return path
-
-
 @pytest.fixture
-def copy(cache: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(cache, tmp_path / "copy")
+def copy(compressed: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(compressed, tmp_path / "copy")
 
 
 @pytest.mark.parametrize("name", COMPRESSED)

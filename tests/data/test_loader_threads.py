@@ -17,37 +17,19 @@ from repa.data.errors import CacheError, CorruptRowError
 from repa.data.layout import shard_file
 from repa.data.loader import Batch, PinnedMemory, RecycledMemory
 from repa.data.reader import CacheReader
-from repa.data.testing import expected_row, synthetic_cache
-from small_loader import COLUMNS, INVALID, MOMENTS, NUM_ROWS, PATCH, check, global_batch, loader_threads, make
+from repa.data.testing import expected_row
+from small_loader import COLUMNS, MOMENTS, PATCH, check, global_batch, loader_threads, make
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("loader") / "cache"
-    synthetic_cache(path, num_rows=NUM_ROWS, columns=COLUMNS, invalid=INVALID)
-    return path
+pytestmark = pytest.mark.usefixtures("no_loader_thread_is_left")
 
 
-@pytest.fixture
-def reader(cache: Path) -> Iterator[CacheReader]:
-    with CacheReader(cache, list(COLUMNS)) as reader:
-        yield reader
-
-
-@pytest.fixture(autouse=True)
-def _no_thread_is_left() -> Iterator[None]:
-    yield
-    if loader_threads():
-        gc.collect()
-    assert loader_threads() == []
-
-
-def test_kept_batches_never_change(reader: CacheReader) -> None:
+def test_kept_batches_never_change(small_reader: CacheReader) -> None:
     kept = []
-    for batch in make(reader, prefetch=3, last_image=24 * 40):
+    for batch in make(small_reader, prefetch=3, last_image=24 * 40):
         # every third is dropped, so that memory is used again while the others are kept
         if batch.step % 3:
             kept.append(batch)
@@ -56,10 +38,10 @@ def test_kept_batches_never_change(reader: CacheReader) -> None:
         check(batch)
 
 
-def test_whatever_shares_the_storage_keeps_it(reader: CacheReader) -> None:
+def test_whatever_shares_the_storage_keeps_it(small_reader: CacheReader) -> None:
     weight = torch.ones((), requires_grad=True)
     slices, arrays, graphs, expected = [], [], [], []
-    for batch in make(reader, last_image=24 * 12):
+    for batch in make(small_reader, last_image=24 * 12):
         moments = batch.columns[MOMENTS]
         slices.append(moments[3:5, 0])
         arrays.append(batch.columns[PATCH].numpy()[1:])
@@ -81,8 +63,8 @@ def test_whatever_shares_the_storage_keeps_it(reader: CacheReader) -> None:
         assert abs(weight.grad.item() - values.sum()) < 1e-3 * np.abs(values).sum() / 100
 
 
-def test_memory_of_batches_let_go_is_used_again(reader: CacheReader) -> None:
-    loader = make(reader, prefetch=2, last_image=24 * 30)
+def test_memory_of_batches_let_go_is_used_again(small_reader: CacheReader) -> None:
+    loader = make(small_reader, prefetch=2, last_image=24 * 30)
     for batch in loader:
         check(batch)
     assert isinstance(loader._memory, RecycledMemory)
@@ -113,8 +95,8 @@ def test_memory_comes_back_when_the_last_tensor_dies() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_pinned_batches_survive_asynchronous_copies(reader: CacheReader) -> None:
-    loader = make(reader, pin_memory=True, last_image=24 * 40)
+def test_pinned_batches_survive_asynchronous_copies(small_reader: CacheReader) -> None:
+    loader = make(small_reader, pin_memory=True, last_image=24 * 40)
     assert isinstance(loader._memory, PinnedMemory)
     copies = []
     for batch in loader:
@@ -128,14 +110,14 @@ def test_pinned_batches_survive_asynchronous_copies(reader: CacheReader) -> None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a CUDA device")
-def test_pinning_is_ignored_without_cuda(reader: CacheReader) -> None:
-    loader = make(reader, pin_memory=True)
+def test_pinning_is_ignored_without_cuda(small_reader: CacheReader) -> None:
+    loader = make(small_reader, pin_memory=True)
     assert isinstance(loader._memory, RecycledMemory)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_corrupt_byte_reaches_the_training_loop(cache: Path, tmp_path: Path, threads: int) -> None:
-    copy = Path(shutil.copytree(cache, tmp_path / "cache"))
+def test_corrupt_byte_reaches_the_training_loop(small_cache: Path, tmp_path: Path, threads: int) -> None:
+    copy = Path(shutil.copytree(small_cache, tmp_path / "cache"))
     path = shard_file(copy, PATCH, COLUMNS[PATCH], 2)
     data = bytearray(path.read_bytes())
     data[3 * (COLUMNS[PATCH].row_bytes + 4) + 50] ^= 1
@@ -156,8 +138,8 @@ def test_corrupt_byte_reaches_the_training_loop(cache: Path, tmp_path: Path, thr
         assert next(iter(loader)).rows.tolist() == global_batch(reader, len(seen), 6)
 
 
-def test_error_of_the_operating_system_keeps_its_cause(cache: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(cache, tmp_path / "cache"))
+def test_error_of_the_operating_system_keeps_its_cause(small_cache: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(small_cache, tmp_path / "cache"))
     with CacheReader(copy, list(COLUMNS)) as reader:
         shutil.rmtree(copy / "demo" / "patch" / "c")
         with pytest.raises(CacheError, match="demo/patch cannot be read") as caught:
@@ -176,9 +158,9 @@ def leave_by_interrupt(stream: Iterator[Batch]) -> None:
 
 @pytest.mark.parametrize("leave", [leave_by_break, leave_by_interrupt])
 def test_dropping_the_iterator_ends_its_threads(
-    reader: CacheReader, leave: Callable[[Iterator[Batch]], None]
+    small_reader: CacheReader, leave: Callable[[Iterator[Batch]], None]
 ) -> None:
-    loader = make(reader)
+    loader = make(small_reader)
     try:
         leave(iter(loader))
     except KeyboardInterrupt as interrupt:
@@ -194,8 +176,8 @@ def test_dropping_the_iterator_ends_its_threads(
         next(stream)
 
 
-def test_garbage_cycle_ends_its_threads(reader: CacheReader) -> None:
-    cycle: list[Any] = [make(reader)]
+def test_garbage_cycle_ends_its_threads(small_reader: CacheReader) -> None:
+    cycle: list[Any] = [make(small_reader)]
     cycle.append(iter(cycle[0]))
     cycle.append(cycle)
     next(cycle[1])
@@ -218,8 +200,8 @@ for batch in stream:
 """
 
 
-def test_control_c_ends_the_process(cache: Path) -> None:
-    command = [sys.executable, "-c", INTERRUPTED, str(cache)]
+def test_control_c_ends_the_process(small_cache: Path) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, str(small_cache)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "reading\n"

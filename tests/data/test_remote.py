@@ -8,7 +8,7 @@ import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,10 +20,7 @@ from repa.data.reader import CacheReader
 from repa.data.remote import Bucket, RemotePath, cache_path, is_remote
 from repa.data.store import read_keys
 from repa.data.testing import expected_row, synthetic_cache
-from s3_server import free_port, lead_to, obstore, s3_server, upload
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from s3_server import free_port, lead_to, obstore, upload
 
 MOMENTS = "sd-vae/moments"
 PATCH = "demo/patch"
@@ -37,12 +34,6 @@ VIEWS = ("original", "mirrored")
 NUM_ROWS = 45
 INVALID = {5: "text"}
 URL = "s3://bucket/some/cache"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with s3_server() as address:
-        yield address
 
 
 @pytest.fixture(scope="module")

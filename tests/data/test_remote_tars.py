@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,20 +16,11 @@ from repa.data.tar_cache import TarCache
 from repa.data.tars import open_tar
 from repa.data.testing import synthetic_cache
 from repa.data.verify import verify_cache
-from s3_server import free_port, lead_to, obstore, s3_server, upload
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from s3_server import free_port, lead_to, obstore, upload
 
 MOMENTS, PATCH = "sd-vae/moments", "demo/patch"
 TARS = "shard-{000000..000002}.tar"
 URL = "s3://bucket/export"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with s3_server() as address:
-        yield address
 
 
 @pytest.fixture(scope="module")

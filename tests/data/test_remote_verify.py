@@ -6,7 +6,7 @@ import random
 import shutil
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from repa.cli import main
@@ -16,10 +16,7 @@ from repa.data.errors import CacheError, RepaError
 from repa.data.remote import Bucket, cache_path
 from repa.data.testing import synthetic_cache
 from repa.data.verify import Finding, verify_cache
-from s3_server import free_port, lead_to, obstore, s3_server, upload
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from s3_server import free_port, lead_to, obstore, upload
 
 PATCH = "demo/patch"
 COLUMNS = {
@@ -29,12 +26,6 @@ COLUMNS = {
 }
 ROWS, SHARD_ROWS, VIEWS = 45, 8, ("original", "mirrored")
 CHUNK = COLUMNS[PATCH].row_bytes + 4
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with s3_server() as address:
-        yield address
 
 
 @pytest.fixture(scope="module")

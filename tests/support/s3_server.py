@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,23 +23,27 @@ if TYPE_CHECKING:
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """The address of a server that has an empty bucket ``bucket``, and the environment that leads to it."""
-    address = f"http://127.0.0.1:{free_port()}"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", address.rpartition(":")[2]]
+    """The address of a server of its own process, when it answers."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            for _ in range(600):
+            while True:
+                assert process.poll() is None, "the server has ended"
                 try:
-                    request = urllib.request.Request(f"{address}/bucket", method="PUT")
-                    urllib.request.urlopen(request).close()
+                    socket.create_connection(("127.0.0.1", port)).close()
                     break
-                except urllib.error.URLError:
+                except ConnectionRefusedError:
                     time.sleep(0.05)
-            with pytest.MonkeyPatch.context() as patch:
-                lead_to(patch, address)
-                yield address
+            yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
+
+
+def empty(address: str) -> None:
+    """Leave a server with nothing but an empty bucket ``bucket``."""
+    for path, method in (("moto-api/reset", "POST"), ("bucket", "PUT")):
+        urllib.request.urlopen(urllib.request.Request(f"{address}/{path}", method=method)).close()
 
 
 def free_port() -> int:
