@@ -97,8 +97,9 @@ def test_a_connection_that_breaks_is_one_line(folder: Path, address: str, comman
     place = f"{command}{address}/shard-00000{bad}.tar?broken"
     with pytest.raises(RepaError) as caught:
         batches(f"{command}{address}/{{{names}}}")
+    # the fourth of the tar's eight samples
     assert str(caught.value) == (
-        f"cannot read {place}: its command ended with status 18, after images/000003%2Epng.cls; "
+        f"cannot read {place}: its command ended with status 18, after images/{8 * bad + 3:06d}%2Epng.cls; "
         "try its command or URL by itself"
     )
     assert "\n" not in str(caught.value)
