@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from ..data.places import DEMO_DATA
+from ..data.units import counted
 from ..pipeline.config import PreprocessConfig
 from ..pipeline.encoders import find_teacher
 from ..pipeline.models import load_models
@@ -74,7 +75,7 @@ def bench_preprocess(settings: BenchSettings, room: Path) -> tuple[str, str, lis
     rates = interleaved(variants, settings.rounds)
     lines = [Measured(name=name, rates=values) for name, values in rates.items()]
     what = f"{settings.encoder} and {'the demo’s autoencoder' if demo else 'SD-VAE, random weights'}"
-    size = f"{settings.images} images of {settings.resolution}², batch {settings.batch_size}"
+    size = f"{counted(settings.images, 'image')} of {settings.resolution}², batch {settings.batch_size}"
     return f"preprocess: {what}, {size}", "images/s", lines
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..data.store import SourceWriter
 from ..data.testing import synthetic_cache
+from ..data.units import counted
 from .bench import Measured, interleaved
 from .bench_loader import FORMS
 
@@ -44,7 +45,8 @@ def bench_writer(settings: BenchSettings, room: Path) -> Iterator[tuple[str, str
         rates = interleaved(
             {name: partial(bench.on_disk, each) for name, each in variants.items()}, settings.rounds
         )
-        what = f"{form}, {bench.count:,} rows of {bench.row_bytes:,} bytes, {bench.shard_rows:,} a shard"
+        rows, each = counted(bench.count, "row", ","), counted(bench.row_bytes, "byte", ",")
+        what = f"{form}, {rows} of {each}, {bench.shard_rows:,} a shard"
         yield (
             f"writer: {what}",
             "rows/s",

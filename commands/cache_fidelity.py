@@ -67,7 +67,7 @@ def verify_fidelity(
         console.print(_table(source, [each for each in found if each.source == source]))
     lost = [each for each in found if not each.kept]
     verdict = (
-        f"{len(lost)} of {len(found)} are farther from the teacher than they may be: the cache is not what "
+        f"farther from the teacher than allowed: {len(lost)} of {len(found)}: the cache is not what "
         "its manifest says; write it again in another folder"
         if lost
         else "all is as close to the teacher as recorded"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..data.errors import RepaError
 from ..data.places import default_cache
+from ..data.units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -117,10 +118,11 @@ def _bar(doing: str, console: Console) -> Iterator[Callable[[int, int], None]]:
 def _say(done: Transfer, verb: str, seconds: float, console: Console) -> None:
     from ..data.units import human_bytes
 
-    kept = f", {done.kept} of {done.shards} shards were there already" if done.kept else ""
+    kept = f", already there: {done.kept} of {counted(done.shards, 'shard')}" if done.kept else ""
     rate = f" ({human_bytes(done.bytes / seconds)}/s)" if done.bytes else ""
     console.print(
-        f"{done.images:,} images, {human_bytes(done.bytes)} of columns {verb} in {seconds:.1f} s{rate}{kept}",
+        f"{counted(done.images, 'image', ',')}, {human_bytes(done.bytes)} of columns {verb} in "
+        f"{seconds:.1f} s{rate}{kept}",
         highlight=False,
         soft_wrap=True,
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..data.errors import CacheError, RepaError
 from ..data.parts import ImageSet, Part, joined_images
+from ..data.units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,7 +70,8 @@ def merge(
 
         merge_caches(opened, cache, images, sources=sources or None, progress=progress)
     found = cache_info(cache)
-    say = f"{cache}: {found.num_rows} images of {len(opened)} caches, {human_bytes(found.total_bytes)}"
+    size = human_bytes(found.total_bytes)
+    say = f"{cache}: {counted(found.num_rows, 'image')} of {counted(len(opened), 'cache')}, {size}"
     console.print(Text(say), soft_wrap=True)
     if data is None:
         note = (

@@ -13,6 +13,7 @@ import typer
 
 from ..data.errors import RepaError
 from ..data.places import default_cache
+from ..data.units import counted
 from .live import LiveData, LiveEncoders, LiveRandom, LiveWeights, live_teachers
 
 if TYPE_CHECKING:
@@ -281,7 +282,8 @@ def _print(found: Parity, config: TrainConfig, console: Console) -> None:
 
     images = config.batch_size * config.max_steps
     terms = Table(
-        title=f"{config.method_name}, {config.model}: {config.max_steps} batches, {images:,} images",
+        title=f"{config.method_name}, {config.model}: {counted(config.max_steps, 'batch')}, "
+        f"{counted(images, 'image', ',')}",
         title_justify="left",
     )
     for heading in ("term", "cached", "live", "largest difference"):

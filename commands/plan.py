@@ -13,6 +13,7 @@ import typer
 
 from ..data.columns import AUTOENCODER
 from ..data.errors import RepaError
+from ..data.units import counted
 from .preprocess import EncodingFlags, make_config
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def _say_encoding(plan: Plan, speed: EncodingSpeed, disk: DiskSpeed | None, cons
     devices = f" on {speed.devices} devices" if speed.devices > 1 else ""
     say(
         console,
-        f"encode  {human_rate(speed.rate)}{devices}, measured on {speed.images} images: "
+        f"encode  {human_rate(speed.rate)}{devices}, measured on {counted(speed.images, 'image')}: "
         f"{', '.join(parts)} each",
     )
     seconds = plan.rows / speed.rate
@@ -177,7 +178,9 @@ def _say_encoding(plan: Plan, speed: EncodingSpeed, disk: DiskSpeed | None, cons
     elif plan.rows:
         load = human_seconds(speed.load_seconds)
         say(
-            console, f"time    {human_seconds(seconds)} for {plan.rows} images, and {load} to load the models"
+            console,
+            f"time    {human_seconds(seconds)} for {counted(plan.rows, 'image')}, and {load} to load the "
+            "models",
         )
     else:
         say(console, "time    none: every column is there")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..data.errors import RepaError
+from ..data.units import counted
 from .flags import local_folder
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def sample(flags: SampleFlags, *, console: Console | None = None) -> None:
     latents = generate(model, classes, settings, seed=flags.seed, batch_size=flags.batch_size)
     images = _with_progress((_pixels(decoder, part) for part in latents), flags.num, console)
     _write(images, classes, folder, npz=flags.npz)
-    console.print(f"Wrote {flags.num:,} images to {folder}.", highlight=False, soft_wrap=True)
+    console.print(f"Wrote {counted(flags.num, 'image', ',')} to {folder}.", highlight=False, soft_wrap=True)
 
 
 def _model(flags: SampleFlags) -> tuple[TrainedModel, Path]:
@@ -130,7 +131,8 @@ def _labels(asked: Sequence[int], num: int, num_classes: int) -> Tensor:
     outside = [label for label in asked if not 0 <= label < num_classes]
     if outside:
         raise RepaError(
-            f"label {outside[0]} is not one of the model's {num_classes} classes; give 0 to {num_classes - 1}"
+            f"the model has {counted(num_classes, 'class')}, label {outside[0]} is none of them; "
+            f"give 0 to {num_classes - 1}"
         )
     if not asked:
         return balanced_labels(num, num_classes)

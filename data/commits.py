@@ -18,6 +18,7 @@ from .errors import CacheError
 from .files import os_errors
 from .layout import canonical_json, commit_file, shard_file
 from .remote import CachePath, file_bytes, map_files
+from .units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -155,7 +156,7 @@ def record_problem(path: CachePath, manifest: Manifest, source: str, record: Com
             except FileNotFoundError:
                 return f"{file} is missing"
         if found != column.file_bytes:
-            return f"{file} has {found} bytes of {column.file_bytes}"
+            return f"{file} has {counted(found, 'byte')} of {column.file_bytes}"
     return None
 
 

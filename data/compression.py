@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import RepaError
+from .units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,7 +74,7 @@ class ChunkCodec:
             return f"it is not {self._compressor}: {error}"
         data = memoryview(decoded).cast("B")
         if len(data) != self._row_bytes:
-            return f"it decodes to {len(data)} bytes of {self._row_bytes}"
+            return f"it decodes to {counted(len(data), 'byte')} of {self._row_bytes}"
         out[:] = data
         return None
 

@@ -28,6 +28,7 @@ from .permutations import (
     SortedPermutation,
     philox_words,
 )
+from .units import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -67,8 +68,9 @@ def place_of(images_seen: int, *, batch_size: int, count: int) -> Place:
         raise RepaError(f"batch size {batch_size} is not at least 1; set --batch-size")
     if batch_size > count:
         raise RepaError(
-            f"a batch of {batch_size} images is larger than the {count} images there are to train on; "
-            f"set --batch-size to at most {count}, or cache more images"
+            f"a batch of {counted(batch_size, 'image')} is larger than the "
+            f"{counted(count, 'image')} to train on; set --batch-size to at most {count}, "
+            "or cache more images"
         )
     if images_seen < 0:
         raise RepaError(f"images seen cannot be {images_seen}; the state of the loader is damaged")
@@ -150,7 +152,7 @@ def rank_slice(batch: NDArray[np.int64], rank: int, world: int) -> NDArray[np.in
     size, rest = divmod(len(batch), world)
     if rest:
         raise RepaError(
-            f"a batch of {len(batch)} images does not divide into {world} equal parts; "
+            f"a batch of {counted(len(batch), 'image')} does not divide into {counted(world, 'equal part')}; "
             f"set --batch-size to a multiple of {world}"
         )
     return batch[rank * size : (rank + 1) * size]
@@ -168,7 +170,7 @@ def split_holdout(valid_rows: NDArray[np.int64], holdout: int) -> tuple[NDArray[
     count = len(valid_rows)
     if holdout < 0 or (holdout and holdout >= count):
         raise RepaError(
-            f"{holdout} images cannot be held out of the {count} valid ones; "
+            f"{counted(holdout, 'image')} cannot be held out of the {count} valid ones; "
             f"hold out between 0 and {max(count - 1, 0)}"
         )
     if not holdout:

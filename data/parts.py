@@ -14,6 +14,7 @@ import numpy as np
 from .columns import AUTOENCODER, model_of
 from .errors import CacheError
 from .store import declaration, differences, open_manifest, read_keys, read_labels
+from .units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -225,7 +226,7 @@ def origins(parts: Sequence[Part], images: ImageSet) -> NDArray[np.int64]:
     absent = [key for key in images.keys if key not in where]
     if absent:
         raise CacheError(
-            f"{len(absent)} of the {len(images.keys)} images are in none of the parts, the first is "
+            f"the parts lack {len(absent)} of the {counted(len(images.keys), 'image')}, the first is "
             f"{absent[0]}; encode them into a part of their own, and name it too"
         )
     if len(where) > len(images.keys):

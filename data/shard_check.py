@@ -22,6 +22,7 @@ from .files import os_errors
 from .layout import shard_file
 from .remote import RemotePath
 from .shard_index import CHECKSUM_BYTES, MISSING, decode_index, index_bytes
+from .units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -135,7 +136,7 @@ class ShardCheck:
 
     def _check(self, stored: _Stored) -> list[Finding]:
         if stored.size != self.bytes:
-            return [self._finding(f"has {stored.size} bytes of {self.bytes}; {REDO}")]
+            return [self._finding(f"has {counted(stored.size, 'byte')} of {self.bytes}; {REDO}")]
         tail = stored.tail(index_bytes(*self._shape))
         try:
             index = decode_index(tail, stored.size, str(self._file), *self._shape)

@@ -18,6 +18,7 @@ import numpy as np
 
 from .errors import RepaError
 from .permutations import philox_words, sorted_order
+from .units import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,15 +46,17 @@ def steps_of_epoch(counts: NDArray[np.int64], batch_size: int, world: int) -> in
     """
     if len(counts) < world:
         raise RepaError(
-            f"{len(counts)} tars cannot be shared among {world} ranks; start fewer, or export smaller shards"
+            f"{counted(len(counts), 'tar')} cannot be shared among {counted(world, 'rank')}; "
+            "start fewer, or export smaller shards"
         )
     # whatever a rank draws, it has at least this many rows
     least = int(np.sort(counts)[: len(counts) // world].sum())
     steps = least // (batch_size // world)
     if not steps:
         raise RepaError(
-            f"a batch of {batch_size} images is larger than what {world} ranks are sure to have of "
-            f"{int(counts.sum())} images in {len(counts)} tars ({least} each); set a smaller --batch-size"
+            f"a batch of {counted(batch_size, 'image')} is larger than what {counted(world, 'rank')} can be "
+            f"sure of among {counted(int(counts.sum()), 'image')} in {counted(len(counts), 'tar')} "
+            f"({least} each); set a smaller --batch-size"
         )
     return steps
 

@@ -1,6 +1,19 @@
-"""Bytes and seconds, written for people."""
+"""Bytes, seconds and counts, written for people."""
 
 from __future__ import annotations
+
+
+def counted(count: int, what: str, form: str = "") -> str:
+    """So many of something: ``0 shards``, ``1 shard``, ``1,024 images``.
+
+    Args:
+        count: how many.
+        what: the noun in the singular.
+        form: format of the number, for example ``,``.
+    """
+    if count == 1:
+        return f"1 {what}"
+    return f"{count:{form}} {what}{'es' if what.endswith(('ch', 'ss')) else 's'}"
 
 
 def human_bytes(count: float) -> str:

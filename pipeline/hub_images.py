@@ -10,6 +10,7 @@ import numpy as np
 
 from ..data.errors import RepaError
 from ..data.places import HUGGING_FACE
+from ..data.units import counted
 from .images import decode_image
 from .listing import fingerprint_of, spaced
 
@@ -58,7 +59,10 @@ class HubImages:
             raise RepaError(f"{self.name} has no rows; choose another data set or split")
         self.class_names = tuple(names or map(str, range(int(labels.max()) + 1)))
         if int(labels.max()) >= len(self.class_names):
-            raise RepaError(f"{self.name} has the label {labels.max()} of {len(self.class_names)} classes")
+            raise RepaError(
+                f"{self.name} has the label {labels.max()}, but names "
+                f"{counted(len(self.class_names), 'class')}; give each label a name in its ClassLabel"
+            )
         chosen = spaced(len(labels), limit)
         prefix = f"{split}/" if split else ""
         self.keys: Sequence[str] = [f"{prefix}{row:08d}" for row in chosen.tolist()]
@@ -157,7 +161,9 @@ def _features(data: Any, name: str) -> tuple[str, str, Sequence[str] | None]:
 def _labels(data: Any, label: str, name: str) -> NDArray[np.int32]:
     values = data.select_columns([label]).with_format("arrow")[:][label]
     if values.null_count:
-        raise RepaError(f"{name} has {values.null_count} rows without a {label}; filter them out first")
+        raise RepaError(
+            f"{name} has {counted(values.null_count, 'row')} without a {label}; filter them out first"
+        )
     labels: NDArray[np.int64] = values.to_numpy().astype(np.int64)
     if len(labels) and int(labels.min()) < 0:
         row = int(np.flatnonzero(labels < 0)[0])

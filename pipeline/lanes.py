@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from ..data.errors import RepaError
+from ..data.units import counted
 from .writing import EncodedBatch, Pending, Result
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class _CudaLane:
             return self._launch(batch, tasks)
         except torch.OutOfMemoryError as error:
             raise RepaError(
-                f"{self._device} has too little memory for a batch of {len(batch.rows)} images: "
+                f"{self._device} has too little memory for a batch of {counted(len(batch.rows), 'image')}: "
                 "give a smaller --batch-size"
             ) from error
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..data.errors import RepaError
 from ..data.files import os_errors
+from ..data.units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -53,7 +54,7 @@ def class_names_of(labels: NDArray[np.int32], file: Path | None, *, where: str) 
             raise RepaError(f"--class-names {file} is not UTF-8; give a text file, a name a line") from None
     if largest >= len(names):
         raise RepaError(
-            f"--class-names {file} names {len(names)} classes, {where} has labels up to {largest}; "
+            f"--class-names {file} names {counted(len(names), 'class')}, {where} has labels up to {largest}; "
             "give a name for each, the first line for class 0"
         )
     blank = next((number for number, name in enumerate(names, 1) if not name.strip()), None)

@@ -20,6 +20,7 @@ from ..data.columns import AUTOENCODER, MOMENTS, ColumnSpec, attention_source, c
 from ..data.errors import CacheError, RepaError
 from ..data.reader import CacheReader
 from ..data.store import keys_sha256, open_manifest
+from ..data.units import counted
 from .encoders import find_teacher, load_encoder
 from .images import open_source
 from .lanes import usable_cores
@@ -330,7 +331,7 @@ def images_of(manifest: Manifest, data: str, cache: CachePath) -> ImageSource:
     """
     images = open_source(data, limit=manifest.num_rows, apply_exif=manifest.exif_orientation == "applied")
     if keys_sha256(images.keys) != manifest.keys_sha256:
-        what = f"{len(images):,} images under other names than its {manifest.num_rows:,}"
+        what = f"{counted(len(images), 'image', ',')} under other names than its {manifest.num_rows:,}"
     elif images.fingerprint != manifest.source_fingerprint:
         what = "images of the same names, but of other classes or sizes in bytes"
     else:

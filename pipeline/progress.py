@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..data.units import human_rate, human_seconds
+from ..data.units import counted, human_rate, human_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -83,7 +83,7 @@ class ProgressView:
         elif now >= self._next_line:
             self._next_line = now + LINE_SECONDS
             left = f", {human_seconds((self._images - self._done) / rate)} left" if rate else ""
-            self._console.print(f"{self._done}/{self._images} images, {human_rate(rate)}{left}")
+            self._console.print(f"{self._done}/{counted(self._images, 'image')}, {human_rate(rate)}{left}")
 
     def _rate(self, now: float) -> float:
         seconds = now - self._first

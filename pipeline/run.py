@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..data.columns import AUTOENCODER, model_of
 from ..data.errors import CacheError, RepaError
 from ..data.store import committed_shards, ensure_source
+from ..data.units import counted
 from .interrupts import terminated_as_interrupt
 from .plan import make_plan, present_manifest
 from .progress import ProgressView
@@ -81,7 +82,7 @@ def saved(plan: Plan) -> str:
         known = manifest is not None and source in manifest.sources
         done = committed_shards(cache, manifest, source) if manifest is not None and known else []
         images = sum(len(plan.manifest.shard_range(shard)) for shard in done)
-        parts.append(f"{images} of {len(plan.images)} images of {source}")
+        parts.append(f"{images} of {counted(len(plan.images), 'image')} of {source}")
     return f"interrupted: {', '.join(parts)} are saved in {cache}; the same command resumes"
 
 
@@ -100,9 +101,7 @@ def share_out(plan: Plan, rank: Rank) -> list[Job]:
     here = config.devices if rank.world == 1 else rank.local_world
     if gpus and (config.devices > gpus or rank.local_rank >= gpus):
         wanted = f"--devices {config.devices}" if rank.world == 1 else f"local rank {rank.local_rank}"
-        raise RepaError(
-            f"{wanted}: this machine shows {gpus} GPU{'s' if gpus > 1 else ''}; start fewer processes"
-        )
+        raise RepaError(f"{wanted}: this machine shows {counted(gpus, 'GPU')}; start fewer processes")
     cores = usable_cores()
     if rank.launcher != "SLURM" or cores == os.cpu_count():
         # SLURM usually binds each task to cores of its own; others share the machine's

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ..data.columns import SCALE_SUFFIX, scale_column, source_of, split_column
 from ..data.store import invalid_reasons, open_manifest
-from ..data.units import human_bytes, human_rate, human_seconds
+from ..data.units import counted, human_bytes, human_rate, human_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,9 +34,9 @@ def show_plan(plan: Plan, rank: Rank, console: Console) -> None:
     images, config = plan.images, plan.config
     say(
         console,
-        f"images  {images.name}: {len(images)} in {len(images.class_names)} classes"
+        f"images  {images.name}: {len(images)} in {counted(len(images.class_names), 'class')}"
         + (
-            f", {len(images.skipped)} other files passed over ({_first(images.skipped)})"
+            f", {counted(len(images.skipped), 'other file')} passed over ({_first(images.skipped)})"
             if images.skipped
             else ""
         ),
@@ -44,7 +44,8 @@ def show_plan(plan: Plan, rank: Rank, console: Console) -> None:
     share = f" · process {rank.rank} of {rank.world} ({rank.launcher})" if rank.world > 1 else ""
     say(
         console,
-        f"cache   {config.cache}: {plan.manifest.num_shards} shards of {plan.manifest.shard_rows} images at "
+        f"cache   {config.cache}: {counted(plan.manifest.num_shards, 'shard')} of "
+        f"{counted(plan.manifest.shard_rows, 'image')} at "
         f"{config.resolution}×{config.resolution} · batches of {config.batch_size}{share}",
     )
     table = Table(box=None, pad_edge=False)
@@ -55,7 +56,7 @@ def show_plan(plan: Plan, rank: Rank, console: Console) -> None:
             source.source,
             ", ".join(_column(source, name) for name in source.columns if not name.endswith(SCALE_SUFFIX)),
             _state(plan, source),
-            f"{source.rows} images",
+            f"{counted(source.rows, 'image')}",
             f"{_most(source)}{human_bytes(source.bytes)}",
         )
     console.print(table)
@@ -93,7 +94,7 @@ def _state(plan: Plan, source: SourcePlan) -> str:
         return f"new{weights}"
     if not source.missing:
         return f"complete{weights}"
-    return f"{done} of {plan.manifest.num_shards} shards{weights}"
+    return f"{done} of {counted(plan.manifest.num_shards, 'shard')}{weights}"
 
 
 def warn_of_random_weights(plan: Plan, console: Console) -> None:
@@ -122,7 +123,10 @@ def show_summary(plan: Plan, rank: Rank, tallies: Sequence[Tally], seconds: floa
     loop = max((tally.loop_seconds for tally in tallies), default=0.0)
     rate = f", {human_rate(images / loop)}" if loop else ""
     whose = f" (process {rank.rank} of {rank.world}; the others write the rest)" if rank.world > 1 else ""
-    say(console, f"wrote {images} images to {plan.config.cache} in {human_seconds(seconds)}{rate}{whose}")
+    say(
+        console,
+        f"wrote {counted(images, 'image')} to {plan.config.cache} in {human_seconds(seconds)}{rate}{whose}",
+    )
     written: Counter[str] = Counter()
     rows: Counter[str] = Counter()
     for tally in tallies:
@@ -132,7 +136,8 @@ def show_summary(plan: Plan, rank: Rank, tallies: Sequence[Tally], seconds: floa
         each = count // max(1, rows[source_of(column)])
         say(
             console,
-            f"  {column}: {rows[source_of(column)]} images, {human_bytes(count)}, {each} bytes each",
+            f"  {column}: {counted(rows[source_of(column)], 'image')}, {human_bytes(count)}, "
+            f"{counted(each, 'byte')} each",
         )
     _show_invalid(plan, console)
     if images:
@@ -146,7 +151,11 @@ def _show_invalid(plan: Plan, console: Console) -> None:
     counts = ", ".join(
         f"{count} × {reason}" for reason, count in Counter(reasons.values()).most_common(_SHOWN)
     )
-    say(console, f"  {len(reasons)} images could not be decoded and are left out: {counts}", style="yellow")
+    say(
+        console,
+        f"  {counted(len(reasons), 'image')} could not be decoded, left out: {counts}",
+        style="yellow",
+    )
     for row, reason in list(reasons.items())[:_SHOWN]:
         say(console, f"    {plan.images.keys[row]} (row {row}): {reason}")
     if len(reasons) > _SHOWN:

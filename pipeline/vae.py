@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data.errors import RepaError
 from ..data.schema import Provenance
+from ..data.units import counted
 from .preprocess import to_autoencoder_input, to_pixels
 from .weights import drawn_weights, hub_file, library_versions, one_line, some, weights_sha256
 
@@ -270,7 +271,7 @@ def _from_folder(folder: Path) -> Any:
         names = sorted(report[f"{kind}_keys"])
         if names:
             raise RepaError(
-                f"the weights in {folder} do not fit its {CONFIG}: {len(names)} tensors are {kind} "
+                f"the weights in {folder} do not fit its {CONFIG}: {counted(len(names), 'tensor')} {kind} "
                 f"({some(names)}); {remedy}"
             )
     return model

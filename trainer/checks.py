@@ -16,6 +16,7 @@ from ..data.schema import ORIGINAL_VIEW
 from ..data.tar_cache import TarCache, manifest_of
 from ..data.tar_order import steps_of_epoch
 from ..data.tars import names_tars
+from ..data.units import counted
 from .data import columns_of_phase
 from .diagnostics import angle_problems
 from .loop import make_trainer
@@ -50,7 +51,7 @@ class ProblemsError(RepaError):
     """
 
     def __init__(self, problems: list[Problem]) -> None:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        count = counted(len(problems), "problem")
         lines = [
             f"\n  {number}. {each.what}\n     → {each.remedy}"
             for number, each in enumerate(problems, start=1)
@@ -191,8 +192,8 @@ def _check_devices(config: TrainConfig, found: Checked) -> None:
     ranks, accumulate = trainer.world_size, config.accumulate
     if config.batch_size % (ranks * accumulate):
         found.add(
-            f"a batch of {config.batch_size} images does not divide into {ranks} device(s) × {accumulate} "
-            "micro-batch(es)",
+            f"a batch of {counted(config.batch_size, 'image')} does not divide into "
+            f"{counted(ranks, 'device')} × {counted(accumulate, 'micro-batch')}",
             f"set --batch-size to a multiple of {ranks * accumulate}",
         )
 
@@ -276,7 +277,7 @@ def _check_rows(config: TrainConfig, reader: CacheReader, found: Checked) -> Non
     if len(reader.labels) and not 0 <= int(reader.labels.min()) <= int(reader.labels.max()) < max(classes, 1):
         found.add(
             f"labels of cache {config.cache} run from {reader.labels.min()} to {reader.labels.max()}, but it "
-            f"names {classes} classes",
+            f"names {counted(classes, 'class')}",
             "write the cache again with `repa preprocess`",
         )
     split = found.attempt(lambda: split_holdout(reader.valid_rows, config.holdout))
@@ -285,8 +286,8 @@ def _check_rows(config: TrainConfig, reader: CacheReader, found: Checked) -> Non
     found.train_rows, found.held_out_rows = split
     if config.batch_size > len(found.train_rows):
         found.add(
-            f"a batch of {config.batch_size} images is larger than the {len(found.train_rows)} images there "
-            "are to train on",
+            f"a batch of {counted(config.batch_size, 'image')} is larger than the "
+            f"{counted(len(found.train_rows), 'image')} to train on",
             f"set --batch-size to at most {len(found.train_rows)}, or cache more images",
         )
 

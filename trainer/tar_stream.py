@@ -20,6 +20,7 @@ from ..data.errors import CacheError, RepaError
 from ..data.loader import Batch
 from ..data.ordering import batch_views, rank_slice
 from ..data.tar_order import buffered_order, steps_of_epoch, tar_permutation
+from ..data.units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 GUARANTEES = (
     "images come from tars in sequence: tars are shuffled and their rows pass a buffer of {buffer:,}, less "
     "than a permutation; batches depend on the number of devices, and so does what a resumed run sees; "
-    "{left_out:,} of {images:,} images are left out in each epoch"
+    "each epoch leaves out {left_out:,} of {images:,} images"
 )
 _AHEAD = 2  # batches read ahead of the one that is trained on
 _PATIENCE = 5.0  # seconds
@@ -76,8 +77,9 @@ class TarLoader:
     ) -> None:
         if batch_size % (world * accumulate):
             raise RepaError(
-                f"a batch of {batch_size} images does not divide into {world} ranks × {accumulate} "
-                f"micro-batches; set --batch-size to a multiple of {world * accumulate}"
+                f"a batch of {counted(batch_size, 'image')} does not divide into {counted(world, 'rank')} "
+                f"× {counted(accumulate, 'micro-batch')}; set --batch-size to a multiple of "
+                f"{world * accumulate}"
             )
         self.cache = cache
         self.batch_size = batch_size
@@ -211,7 +213,8 @@ class _Epoch:
                     if label >= len(cache.manifest.class_names):
                         raise CacheError(
                             f"row {row} of {cache.path} has the label {label}, but it names "
-                            f"{len(cache.manifest.class_names)} classes; write and export the cache again"
+                            f"{counted(len(cache.manifest.class_names), 'class')}; write and export the "
+                            "cache again"
                         )
                     yield row, (label, arrays)
 

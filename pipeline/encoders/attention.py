@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from ...data.errors import RepaError
+from ...data.units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -79,7 +80,10 @@ class AttentionCapture(TorchFunctionMode):
             RepaError: the model did not call PyTorch's attention once for each block.
         """
         if self._calls != self._depth:
-            self._refuse(f"calls PyTorch's attention {self._calls} times for {self._depth} blocks")
+            self._refuse(
+                f"calls PyTorch's attention {counted(self._calls, 'time')} for "
+                f"{counted(self._depth, 'block')}"
+            )
         assert self._kept is not None, "there is at least one block"
         return self._kept
 

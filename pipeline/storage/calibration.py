@@ -16,6 +16,7 @@ from safetensors.torch import load, save
 
 from ...data.errors import RepaError
 from ...data.layout import canonical_json
+from ...data.units import counted
 from ..preprocess import decode_row
 
 if TYPE_CHECKING:
@@ -119,9 +120,9 @@ def choose_images(images: ImageSource, resolution: int) -> ChosenImages:
     rows = list(picked)
     if len(rows) < 2:
         raise RepaError(
-            f"{images.name} has {len(rows)} images that can be decoded: the storage form is fitted to some "
-            "and measured on others, so give --data with 2 at least, or leave int8, --attention-rank and "
-            "--attention-kl out"
+            f"{images.name} has {counted(len(rows), 'image')} that can be decoded: the storage form is "
+            "fitted to some and measured on others, so give --data with 2 at least, or leave int8, "
+            "--attention-rank and --attention-kl out"
         )
     held_out = set(rows[2::3] or rows[1:])
     return ChosenImages(

@@ -23,7 +23,7 @@ def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert folder_contents(back) == folder_contents(cache)
     run_command(["cache", "export", str(cache), "--out", str(out)])
     assert "0 images, 0 B of columns written" in (printed := capsys.readouterr().out)
-    assert "2 of 2 shards were there already" in printed
+    assert "already there: 2 of 2 shards" in printed
     some = ["--out", str(tmp_path / "some"), "--columns", "demo/cls, demo/patch"]
     run_command(["cache", "export", str(cache), *some])
     columns = manifest_of(f"{tmp_path}/some/shard-{{000000..000001}}.tar").columns

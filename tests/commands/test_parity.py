@@ -128,7 +128,7 @@ def test_the_command_prints_both_tables(
     cli.run_command([*arguments, "--batches", "1", "--batch-size", "4", "--set", SMALL[0]])
     printed = capsys.readouterr().out
     for part in (
-        "repa, SiT-T/1: 1 batches, 4 images",
+        "repa, SiT-T/1: 1 batch, 4 images",
         "velocity",
         "largest difference",
         "demo/patch",

@@ -194,7 +194,7 @@ def test_without_an_autoencoder_nothing_is_sampled(
     [
         ({}, "--run, or a checkpoint with --ckpt"),
         ({"num": 0}, "--num 0"),
-        ({"labels": (3,)}, "label 3 is not one of the model's 3 classes"),
+        ({"labels": (3,)}, "the model has 3 classes, label 3 is none of them; give 0 to 2"),
         ({"solver": "rk4"}, "rk4"),
         ({"interval": (0.8, 0.1)}, "interval"),
         ({"weights": "best"}, "best"),

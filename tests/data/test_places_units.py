@@ -8,7 +8,7 @@ import pytest
 from repa.data.errors import CacheError
 from repa.data.places import cache_for, default_cache
 from repa.data.testing import synthetic_cache
-from repa.data.units import human_bytes, human_rate, human_seconds
+from repa.data.units import counted, human_bytes, human_rate, human_seconds
 
 
 def test_a_cache_is_named_after_folder_and_resolution() -> None:
@@ -70,3 +70,19 @@ def test_seconds(seconds: float, expected: str) -> None:
 )
 def test_rates(rate: float, expected: str) -> None:
     assert human_rate(rate) == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "what", "form", "expected"),
+    [
+        (0, "shard", "", "0 shards"),
+        (1, "shard", "", "1 shard"),
+        (2, "shard", "", "2 shards"),
+        (1, "class", ",", "1 class"),
+        (1000, "class", ",", "1,000 classes"),
+        (3, "micro-batch", "", "3 micro-batches"),
+        (2, "held-out image", "", "2 held-out images"),
+    ],
+)
+def test_counts(count: int, what: str, form: str, expected: str) -> None:
+    assert counted(count, what, form) == expected

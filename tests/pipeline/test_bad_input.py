@@ -194,7 +194,7 @@ REFUSED: dict[str, tuple[Callable[..., dict[str, Any] | None], tuple[str, ...]]]
     ),
     "too few images to measure on": (
         lambda f: {"feature_dtype": "int8", "limit": 1},
-        ("1 images that can be decoded", "--data"),
+        ("1 image that can be decoded", "--data"),
     ),
     "unknown compute dtype": (lambda f: {"compute_dtype": "half"}, ("--compute-dtype", "bfloat16")),
     "target is a file": (lambda f: {"cache": write(f.tmp / "target")}, ("target", "--cache")),

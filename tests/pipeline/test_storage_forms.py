@@ -306,7 +306,7 @@ def test_an_undecodable_image_gives_its_place_to_the_next() -> None:
     assert 40 not in fit + held_out
     assert len(fit + held_out) == 191
     assert picked(4, {1}) == ([0, 2], [3])
-    with pytest.raises(RepaError, match="greys has 1 images that can be decoded") as caught:
+    with pytest.raises(RepaError, match="greys has 1 image that can be decoded") as caught:
         picked(3, {0, 2})
     assert "\n" not in str(caught.value)
 

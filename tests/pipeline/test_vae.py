@@ -161,8 +161,8 @@ def damage(folder: Path, how: str) -> None:
         ("no weights", r"has no diffusion_pytorch_model\.safetensors"),
         ("truncated", "do not fit its config"),
         ("text", "do not fit its config"),
-        ("missing tensor", r"1 tensors are missing \(decoder\.conv_in\.weight\)"),
-        ("unexpected tensor", r"1 tensors are unexpected \(stranger\)"),
+        ("missing tensor", r"1 tensor missing \(decoder\.conv_in\.weight\)"),
+        ("unexpected tensor", r"1 tensor unexpected \(stranger\)"),
         ("another shape", "do not fit its config"),
     ],
 )

@@ -141,7 +141,7 @@ def test_labels_outside_the_classes(
 
 def test_two_devices_divide_the_batch(settings: Settings) -> None:
     config = settings(trainer__devices=2, trainer__accelerator="cpu", batch_size=9)
-    assert any("2 device(s) × 1" in what for what in whats(config))
+    assert any("2 devices × 1 micro-batch" in what for what in whats(config))
     assert check(settings(trainer__devices=2, trainer__accelerator="cpu")).world_size == 2
 
 

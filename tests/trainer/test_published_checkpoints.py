@@ -150,11 +150,11 @@ def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "missing": (save(folder / "missing.pt", without), r"4 keys missing \(blocks.1.mlp.fc1.weight"),
         "unexpected": (
             save(folder / "more.pt", state | {"head.bias": torch.zeros(2)}),
-            "1 keys unexpected .head.bias",
+            "1 key unexpected .head.bias",
         ),
         "shape": (
             save(folder / "shape.pt", state | {"t_embedder.mlp.0.bias": torch.zeros(3)}),
-            "1 keys of another shape .t_embedder.mlp.0.bias",
+            "1 key of another shape .t_embedder.mlp.0.bias",
         ),
         "original SiT": (
             save(folder / "sit.pt", state | {"final_layer.linear.weight": double}),

@@ -186,7 +186,7 @@ def run_train(pattern: str, run: Path, **changes: object) -> str:
 def test_repa_train_reads_tars_and_resumes(exported: str, tmp_path: Path, tiny: str) -> None:
     said = run_train(exported, tmp_path / "run", max_steps=9)
     assert "images come from tars in sequence" in said
-    assert "0 of 42 images are left out in each epoch" in said
+    assert "each epoch leaves out 0 of 42 images" in said
     run_train(exported, tmp_path / "parts", max_steps=4)
     assert "resuming" in run_train(f"pipe:cat '{exported}'", tmp_path / "parts", max_steps=9)
     whole, parts = (
@@ -203,7 +203,7 @@ def test_what_tars_cannot_do_is_a_problem(exported: str, tmp_path: Path, tiny: s
         run_train(exported, tmp_path / "run", more=["order=blocks"])
     with pytest.raises(RepaError, match="live teachers cannot be called beside tars"):
         run_train(exported, tmp_path / "run", targets="online")
-    with pytest.raises(RepaError, match="larger than what 1 ranks are sure to have of 42 images"):
+    with pytest.raises(RepaError, match="larger than what 1 rank can be sure of among 42 images"):
         run_train(exported, tmp_path / "run", batch_size=50)
     with pytest.raises(RepaError, match="No such file"):
         run_train(str(tmp_path / "none-{0..3}.tar"), tmp_path / "run")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...data.codec import dequantise
 from ...data.columns import AUTOENCODER, ColumnSpec, model_of, scale_column, source_of, split_column
+from ...data.units import counted
 from ..models.sit import PATCH_SIZES, initialise_linear
 from .base import Problem
 
@@ -206,7 +207,8 @@ def grid_problems(
         if rows * cols != tokens:
             problems.append(
                 Problem(
-                    what=f"{column} has {tokens} tokens a row, its grid {rows}×{cols} has {rows * cols}",
+                    what=f"{column} has {counted(tokens, 'token')} a row, its grid {rows}×{cols} has "
+                    f"{rows * cols}",
                     remedy=f"the cache's manifest is damaged: write {source} again",
                 )
             )

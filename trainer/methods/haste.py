@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...data.columns import ATTENTION_KINDS, ColumnSpec, attention_source, source_of
+from ...data.units import counted
 from ..models.capture import NOTHING, BackboneFacts, Capture
 from .attention import attention_alignment
 from .base import Flags, Phase, Problem, Step, Term
@@ -245,8 +246,9 @@ class Haste(Repa):
         if students and teachers and students != teachers:
             problems.append(
                 Problem(
-                    what=f"method.student_blocks has {students} blocks ({_listed(self.student_blocks)}), "
-                    f"method.teacher_blocks {teachers} ({_listed(self.teacher_blocks)})",
+                    what=f"method.student_blocks has {counted(students, 'block')} "
+                    f"({_listed(self.student_blocks)}), method.teacher_blocks {teachers} "
+                    f"({_listed(self.teacher_blocks)})",
                     remedy="name as many of the one as of the other: they are paired in order",
                 )
             )
@@ -291,8 +293,8 @@ class Haste(Repa):
         if preset and not self.config.teacher_blocks and depth not in (None, preset.teacher_depth):
             return [
                 Problem(
-                    what=f"{teacher} has {depth} blocks, the preset of SiT-{self.backbone.size_name} is for "
-                    f"a teacher of {preset.teacher_depth}",
+                    what=f"{teacher} has {counted(depth or 0, 'block')}, the preset of "
+                    f"SiT-{self.backbone.size_name} is for a teacher of {preset.teacher_depth}",
                     remedy=f"choose of the cached blocks {_listed(stored)} with "
                     "`--set method.teacher_blocks=[…]`",
                 )

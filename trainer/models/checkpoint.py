@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ...data.errors import RepaError
 from ...data.files import os_errors
+from ...data.units import counted
 from .sit import SIT_SIZES, SiT, SiTConfig
 
 if TYPE_CHECKING:
@@ -204,7 +205,10 @@ def _heads(
     if given is not None:
         return None, given
     known = ", ".join(f"{letter} {size.depth}×{size.width}" for letter, size in SIT_SIZES.items())
-    raise RepaError(f"{path} has depth {depth} and width {width}, which is no known size ({known})")
+    raise RepaError(
+        f"{path} has depth {depth} and width {width}, which is no known size ({known}); "
+        "give a checkpoint of one of these"
+    )
 
 
 def _check_strictly(config: SiTConfig, state: Mapping[str, Tensor], path: Path) -> None:
@@ -217,7 +221,7 @@ def _check_strictly(config: SiTConfig, state: Mapping[str, Tensor], path: Path) 
         expected = {key: tuple(value.shape) for key, value in SiT(config).state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
     faults = [
-        f"{len(keys)} keys {what} ({_some(keys)})"
+        f"{counted(len(keys), 'key')} {what} ({_some(keys)})"
         for what, keys in (
             ("missing", [key for key in expected if key not in found]),
             ("unexpected", [key for key in found if key not in expected]),
