@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..data.places import default_cache
+from ..data.units import counted
 from .cache_notes import print_compression, print_notes
 
 if TYPE_CHECKING:
@@ -45,10 +46,11 @@ def info(*, cache: Path | str | None = None, console: Console | None = None) -> 
     console = console or Console()
     found = cache_info(cache_path(cache or default_cache()))
     manifest = found.manifest
-    console.print(f"[bold]{escape(str(found.path))}[/bold]  {human_bytes(found.total_bytes)} on disk")
+    console.print(f"[bold]{escape(str(found.path))}[/bold]  {human_bytes(found.total_bytes)} {found.where}")
     console.print(
-        f"{found.num_rows} images of {found.resolution}×{found.resolution} in {found.num_classes} classes · "
-        f"{found.num_shards} shards of {manifest.shard_rows} · views {', '.join(manifest.views)} · "
+        f"{counted(found.num_rows, 'image')} of {found.resolution}×{found.resolution} in "
+        f"{counted(found.num_classes, 'class')} · {counted(found.num_shards, 'shard')} of "
+        f"{manifest.shard_rows} · views {', '.join(manifest.views)} · "
         f"crop {manifest.crop}, EXIF orientation {manifest.exif_orientation} · from a {manifest.source_kind}",
         highlight=False,
     )
@@ -57,7 +59,8 @@ def info(*, cache: Path | str | None = None, console: Console | None = None) -> 
     console.print(_sources(found))
     print_notes(found, console)
     if not found.complete:
-        console.print("[yellow]not complete: the same `repa preprocess` goes on with it[/yellow]")
+        remedy = "copy the rest there" if found.remote else "the same `repa preprocess` goes on with it"
+        console.print(f"[yellow]not complete: {remedy}[/yellow]")
     if found.invalid:
         _invalid(found, console)
 
@@ -69,7 +72,7 @@ def _columns(found: CacheInfo) -> Table:
     from ..data.units import human_bytes
 
     table = Table(box=None, pad_edge=False, title="columns", title_justify="left")
-    for heading in ("column", "dtype", "shape", "per image", "on disk", "shards"):
+    for heading in ("column", "dtype", "shape", "per image", found.where, "shards"):
         table.add_column(heading, justify="left" if heading in {"column", "dtype", "shape"} else "right")
     for source in found.sources:
         for column in source.columns:
@@ -112,7 +115,7 @@ def _invalid(found: CacheInfo, console: Console) -> None:
     from ..data.store import read_keys
 
     keys = read_keys(found.path, found.manifest)
-    console.print(f"[yellow]{len(found.invalid)} images could not be decoded and are left out:[/yellow]")
+    console.print(f"[yellow]{counted(len(found.invalid), 'image')} could not be decoded, left out:[/yellow]")
     for row, reason in list(found.invalid.items())[:_SHOWN]:
         console.print(Text(f"  {keys[row]} (row {row}): {reason}"), soft_wrap=True)
     if len(found.invalid) > _SHOWN:
@@ -200,9 +203,7 @@ def verify(*, cache: Path | str | None = None, console: Console | None = None) -
         f"{human_bytes(found.bytes)} of shards, metadata, keys and labels checked in {found.seconds:.1f} s"
     )
     rate = f" ({human_bytes(found.bytes / found.seconds)}/s)" if found.bytes else ""
-    verdict = (
-        f"{len(findings)} finding{'s' if len(findings) != 1 else ''}" if findings else "all is as committed"
-    )
+    verdict = counted(len(findings), "finding") if findings else "all is as committed"
     console.print(Text(f"{path}: {checked}{rate}: {verdict}"), soft_wrap=True)
     if findings:
         raise SystemExit(1)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.columns import AUTOENCODER
 from ..data.errors import RepaError
+from ..data.units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -15,8 +16,11 @@ if TYPE_CHECKING:
     from ..data.info import CacheInfo, ColumnInfo
 
 _COMPRESSION = (
-    "ratio: bytes of data to bytes on disk; speeds measured just now: random rows, one thread, from the page "
-    "cache, decoded as they are and written uncompressed to a temporary folder"
+    "ratio: bytes of data to bytes {where}; speeds measured just now: random rows, one thread, {how}"
+)
+_HOW = (
+    "from the page cache, decoded as they are and written uncompressed to a temporary folder",
+    "requested from the bucket and decoded, and beside that uncompressed from a temporary folder",
 )
 
 
@@ -45,7 +49,8 @@ def print_compression(found: CacheInfo, console: Console) -> None:
         ratio = "" if column.ratio is None else f"{column.ratio:.3f}"
         table.add_row(column.name, column.compressor, ratio, *speeds)
     console.print(table)
-    console.print(_COMPRESSION, highlight=False, style="dim")
+    note = _COMPRESSION.format(where=found.where, how=_HOW[found.remote])
+    console.print(note, highlight=False, style="dim")
     for problem in problems:
         console.print(problem, highlight=False, markup=False, soft_wrap=True, style="yellow")
 
@@ -71,7 +76,7 @@ def print_notes(found: CacheInfo, console: Console) -> None:
             console.print(f"{source}: {_attention_form(notes)}", highlight=False)
         if fidelity is None:
             continue
-        where = f"measured on {fidelity['images']} held-out images when it was written"
+        where = f"measured on {counted(fidelity['images'], 'held-out image')} when it was written"
         if "kl" in fidelity:
             _print_attention_fidelity(source, fidelity, where, console)
         else:
@@ -88,7 +93,7 @@ def _attention_form(notes: Mapping[str, Any]) -> str:
     ]
     calibration = notes.get("calibration")
     if calibration is not None and calibration["images"]:
-        parts.append(f"fitted to {calibration['images']} images")
+        parts.append(f"fitted to {counted(calibration['images'], 'image')}")
     return " · ".join(parts)
 
 

@@ -95,6 +95,16 @@ class CacheInfo:
     total_bytes: int
 
     @property
+    def remote(self) -> bool:
+        """Whether it lies in a bucket."""
+        return isinstance(self.path, RemotePath)
+
+    @property
+    def where(self) -> str:
+        """``on disk``, or ``in the bucket``."""
+        return "in the bucket" if self.remote else "on disk"
+
+    @property
     def complete(self) -> bool:
         """Whether every shard of every source is committed."""
         return all(source.shards_committed == self.num_shards for source in self.sources)

@@ -34,7 +34,7 @@ def test_info(cache: Path) -> None:
     assert lines["demo/cls"][:3] == ["float16", "[16]", "32"]
     assert "20 images of 32×32 in 3 classes" in text
     assert "random!" in text
-    assert "2 images could not be decoded" in text
+    assert "\n2 images could not be decoded, left out:\n" in text
     assert "images/000003.png (row 3): truncated" in text
     assert "images/000009.png (row 9): [bold]not an image" in text
     assert "not complete" not in text
@@ -73,6 +73,14 @@ def test_verify_names_what_is_wrong_and_fails(cache: Path) -> None:
     assert "row 8 of demo/patch" in lines[0]
     assert str(file) in lines[0]
     assert lines[-1].endswith("1 finding")
+
+
+def test_one_of_everything_is_said_in_the_singular(tmp_path: Path) -> None:
+    path = tmp_path / "one"
+    synthetic_cache(path, num_rows=1, shard_rows=1, num_classes=1, invalid={0: "cut off"})
+    text = printed(info, path)
+    assert "\n1 image of 32×32 in 1 class · 1 shard of 1 · views original · " in text
+    assert "\n1 image could not be decoded, left out:\n" in text
 
 
 @pytest.mark.parametrize("command", [info, verify])

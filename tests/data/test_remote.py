@@ -20,6 +20,7 @@ from repa.data.reader import CacheReader
 from repa.data.remote import Bucket, RemotePath, cache_path, is_remote
 from repa.data.store import read_keys
 from repa.data.testing import expected_row, synthetic_cache
+from repa.data.units import human_bytes
 from s3_server import free_port, lead_to, obstore, upload
 
 MOMENTS = "sd-vae/moments"
@@ -235,6 +236,25 @@ def run_command(*words: str) -> None:
     with pytest.raises(SystemExit) as left:
         main(list(words))
     assert not left.value.code
+
+
+def test_info_says_in_the_bucket_of_what_is_there(
+    remote: str, local: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    run_command("cache", "info", remote)
+    shown = capsys.readouterr().out
+    size = human_bytes(sum(file.stat().st_size for file in local.rglob("*") if file.is_file()))
+    assert shown.startswith(f"{remote}  {size} in the bucket\n")
+    heading = next(line for line in shown.splitlines() if line.startswith("column "))
+    assert heading.split("  ")[-2:] == ["in the bucket", "shards"]
+    assert (
+        "ratio: bytes of data to bytes in the bucket; speeds measured just now: random rows, one thread, "
+        "requested from the bucket and decoded, and beside that uncompressed from a temporary folder\n"
+    ) in shown
+    assert "disk" not in shown
+    run_command("cache", "info", str(local))
+    assert f"{local}  {size} on disk\n" in capsys.readouterr().out
 
 
 def test_info_and_training_from_a_bucket(
