@@ -6,6 +6,7 @@ import hashlib
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 SOURCE = "demo+attention"
 ATTENTION = {"demo/q": ColumnSpec(shape=(1, 2, 4, 8), dtype="float16")}
 FITTED = bytes(range(256)) * 3
+LIMIT_SECONDS = 600
 
 
 def never() -> bytes:
@@ -77,7 +79,8 @@ path, log = Path(sys.argv[1]), Path(sys.argv[2])
 def compute():
     with log.open("a") as file:
         file.write("computed ")
-    time.sleep(0.5)
+    time.sleep(0.5)  # so that the others come, too
+    assert sys.stdin.readline() == "finish\\n"
     return f"by {os.getpid()}".encode()
 sys.stdin.readline()
 sys.stdout.write(ensure_calibration(path, "demo+attention", compute).decode())
@@ -95,9 +98,9 @@ def test_of_several_processes_one_computes_and_all_get_its_bytes(cache: Path, tm
     running = ranks(cache, log, 3)
     for process in running:
         assert process.stdin is not None
-        process.stdin.write("go\n")
+        process.stdin.write("go\nfinish\n")
         process.stdin.flush()
-    outputs = [process.communicate(timeout=60)[0] for process in running]
+    outputs = [process.communicate(timeout=LIMIT_SECONDS)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0, 0]
     assert log.read_text() == "computed "
     assert len(set(outputs)) == 1
@@ -110,12 +113,14 @@ def test_when_the_one_that_computes_is_killed_another_takes_over(cache: Path, tm
     assert first.stdin is not None
     first.stdin.write("go\n")
     first.stdin.flush()
+    # it has begun, and does not finish
     while not log.exists() or not log.read_text():
         assert first.poll() is None
+        time.sleep(0.01)
     first.kill()
     first.communicate()
     assert read_calibration(cache, SOURCE) is None
-    output, _ = second.communicate("go\n", timeout=60)
+    output, _ = second.communicate("go\nfinish\n", timeout=LIMIT_SECONDS)
     assert output == f"by {second.pid}"
     assert read_calibration(cache, SOURCE) == output.encode()
 

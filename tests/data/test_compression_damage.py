@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -15,6 +11,7 @@ import numpy as np
 import pytest
 from compressed_cache import COLUMNS, COMPRESSED, SHARD_ROWS, VIEWS, index_of, read_one
 from crc32c import crc32c
+from killed_writers import commits_of, finish_writers, kill_writers, start_writer
 from repa.data.columns import ColumnSpec
 from repa.data.compression import ChunkCodec
 from repa.data.errors import CorruptRowError
@@ -152,22 +149,13 @@ synthetic_cache(Path(sys.argv[1]), num_rows=200, shard_rows=8, columns=columns, 
 
 
 def test_kill_9_and_resume_give_the_same_bytes(tmp_path: Path) -> None:
-    def start(path: Path) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-c", WRITE, str(path)])
-
-    assert start(tmp_path / "whole").wait(timeout=60) == 0
+    finish_writers([start_writer(WRITE, tmp_path / "whole")])
     path = tmp_path / "cache"
-    committed = 0
-    for wanted in (1, 9, 30):
-        process = start(path)
-        while process.poll() is None and len(list(path.glob("commits/*/*.json"))) < wanted:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        before, committed = committed, len(list(path.glob("commits/*/*.json")))
-        assert before < committed < 50
+    for least in (1, 9, 30):
+        assert kill_writers([start_writer(WRITE, path, most=least + 5)], path, least) == 1
+        assert least <= commits_of(path) <= least + 5 < 50
         for finding in verify_cache(path):
             assert "is not committed" in finding.what or finding.path.name.endswith(".partial"), str(finding)
-    assert start(path).wait(timeout=60) == 0
+    finish_writers([start_writer(WRITE, path)])
     assert folder_contents(path) == folder_contents(tmp_path / "whole")
     assert verify_cache(path) == []

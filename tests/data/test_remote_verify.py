@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import shutil
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -213,25 +215,33 @@ def test_ctrl_c_does_not_wait_for_the_rest_of_what_was_begun(
     path = cache_path(remote)
     monkeypatch.setattr(shard_check, "_PIECE", CHUNK)
     asked: list[str] = []
-    gate = threading.Event()
-    read = Bucket.read_range
+    others = -(-ROWS // SHARD_ROWS) - 1
+    stopped, gate = threading.Event(), threading.Event()
+    read, shutdown = Bucket.read_range, ThreadPoolExecutor.shutdown
 
     def watched(self: Bucket, name: str, start: int, length: int) -> Any:
         asked.append(name)
         # the first shard ends while the others have only begun
         if "/c/0/" not in name:
-            gate.wait(60)
+            assert gate.wait(600)
         return read(self, name, start, length)
 
     def stop(done: int, total: int) -> None:
-        threading.Timer(0.3, gate.set).start()
+        while sum("/c/0/" not in name for name in asked) < others:
+            time.sleep(0.01)
+        stopped.set()
         raise KeyboardInterrupt
 
+    def waiting(self: ThreadPoolExecutor, wait: bool = True, **options: Any) -> None:
+        if wait and stopped.is_set():
+            gate.set()  # the others go on when somebody waits for them, and not before
+        shutdown(self, wait, **options)
+
     monkeypatch.setattr(Bucket, "read_range", watched)
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", waiting)
     with pytest.raises(KeyboardInterrupt):
         verify_cache(path, [PATCH], progress=stop)
     first = (SHARD_ROWS - 1) * len(VIEWS) + 1
-    others = -(-ROWS // SHARD_ROWS) - 1
     assert len(asked) == first + others  # their indexes, and no rows
 
 

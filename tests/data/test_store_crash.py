@@ -5,19 +5,17 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from killed_writers import finish_writers, kill_writers, start_writer
 from repa.data.store import committed_shards, open_manifest
 from repa.data.testing import SYNTHETIC_COLUMNS, folder_contents, synthetic_cache
 from repa.data.verify import verify_cache
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable
 
 ROWS = 5
@@ -158,9 +156,8 @@ for source in ("sd-vae", "demo"):
 """
 
 
-def start(path: Path, world: int) -> list[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-c", RANK, str(path)]
-    return [subprocess.Popen([*command, str(rank), str(world)]) for rank in range(world)]
+def start(path: Path, world: int, **options: int) -> list[subprocess.Popen[bytes]]:
+    return [start_writer(RANK, path, rank, world, **options) for rank in range(world)]
 
 
 @pytest.mark.parametrize("world", [1, 3])
@@ -169,18 +166,13 @@ def test_kill_9_at_random_moments_then_resume_gives_the_same_bytes(tmp_path: Pat
     whole = folder_contents(tmp_path / "whole")
     path = tmp_path / "cache"
     moments = random.Random(world)
-    killed = 0
-    for _ in range(4):
-        running = start(path, world)
-        time.sleep(moments.uniform(0.1, 0.7) * (1 + world) / 2)
-        for process in running:
-            process.send_signal(signal.SIGKILL)
-        killed += sum(process.wait() == -signal.SIGKILL for process in running)
+    # of 80 shards; the first may come before anything is there
+    for least in (0, 1, 20, 40, 60):
+        delay = moments.uniform(0, 0.05 if least else 1.0)
+        assert kill_writers(start(path, world, most=least + 10), path, least, delay=delay)
         if path.exists():
             check_state(path)
-    assert killed
-    for process in start(path, 4 - world):
-        assert process.wait(timeout=60) == 0
+    finish_writers(start(path, 4 - world))
     assert folder_contents(path) == whole
     assert verify_cache(path) == []
     assert set(open_manifest(path).columns) == set(SYNTHETIC_COLUMNS)

@@ -80,9 +80,9 @@ except Exception as error:
 def test_several_processes_may_declare_the_same_at_once(tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     running = [subprocess.Popen([sys.executable, "-c", SEVERAL, str(shared)]) for _ in range(4)]
-    assert [process.wait(timeout=60) for process in running] == [0, 0, 0, 0]
+    assert [process.wait(timeout=600) for process in running] == [0, 0, 0, 0]
     alone = tmp_path / "alone"
-    subprocess.run([sys.executable, "-c", SEVERAL, str(alone)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", SEVERAL, str(alone)], check=True, timeout=600)
     contents = folder_contents(alone)
     assert set(open_manifest(shared).columns) == set(SYNTHETIC_COLUMNS)
     # the order in which sources are declared is each process's own, so it is the same
