@@ -23,16 +23,22 @@ if TYPE_CHECKING:
     from .remote import CachePath
 
 _REMEDIES = {
+    errno.ENOENT: "look at its name, or have it put there",
     errno.ENOSPC: "free some space, then run the same command again",
     errno.EDQUOT: "free some of your quota, then run the same command again",
     errno.EROFS: "choose a folder on a writable file system",
     errno.EACCES: "choose a folder you have the rights to, or have them granted",
     errno.EPERM: "choose a folder you have the rights to, or have them granted",
     errno.ENOTDIR: "a file stands where a folder is needed; choose another folder",
+    errno.EISDIR: "a folder stands where a file is needed; name a file",
+    errno.EMFILE: "raise the limit of open files, `ulimit -n`",
+    errno.ENAMETOOLONG: "choose a shorter name",
     errno.EIO: "the disk or its connection fails; choose another",
     errno.ECONNABORTED: "look at the connection, the endpoint and the credentials",
     errno.ENOLCK: "the file system cannot lock files; choose a folder on another",
 }
+
+_ANY_REMEDY = "mend that, then run the same command again"
 
 # POSIX locks exclude other processes, not other threads of this one
 _THREADS: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
@@ -52,9 +58,9 @@ def os_errors(doing: str, path: CachePath) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0)
-        reason = f"{error.strerror or error}" + (f"; {remedy}" if remedy else "")
-        raise RepaError(f"cannot {doing} {error.filename or path}: {reason}") from error
+        remedy = _REMEDIES.get(error.errno or 0, _ANY_REMEDY)
+        reason = error.strerror or error
+        raise RepaError(f"cannot {doing} {error.filename or path}: {reason}; {remedy}") from error
 
 
 def partial_path(path: Path) -> Path:

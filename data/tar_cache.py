@@ -10,7 +10,8 @@ from .errors import CacheError
 from .remote import cache_path
 from .store import open_manifest
 from .tar_shards import read_header, read_samples
-from .tars import expand_tars, names_tars, open_tar
+from .tars import names_tars, open_tar, present_tars
+from .units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -29,7 +30,7 @@ def manifest_of(cache: str) -> Manifest:
         RepaError: it cannot be read.
     """
     if names_tars(cache):
-        return _first_header(expand_tars(cache)[0]).manifest
+        return _first_header(present_tars(cache)[0]).manifest
     return open_manifest(cache_path(cache))
 
 
@@ -55,13 +56,13 @@ class TarCache:
     def __init__(self, pattern: str, columns: Sequence[str]) -> None:
         self.path = pattern
         self.columns = tuple(columns)
-        self._places = expand_tars(pattern)
+        self._places = present_tars(pattern)
         header = _first_header(self._places[0])
         self.manifest = header.manifest
         if len(self._places) != self.manifest.num_shards:
             raise CacheError(
-                f"{pattern} names {len(self._places)} tars, the export has {self.manifest.num_shards}; "
-                "name them all, in order"
+                f"{pattern} names {counted(len(self._places), 'tar')}, the export has "
+                f"{self.manifest.num_shards}; name them all, in order"
             )
         missing = [name for name in columns if name not in self.manifest.columns]
         if missing:

@@ -26,7 +26,7 @@ from .columns import source_of
 from .errors import CacheError, RepaError
 from .layout import canonical_json
 from .schema import Manifest
-from .tars import expand_tars, open_tar, split_member
+from .tars import open_tar, present_tars, split_member
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -277,7 +277,7 @@ def read_headers(pattern: str) -> dict[int, tuple[str, ShardHeader, dict[str, by
     found: dict[int, tuple[str, ShardHeader, dict[str, bytes]]] = {}
     first = ""
     identity: Any = None
-    for place in expand_tars(pattern):
+    for place in present_tars(pattern):
         with open_tar(place) as reader:
             members = iter(reader)
             header = read_header(reader, members)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +19,7 @@ from .errors import RepaError
 from .files import os_errors
 from .object_file import open_object
 from .remote import is_remote
+from .units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -294,6 +296,48 @@ def expand_tars(pattern: str) -> list[str]:
         twice = next(place for place in places if places.count(place) > 1)
         raise RepaError(f"{pattern} names {twice} twice; name each tar once")
     return places
+
+
+def present_tars(pattern: str) -> list[str]:
+    """`expand_tars`, of tars that are there as far as can be told without opening any.
+
+    Raises:
+        RepaError: as there; or one is missing, or is a folder.
+    """
+    places = expand_tars(pattern)
+    missing = []
+    for place in places:
+        if is_stream(place):
+            continue
+        with os_errors("read", Path(place)):
+            try:
+                folder = stat.S_ISDIR(os.stat(place).st_mode)
+            except (FileNotFoundError, NotADirectoryError):
+                missing.append(place)
+                continue
+        if folder:
+            raise _is_folder(place)
+    if missing and len(places) == 1:
+        raise RepaError(f"tar {missing[0]} is missing; look at its name, or fetch it")
+    if missing:
+        raise RepaError(
+            f"{pattern} names {len(places)} tars, of which {counted(len(missing), 'tar')} cannot be found, "
+            f"first {missing[0]}; fetch what is missing, or name only tars that are there"
+        )
+    return places
+
+
+def _is_folder(place: str) -> RepaError:
+    names = sorted(path.name for path in Path(place).glob("*.tar"))
+    if names:
+        return RepaError(f"{place} is a folder; name the tars in it, '{Path(place) / '*.tar'}'")
+    if (Path(place) / "zarr.json").exists():
+        return RepaError(
+            f"{place} is a cache, not tars of one; write its tars with `repa cache export {place} --out OUT`"
+        )
+    return RepaError(
+        f"{place} is a folder without tars; name tars, as 'OUT/*.tar' of `repa cache export --out OUT`"
+    )
 
 
 def _braces(pattern: str) -> list[str]:

@@ -78,7 +78,9 @@ class SourceWriter:
         lock = commit_folder(self.path, self.source) / LOCK_FILE
         with _writing_guard:
             if self._key in _writing:
-                raise CacheError(f"this process is already writing {self.source} in {self.path}")
+                raise CacheError(
+                    f"this process is already writing {self.source} in {self.path}; wait until it is done"
+                )
             _writing.add(self._key)
         try:
             with os_errors("write", lock):

@@ -18,7 +18,7 @@ import numpy as np
 from ..data.descriptors import DescriptorCache
 from ..data.errors import RepaError
 from ..data.files import os_errors
-from ..data.tars import expand_tars, is_stream, open_tar, split_member
+from ..data.tars import is_stream, open_tar, present_tars, split_member
 from .images import decode_image
 from .listing import class_names_of, fingerprint_of, spaced
 
@@ -72,7 +72,7 @@ class TarImages:
     ) -> None:
         self.name = pattern
         self.apply_exif = apply_exif
-        self._tars = expand_tars(pattern)
+        self._tars = present_tars(pattern)
         # of each tar when it was indexed: offsets into another are no images
         self._stamps: list[tuple[int, int]] = []
         index = _Index()

@@ -41,7 +41,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         values = _read(path)
     except OSError as error:
-        raise RepaError(f"weights file {path} cannot be read ({error.strerror or error})") from error
+        raise RepaError(
+            f"weights file {path} cannot be read ({error.strerror or error}); give one that can"
+        ) from error
     # the readers of broken files raise many kinds: SafetensorError, UnpicklingError, RuntimeError, …
     except Exception as error:
         # torch's own words are a bare code, or recommend reading it unsafely

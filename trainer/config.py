@@ -205,10 +205,12 @@ def load_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RepaError(f"cannot read the configuration {path}: {error.strerror}") from error
+        raise RepaError(
+            f"cannot read the configuration {path}: {error.strerror}; name one that can be read"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = " ".join(str(error).split())
-        raise RepaError(f"the configuration {path} is not YAML: {line}") from error
+        raise RepaError(f"the configuration {path} is not YAML: {line}; mend it, or name another") from error
     if not isinstance(values, dict):
         raise RepaError(f"the configuration {path} is not a mapping of settings; see config.yaml of any run")
     return values

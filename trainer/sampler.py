@@ -66,7 +66,10 @@ class SamplerConfig:
             )
         low, high = self.interval
         if not 0 <= low <= high <= 1:
-            raise RepaError(f"guidance interval [{low}, {high}] is not inside [0, 1] with low ≤ high")
+            raise RepaError(
+                f"guidance interval [{low}, {high}] is not inside [0, 1] with low ≤ high; "
+                "set --interval to such times"
+            )
 
     def times(self) -> list[float]:
         """The steps + 1 times, from 1 to 0."""

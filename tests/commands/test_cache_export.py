@@ -30,6 +30,33 @@ def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert list(columns) == ["demo/patch", "demo/cls"]
 
 
+def test_a_folder_is_not_tars_and_the_error_says_what_to_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache, out, empty = tmp_path / "cache", tmp_path / "out", tmp_path / "empty"
+    synthetic_cache(cache, num_rows=11)
+    run_command(["cache", "export", str(cache), "--out", str(out)])
+    empty.mkdir()
+    capsys.readouterr()
+    for folder, said in (
+        (out, f"{out} is a folder; name the tars in it, '{out}/*.tar'"),
+        (
+            cache,
+            f"{cache} is a cache, not tars of one; write its tars with `repa cache export {cache} --out OUT`",
+        ),
+        (
+            empty,
+            f"{empty} is a folder without tars; name tars, as 'OUT/*.tar' of `repa cache export --out OUT`",
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            main(["cache", "import", str(folder), "--cache", str(tmp_path / "back")])
+        assert capsys.readouterr().err == f"error: {said}\n"
+        assert not (tmp_path / "back").exists()
+    run_command(["cache", "import", f"{out}/*.tar", "--cache", str(tmp_path / "back")])
+    assert folder_contents(tmp_path / "back") == folder_contents(cache)
+
+
 @pytest.mark.parametrize(
     ("words", "what"),
     [

@@ -124,7 +124,24 @@ def test_every_call_may_be_refused(
 def test_an_error_without_a_file_names_the_path_it_was_about(tmp_path: Path) -> None:
     with pytest.raises(RepaError) as caught, os_errors("write", tmp_path):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-    one_line(caught.value, f"cannot write {tmp_path}: Too many open files")
+    assert str(caught.value) == (
+        f"cannot write {tmp_path}: Too many open files; raise the limit of open files, `ulimit -n`"
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (errno.ENOENT, "No such file or directory; look at its name, or have it put there"),
+        (errno.EISDIR, "Is a directory; a folder stands where a file is needed; name a file"),
+        (errno.ENAMETOOLONG, "File name too long; choose a shorter name"),
+        (errno.ESTALE, "Stale file handle; mend that, then run the same command again"),
+    ],
+)
+def test_every_error_says_what_to_do(tmp_path: Path, code: int, said: str) -> None:
+    with pytest.raises(RepaError) as caught, os_errors("read", tmp_path):
+        raise OSError(code, os.strerror(code), str(tmp_path / "x"))
+    assert str(caught.value) == f"cannot read {tmp_path}/x: {said}"
 
 
 def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
