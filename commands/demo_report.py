@@ -18,8 +18,8 @@ from ..trainer.callbacks import METRICS_FILE, TIMING_FILE
 from ..trainer.checks import check, describe_phases
 from ..trainer.config import build, load_yaml
 from ..trainer.evaluation.frechet import frechet_distance
-from ..trainer.fit import CONFIG_FILE
 from ..trainer.record import read_metrics
+from ..trainer.run_folder import CONFIG_FILE
 from .sample import ARRAY_FILE
 
 if TYPE_CHECKING:

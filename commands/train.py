@@ -11,6 +11,7 @@ import typer
 
 from ..data.errors import RepaError
 from ..data.places import default_cache
+from ..data.units import counted
 from .flags import local_folder
 from .live import LiveData, LiveEncoders, LiveRandom, LiveWeights, flags_given, live_teachers
 
@@ -49,7 +50,7 @@ class TrainFlags:
         typer.Option(
             parser=local_folder,
             metavar="<path>",
-            help="Folder of the run.",
+            help="Folder of the run: a new or empty one, or that of the run to go on with.",
             show_default="runs/<method>-<model>",
         ),
     ] = None
@@ -102,12 +103,14 @@ def train(flags: TrainFlags, *, console: Console | None = None) -> None:
     from rich.console import Console
 
     from ..trainer.config import build, load_yaml
+    from ..trainer.run_folder import refuse_foreign_folder
 
     console = console or Console()
     given = {name: getattr(flags, name) for name in _SETTINGS}
     base = None if flags.config is None else load_yaml(flags.config)
     settings = build(base, given, flags.assignments or ())
     folder = flags.run or RUNS / settings.default_run_name
+    refuse_foreign_folder(folder)
     if not settings.cache:
         settings = replace(settings, cache=_cache_of_run(folder) or str(default_cache()))
     teachers = _live(settings, flags, folder)
@@ -159,7 +162,7 @@ def _live(config: TrainConfig, flags: TrainFlags, folder: Path) -> LiveTeachers 
 def _cache_of_run(folder: Path) -> str | None:
     """The cache that a run was begun with."""
     from ..trainer.config import build, load_yaml
-    from ..trainer.fit import CONFIG_FILE
+    from ..trainer.run_folder import CONFIG_FILE
 
     file = folder / CONFIG_FILE
     return build(load_yaml(file)).cache if file.exists() else None
@@ -215,7 +218,8 @@ def _print_sizes(checked: Checked, config: TrainConfig, console: Console) -> Non
         images = config.max_steps * config.batch_size
         console.print(
             f"images: {len(checked.train_rows):,} to train on, {len(checked.held_out_rows):,} held out; "
-            f"{images:,} seen in {config.max_steps:,} steps, {images / len(checked.train_rows):,.1f} epochs",
+            f"{images:,} seen in {counted(config.max_steps, 'step', ',')}, "
+            f"{images / len(checked.train_rows):,.1f} epochs",
             highlight=False,
             soft_wrap=True,
         )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,30 +11,30 @@ import torch
 
 from ..data.columns import AUTOENCODER, LABEL, MOMENTS, source_of
 from ..data.errors import CacheError, RepaError
-from ..data.files import make_folder, os_errors, write_file
 from ..data.reader import CacheReader
+from ..data.units import counted
 from .callbacks import Clock, GracefulStop, Metrics
 from .checkpoints import Checkpoints, checkpoint_path, checkpoints_of, load_checkpoint
 from .checks import RANDOM_WEIGHTS, Checked, ProblemsError, check
-from .config import TrainConfig, build, differences, load_yaml
 from .data import CacheData
 from .evaluation.velocity import held_out_batches, held_out_sums
 from .loop import is_leader, make_trainer, other_ranks, quiet_lightning, resolve_precision
 from .module import CHECKPOINT_KEY, TrainingModule, build_backbone
 from .previews import LatentDecoder, Previews
+from .run_folder import locked_run, refuse_foreign_folder, settle_config
 from .starts import add_start
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from lightning.pytorch import Trainer
     from rich.console import Console
 
     from ..data.schema import Provenance
+    from .config import TrainConfig
     from .online import LiveTargets
 
-CONFIG_FILE = "config.yaml"
 IDENTITY_VERSION = 1
 
 
@@ -82,9 +79,10 @@ def fit(
 
     Raises:
         ProblemsError: the checks found problems; all of them are listed.
-        RepaError: the folder holds another run, its checkpoint is of another cache or live teacher, that
-            teacher cannot be had, training diverged, or another rank has ended.
+        RepaError: the folder holds another run or something else, its checkpoint is of another cache or live
+            teacher, that teacher cannot be had, training diverged, or another rank has ended.
     """
+    refuse_foreign_folder(run)
     config = replace(config, precision=resolve_precision(config))
     leader = is_leader()
     say = _printer(console, leader=leader)
@@ -94,15 +92,16 @@ def fit(
     if checked.problems:
         raise ProblemsError(checked.problems)
     load_live(checked, say)
-    with _locked(run, leader=leader):
+    with locked_run(run, leader=leader):
         if leader:
-            _settle_folder(config, run)
+            settle_config(config, run)
         identity = identity_of(checked, config)
         newest = max(checkpoints_of(run).items(), default=None)
         if newest is not None:
             _check_resumable(newest[1], identity)
             if newest[0] >= config.max_steps:
-                say(f"{run} is finished: {newest[0]:,} steps; for more, set a larger --max-steps")
+                done = counted(newest[0], "step", ",")
+                say(f"{run} is finished: {done}; for more, set a larger --max-steps")
                 return Outcome(step=newest[0], finished=True, resumed_from=newest[0], trained=False)
         resumed = 0 if newest is None else newest[0]
         return _train(
@@ -251,22 +250,6 @@ def _check_resumable(path: Path, identity: Mapping[str, Any]) -> None:
             )
 
 
-def _settle_folder(config: TrainConfig, run: Path) -> None:
-    """Write the configuration, or check that it is the one that is there but for what may change."""
-    place = run / CONFIG_FILE
-    if place.exists():
-        different = differences(build(load_yaml(place)), config)
-        if different:
-            raise RepaError(
-                f"{run} holds a run with other settings: {', '.join(different)}; "
-                "start another run with --run, or give the settings it has"
-            )
-    elif checkpoints_of(run):
-        raise RepaError(f"{run} has checkpoints but no {CONFIG_FILE}; start another run with --run")
-    with os_errors("write", place):
-        write_file(place, config.to_yaml().encode(), run)
-
-
 def _held_out_evaluation(
     config: TrainConfig, checked: Checked
 ) -> Callable[[Trainer, TrainingModule], dict[str, float]] | None:
@@ -293,27 +276,6 @@ def _held_out_evaluation(
         return {name: total / totals[-1] for name, total in zip(sums, totals[:-1], strict=True)}
 
     return evaluate
-
-
-@contextmanager
-def _locked(run: Path, *, leader: bool) -> Iterator[None]:
-    """Make the folder and keep other processes out of it; other ranks of this run follow their leader."""
-    if not leader:
-        yield
-        return
-    with os_errors("write", run):
-        make_folder(run)
-        descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RepaError(
-                f"another process is training in {run}; wait for it, or choose another --run"
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _printer(console: Console, *, leader: bool) -> Callable[[str], None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -261,6 +262,15 @@ def test_a_signal_ends_the_run_and_says_what_is_saved(
 def test_decoding_processes_give_the_same_bytes(tmp_path: Path, cached: tuple[Path, str]) -> None:
     demo(tmp_path / "cache", feature_dtype="float32", workers=1)
     assert folder_contents(tmp_path / "cache") == folder_contents(cached[0])
+
+
+def test_one_image_is_said_in_the_singular(tmp_path: Path) -> None:
+    printed = demo(tmp_path / "cache", limit=1, shard_rows=1)
+    assert "images  demo: 1 in 8 classes\n" in printed
+    assert f"cache   {tmp_path}/cache: 1 shard of 1 image at 64×64" in printed
+    assert f"wrote 1 image to {tmp_path}/cache in " in printed
+    assert "  sd-vae/moments: 1 image, " in printed
+    assert not re.findall(r"\b(?<![\d.,])1 (?:images|shards|classes|rows)\b", printed)
 
 
 def test_stopped_is_no_mistake_of_the_user() -> None:
