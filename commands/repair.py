@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..data.errors import RepaError
 from ..data.places import default_cache
+from ..data.units import counted
 from .cache import check_bytes
 
 if TYPE_CHECKING:
@@ -39,15 +40,18 @@ def repair(
         console: where to print; standard output by default.
 
     Raises:
-        RepaError: a manifest that is damaged, other images or weights than recorded, a disk that refuses.
+        RepaError: a manifest that is damaged or of another cache, other images or weights than recorded, a
+            disk that refuses.
         SystemExit: with status 1 when something is still wrong.
     """
     from rich.console import Console
 
-    from ..data.repair import plan_repair
+    from ..data.repair import plan_repair, restore_group
 
     console = console or Console()
     path = cache or default_cache()
+    if restore_group(path):
+        _say(console, f"{path}: zarr.json was damaged around its manifest, and is written again")
     findings = check_bytes(path, console).findings
     plan = plan_repair(path, findings)
     if not findings:
@@ -59,7 +63,7 @@ def repair(
     left = check_bytes(path, console).findings
     for finding in left:
         _say(console, str(finding))
-    verdict = f"{len(left)} finding{'s' if len(left) != 1 else ''} left" if left else "all is as committed"
+    verdict = f"{counted(len(left), 'finding')} left" if left else "all is as committed"
     _say(console, f"{path}: {verdict}")
     if left:
         raise SystemExit(1)
@@ -130,14 +134,18 @@ def _say(console: Console, line: str) -> None:
 
 def _intention(plan: RepairPlan) -> str:
     parts = [
-        f"{len(shards)} shard{'s' if len(shards) != 1 else ''} of {source} to encode"
-        + (f" ({len(plan.rows[source])} rows known to be bad)" if source in plan.rows else "")
+        f"{counted(len(shards), 'shard')} of {source} to encode"
+        + (f" ({counted(len(plan.rows[source]), 'row')} known to be bad)" if source in plan.rows else "")
         for source, shards in plan.shards.items()
     ]
     parts += [f"the calibration of {source} to fit" for source in plan.calibrations]
     files = len(plan.documents) + len(plan.tables)
-    parts += [f"{files} file{'s' if files != 1 else ''} of metadata to write"] if files else []
-    parts += [f"{len(plan.leftovers)} left by a killed writer to remove"] if plan.leftovers else []
+    parts += [f"{counted(files, 'file')} of metadata to write"] if files else []
+    parts += (
+        [f"{counted(len(plan.leftovers), 'file')} left by a killed writer to remove"]
+        if plan.leftovers
+        else []
+    )
     return ", ".join(parts) or "nothing that encoding could repair"
 
 

@@ -135,3 +135,27 @@ def zarr_documents(
                 config={"write_empty_chunks": True},
             )
     return {name: buffer.to_bytes() for name, buffer in files.items()}
+
+
+def same_document(data: bytes, expected: bytes) -> bool:
+    """Whether a Zarr document says what another does.
+
+    Raises:
+        ValueError: it is not JSON.
+        RecursionError: it is nested beyond reason.
+    """
+    return bool(_comparable(data) == _comparable(expected))
+
+
+def _comparable(document: bytes) -> Any:
+    """A Zarr document without what users may add and writers may leave out."""
+    values = json.loads(document)
+    if not isinstance(values, dict):
+        return values
+    for name in ("attributes", "consolidated_metadata"):
+        if isinstance(values.get(name), (dict, type(None))):
+            values.pop(name, None)
+    for name in ("storage_transformers", "dimension_names"):
+        if not values.get(name):
+            values.pop(name, None)
+    return values

@@ -8,9 +8,7 @@ processes may call `ensure_cache` and `ensure_source` at once, with equal conten
 from __future__ import annotations
 
 import hashlib
-import json
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,15 +26,13 @@ from .commits import (
 )
 from .errors import CacheError
 from .files import locked, make_folder, os_errors, partial_path, sync_folders, write_file
+from .group import read_group
 from .layout import (
     CALIBRATION_FOLDER,
-    CHECKSUM_ATTRIBUTE,
-    COMMITS_FOLDER,
     GROUP_FILE,
     KEYS_FILE,
     LABEL_CHUNK,
     LOCK_FILE,
-    canonical_json,
     group_attributes,
     shard_file,
     zarr_documents,
@@ -47,6 +43,7 @@ from .writer import ShardWriter, SourceWriter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -146,7 +143,7 @@ def open_manifest(path: CachePath) -> Manifest:
         CacheError: there is no cache, it is of another format version, or its manifest is damaged.
         RepaError: the operating system refuses.
     """
-    return Manifest.from_json(_read_group(path)["attributes"][ATTRIBUTE], where=str(path))
+    return Manifest.from_json(read_group(path)["attributes"][ATTRIBUTE], where=str(path))
 
 
 def ensure_source(
@@ -203,7 +200,7 @@ def metadata_documents(path: Path, manifest: Manifest) -> dict[str, bytes]:
         RepaError: the operating system refuses, or a compressor needs a package that is not installed.
     """
     # attributes that others have put there are theirs to keep
-    attributes = {**_read_group(path)["attributes"], **group_attributes(manifest)}
+    attributes = {**read_group(path)["attributes"], **group_attributes(manifest)}
     return zarr_documents(manifest, attributes=attributes)
 
 
@@ -302,39 +299,6 @@ def _read(file: CachePath) -> bytes:
             raise CacheError(
                 f"{file} is missing; restore it, or have it written again by `repa cache repair`"
             ) from error
-
-
-def _read_group(path: CachePath) -> dict[str, Any]:
-    """The cache's group document, its manifest checked against its checksum."""
-    file = path / GROUP_FILE
-    with os_errors("read", file):
-        try:
-            data = file.read_bytes()
-        except FileNotFoundError as error:
-            if isinstance(path, Path) and (path / COMMITS_FOLDER).is_dir():
-                raise CacheError(
-                    f"{file} is missing, which says what is in cache {path}; restore it, or write the cache "
-                    "again in another folder"
-                ) from error
-            local = isinstance(path, Path)
-            remedy = f"make one with `repa preprocess --cache {path}`" if local else "copy one there"
-            raise CacheError(f"there is no cache at {path}; {remedy}") from error
-    try:
-        group: dict[str, Any] = json.loads(data)
-        attributes = group["attributes"]
-        values = attributes.get(ATTRIBUTE)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CacheError(
-            f"{file} is damaged or no Zarr v3 group; restore it, or write the cache again in another folder"
-        ) from error
-    if not isinstance(values, dict):
-        raise CacheError(f"{path} is a Zarr group but no cache of repa; choose another folder with --cache")
-    if hashlib.sha256(canonical_json(values)).hexdigest() != attributes.get(CHECKSUM_ATTRIBUTE):
-        raise CacheError(
-            f"the manifest in {file} does not match its checksum; restore the file, or write the cache again "
-            "in another folder"
-        )
-    return group
 
 
 def encode_keys(keys: Sequence[str]) -> bytes:

@@ -10,12 +10,11 @@ A cache in a bucket is checked as one in a folder, and as strictly: what was cop
 
 from __future__ import annotations
 
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -34,6 +33,7 @@ from .layout import (
     calibration_lock,
     commit_file,
     commit_folder,
+    same_document,
     shard_file,
     zarr_documents,
 )
@@ -129,37 +129,23 @@ def _check_metadata(path: CachePath, manifest: Manifest) -> list[Finding]:
     for name, expected in zarr_documents(manifest).items():
         file = path / name
         try:
-            same = _comparable(file.read_bytes()) == _comparable(expected)
+            same = same_document(file.read_bytes(), expected)
             what = f"does not describe what the manifest does; {_AGAIN}"
         except FileNotFoundError:
             same, what = False, f"is missing; {_AGAIN}"
-        except ValueError:
+        except (ValueError, RecursionError):
             same, what = False, f"is damaged; {_AGAIN}"
         except OSError as error:
             if isinstance(file, RemotePath):
                 with os_errors("read", file):
                     raise
-            same, what = False, f"cannot be read: {error.strerror}"
+            same, what = False, f"cannot be read ({error.strerror}); {_AGAIN}"
         if not same:
             array = name.removesuffix(f"/{GROUP_FILE}")
             column = array if array in manifest.columns else ""
             source = source_of(column) if column else ""
             findings.append(Finding(path=file, what=f"{file} {what}", source=source, column=column))
     return findings
-
-
-def _comparable(document: bytes) -> Any:
-    """A Zarr document without what users may add and writers may leave out."""
-    values = json.loads(document)
-    if not isinstance(values, dict):
-        return values
-    for name in ("attributes", "consolidated_metadata"):
-        if isinstance(values.get(name), (dict, type(None))):
-            values.pop(name, None)
-    for name in ("storage_transformers", "dimension_names"):
-        if not values.get(name):
-            values.pop(name, None)
-    return values
 
 
 def _check_keys_and_labels(path: CachePath, manifest: Manifest) -> list[Finding]:

@@ -152,7 +152,7 @@ def test_only_the_bad_shards_are_written(cache: Path, pictures: Path) -> None:
     times = {file: file.stat().st_mtime_ns for file in cache.rglob("*") if file.is_file()}
     flip(data_file(cache, "demo/patch", 1))
     said = mend(cache, pictures)
-    assert "1 shard of demo to encode (1 rows known to be bad)" in said
+    assert "1 shard of demo to encode (1 row known to be bad)" in said
     assert "demo: 1 encoded again, 1 byte for byte as committed" in said
     written = {
         file for file in cache.rglob("*") if file.is_file() and times.get(file) != file.stat().st_mtime_ns
@@ -243,7 +243,7 @@ def test_an_image_changed_since_is_noticed(cache: Path, pictures: Path, tmp_path
 def test_a_damaged_manifest_is_beyond_repair(cache: Path, pictures: Path) -> None:
     text = (cache / "zarr.json").read_text()
     (cache / "zarr.json").write_text(text.replace("adm-center", "adm-centre"))
-    with pytest.raises(CacheError, match="does not match its checksum; restore the file"):
+    with pytest.raises(CacheError, match="does not match its checksum; restore it, or write"):
         mend(cache, pictures)
 
 

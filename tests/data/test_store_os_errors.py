@@ -163,7 +163,7 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
         (text.replace("0.18215", "0.18216"), "does not match its checksum"),
         (text[:-10], "damaged"),
         ("[]", "damaged"),
-        ('{"attributes": {"repa": 3}}', "no cache of repa"),
+        ('{"attributes": {"repa": 3}}', "has lost the manifest, which says what is in cache"),
     ]:
         group.write_text(damaged_text)
         for refuse in (open_manifest, cache_info):
