@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import warnings
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Decoded = tuple[int, "NDArray[np.uint8] | str"]
+# what the loader says of a worker that is gone, and what multiprocessing says of its pipe, if anything
+_LOST = re.compile(r"DataLoader worker \(pid|^got end of file during message$|^$")
 ROWS_AHEAD = 16  # decoded images waiting per worker: 0.2 MB each at 256², enough to ride over a slow file
 
 
@@ -219,7 +223,8 @@ def _from_workers(
             worker_init_fn=_obey_parent,
             generator=torch.Generator().manual_seed(0),  # else it draws from the global one
         )
-        iterator = iter(loader)
+        iterator: Any = iter(loader)
+    _end_together(iterator)
     try:
         while True:
             lost = False
@@ -227,8 +232,8 @@ def _from_workers(
                 row, decoded = next(iterator)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, OSError, EOFError) as error:
+                if not _LOST.search(str(error)):
                     raise
                 lost = True
             if lost:
@@ -242,3 +247,20 @@ def _from_workers(
     finally:
         # the loader ends its workers when it is freed; a traceback that holds this frame must not keep them
         del iterator, loader
+
+
+def _end_together(iterator: Any) -> None:
+    """When one of a loader's workers ends, end them all, and with them the pipe that they write to.
+
+    The loader asks whether its workers live only while nothing comes. Of one that is killed in the middle of
+    an image it would wait for the rest for ever, and so would the others for their turn to write.
+    """
+    iterator._worker_result_queue._writer.close()  # this process's copy of their end
+    workers = list(iterator._workers)
+    threading.Thread(target=_kill_after_the_first, args=(workers,), daemon=True).start()
+
+
+def _kill_after_the_first(workers: Sequence[BaseProcess]) -> None:
+    wait([worker.sentinel for worker in workers])
+    for worker in workers:
+        worker.kill()
