@@ -194,8 +194,8 @@ def test_a_reader_that_has_read_may_be_forked_and_pickled(compressed: Path) -> N
             warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads
             child = context.Process(target=read_in_child, args=(reader, queue))
             child.start()
-        assert queue.get(timeout=30) == expected.tobytes()
-        child.join(timeout=30)
+        assert queue.get(timeout=600) == expected.tobytes()
+        child.join()
         with pickle.loads(pickle.dumps(reader)) as again:
             out[:] = 0
             again.read_rows(np.array([6]), [name], {name: out})

@@ -68,8 +68,9 @@ def test_memory_of_batches_let_go_is_used_again(small_reader: CacheReader) -> No
     for batch in loader:
         check(batch)
     assert isinstance(loader._memory, RecycledMemory)
-    # per column: two being read, one handed out, one still bound by the loop
-    assert loader._memory.allocated <= 2 * 4
+    # per column: two being read, one handed out, one still bound by the loop; and a thread may not yet have
+    # let go of what it has read
+    assert loader._memory.allocated <= 2 * (4 + loader.threads)
 
 
 def test_memory_comes_back_when_the_last_tensor_dies() -> None:
@@ -183,7 +184,8 @@ def test_garbage_cycle_ends_its_threads(small_reader: CacheReader) -> None:
     next(cycle[1])
     del cycle
     gc.collect()
-    assert loader_threads() == []
+    for thread in loader_threads():  # one of them may have been the collector, which cannot wait for itself
+        thread.join()
 
 
 INTERRUPTED = """
@@ -207,7 +209,7 @@ def test_control_c_ends_the_process(small_cache: Path) -> None:
         assert process.stdout.readline() == "reading\n"
         process.send_signal(signal.SIGINT)
         try:
-            _, errors = process.communicate(timeout=30)
+            _, errors = process.communicate(timeout=600)
         finally:
             process.kill()
     assert "KeyboardInterrupt" in errors

@@ -197,7 +197,7 @@ def test_a_forked_process_is_told_instead_of_hanging(remote: str) -> None:
     queue = context.Queue()
     child = context.Process(target=read_in_child, args=(reader, queue))
     child.start()
-    message = queue.get(timeout=60)
+    message = queue.get(timeout=600)
     child.join()
     queue.close()
     queue.join_thread()

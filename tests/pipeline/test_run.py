@@ -204,15 +204,16 @@ def test_the_queue_is_bounded_and_an_interrupt_leaves_no_thread(cache) -> None:
 
     def interrupted(thread: WriterThread) -> None:
         threading.Timer(0.3, release.set).start()
-        # the last waits until the first is through
         for shard, rows in enumerate(([0, 1, 2, 3], [4, 5, 6, 7], [8, 9])):
             thread.put(Computed(encoded(shard, rows, last=True)))
+        # the last has waited until the first was through
+        assert release.is_set()
         raise KeyboardInterrupt
 
     with (
         SourceWriter(path, made, "sd-vae", range(3)) as source,
         pytest.raises(KeyboardInterrupt),
-        writer_of(cache, source, depth=1, on_batch=lambda *_: release.wait(5)) as thread,
+        writer_of(cache, source, depth=1, on_batch=lambda *_: release.wait(600)) as thread,
     ):
         interrupted(thread)
     assert not [each for each in threading.enumerate() if each.name == "repa-writer"]

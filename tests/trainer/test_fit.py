@@ -320,7 +320,7 @@ def test_two_ranks_share_the_global_batch(settings: Settings, tmp_path: Path) ->
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert result.returncode == 0, result.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -78,12 +79,14 @@ def test_no_byte_of_the_teacher_is_read_from_tau_on(
     module, data, checked = build_run(config)
     assert checked.reader is not None
     read: Counter[str | None] = Counter()
-    preadv = os.preadv
+    preadv, lock = os.preadv, threading.Lock()
 
     def counting(descriptor: int, buffers: Any, offset: int, flags: int = 0) -> int:
         count = preadv(descriptor, buffers, offset, flags)
         if not flags or count == sum(map(len, buffers)):
-            read[column_of(os.readlink(f"/proc/self/fd/{descriptor}"))] += count
+            column = column_of(os.readlink(f"/proc/self/fd/{descriptor}"))
+            with lock:
+                read[column] += count
         return count
 
     monkeypatch.setattr(os, "preadv", counting)
@@ -304,7 +307,7 @@ def test_two_ranks_cross_tau(haste: Settings, tmp_path: Path) -> None:
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert result.returncode == 0, result.stderr

@@ -62,7 +62,7 @@ def test_kill_9_and_the_same_command(
         [sys.executable, "-W", "error", "-c", KILLED_RUN, str(killed), str(file), "6"],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert result.returncode == -signal.SIGKILL, result.stderr
