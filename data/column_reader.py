@@ -22,7 +22,7 @@ from .remote import RemotePath
 from .shard_index import CHECKSUM_BYTES, MISSING, decode_index, index_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -49,6 +49,42 @@ class _Chunks(NamedTuple):
     sizes: NDArray[np.int64] | None
 
 
+class Places(NamedTuple):
+    """Which rows are read and where they go, as all columns need it; `places_of` makes it.
+
+    Attributes:
+        rows: rows of the cache.
+        shards: shard of each.
+        distinct: the shards.
+        within: row of each within its shard, int64 ``[n]``.
+        views: view of each, int64 ``[n]``.
+        targets: row of the caller's array each goes to, ``[n]``.
+    """
+
+    rows: list[int]
+    shards: list[int]
+    distinct: frozenset[int]
+    within: NDArray[np.int64]
+    views: NDArray[np.int64]
+    targets: NDArray[np.intp]
+
+
+def places_of(
+    manifest: Manifest, rows: NDArray[np.int64], views: NDArray[np.int64], targets: NDArray[np.intp]
+) -> Places:
+    """Where rows lie in the shards of a cache, whatever the column.
+
+    Args:
+        manifest: the cache's.
+        rows: rows of the cache, ``int64 [n]``; fastest if they ascend.
+        views: view of each.
+        targets: which row of the caller's array each goes to.
+    """
+    shards, within = np.divmod(rows, manifest.shard_rows)
+    owners = shards.tolist()
+    return Places(rows.tolist(), owners, frozenset(owners), within, views, targets)
+
+
 class ColumnReader:
     """Reads rows of one column; threads may share it.
 
@@ -59,6 +95,7 @@ class ColumnReader:
         check_crc: compare every row with its checksum.
 
     Attributes:
+        manifest: as given.
         column: its name.
         spec: the column's.
         row_bytes: of a row and view, as the caller gets it.
@@ -76,58 +113,44 @@ class ColumnReader:
         self.codec = chunk_codec(self.spec)
         self.check_crc = check_crc
         self._path = path
-        self._manifest = manifest
+        self.manifest = manifest
         self._chunk_bytes = self.row_bytes + CHECKSUM_BYTES
         self._paths: dict[int, str] = {}
         self._chunks: dict[int, _Chunks] = {}
         # whether there is a shard of which more must be known than that its chunks are in order
         self._irregular = False
 
-    def start(
-        self,
-        files: ShardFiles,
-        rows: NDArray[np.int64],
-        views: NDArray[np.int64],
-        memory: memoryview,
-        places: NDArray[np.intp],
-    ) -> RowReads:
+    def start(self, files: ShardFiles, places: Places, memory: memoryview) -> RowReads:
         """The reads of some rows, their files open; nothing is read yet but indexes that are not known.
 
         Args:
             files: where the bytes come from.
-            rows: rows of the cache, ``int64 [n]``; fastest if they ascend.
-            views: view of each.
+            places: the rows.
             memory: bytes of the caller's array.
-            places: which row of that array each goes to.
 
         Raises:
             CorruptRowError: the index of a shard is cut off or wrong.
             CacheError: a file cannot be opened or read.
         """
-        shards, within = np.divmod(rows, self._manifest.shard_rows)
-        numbers, owners = rows.tolist(), shards.tolist()
-        paths = [self._paths.get(shard) or self.shard_path(shard) for shard in owners]
-        try:
-            handles = files.open(paths)
-        except OSError as error:
-            first = paths.index(error.filename) if error.filename in paths else 0
-            raise self.unreadable(numbers[first], error) from error
-        if not self._chunks.keys() >= set(owners):
-            for shard, handle, row in zip(owners, handles, numbers, strict=True):
+        handles = self._open(files, places)
+        if not self._chunks.keys() >= places.distinct:
+            for shard, handle, row in zip(places.shards, handles, places.rows, strict=True):
                 if shard not in self._chunks:
                     # two threads may do it at once
                     self._add(shard, self._load(files, handle, row))
-        offsets = ((within * len(self._manifest.views) + views) * self._chunk_bytes).tolist()
+        chunks = places.within * len(self.manifest.views) + places.views
+        offsets = (chunks * self._chunk_bytes).tolist()
         sizes: list[int] = []
         if self._irregular:
-            for at, shard in enumerate(owners):
-                chunks = self._chunks[shard]
-                if chunks.offsets is not None:
-                    offsets[at] = int(chunks.offsets[within[at], views[at]])
-                if chunks.sizes is not None:
-                    sizes.append(int(chunks.sizes[within[at], views[at]]))
-        starts = (places * self.row_bytes).tolist()
-        return RowReads(self, files, handles, numbers, offsets, sizes, memory, starts)
+            for at, shard in enumerate(places.shards):
+                known, where = self._chunks[shard], (places.within[at], places.views[at])
+                if known.offsets is not None:
+                    offsets[at] = int(known.offsets[where])
+                if known.sizes is not None:
+                    sizes.append(int(known.sizes[where]))
+        row_bytes = self.row_bytes
+        outs = [memory[start : start + row_bytes] for start in (places.targets * row_bytes).tolist()]
+        return RowReads(self, files, handles, places.rows, offsets, sizes, outs)
 
     def load_index(self, files: ShardFiles, row: int) -> None:
         """Read the index of a row's shard, as the first read of the shard does.
@@ -136,7 +159,7 @@ class ColumnReader:
             CacheError: as `start`.
         """
         rows, first = np.array([row], dtype=np.int64), np.zeros(1, dtype=np.int64)
-        self.start(files, rows, first, memoryview(b""), first)
+        self.start(files, places_of(self.manifest, rows, first, first), memoryview(b""))
 
     def shard_path(self, shard: int) -> str:
         """The file of a shard."""
@@ -148,12 +171,12 @@ class ColumnReader:
 
     def corrupt(self, row: int, reason: str) -> CorruptRowError:
         """The error of a row whose stored bytes are not what was written."""
-        path = self.shard_path(row // self._manifest.shard_rows)
+        path = self.shard_path(row // self.manifest.shard_rows)
         return CorruptRowError(row=row, column=self.column, path=path, reason=reason)
 
     def unreadable(self, row: int, error: OSError) -> CacheError:
         """The error of a row whose file the operating system does not read."""
-        path = self.shard_path(row // self._manifest.shard_rows)
+        path = self.shard_path(row // self.manifest.shard_rows)
         remedy = (
             "look at the connection and the credentials"
             if isinstance(self._path, RemotePath)
@@ -163,6 +186,19 @@ class ColumnReader:
             f"row {row} of {self.column} cannot be read from {path}: {error.strerror}; {remedy}"
         )
 
+    def _open(self, files: ShardFiles, places: Places) -> Sequence[Any]:
+        """The file of every row."""
+        # per row this is a look into a dictionary, and hardly more may be: it holds up the other threads
+        try:
+            paths = list(map(self._paths.__getitem__, places.shards))
+        except KeyError:
+            paths = [self.shard_path(shard) for shard in places.shards]
+        try:
+            return files.open(paths)
+        except OSError as error:
+            first = paths.index(error.filename) if error.filename in paths else 0
+            raise self.unreadable(places.rows[first], error) from error
+
     def _add(self, shard: int, chunks: _Chunks) -> None:
         self._chunks[shard] = chunks
         if chunks.offsets is not None:
@@ -170,7 +206,7 @@ class ColumnReader:
 
     def _load(self, files: ShardFiles, handle: Any, row: int) -> _Chunks:
         """The index of a row's shard, as far as it must be kept."""
-        shard_rows, views = self._manifest.shard_rows, len(self._manifest.views)
+        shard_rows, views = self.manifest.shard_rows, len(self.manifest.views)
         shard = row // shard_rows
         path = self.shard_path(shard)
         try:
@@ -193,7 +229,7 @@ class ColumnReader:
         offsets[(starts == MISSING) & (sizes == MISSING)] = _NO_CHUNK
         if self.codec is not None:
             return _Chunks(offsets, np.where(wrong, CHECKSUM_BYTES, sizes).astype(np.int64))
-        used = len(self._manifest.shard_range(shard))
+        used = len(self.manifest.shard_range(shard))
         regular = np.arange(used * views).reshape(used, views) * self._chunk_bytes
         return _Chunks(None if np.array_equal(offsets[:used], regular) else offsets, None)
 
@@ -207,9 +243,8 @@ class RowReads:
         handles: of `files`, one a row.
         rows: rows of the cache.
         offsets: of their chunks, or why there is none.
-        sizes: of their chunks, checksums included.
-        memory: bytes of the caller's array.
-        starts: where each row begins in it.
+        sizes: of their chunks, checksums included; only of a compressed column.
+        outs: where each row goes.
     """
 
     def __init__(
@@ -220,75 +255,59 @@ class RowReads:
         rows: Sequence[int],
         offsets: Sequence[int],
         sizes: Sequence[int],
-        memory: memoryview,
-        starts: Sequence[int],
+        outs: Sequence[memoryview],
     ) -> None:
         self._column = column
         self._files = files
         self._handles = handles
         self._rows = rows
         self._offsets = offsets
-        self._sizes = sizes
-        self._memory = memory
-        self._starts = starts
-        self._checksum = memoryview(bytearray(CHECKSUM_BYTES))
-        self._waiting: Sequence[int] = range(len(rows))
+        self._outs = outs
+        self._chunks = (
+            outs if column.codec is None else [memoryview(bytearray(size - CHECKSUM_BYTES)) for size in sizes]
+        )
+        self._checksum = bytearray(CHECKSUM_BYTES)
+        self._waiting: Sequence[int] = ()
 
     def take_ready(self) -> None:
         """Read the rows that are in memory; of the others, ask for the bytes.
 
         Raises:
             CorruptRowError: stored bytes are missing or do not match their checksum.
-            CacheError: a file cannot be read.
         """
-        column, memory, checksum = self._column, self._memory, self._checksum
-        if column.codec is not None:
-            self._waiting = [at for at in self._waiting if not self._read(at, self._files.try_read)]
-            return
-        # `_read` written out: what Python does between two reads holds up the other threads
-        try_read, row_bytes, check_crc = self._files.try_read, column.row_bytes, column.check_crc
-        places = zip(self._handles, self._offsets, self._starts, strict=True)
-        waiting = []
-        try:
-            for at, (handle, offset, start) in enumerate(places):
-                chunk = memory[start : start + row_bytes]
-                if offset < 0 or not try_read(handle, offset, chunk, checksum):
-                    waiting.append(at)
-                elif check_crc and crc32c(chunk) != int.from_bytes(checksum, "little"):
-                    raise column.corrupt(self._rows[at], "wrong checksum")
-        except OSError as error:
-            raise column.unreadable(self._rows[at], error) from error
-        self._waiting = waiting
+        if min(self._offsets, default=0) < 0:
+            at, reason = next((at, _REASONS[offset]) for at, offset in enumerate(self._offsets) if offset < 0)
+            raise self._column.corrupt(self._rows[at], reason)
+        done = set()
+        for at in self._files.read_ready(self._handles, self._offsets, self._chunks, self._checksum):
+            self._finish(at)
+            done.add(at)
+        self._waiting = [at for at in range(len(self._rows)) if at not in done]
 
     def wait(self) -> None:
         """Read the rows that are left.
 
         Raises:
-            CorruptRowError: stored bytes are missing, cut off or do not match their checksum.
+            CorruptRowError: stored bytes are cut off or do not match their checksum.
             CacheError: a file cannot be read.
         """
         for at in self._waiting:
-            if not self._read(at, self._files.read):
+            handle, offset, chunk = self._handles[at], self._offsets[at], self._chunks[at]
+            try:
+                whole = self._files.read(handle, offset, chunk, self._checksum)
+            except OSError as error:
+                raise self._column.unreadable(self._rows[at], error) from error
+            if not whole:
                 raise self._column.corrupt(self._rows[at], "the file was cut off")
+            self._finish(at)
 
-    def _read(self, at: int, read: Callable[[Any, int, memoryview, memoryview], bool]) -> bool:
-        """Read a row by a method of the files, check it, put it in its place; False if the method did not."""
-        column, offset, start = self._column, self._offsets[at], self._starts[at]
-        if offset < 0:
-            raise column.corrupt(self._rows[at], _REASONS[offset])
-        out = self._memory[start : start + column.row_bytes]
-        codec, checksum = column.codec, self._checksum
-        chunk = out if codec is None else memoryview(bytearray(self._sizes[at] - CHECKSUM_BYTES))
-        try:
-            if not read(self._handles[at], offset, chunk, checksum):
-                return False
-        except OSError as error:
-            raise column.unreadable(self._rows[at], error) from error
+    def _finish(self, at: int) -> None:
+        """Compare a row that was read with its checksum; decode it if the column is compressed."""
+        column, chunk = self._column, self._chunks[at]
         reason = None
-        if column.check_crc and crc32c(chunk) != int.from_bytes(checksum, "little"):
+        if column.check_crc and crc32c(chunk) != int.from_bytes(self._checksum, "little"):
             reason = "wrong checksum"
-        elif codec is not None:
-            reason = codec.decode(chunk, out)
+        elif column.codec is not None:
+            reason = column.codec.decode(chunk, self._outs[at])
         if reason is not None:
             raise column.corrupt(self._rows[at], reason)
-        return True

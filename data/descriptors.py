@@ -76,9 +76,11 @@ class DescriptorCache:
         Raises:
             OSError: one of them, its ``filename``, cannot be opened.
         """
-        # a call for each would take as long as reading a few kilobytes
-        known = self._files
-        return [known.get(path) or self.open(path) for path in paths]
+        try:
+            # a call for each would take as long as reading a few kilobytes
+            return list(map(self._files.__getitem__, paths))
+        except KeyError:
+            return [self.open(path) for path in paths]
 
     def close(self) -> None:
         """Close every file that is not in use."""

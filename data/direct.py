@@ -24,7 +24,7 @@ from .descriptors import DescriptorCache
 from .shard_files import BufferedFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from .descriptors import OpenFile
 
@@ -55,11 +55,17 @@ class DirectFiles(BufferedFiles):
         self._files = DescriptorCache(limit, flags=os.O_DIRECT)
         self._memory = threading.local()
 
-    def try_read(self, handle: OpenFile, offset: int, chunk: memoryview, checksum: memoryview) -> bool:
-        """False: every direct read waits for the disk."""
-        return False
+    def read_ready(
+        self,
+        handles: Sequence[OpenFile],
+        offsets: Sequence[int],
+        chunks: Sequence[memoryview],
+        checksum: bytearray,
+    ) -> Iterator[int]:
+        """None of them: every direct read waits for the disk."""
+        return iter(())
 
-    def read(self, handle: OpenFile, offset: int, chunk: memoryview, checksum: memoryview) -> bool:
+    def read(self, handle: OpenFile, offset: int, chunk: memoryview, checksum: bytearray) -> bool:
         """Read a chunk and the checksum after it; False when the file ends before."""
         stop = offset + len(chunk) + len(checksum)
         start = offset & -_BLOCK
@@ -74,7 +80,7 @@ class DirectFiles(BufferedFiles):
         # NumPy copies without the interpreter's lock, slices of memoryviews do not
         found = np.frombuffer(blocks, dtype=np.uint8)[offset - start : stop - start]
         np.copyto(np.frombuffer(chunk, dtype=np.uint8), found[: len(chunk)])
-        checksum[:] = found[len(chunk) :].data
+        checksum[:] = found[len(chunk) :].tobytes()
         return True
 
     def tail(self, handle: OpenFile, size: int) -> tuple[bytes, int]:
@@ -82,7 +88,7 @@ class DirectFiles(BufferedFiles):
         length = os.fstat(handle.descriptor).st_size
         data = bytearray(min(size, length))
         # an empty checksum: the whole tail is the chunk
-        if not self.read(handle, length - len(data), memoryview(data), memoryview(bytearray())):
+        if not self.read(handle, length - len(data), memoryview(data), bytearray()):
             return b"", length
         return bytes(data), length
 

@@ -16,11 +16,12 @@ import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .column_reader import ColumnReader
+from .column_reader import ColumnReader, places_of
 from .columns import LABEL, source_of
 from .commits import survey
 from .direct import (
@@ -215,7 +216,9 @@ class CacheReader:
         files = self._opened(parts)
         at_once = max(1, min(_AT_ONCE, self.max_open_files // (parts * max(1, len(targets)))))
         order = np.argsort(rows, kind="stable")
-        for places in np.array_split(order, max(1, min(parts, len(rows)))):
+        parts = max(1, min(parts, len(rows)))
+        for start, stop in pairwise(len(rows) * part // parts for part in range(parts + 1)):
+            places = order[start:stop]
             part_views = np.zeros(len(places), dtype=np.int64) if views is None else views[places]
             yield partial(self._read_part, files, rows[places], part_views, places, targets, at_once)
 
@@ -231,10 +234,8 @@ class CacheReader:
         """Read ascending rows of all columns into the given places of the targets."""
         for start in range(0, len(rows), at_once):
             piece = slice(start, start + at_once)
-            reads = [
-                target.reader.start(files, rows[piece], views[piece], target.memory, places[piece])
-                for target in targets
-            ]
+            where = places_of(self.manifest, rows[piece], views[piece], places[piece])
+            reads = [target.reader.start(files, where, target.memory) for target in targets]
             for read in reads:
                 read.take_ready()
             for read in reads:
@@ -285,8 +286,8 @@ class CacheReader:
         return direct if faster else buffered
 
     def _check_rows(self, rows: NDArray[np.int64], views: NDArray[np.int64] | None) -> None:
-        outside = rows[(rows < 0) | (rows >= self.manifest.num_rows)]
-        if len(outside):
+        if len(rows) and (rows.min() < 0 or rows.max() >= self.manifest.num_rows):
+            outside = rows[(rows < 0) | (rows >= self.manifest.num_rows)]
             raise CacheError(
                 f"row {outside[0]} is not one of the {self.manifest.num_rows} of cache {self.path}"
             )
@@ -299,7 +300,7 @@ class CacheReader:
             count = len(self.manifest.views)
             if views.shape != rows.shape:
                 raise ValueError(f"{len(views)} views do not fit {len(rows)} rows")
-            if ((views < 0) | (views >= count)).any():
+            if len(views) and (views.min() < 0 or views.max() >= count):
                 raise CacheError(f"a view outside the {count} of cache {self.path} was asked for")
 
     def _target(self, column: str, count: int, out: Mapping[str, NDArray[Any]]) -> _Target:
@@ -338,9 +339,9 @@ def _probe(
     """Read rows of the first view to nowhere, a part a thread."""
 
     def read(part: NDArray[np.int64]) -> None:
-        places = np.arange(len(part))
         memory = memoryview(bytearray(len(part) * reader.row_bytes))
-        reads = reader.start(files, part, np.zeros_like(part), memory, places)
+        places = places_of(reader.manifest, part, np.zeros_like(part), np.arange(len(part)))
+        reads = reader.start(files, places, memory)
         reads.take_ready()
         reads.wait()
 

@@ -204,11 +204,17 @@ class RemoteFiles:
         """The objects' names within the prefix."""
         return [path.removeprefix(f"{self._bucket.url}/") for path in paths]
 
-    def try_read(self, handle: str, offset: int, chunk: memoryview, checksum: memoryview) -> bool:
-        """False: every request waits for its answer."""
-        return False
+    def read_ready(
+        self,
+        handles: Sequence[str],
+        offsets: Sequence[int],
+        chunks: Sequence[memoryview],
+        checksum: bytearray,
+    ) -> Iterator[int]:
+        """None of them: every request waits for its answer."""
+        return iter(())
 
-    def read(self, handle: str, offset: int, chunk: memoryview, checksum: memoryview) -> bool:
+    def read(self, handle: str, offset: int, chunk: memoryview, checksum: bytearray) -> bool:
         """Read a chunk and the checksum after it; False when the object ends before."""
         total = len(chunk) + len(checksum)
         if offset + total > RemotePath(self._bucket, handle).file_bytes():

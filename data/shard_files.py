@@ -12,9 +12,10 @@ import resource
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .descriptors import DescriptorCache
+from .shard_index import CHECKSUM_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from .descriptors import OpenFile
 
@@ -42,18 +43,23 @@ class ShardFiles(Protocol):
         """
         ...
 
-    def try_read(self, handle: Any, offset: int, chunk: memoryview, checksum: memoryview) -> bool:
-        """Read a chunk and the checksum after it if that means no waiting.
+    def read_ready(
+        self,
+        handles: Sequence[Any],
+        offsets: Sequence[int],
+        chunks: Sequence[memoryview],
+        checksum: bytearray,
+    ) -> Iterator[int]:
+        """Read chunks, and the checksum after each, as far as that means no waiting.
 
-        Returns:
-            Whether they were read. If not, their way into memory has begun where the kernel can do that.
-
-        Raises:
-            OSError: it cannot be read.
+        Yields:
+            Which was read; ``checksum`` is its own until the next one is asked for. The others are for
+            `read`, which says what is wrong with them if anything is; their way into memory has begun where
+            the kernel can do that.
         """
         ...
 
-    def read(self, handle: Any, offset: int, chunk: memoryview, checksum: memoryview) -> bool:
+    def read(self, handle: Any, offset: int, chunk: memoryview, checksum: bytearray) -> bool:
         """Read a chunk and the checksum after it; False when the file ends before.
 
         Raises:
@@ -99,31 +105,38 @@ class BufferedFiles:
         """The files, each open as long as it is kept."""
         return self._files.open_all(paths)
 
-    def try_read(self, handle: OpenFile, offset: int, chunk: memoryview, checksum: memoryview) -> bool:
-        """Read a chunk and the checksum after it if they are in memory; else ask the kernel for them."""
+    def read_ready(
+        self,
+        handles: Sequence[OpenFile],
+        offsets: Sequence[int],
+        chunks: Sequence[memoryview],
+        checksum: bytearray,
+    ) -> Iterator[int]:
+        """Read the chunks that are in the page cache; of the others, ask the kernel for the bytes."""
         if not self._can_try:
-            return False
-        total = len(chunk) + len(checksum)
-        try:
-            if os.preadv(handle.descriptor, [chunk, checksum], offset, os.RWF_NOWAIT) == total:
-                return True
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            if error.errno not in _CANNOT_TRY:
-                raise
-            self._can_try = False
-        os.posix_fadvise(handle.descriptor, offset, total, os.POSIX_FADV_WILLNEED)
-        return False
+            return
+        for at, (handle, offset, chunk) in enumerate(zip(handles, offsets, chunks, strict=True)):
+            total = len(chunk) + CHECKSUM_BYTES
+            try:
+                if os.preadv(handle.descriptor, (chunk, checksum), offset, os.RWF_NOWAIT) == total:
+                    yield at
+                    continue
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                if error.errno in _CANNOT_TRY:
+                    self._can_try = False
+                    return
+            os.posix_fadvise(handle.descriptor, offset, total, os.POSIX_FADV_WILLNEED)
 
-    def read(self, handle: OpenFile, offset: int, chunk: memoryview, checksum: memoryview) -> bool:
+    def read(self, handle: OpenFile, offset: int, chunk: memoryview, checksum: bytearray) -> bool:
         """Read a chunk and the checksum after it; False when the file ends before."""
         total = len(chunk) + len(checksum)
-        count = os.preadv(handle.descriptor, [chunk, checksum], offset)
+        count = os.preadv(handle.descriptor, (chunk, checksum), offset)
         while count < total:
             # rare: a signal or a network file system cut the read short
-            rest = [chunk[count:], checksum] if count < len(chunk) else [checksum[count - len(chunk) :]]
-            more = os.preadv(handle.descriptor, rest, offset + count)
+            tail = memoryview(checksum)[max(count - len(chunk), 0) :]
+            more = os.preadv(handle.descriptor, (chunk[count:], tail), offset + count)
             if more == 0:
                 return False
             count += more
