@@ -86,21 +86,16 @@ def joined_images(parts: Sequence[Part]) -> ImageSet:
     Raises:
         CacheError: classes that cannot be told apart.
     """
-    names = [part.manifest.class_names for part in parts]
-    class_names = names[0] if len(set(names)) == 1 else tuple(sorted(set().union(*names)))
-    folders = parts[0].manifest.source_kind == FOLDER
-    loose = [part for part in parts if not all("/" in key for key in part.keys)]
-    if loose and len(set(names)) > 1:
-        raise CacheError(
-            f"the images of {loose[0].path} lie in no class folder, and the parts have different classes: "
-            "which classes the whole has is not known; give the folder of all images with --data"
-        )
-    entries = [
-        (key, class_names.index(part.manifest.class_names[label]))
-        for part in parts
-        for key, label in zip(part.keys, part.labels.tolist(), strict=True)
-    ]
-    if folders:
+    class_names = _common_classes(parts)
+    # by number where numbers agree: two classes may have one name
+    number = {name: label for label, name in enumerate(class_names)}
+    entries: list[tuple[str, int]] = []
+    for part in parts:
+        own = part.manifest.class_names
+        same = own == class_names[: len(own)]
+        labels = [label if same else number[own[label]] for label in part.labels.tolist()]
+        entries += zip(part.keys, labels, strict=True)
+    if parts[0].manifest.source_kind == FOLDER:
         entries.sort()
     fingerprints = sorted(part.manifest.source_fingerprint for part in parts)
     return ImageSet(
@@ -109,6 +104,33 @@ def joined_images(parts: Sequence[Part]) -> ImageSet:
         labels=np.array([label for _, label in entries], dtype=np.int32),
         class_names=class_names,
     )
+
+
+def _common_classes(parts: Sequence[Part]) -> tuple[str, ...]:
+    """The class names of the whole: those of a part that begin as those of every other, or a folder's sorted.
+
+    Raises:
+        CacheError: classes that cannot be told apart.
+    """
+    most = max(parts, key=lambda part: len(part.manifest.class_names))
+    class_names = most.manifest.class_names
+    names = [part.manifest.class_names for part in parts]
+    other = next(
+        (part for part, own in zip(parts, names, strict=True) if own != class_names[: len(own)]), None
+    )
+    folders = most.manifest.source_kind == FOLDER
+    if other is not None and not folders:
+        raise CacheError(
+            f"{most.path} and {other.path} number their classes differently, and no order of both is known; "
+            "encode them with the same --class-names, or give the images of the whole with --data"
+        )
+    loose = [part for part in parts if not all("/" in key for key in part.keys)]
+    if folders and loose and len(set(names)) > 1:
+        raise CacheError(
+            f"the images of {loose[0].path} lie in no class folder, and the parts have different classes: "
+            "which classes the whole has is not known; give the folder of all images with --data"
+        )
+    return class_names if other is None else tuple(sorted(set().union(*names)))
 
 
 def check_alike(parts: Sequence[Part]) -> None:
