@@ -266,7 +266,7 @@ def test_decoding_processes_give_the_same_bytes(tmp_path: Path, cached: tuple[Pa
 
 def test_one_image_is_said_in_the_singular(tmp_path: Path) -> None:
     printed = demo(tmp_path / "cache", limit=1, shard_rows=1)
-    assert "images  demo: 1 in 8 classes\n" in printed
+    assert "images  demo: 1 in 10 classes\n" in printed
     assert f"cache   {tmp_path}/cache: 1 shard of 1 image at 64×64" in printed
     assert f"wrote 1 image to {tmp_path}/cache in " in printed
     assert "  sd-vae/moments: 1 image, " in printed
