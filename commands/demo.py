@@ -20,6 +20,7 @@ DEFAULT_STEPS = 360
 IMAGES = 2304  # of which the held-out rows are not trained on
 HOLDOUT = 256
 SAMPLES = 160
+SOLVER_STEPS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ def demo(
     for run in runs:
         _train(say_and_run, run, cache, steps)
     for run in runs:
-        solver = ("--solver", "heun", "--steps", 12, "--guidance", 2, "--seed", 0)
+        solver = ("--solver", "heun", "--steps", SOLVER_STEPS, "--guidance", 2, "--seed", 0)
         say_and_run("sample", "--run", run.folder, "--num", SAMPLES, "--npz", "--out", run.samples, *solver)
 
     from .demo_report import report

@@ -54,7 +54,7 @@ def test_every_part_runs(tmp_path: Path) -> None:
 
 
 def test_a_model_that_does_not_fit_the_teacher_is_refused(tmp_path: Path) -> None:
-    settings = BenchSettings(model="SiT-S/2", batch_size=4, steps=1, rounds=1)
+    settings = BenchSettings(model="SiT-T/2", batch_size=4, steps=1, rounds=1)
     with pytest.raises(RepaError, match="8×8 grid, the backbone 4×4"):
         bench(("train",), settings, folder=tmp_path, console=Console(file=StringIO(), width=160))
 

@@ -20,6 +20,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_module, "HOLDOUT", 24)
     monkeypatch.setattr(demo_module, "SAMPLES", 20)
     monkeypatch.setattr(demo_module, "BATCH_SIZE", 8)
+    monkeypatch.setattr(demo_module, "SOLVER_STEPS", 3)
 
 
 @pytest.mark.slow
