@@ -37,7 +37,8 @@ class EncodingFlags:
     data: Annotated[
         str,
         typer.Option(
-            help="Folder of images, a sub-folder per class; tars 'train-{0000..0146}.tar'; "
+            help="Folder of images, a sub-folder per class; tars 'train-{0000..0146}.tar', here or in a "
+            "bucket, s3://… or gs://…; "
             "'hf:NAME[:SPLIT]'; 'demo': the drawn images."
         ),
     ] = DEFAULT_DATA

@@ -212,10 +212,11 @@ class TarReader:
 
 
 @contextmanager
-def open_tar(place: str) -> Iterator[TarReader]:
+def open_tar(place: str, *, headers: bool = False) -> Iterator[TarReader]:
     """A tar that `expand_tars` named: a path, an object of a bucket, or as WebDataset opens it a pipe or URL.
 
-    Of an object the pieces are asked for that are read; a ``pipe:<command>`` or URL is read from end to end.
+    Of an object the pieces are asked for that are read, little ones where ``headers`` alone are wanted; a
+    ``pipe:<command>`` or URL is read from end to end.
 
     Raises:
         RepaError: it cannot be opened or read, or its command failed.
@@ -226,7 +227,7 @@ def open_tar(place: str) -> Iterator[TarReader]:
             yield TarReader(file, place, status.st_size if file.seekable() else None)
         return
     if is_remote(place):
-        with open_object(place) as opened:
+        with open_object(place, little=headers) as opened:
             yield TarReader(opened, place, opened.size)
         return
     gopen, set_options = _gopen()

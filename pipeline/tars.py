@@ -1,7 +1,8 @@
 """Images in WebDataset tars: row i is sample i, tar after tar.
 
 The tars are indexed once, by their headers alone; an image is then read by its offset, so that a run goes on
-from any shard without reading what comes before, and worker processes decode rows as of a folder.
+from any shard without reading what comes before, and worker processes decode rows as of a folder. Of tars in
+a bucket both are requests for ranges: one or two for the headers of a sample, one for an image.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import json
 import os
 from array import array
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,17 +22,22 @@ import numpy as np
 from ..data.descriptors import DescriptorCache
 from ..data.errors import RepaError
 from ..data.files import os_errors
+from ..data.object_file import Objects
+from ..data.remote import REQUESTS, RemotePath, is_remote
 from ..data.tars import is_stream, open_tar, present_tars, split_member
 from .images import decode_image
 from .listing import class_names_of, fingerprint_of, spaced
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
     from PIL import Image
 
     from ..data.tars import TarReader
+
+    # of a file its size and when it was written; of an object what the store tells it by
+    Stamp = tuple[int, int] | str | None
 
 FIELDS = ("jpg", "jpeg", "png", "webp")
 LABEL_FIELD = "cls"
@@ -73,18 +82,10 @@ class TarImages:
         self.name = pattern
         self.apply_exif = apply_exif
         self._tars = present_tars(pattern)
+        self._open()
         # of each tar when it was indexed: offsets into another are no images
-        self._stamps: list[tuple[int, int]] = []
-        index = _Index()
-        for number, tar in enumerate(self._tars):
-            if is_stream(tar):
-                raise RepaError(
-                    f"images are read from tars by their place, which {tar} has none of; fetch it to a disk"
-                )
-            with os_errors("read", Path(tar)):
-                self._stamps.append(_stamp(os.stat(tar)))
-            with open_tar(tar) as reader:
-                index.add(reader, number)
+        self._stamps: list[Stamp] = []
+        index = self._index()
         if not index.keys:
             raise RepaError(
                 f"{pattern} has no images (.jpg .jpeg .png .webp); give WebDataset tars of images"
@@ -100,33 +101,93 @@ class TarImages:
         self.skipped = index.skipped
         names = (f"{index.keys[row]}.{FIELDS[index.fields[row]]}" for row in chosen)
         self.fingerprint = fingerprint_of(names, self.labels, self._size)
+
+    def _open(self) -> None:
         self._files = DescriptorCache(_OPEN_TARS)
+        self._buckets: dict[str, Objects] = {}
+
+    def _index(self) -> _Index:
+        """The samples of all tars, in order; those of a bucket many at once: each waits for its answers."""
+        for tar in self._tars:
+            if is_stream(tar) and not is_remote(tar):
+                raise RepaError(
+                    f"images are read from tars by their place, which {tar} has none of; fetch it to a disk, "
+                    "or name it in a bucket, s3://… or gs://…"
+                )
+        index = _Index()
+        stop = Event()
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            one = partial(self._index_tar, stop=stop)
+            numbers = range(len(self._tars))
+            found: Iterable[tuple[_Index, Stamp]] = map(one, numbers)
+            if any(map(is_remote, self._tars)):
+                found = pool.map(one, numbers)
+            try:
+                for tar, (part, stamp) in zip(self._tars, found, strict=True):
+                    index.join(part, tar)
+                    self._stamps.append(stamp)
+            except BaseException:
+                # neither an error nor Ctrl-C waits for the other tars
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return index
+
+    def _index_tar(self, number: int, stop: Event) -> tuple[_Index, Stamp]:
+        tar = self._tars[number]
+        if is_remote(tar):
+            objects, name = self._object(tar)
+            with os_errors("read", RemotePath(objects, name)):
+                stamp: Stamp = objects.tag_of(name)
+        else:
+            with os_errors("read", Path(tar)):
+                stamp = _stamp(os.stat(tar))
+        part = _Index()
+        with open_tar(tar, headers=True) as reader:
+            part.add(reader, number, stop)
+        return part, stamp
+
+    def _object(self, tar: str) -> tuple[Objects, str]:
+        """Where an object lies, and its name there; a connection serves all tars of a prefix."""
+        prefix, _, name = tar.rpartition("/")
+        known = self._buckets.get(prefix)
+        return known or self._buckets.setdefault(prefix, Objects(prefix)), name
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getstate__(self) -> dict[str, Any]:
-        # open files do not travel
-        return {name: value for name, value in self.__dict__.items() if name != "_files"}
+        # open files and connections do not travel
+        return {name: value for name, value in self.__dict__.items() if name not in ("_files", "_buckets")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._files = DescriptorCache(_OPEN_TARS)
+        self._open()
 
     def load(self, index: int, /) -> Image.Image:
         """Image of row ``index`` as RGB; see `ImageSource.load`."""
         number, size = int(self._tar[index]), int(self._size[index])
         tar = self._tars[number]
-        with os_errors("read", Path(tar)):
-            file = self._files.open(tar)
-            same = _stamp(os.fstat(file.descriptor)) == self._stamps[number]
-            content = _read(file.descriptor, size, int(self._offset[index])) if same else b""
-        if len(content) < size:
+        content = self._read(number, size, int(self._offset[index])) if size else b""
+        if content is None or len(content) < size:
             raise RepaError(
                 f"image {self.keys[index]} cannot be read from {tar}, which has changed since it was "
                 "indexed; run the same command again"
             )
         return decode_image(content, apply_exif=self.apply_exif)
+
+    def _read(self, number: int, size: int, offset: int) -> bytes | None:
+        """Some bytes of a tar, fewer where it ends before; None where it has changed."""
+        tar, stamp = self._tars[number], self._stamps[number]
+        if is_remote(tar):
+            objects, name = self._object(tar)
+            assert not isinstance(stamp, tuple), "it is that of an object"
+            with os_errors("read", RemotePath(objects, name)):
+                return objects.read_same(name, offset, size, stamp)
+        with os_errors("read", Path(tar)):
+            file = self._files.open(tar)
+            same = _stamp(os.fstat(file.descriptor)) == stamp
+            return _read(file.descriptor, size, offset) if same else None
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
@@ -158,9 +219,12 @@ class _Index:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     _seen: set[str] = field(default_factory=set)
 
-    def add(self, reader: TarReader, number: int) -> None:
+    def add(self, reader: TarReader, number: int, stop: Event) -> None:
+        """Take the samples of a tar, unless nobody wants them any more."""
         sample = _Sample(reader.where)
         for member in reader:
+            if stop.is_set():
+                return
             split = split_member(member.name)
             if split is None:
                 self.skipped.append((f"{reader.where}:{member.name}", "no member of a sample"))
@@ -177,6 +241,21 @@ class _Index:
                 sample.take_label(kind, reader.read())
         self._close(sample, number)
 
+    def join(self, other: _Index, where: str) -> None:
+        """Take the samples of the tar ``where``, which come next."""
+        for key in other.keys:
+            self._see(key, where)
+        for name in ("keys", "fields", "labels", "tars", "offsets", "sizes", "skipped"):
+            getattr(self, name).extend(getattr(other, name))
+
+    def _see(self, key: str, where: str) -> None:
+        if key in self._seen:
+            raise RepaError(
+                f"key {key} comes twice, the second time in {where}; "
+                "keys name rows, so write the tars with one sample for each"
+            )
+        self._seen.add(key)
+
     def _close(self, sample: _Sample, number: int) -> None:
         if sample.image is None:
             if sample.key:
@@ -187,14 +266,9 @@ class _Index:
                 f"sample {sample.key} in {sample.where} has no label; add a member {sample.key}.cls "
                 "with its class as a number, or .json with a field 'label'"
             )
-        if sample.key in self._seen:
-            raise RepaError(
-                f"key {sample.key} comes twice, the second time in {sample.where}; "
-                "keys name rows, so write the tars with one sample for each"
-            )
+        self._see(sample.key, sample.where)
         _check_key(sample.key, sample.where)
         kind, offset, size = sample.image
-        self._seen.add(sample.key)
         self.keys.append(sample.key)
         self.fields.append(FIELDS.index(kind))
         self.labels.append(sample.label)
