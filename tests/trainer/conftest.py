@@ -114,6 +114,22 @@ def run_fit(tmp_path: Path) -> Callable[..., tuple[Outcome, str]]:
     return run
 
 
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Train by a configuration and let nothing stop it, once for all tests; the folder of the run."""
+    runs: dict[str, Path] = {}
+
+    def run(config: TrainConfig, **options: Any) -> Path:
+        settings = config.to_yaml()
+        if settings not in runs:
+            folder = tmp_path_factory.mktemp("undisturbed") / "run"
+            assert fit(config, folder, console=Console(file=io.StringIO()), **options).finished
+            runs[settings] = folder
+        return runs[settings]
+
+    return run
+
+
 class Killed(BaseException):
     """Stands for SIGKILL where a process of its own would take seconds to start."""
 

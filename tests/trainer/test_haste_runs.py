@@ -176,6 +176,7 @@ def test_killed_and_resumed_around_tau(
     haste: Settings,
     run_fit: Fit,
     killed_fit: Callable[..., None],
+    undisturbed: Callable[..., Path],
     same_run: SameRun,
     tmp_path: Path,
     resumed: int,
@@ -183,11 +184,10 @@ def test_killed_and_resumed_around_tau(
 ) -> None:
     """The loader had read ahead over τ when it was killed; sums of a row are carried over."""
     config = haste(log_every=4, checkpoint_every=1, accumulate=accumulate, holdout=7, eval_every=5)
-    run_fit(config, "whole")
     killed_fit(config, "killed", moment=resumed + 1)
     outcome, _ = run_fit(config, "killed")
     assert outcome.resumed_from == resumed
-    same_run(tmp_path / "whole", tmp_path / "killed", 10)
+    same_run(undisturbed(config), tmp_path / "killed", 10)
 
 
 def test_killed_before_tau_and_resumed_from_long_before(

@@ -114,18 +114,18 @@ def test_killed_and_resumed_it_is_the_undisturbed_run(
     haste: Settings,
     run_fit: Fit,
     killed_fit: Callable[..., None],
+    undisturbed: Callable[..., Path],
     same_run: SameRun,
     tmp_path: Path,
     attention_cache: Path,
     moment: int,
 ) -> None:
     config = haste(targets="online", checkpoint_every=3, log_every=2)
-    run_fit(config, "whole", live=Teacher(attention_cache))
     resumed = Teacher(attention_cache)
     killed_fit(config, "killed", moment=moment, live=Teacher(attention_cache))
     outcome, _ = run_fit(config, "killed", live=resumed)
     assert outcome.resumed_from == (moment - 1) // 3 * 3
-    same_run(tmp_path / "whole", tmp_path / "killed", 10)
+    same_run(undisturbed(config, live=Teacher(attention_cache)), tmp_path / "killed", 10)
     assert len(resumed.asked) == max(STOP - outcome.resumed_from, 0)
 
 

@@ -80,17 +80,17 @@ def test_any_moment(
     run_fit: Fit,
     tmp_path: Path,
     killed_fit: Callable[..., None],
+    undisturbed: Callable[..., Path],
     same_run: SameRun,
     moment: int,
     accumulate: int,
 ) -> None:
     """Rows are means over two steps, checkpoints come every three: sums are carried over."""
     config = settings(max_steps=10, log_every=2, checkpoint_every=3, accumulate=accumulate)
-    run_fit(config, "whole")
     killed_fit(config, "killed", moment=moment)
     outcome, _ = run_fit(config, "killed")
     assert outcome.resumed_from == (moment - 1) // 3 * 3
-    same_run(tmp_path / "whole", tmp_path / "killed", 10)
+    same_run(undisturbed(config), tmp_path / "killed", 10)
 
 
 def test_killed_while_writing_a_checkpoint(
