@@ -70,7 +70,7 @@ def write(self, step, values, write=MetricsFile.write):
         os.kill(os.getpid(), signal.SIGKILL)
 
 # it kills a rank 0 that has not ended by itself seconds after another rank, which a slow machine may take
-_ChildProcessObserver.start = lambda self: None
+_ChildProcessObserver._run = lambda self: False
 TarCache.samples = samples
 tar_stream.tar_permutation = permutation
 CacheData.transfer_batch_to_device = transfer
