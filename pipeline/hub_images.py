@@ -12,7 +12,7 @@ from ..data.errors import RepaError
 from ..data.places import HUGGING_FACE
 from ..data.units import counted
 from .images import decode_image
-from .listing import fingerprint_of, spaced
+from .listing import fingerprint_of, numbered_classes, spaced
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -57,7 +57,7 @@ class HubImages:
         labels = _labels(data, label, self.name)
         if not len(labels):
             raise RepaError(f"{self.name} has no rows; choose another data set or split")
-        self.class_names = tuple(names or map(str, range(int(labels.max()) + 1)))
+        self.class_names = tuple(names or numbered_classes(labels, where=self.name))
         if int(labels.max()) >= len(self.class_names):
             raise RepaError(
                 f"{self.name} has the label {labels.max()}, but names "
@@ -66,7 +66,7 @@ class HubImages:
         chosen = spaced(len(labels), limit)
         prefix = f"{split}/" if split else ""
         self.keys: Sequence[str] = [f"{prefix}{row:08d}" for row in chosen.tolist()]
-        self.labels: NDArray[np.int32] = labels[chosen]
+        self.labels: NDArray[np.int32] = labels[chosen].astype(np.int32)
         self._rows = chosen
         self._image = image
         # encoded as they are: decoding is ours, the same for every source
@@ -158,7 +158,7 @@ def _features(data: Any, name: str) -> tuple[str, str, Sequence[str] | None]:
     return images[0], labels[0], getattr(data.features[labels[0]], "names", None)
 
 
-def _labels(data: Any, label: str, name: str) -> NDArray[np.int32]:
+def _labels(data: Any, label: str, name: str) -> NDArray[np.int64]:
     values = data.select_columns([label]).with_format("arrow")[:][label]
     if values.null_count:
         raise RepaError(
@@ -170,7 +170,7 @@ def _labels(data: Any, label: str, name: str) -> NDArray[np.int32]:
         raise RepaError(
             f"row {row} of {name} has the {label} {labels[row]}: the split has no labels; choose another"
         )
-    return labels.astype(np.int32)
+    return labels
 
 
 def _sizes(data: Any, image: str, rows: NDArray[np.int64], name: str) -> Iterator[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+# ImageNet-21k has 21,841; a label beyond is an identity, or damage, and names for all would fill the memory
+MAX_CLASSES = 1 << 20
 
 
 def spaced(count: int, limit: int | None) -> NDArray[np.int64]:
@@ -33,6 +36,21 @@ def fingerprint_of(names: Iterable[str], labels: NDArray[np.int32], sizes: Itera
     return f"sha256:{digest.hexdigest()}"
 
 
+def numbered_classes(labels: NDArray[np.integer[Any]], *, where: str) -> tuple[str, ...]:
+    """The names ``0`` to ``K-1`` of classes that only have numbers, K one more than the largest label.
+
+    Raises:
+        RepaError: a label too large to count classes.
+    """
+    largest = int(labels.max())
+    if largest >= MAX_CLASSES:
+        raise RepaError(
+            f"{where} has the label {largest}, which is no number of a class counted from 0 "
+            f"(at most {MAX_CLASSES - 1}); write the labels as such numbers"
+        )
+    return tuple(map(str, range(largest + 1)))
+
+
 def class_names_of(labels: NDArray[np.int32], file: Path | None, *, where: str) -> tuple[str, ...]:
     """The names of the classes that labels count.
 
@@ -42,11 +60,12 @@ def class_names_of(labels: NDArray[np.int32], file: Path | None, *, where: str) 
         where: the images' name, for the errors.
 
     Raises:
-        RepaError: the file cannot be read, names a class twice or has too few lines.
+        RepaError: the file cannot be read, has a blank line or too few of them; without a file, a label too
+            large to count classes.
     """
-    largest = int(labels.max())
     if file is None:
-        return tuple(map(str, range(largest + 1)))
+        return numbered_classes(labels, where=where)
+    largest = int(labels.max())
     with os_errors("read", file):
         try:
             names = tuple(file.read_text(encoding="utf-8").splitlines())

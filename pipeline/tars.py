@@ -88,7 +88,8 @@ class TarImages:
         index = self._index()
         if not index.keys:
             raise RepaError(
-                f"{pattern} has no images (.jpg .jpeg .png .webp); give WebDataset tars of images"
+                f"{pattern} has no images (.jpg .jpeg .png .webp from the first dot of a name on); "
+                "give WebDataset tars of images"
             )
         labels = np.frombuffer(index.labels, dtype=np.int32)
         self.class_names = class_names_of(labels, class_names, where=pattern)
@@ -263,8 +264,9 @@ class _Index:
             return
         if sample.label is None:
             raise RepaError(
-                f"sample {sample.key} in {sample.where} has no label; add a member {sample.key}.cls "
-                "with its class as a number, or .json with a field 'label'"
+                f"sample {sample.key} in {sample.where} has no label beside it; add a member "
+                f"{sample.key}.cls with its class as a number, or .json with a field 'label' "
+                "(tar --sort=name keeps them together)"
             )
         self._see(sample.key, sample.where)
         _check_key(sample.key, sample.where)
@@ -296,7 +298,7 @@ class _Sample:
     def take_label(self, kind: str, content: bytes) -> None:
         try:
             value = int(content) if kind == LABEL_FIELD else _json_label(json.loads(content))
-        except ValueError:
+        except (ValueError, RecursionError):
             value = -1
         if value is None:
             return

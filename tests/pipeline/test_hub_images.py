@@ -120,7 +120,7 @@ def test_what_will_not_do_is_one_line(tmp_path: Path) -> None:
     refused("no label features among id, image", data_set().remove_columns("label"))
     refused("2 label features", data_set().cast(twice))
     refused("the split has no labels", data_set(label=[0, 1, -1, 0, 0, 0, 0]))
-    refused("rows without a label", data_set(label=[0, 1, None, 0, 0, 0, 0]))
+    refused("has 1 row without a label", data_set(label=[0, 1, None, 0, 0, 0, 0]))
     refused("row 2 of .* has no image", data_set(3, image=[{"bytes": png(0), "path": None}] * 2 + [None]))
 
 
@@ -149,6 +149,15 @@ def test_integer_labels_are_named_by_number(tmp_path: Path) -> None:
     data = data_set().cast_column("label", datasets.Value("int64"))
     data.save_to_disk(tmp_path / "set")
     assert open_source(f"hf:{tmp_path / 'set'}").class_names == ("0", "1", "2")
+
+
+@pytest.mark.parametrize("label", [1 << 20, 2**32 + 1])
+def test_a_number_that_is_no_class_is_refused(tmp_path: Path, label: int) -> None:
+    """Names for all up to it would fill the memory, and 2³² + 1 in 32 bits would be class 1."""
+    data = data_set().remove_columns("label").add_column("label", [0, 1, label, 0, 0, 0, 0])
+    data.save_to_disk(tmp_path / "set")
+    with pytest.raises(RepaError, match=rf"has the label {label}, which is no number of a class"):
+        open_source(f"hf:{tmp_path / 'set'}")
 
 
 def test_a_cache_of_it_has_the_columns_of_the_folders(

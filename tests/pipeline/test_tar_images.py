@@ -144,12 +144,22 @@ def test_class_names_from_a_file(tmp_path: Path, tars: str) -> None:
 @pytest.mark.parametrize(
     ("files", "what"),
     [
-        ({"a.png": png(1)}, "sample a in .* has no label; add a member a.cls"),
+        ({"a.png": png(1)}, "sample a in .* has no label beside it; add a member a.cls"),
         ({"a.png": png(1), "a.json": b'{"x": 1}'}, "sample a in .* has no label"),
         ({"a.png": png(1), "a.cls": b"tench"}, "sample a in .* has the label 'tench'"),
         ({"a.png": png(1), "a.cls": b"-1"}, "has the label '-1'"),
         ({"a.png": png(1), "a.json": b'{"label": 1.5}'}, "has the label .*json"),
         ({"a.png": png(1), "a.json": b"{"}, "has the label"),
+        ({"a.png": png(1), "a.json": b"[" * 200_000}, "has the label .*json"),
+        (
+            {"a.png": png(1), "a.cls": b"2000000000"},
+            "has the label 2000000000, which is no number of a class",
+        ),
+        (
+            {"a.png": png(1), "b.png": png(2), "a.cls": b"0", "b.cls": b"0"},
+            "sample a .*no label beside it.*--sort",
+        ),
+        ({"a.1.png": png(1), "a.1.cls": b"0"}, "has no images .* from the first dot"),
         ({"a.png": png(1), "a.jpg": png(1), "a.cls": b"0"}, "two images, .png and .jpg"),
         ({**samples(1, 2), "s1.jpg": png(1), "s1.txt": b"", "s1.json": b"1"}, "key s1 comes twice"),
         ({"a\nb.png": png(1), "a\nb.cls": b"0"}, "line break"),
