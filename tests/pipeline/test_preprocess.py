@@ -213,7 +213,9 @@ def test_an_unreadable_file_stops_with_a_plain_message(tmp_path: Path, workers: 
         assert next(decoded)[0] == 0
         with pytest.raises(RepaError) as error:
             next(decoded)
-        assert not multiprocessing.active_children()
+        for process in multiprocessing.active_children():  # the loader waits five seconds for them
+            process.join(600)
+            assert not process.is_alive()
     assert str(error.value) == (
         f"image {tmp_path / '1.png'} has vanished since the folder was listed; run the same command again"
     )

@@ -143,7 +143,10 @@ def test_damage_reaches_who_waits_for_a_batch(exported: str, tmp_path: Path) -> 
     (tmp_path / "shard-000004.tar").write_bytes(data[:9000])
     with pytest.raises(RepaError, match=r"000004\.tar"):
         take(loader(export_pattern(tmp_path, 6)), 7)
-    assert not [thread for thread in threading.enumerate() if thread.name == "repa-tars"]
+    left = [thread for thread in threading.enumerate() if thread.name == "repa-tars"]
+    for thread in left:
+        thread.join(600)
+    assert not any(thread.is_alive() for thread in left)
 
 
 def test_tars_must_be_all_and_in_order(exported: str) -> None:

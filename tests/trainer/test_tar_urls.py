@@ -103,7 +103,10 @@ def test_a_connection_that_breaks_is_one_line(folder: Path, address: str, comman
         "try its command or URL by itself"
     )
     assert "\n" not in str(caught.value)
-    assert not [thread for thread in threading.enumerate() if thread.name == "repa-tars"]
+    left = [thread for thread in threading.enumerate() if thread.name == "repa-tars"]
+    for thread in left:
+        thread.join(600)
+    assert not any(thread.is_alive() for thread in left)
 
 
 def test_a_tar_that_is_away_is_one_line(folder: Path, address: str) -> None:
