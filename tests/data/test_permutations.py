@@ -200,6 +200,24 @@ def test_blocks_are_shuffled_within_and_among() -> None:
     assert len(np.unique(orders[:, :window] // 32)) > 48
 
 
+def test_windows_are_shuffled_each_in_its_own_way() -> None:
+    size = 32 * WINDOW_BLOCKS
+    order = BlockPermutation(1, 0, block_starts(np.arange(64 * 32), 32)).slice(0, 64 * 32)
+    drawn = BlockPermutation(1, 0, block_starts(np.arange(64 * 32), 32))._blocks.reshape(-1, WINDOW_BLOCKS)
+    shuffles = set()
+    for window, blocks in zip(order.reshape(-1, size), drawn, strict=True):
+        before = np.concatenate([np.arange(32 * block, 32 * block + 32) for block in blocks])
+        places = {row: place for place, row in enumerate(before.tolist())}
+        shuffles.add(tuple(places[row] for row in window.tolist()))
+    assert len(shuffles) == 64 // WINDOW_BLOCKS
+
+
+def test_blocks_have_the_values_they_had() -> None:
+    # golden: a resumed run must see the same order on every platform and with every NumPy
+    order = BlockPermutation(3, 1, np.array([0, 2, 3, 6, 8, 9, 12]))
+    assert order.slice(0, 12).tolist() == [2, 8, 11, 10, 9, 3, 5, 4, 1, 7, 6, 0]
+
+
 def test_block_starts_leave_out_shards_without_rows() -> None:
     rows = np.array([0, 1, 9, 10, 11, 40], dtype=np.int64)
     assert block_starts(rows, 8).tolist() == [0, 2, 5, 6]
