@@ -79,7 +79,8 @@ class TarReader:
         """Members until the tar's end.
 
         Raises:
-            RepaError: it is no tar, is compressed, damaged or cut off, or holds links or sparse files.
+            RepaError: it is no tar, is compressed, damaged or cut off, goes on after its end, or holds links
+                or sparse files.
         """
         extended: dict[str, str] = {}
         while (header := self._header()) is not None:
@@ -92,11 +93,18 @@ class TarReader:
                 self._skip(_padded(size))
             else:
                 name = extended.get("path", name)
-                size = int(extended.get("size", size))
-                if kind in (b"1", b"2", b"S") or any(key.startswith("GNU.sparse") for key in extended):
-                    what = "sparse" if kind == b"S" else "a link"
+                if "size" in extended:
+                    if not extended["size"].isdecimal():
+                        raise self._damaged(self._at)
+                    size = int(extended["size"])
+                if kind == b"S" or any(key.startswith("GNU.sparse") for key in extended):
                     raise RepaError(
-                        f"{self.where} holds {name} as {what}, without its bytes; "
+                        f"{self.where} holds {name} as a sparse file, without the zeros in it; "
+                        "write the tar again without --sparse"
+                    )
+                if kind in (b"1", b"2"):
+                    raise RepaError(
+                        f"{self.where} holds {name} as a link, without its bytes; "
                         "write the tar again with --dereference --hard-dereference"
                     )
                 extended = {}
@@ -188,10 +196,20 @@ class TarReader:
             size -= len(self._take(min(size, _PIECE)))
 
     def _drain(self) -> None:
-        """Read a stream to its end, so that the program behind it can end well."""
-        while self._length is None and self._file.read(_PIECE):
-            pass
+        """Read what follows the end mark: zeros, and a program that writes them wants to end well.
+
+        Raises:
+            RepaError: it is anything else, as where tars were joined by ``cat``: others would not read it.
+        """
+        foreign = False
+        while piece := self._file.read(_PIECE):
+            foreign = foreign or piece.count(0) < len(piece)
         self.at_end = True
+        if foreign:
+            raise RepaError(
+                f"{self.where} goes on after an end mark at byte {self._at - BLOCK}{self.progress}: it is "
+                "damaged, or tars were joined by cat; fetch it again, or join them by tar --concatenate"
+            )
 
     @property
     def progress(self) -> str:

@@ -80,12 +80,13 @@ def test_each_byte_is_asked_for_once_and_skipped_ones_are_not(
     size = (local / "out" / name).stat().st_size
     with open_tar(f"{remote}/{name}") as reader:
         whole = {member.name: reader.read() for member in reader}
-    assert sorted(start for _, start, _ in asked) == list(range(0, size - 512, 512))[: len(asked)]
+    assert sorted(start for _, start, _ in asked) == list(range(0, size, 512))
     read = len(asked)
     asked.clear()
     with open_tar(f"{remote}/{name}") as reader:
         assert [member.name for member in reader] == list(whole)
-    assert len(asked) < read / 2
+    # headers, and the ten kilobytes of zeros that tars end with
+    assert len(asked) <= read / 2
 
 
 def test_pieces_are_on_their_way_before_they_are_read(

@@ -123,6 +123,56 @@ def test_damage_is_noticed_where_tarfile_takes_it_for_the_end(tmp_path: Path) ->
         contents(reader)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("what", ["joined by cat", "a hole"])
+def test_nothing_follows_an_end_mark_unseen(tmp_path: Path, what: str, stream: bool) -> None:
+    """What tarfile, and webdataset with it, would leave out without a word."""
+    if what == "a hole":
+        data = bytearray(tar({"a.jpg": b"x" * 700, "a.cls": b"1"}))
+        data[2048:3072] = bytes(1024)
+        data[3072:3584] = tar({"b.cls": b"2"})[:512]
+    else:
+        data = bytearray(tar({"a.jpg": b"x" * 700}) + tar({"b.jpg": b"y"}))
+    path = tmp_path / "more.tar"
+    path.write_bytes(data)
+    with tarfile.open(path) as file:
+        assert file.getnames() == ["a", "a.jpg"]
+    place = f"pipe:cat '{path}'" if stream else str(path)
+    with (
+        pytest.raises(RepaError, match=r"more\.tar.* goes on after an end mark at byte 2048, after a\.jpg"),
+        open_tar(place) as reader,
+    ):
+        contents(reader)
+
+
+@pytest.mark.parametrize("value", ["-5", "7x", ""])
+def test_a_size_in_pax_records_that_is_none_is_damage(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as file:
+        info = tarfile.TarInfo("a.jpg")
+        info.size, info.pax_headers = 3, {"size": value}
+        file.addfile(info, io.BytesIO(b"abc"))
+    with pytest.raises(RepaError, match=r"x\.tar is damaged at byte 1536"), open_tar(str(path)) as reader:
+        list(reader)
+
+
+@pytest.mark.parametrize("form", ["gnu", "pax"])
+def test_a_sparse_file_is_said_to_be_one(tmp_path: Path, form: str) -> None:
+    with (tmp_path / "a.jpg").open("wb") as file:
+        file.write(b"x" * 4096)
+        file.truncate(1 << 20)
+        file.seek(1 << 20)
+        file.write(b"y" * 4096)
+    subprocess.run(["tar", f"--format={form}", "--sparse", "-cf", "s.tar", "a.jpg"], cwd=tmp_path, check=True)
+    if (tmp_path / "s.tar").stat().st_size > 1 << 20:
+        pytest.skip("this file system has no holes")
+    with (
+        pytest.raises(RepaError, match=r"holds .*a\.jpg as a sparse file, .*without --sparse"),
+        open_tar(str(tmp_path / "s.tar")) as reader,
+    ):
+        list(reader)
+
+
 @pytest.mark.parametrize(("mode", "program"), [("w:gz", "gzip"), ("w:xz", "xz"), ("w:bz2", "bzip2")])
 def test_a_compressed_tar_is_said_to_be_one(tmp_path: Path, mode: str, program: str) -> None:
     path = tmp_path / "x.tar"
