@@ -20,6 +20,7 @@ import torch
 from .columns import LABEL, ColumnSpec
 from .errors import CacheError, RepaError
 from .ordering import ORDERS, EpochOrder, batch_views, block_starts, place_of, rank_slice
+from .units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -106,12 +107,16 @@ class CacheLoader:
         pin_memory: bool = False,
     ) -> None:
         place_of(images_seen, batch_size=batch_size, count=len(rows))
+        micro = counted(accumulate, "micro-batch")
         if world < 1 or accumulate < 1 or not 0 <= rank < world:
-            raise RepaError(f"rank {rank} of {world} with {accumulate} micro-batches is not possible")
+            raise RepaError(
+                f"rank {rank} of {world} with {micro} is not possible: ranks count from 0, and each takes at "
+                "least one"
+            )
         if batch_size % (world * accumulate):
             raise RepaError(
-                f"a batch of {batch_size} images does not divide into {world} ranks × {accumulate} "
-                f"micro-batches; set --batch-size to a multiple of {world * accumulate}"
+                f"a batch of {counted(batch_size, 'image')} does not divide into {counted(world, 'rank')} × "
+                f"{micro}; set --batch-size to a multiple of {world * accumulate}"
             )
         if threads < 1 or prefetch < 1:
             raise RepaError(f"{threads} threads and {prefetch} batches ahead: both must be at least 1")

@@ -57,7 +57,9 @@ class Bucket:
         try:
             self._store = from_url(self.url, retry_config={"max_retries": _RETRIES})
         except (BaseError, ValueError) as error:
-            raise RepaError(f"{self.url} cannot be reached: {_one_line(error)}") from error
+            raise RepaError(
+                f"{self.url} cannot be reached: {_one_line(error)}; look at the address and the credentials"
+            ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Bucket, (self.url,)

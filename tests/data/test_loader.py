@@ -209,7 +209,7 @@ def test_column_that_is_not_there_is_refused(small_reader: CacheReader) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 25, "world": 2}, "2 ranks × 1 micro-batches; set --batch-size to a multiple of 2"),
+        ({"batch_size": 25, "world": 2}, "2 ranks × 1 micro-batch; set --batch-size to a multiple of 2"),
         ({"batch_size": 24, "world": 2, "accumulate": 5}, "multiple of 10"),
         ({"batch_size": 61}, "a batch of 61 images is larger than the 60 images"),
         ({"rank": 2, "world": 2}, "rank 2 of 2"),
