@@ -52,9 +52,14 @@ _AT_ONCE = 32
 
 
 class _Target(NamedTuple):
-    """Where a column's rows go: the bytes of ``out[column]``, row after row."""
+    """Where a column's rows go: the bytes of ``out[column]``, row after row.
+
+    The array itself is kept too: it may be what tells its owner that the memory is in use, and NumPy's views
+    of it would not.
+    """
 
     column: str
+    array: NDArray[Any]
     memory: memoryview
     reader: ColumnReader
 
@@ -68,8 +73,8 @@ class CacheReader:
         path: folder of the cache, or its address in a bucket, ``s3://bucket/path``.
         columns: the columns that may be read, without ``label``.
         check_crc: compare every row with its checksum.
-        max_open_files: shard files held open, or as many more as there are threads times columns; by default
-            half of what the process may open, at most 8,192.
+        max_open_files: shard files held open, by default half of what the process may open, at most 8,192;
+            while rows are read there may be half as many more, or one a thread and column.
         direct: ``on`` reads past the page cache (O_DIRECT), ``off`` through it; ``auto`` decides when the
             first rows are asked for: past it if the columns are larger than half of the free memory, and a
             few rows read either way come faster so. Without effect in a bucket.
@@ -214,7 +219,8 @@ class CacheReader:
         self._check_rows(rows, views)
         targets = [self._target(column, len(rows), out) for column in columns if column != LABEL]
         files = self._opened(parts)
-        at_once = max(1, min(_AT_ONCE, self.max_open_files // (parts * max(1, len(targets)))))
+        # files in use stay open whether they are held or not
+        at_once = max(1, min(_AT_ONCE, self.max_open_files // (2 * parts * max(1, len(targets)))))
         order = np.argsort(rows, kind="stable")
         parts = max(1, min(parts, len(rows)))
         for start, stop in pairwise(len(rows) * part // parts for part in range(parts + 1)):
@@ -265,11 +271,11 @@ class CacheReader:
             raise RepaError(
                 f"the file system of {self.path} has no direct reads (O_DIRECT); leave direct=on out"
             )
+        if not supported or (self.direct == "auto" and fits_in_memory(sum(self._column_bytes.values()))):
+            return buffered
         direct = DirectFiles(self.max_open_files)
         if self.direct == "on":
             return direct
-        if not supported or fits_in_memory(sum(self._column_bytes.values())):
-            return buffered
         # other rows every time: those of the last time may be in the page cache
         rows = np.random.default_rng().choice(self.valid_rows, (PROBES, PROBE_ROWS))
         try:
@@ -316,7 +322,7 @@ class CacheReader:
                 f"the array for {column} is {array.dtype} {array.shape}, "
                 f"not a C-contiguous {spec.dtype} {expected}"
             )
-        return _Target(column, array.reshape(-1).view(np.uint8).data, self._readers[column])
+        return _Target(column, array, array.reshape(-1).view(np.uint8).data, self._readers[column])
 
     def _require_committed(self, source: str, absent: Sequence[int]) -> None:
         if absent:

@@ -14,6 +14,7 @@ import os
 import re
 import threading
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -22,13 +23,31 @@ from .errors import CacheError, RepaError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from obstore.store import BackoffConfig
+
 T = TypeVar("T")
 
 # a request takes tens of milliseconds, most of them waiting
 REQUESTS = 32
 
 _URL = re.compile(r"(?:s3|gs)://[^/]+(?:/.*)?")
-_RETRIES = 4
+# of a request that the server refuses for now, a quarter of a second apart and then up to three times as long
+# as before, by chance: 5 to 30 s in all
+_RETRIES = 8
+_BACKOFF: BackoffConfig = {
+    "init_backoff": timedelta(milliseconds=250),
+    "max_backoff": timedelta(seconds=10),
+    "base": 3,
+}
+# of a range whose answer breaks off, which the package does not ask for again; and how it says so
+_ANSWERS = 3
+_BROKEN_OFF = ("request or response body error", "Requested ")
+# where the package looks for credentials last, on a machine of the cloud; and what should have told them
+_METADATA_SERVERS = ("169.254.169.254", "metadata.google.internal")
+_CREDENTIALS = {
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket",
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or GOOGLE_SKIP_SIGNATURE=true for a public bucket",
+}
 
 
 class Bucket:
@@ -55,7 +74,7 @@ class Bucket:
                 "install it with `pip install 'repa[remote]'`"
             ) from error
         try:
-            self._store = from_url(self.url, retry_config={"max_retries": _RETRIES})
+            self._store = from_url(self.url, retry_config={"max_retries": _RETRIES, "backoff": _BACKOFF})
         except (BaseError, ValueError) as error:
             raise RepaError(
                 f"{self.url} cannot be reached: {_one_line(error)}; look at the address and the credentials"
@@ -80,7 +99,10 @@ class Bucket:
         except FileNotFoundError as error:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.url}/{name}") from error
         except (BaseError, OSError) as error:
-            raise OSError(errno.ECONNABORTED, _one_line(error), f"{self.url}/{name}") from error
+            what = _one_line(error)
+            if any(server in what for server in _METADATA_SERVERS):
+                what = f"no credentials: {_CREDENTIALS[self.url[:2]]}"
+            raise OSError(errno.ECONNABORTED, what, f"{self.url}/{name}") from error
 
     def read(self, name: str) -> bytes:
         """The bytes of an object.
@@ -102,9 +124,15 @@ class Bucket:
             OSError: it cannot be read.
         """
         import obstore
+        from obstore.exceptions import GenericError
 
         with self._requests(name) as store:
-            return obstore.get_range(store, name, start=start, length=length)
+            for left in reversed(range(_ANSWERS)):
+                try:
+                    return obstore.get_range(store, name, start=start, length=length)
+                except GenericError as error:
+                    if not left or not any(words in str(error) for words in _BROKEN_OFF):
+                        raise
 
     def size_of(self, name: str) -> int:
         """The size of an object, asked for by itself.
@@ -127,11 +155,11 @@ class Bucket:
         """
         import obstore
 
-        with self._lock:
+        # outside the lock: a forked process is refused before it could wait for it
+        with self._requests("") as store, self._lock:
             if self._sizes is None:
-                with self._requests("") as store:
-                    pages = obstore.list(store, chunk_size=1000)
-                    self._sizes = {item["path"]: item["size"] for page in pages for item in page}
+                pages = obstore.list(store, chunk_size=1000)
+                self._sizes = {item["path"]: item["size"] for page in pages for item in page}
             return self._sizes
 
 

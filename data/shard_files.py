@@ -27,9 +27,9 @@ _MOST_OPEN = 8192
 
 
 def open_files_limit() -> int:
-    """How many files to hold open: half of what this process may, at least 64."""
+    """How many files to hold open: half of what this process may, at least 8."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return _MOST_OPEN if soft == resource.RLIM_INFINITY else max(64, min(_MOST_OPEN, soft // 2))
+    return _MOST_OPEN if soft == resource.RLIM_INFINITY else max(8, min(_MOST_OPEN, soft // 2))
 
 
 class ShardFiles(Protocol):

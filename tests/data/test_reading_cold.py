@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -168,9 +170,44 @@ def test_a_missing_file_is_named_with_its_first_row(cache: Path, tmp_path: Path)
             reader.read_rows(np.array([1, 20, 17, 30]), [PATCH], out)
 
 
+FEW_FILES = """
+import resource, sys
+import numpy as np
+from repa.data.loader import CacheLoader
+from repa.data.reader import CacheReader
+from repa.data.testing import expected_row
+
+path, allowed, threads, *columns = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(allowed), int(allowed)))
+reader = CacheReader(path, columns)
+loader = CacheLoader(
+    reader,
+    rows=reader.valid_rows,
+    batch_size=200,
+    columns_at=lambda step: columns,
+    last_image=600,
+    threads=int(threads),
+)
+for batch in loader:
+    for name, values in batch.columns.items():
+        spec = reader.manifest.columns[name]
+        for row, value in zip(batch.rows.tolist(), values.numpy(), strict=True):
+            assert np.array_equal(value, expected_row(name, row, spec))
+print(loader.images_seen)
+"""
+
+
+@pytest.mark.parametrize(("allowed", "threads"), [(64, 2), (128, 4)])
+def test_a_process_that_may_open_few_files_reads_many(tmp_path: Path, allowed: int, threads: int) -> None:
+    synthetic_cache(tmp_path / "cache", num_rows=200, shard_rows=2, columns=COLUMNS)  # 200 files
+    command = [sys.executable, "-c", FEW_FILES, tmp_path / "cache", allowed, threads, *COLUMNS]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "600"), done.stderr
+
+
 @pytest.mark.parametrize(
     ("allowed", "limit"),
-    [(1024, 512), (100, 64), (20_000, 8192), (resource.RLIM_INFINITY, 8192)],
+    [(1024, 512), (100, 50), (10, 8), (20_000, 8192), (resource.RLIM_INFINITY, 8192)],
 )
 def test_half_of_the_files_a_process_may_open_are_held(
     monkeypatch: pytest.MonkeyPatch, allowed: int, limit: int

@@ -23,6 +23,8 @@ from repa.data.testing import expected_row, synthetic_cache
 from repa.data.units import human_bytes
 from s3_server import free_port, lead_to, obstore, upload
 
+GenericError = obstore.exceptions.GenericError
+
 MOMENTS = "sd-vae/moments"
 PATCH = "demo/patch"
 CLS = "demo/cls"
@@ -166,6 +168,61 @@ def test_a_server_that_is_away_is_one_line(remote: str, monkeypatch: pytest.Monk
         CacheReader(remote, [])
     assert "\n" not in str(caught.value)
     assert "Debug" not in str(caught.value)
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three times in all, and nothing else is: the package does that itself."""
+    whole, asked = obstore.get_range, []
+    failure = "HTTP error: request or response body error"
+
+    def breaks_off(*arguments: Any, **options: Any) -> Any:
+        asked.append(options["start"])
+        if asked.count(options["start"]) < successful:
+            raise GenericError(failure)
+        return whole(*arguments, **options)
+
+    reader, rows = CacheReader(remote, [PATCH]), np.array([3])
+    expected = read(reader, rows)[PATCH]
+    monkeypatch.setattr(obstore, "get_range", breaks_off)
+    successful = 3
+    assert np.array_equal(read(reader, rows)[PATCH], expected)
+    assert len(asked) == 3
+    asked.clear()
+    successful = 4
+    with pytest.raises(CacheError, match=f"row 3 of {PATCH} cannot be read from .*: {failure}; look"):
+        read(reader, rows)
+    assert len(asked) == 3
+    asked.clear()
+    failure = "Error performing GET after 8 retries"
+    with pytest.raises(CacheError, match=failure):
+        read(reader, rows)
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "Error performing PUT http://169.254.169.254/latest/api/token in 13.9ms",
+            "set AWS_ACCESS_KEY_ID and",
+        ),
+        (
+            "Error performing GET http://localhost/x after 8 retries",
+            "Error performing GET http://localhost/x",
+        ),
+    ],
+)
+def test_missing_credentials_are_said_to_be(
+    remote: str, monkeypatch: pytest.MonkeyPatch, text: str, said: str
+) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise GenericError(text)
+
+    monkeypatch.setattr(obstore, "get", refused)
+    with pytest.raises(RepaError) as caught:
+        CacheReader(remote, [])
+    assert said in str(caught.value)
+    assert ("no credentials" in str(caught.value)) == ("169.254" in text)
 
 
 def test_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
