@@ -221,10 +221,20 @@ def identity_of(checked: Checked, config: TrainConfig) -> dict[str, Any]:
             "keys": manifest.keys_sha256,
             "views": list(manifest.views),
             "valid rows": hashlib.sha256(reader.valid_rows.astype("<i8").tobytes()).hexdigest(),
+            **_order_of(checked, config),
             **{source: digest(manifest.sources[source]) for source in used},
         },
         "live": {source: digest(provenance) for source, provenance in checked.live_sources.items()},
     }
+
+
+def _order_of(checked: Checked, config: TrainConfig) -> dict[str, str]:
+    """What the order of images depends on besides rows and seed; nothing for a full permutation."""
+    reader = checked.reader
+    if reader is None or (isinstance(reader, CacheReader) and config.order == "full"):
+        return {}
+    kind = "blocks" if isinstance(reader, CacheReader) else "tars"
+    return {"order": f"{kind} of {reader.manifest.shard_rows} rows"}
 
 
 def _check_resumable(path: Path, identity: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from repa.data.errors import CacheError, RepaError
 from repa.data.loader import THREAD_NAME
+from repa.data.testing import synthetic_cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,3 +76,18 @@ def test_a_run_in_blocks_resumes_in_blocks(
     run_fit(settings(max_steps=8, checkpoint_every=8, order="blocks"), "parts")
     same_run(tmp_path / "whole", tmp_path / "parts", 8)
     assert loader_threads() == []
+
+
+def test_a_cache_in_other_shards_resumes_no_run_in_blocks(
+    settings: Settings, run_fit: Fit, tmp_path: Path
+) -> None:
+    for rows in (8, 4):
+        synthetic_cache(tmp_path / f"shards{rows}", num_rows=40, invalid={5: "damaged"}, shard_rows=rows)
+    first, other = str(tmp_path / "shards8"), str(tmp_path / "shards4")
+    run_fit(settings(cache=first, max_steps=3, checkpoint_every=3, order="blocks"), "blocks")
+    with pytest.raises(CacheError, match=r"the cache is not the one .* \(order changed\)"):
+        run_fit(settings(cache=other, max_steps=8, order="blocks"), "blocks")
+    # the full permutation is of the rows alone
+    run_fit(settings(cache=first, max_steps=3, checkpoint_every=3), "full")
+    outcome, *_ = run_fit(settings(cache=other, max_steps=4), "full")
+    assert outcome.resumed_from == 3

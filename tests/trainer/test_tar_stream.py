@@ -197,6 +197,10 @@ def test_repa_train_reads_tars_and_resumes(exported: str, tmp_path: Path, tiny: 
         for name in ("run", "parts")
     )
     assert whole == parts
+    # the rows are those of the cache, their order is not
+    cache = str(Path(exported).parent.parent / "cache")
+    with pytest.raises(CacheError, match=r"the cache is not the one .* \(order changed\)"):
+        run_train(cache, tmp_path / "parts", max_steps=12)
 
 
 def test_what_tars_cannot_do_is_a_problem(exported: str, tmp_path: Path, tiny: str) -> None:
