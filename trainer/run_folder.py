@@ -47,7 +47,8 @@ def refuse_foreign_folder(run: Path) -> None:
             _check_config(run)
             return
         foreign = next(_foreign_files(run), None)
-    if foreign is not None:
+    # another rank may have begun the run meanwhile, with its configuration as the first file
+    if foreign is not None and not (run / CONFIG_FILE).exists():
         raise RepaError(f"{run} holds {foreign} and is no run; choose a new or empty folder with --run")
 
 

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from repa.data.errors import RepaError
 from repa.data.testing import folder_contents, synthetic_cache
+from repa.trainer import run_folder
 from repa.trainer.checkpoints import checkpoint_path
 from repa.trainer.config import TrainConfig
 from repa.trainer.run_folder import refuse_foreign_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     Settings = Callable[..., TrainConfig]
@@ -61,6 +62,17 @@ def test_a_folder_of_something_else_is_refused(name: str, tmp_path: Path) -> Non
     with pytest.raises(RepaError) as caught:
         refuse_foreign_folder(run)
     assert str(caught.value) == f"{run} holds {name} and is no run; choose a new or empty folder with --run"
+
+
+def test_another_rank_may_begin_the_run_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = run_folder._foreign_files
+
+    def late(run: Path) -> Iterator[Path]:
+        fill(run, "config.yaml", "metrics.csv")
+        return looked(run)
+
+    monkeypatch.setattr(run_folder, "_foreign_files", late)
+    refuse_foreign_folder(fill(tmp_path / "run", "slurm-1.out"))
 
 
 def test_a_cache_is_no_place_for_a_run(tmp_path: Path) -> None:
