@@ -86,7 +86,7 @@ def live_teachers(
     """
     from ..data.remote import cache_path
     from ..data.store import open_manifest
-    from ..data.tars import names_tars
+    from ..data.tar_names import names_tars
     from ..pipeline.live import LiveTeachers
     from ..trainer.checks import attention_blocks
     from .preprocess import parse_weights

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from .errors import CacheError
-from .tars import names_tars
+from .tar_names import names_tars
 
 DEFAULT_DATA = "images"
 DEMO_DATA = "demo"

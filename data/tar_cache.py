@@ -9,8 +9,9 @@ import numpy as np
 from .errors import CacheError
 from .remote import cache_path
 from .store import open_manifest
+from .tar_names import names_tars, present_tars
 from .tar_shards import read_header, read_samples
-from .tars import names_tars, open_tar, present_tars
+from .tars import open_tar
 from .units import counted
 
 if TYPE_CHECKING:

@@ -26,7 +26,8 @@ from .columns import source_of
 from .errors import CacheError, RepaError
 from .layout import canonical_json
 from .schema import Manifest
-from .tars import open_tar, present_tars, split_member
+from .tar_names import present_tars
+from .tars import open_tar, split_member
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence

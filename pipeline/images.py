@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..data.errors import RepaError
 from ..data.places import HUGGING_FACE
-from ..data.tars import names_tars
+from ..data.tar_names import names_tars
 from .listing import fingerprint_of, spaced
 
 if TYPE_CHECKING:

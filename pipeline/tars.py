@@ -24,7 +24,8 @@ from ..data.errors import RepaError
 from ..data.files import os_errors
 from ..data.object_file import Objects
 from ..data.remote import REQUESTS, RemotePath, is_remote
-from ..data.tars import is_stream, open_tar, present_tars, split_member
+from ..data.tar_names import is_stream, present_tars
+from ..data.tars import open_tar, split_member
 from .images import decode_image
 from .listing import class_names_of, fingerprint_of, spaced
 

@@ -14,8 +14,8 @@ from ..data.ordering import split_holdout
 from ..data.reader import CacheReader
 from ..data.schema import ORIGINAL_VIEW
 from ..data.tar_cache import TarCache, manifest_of
+from ..data.tar_names import names_tars
 from ..data.tar_order import steps_of_epoch
-from ..data.tars import names_tars
 from ..data.units import counted
 from .data import columns_of_phase
 from .diagnostics import angle_problems
