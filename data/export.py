@@ -276,7 +276,8 @@ def _read(
 def import_cache(pattern: str, path: Path, progress: Progress | None = None) -> Transfer:
     """Make the cache that tars were exported from; called again, it goes on.
 
-    Its files are the original's, byte for byte, if all columns of a source were exported. What a compressor
+    Its files are the original's, byte for byte, if all columns of a source were exported. A row that any
+    source has as invalid is in no tar: what another source holds of it does not come back. What a compressor
     makes of equal values depends on its library's version too.
 
     Args:
