@@ -24,7 +24,7 @@ from .descriptors import DescriptorCache
 from .shard_files import BufferedFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from .descriptors import OpenFile
 
@@ -53,17 +53,8 @@ class DirectFiles(BufferedFiles):
 
     def __init__(self, limit: int) -> None:
         self._files = DescriptorCache(limit, flags=os.O_DIRECT)
+        self._can_try = False  # every direct read waits for the disk
         self._memory = threading.local()
-
-    def read_ready(
-        self,
-        handles: Sequence[OpenFile],
-        offsets: Sequence[int],
-        chunks: Sequence[memoryview],
-        checksum: bytearray,
-    ) -> Iterator[int]:
-        """None of them: every direct read waits for the disk."""
-        return iter(())
 
     def read(self, handle: OpenFile, offset: int, chunk: memoryview, checksum: bytearray) -> bool:
         """Read a chunk and the checksum after it; False when the file ends before."""
