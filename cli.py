@@ -14,13 +14,13 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .commands.cache_app import cache_app
-from .commands.demo import DEFAULT_STEPS, IMAGES
-from .commands.flags import takes_flags
+from .commands.cache.app import cache_app
+from .commands.demo.run import DEFAULT_STEPS, IMAGES
 from .commands.parity import ParityFlags, parity
 from .commands.plan import PlanFlags, plan
 from .commands.preprocess import PreprocessFlags, preprocess
 from .commands.sample import SampleFlags, sample
+from .commands.shared.flags import takes_flags
 from .commands.train import TrainFlags, train
 from .data.errors import RepaError
 
@@ -136,7 +136,7 @@ def _demo(
     images: Annotated[int, typer.Option(help="Images to encode; 256 of them are held out.")] = IMAGES,
 ) -> None:
     """The main job on what the package carries: no download, no GPU, at most 8 minutes on 2 cores."""
-    from .commands.demo import demo
+    from .commands.demo.run import demo
 
     demo(run_command, out=out, steps=steps, images=images)
 
@@ -162,7 +162,7 @@ def _bench(
     ] = None,
 ) -> None:
     """Loader, writer, preprocess and training step against their limits, side by side in one run."""
-    from .commands.bench import BenchSettings, bench
+    from .commands.bench.run import BenchSettings, bench
 
     settings = BenchSettings(
         model=model,

@@ -106,9 +106,9 @@ def read_plain(folder: Path, count: int) -> Iterator[Pair]:
 
 def write_cache(folder: Path, count: int) -> None:
     """A cache of repa."""
-    from repa.data.columns import MOMENTS, ColumnSpec
-    from repa.data.store import SourceWriter
+    from repa.data.format.columns import MOMENTS, ColumnSpec
     from repa.data.testing import synthetic_cache
+    from repa.data.writing.store import SourceWriter
 
     columns = {
         MOMENTS: ColumnSpec(shape=LATENT[0], dtype="float32"),
@@ -127,9 +127,9 @@ def write_cache(folder: Path, count: int) -> None:
 
 def read_cache(folder: Path, count: int, *, check_crc: bool, direct: str = "auto") -> Iterator[Pair]:
     """The loader of repa, two threads."""
-    from repa.data.columns import MOMENTS
-    from repa.data.loader import CacheLoader
-    from repa.data.reader import CacheReader
+    from repa.data.format.columns import MOMENTS
+    from repa.data.reading.loader import CacheLoader
+    from repa.data.reading.reader import CacheReader
 
     columns = (MOMENTS, "dinov2-b/patch")
     reader = CacheReader(folder / "cache", columns, check_crc=check_crc, direct=direct)

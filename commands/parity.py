@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..data.errors import RepaError
-from ..data.places import default_cache
 from ..data.units import counted
-from .live import LiveData, LiveEncoders, LiveRandom, LiveWeights, live_teachers
+from ..pipeline.images.names import default_cache
+from .shared.live import LiveData, LiveEncoders, LiveRandom, LiveWeights, live_teachers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
-    from ..data.loader import Batch
-    from ..pipeline.live import LiveTeachers
-    from ..trainer.checks import Checked
+    from ..data.reading.loader import Batch
+    from ..pipeline.replay.live import LiveTeachers
     from ..trainer.config import TrainConfig
-    from ..trainer.module import TrainingModule
+    from ..trainer.run.checks import Checked
+    from ..trainer.step.module import TrainingModule
 
 LOSS = "loss"
 
@@ -118,7 +118,7 @@ def parity(flags: ParityFlags, *, console: Console | None = None) -> Parity:
     from rich.console import Console
 
     from ..trainer.config import build
-    from ..trainer.loop import resolve_precision
+    from ..trainer.run.lightning_trainer import resolve_precision
 
     if flags.batches < 1:
         raise RepaError(f"--batches {flags.batches} is too small; give at least 1")
@@ -143,7 +143,7 @@ def parity(flags: ParityFlags, *, console: Console | None = None) -> Parity:
 
 
 def _checked(config: TrainConfig, live: LiveTeachers | None = None) -> Checked:
-    from ..trainer.checks import ProblemsError, check
+    from ..trainer.run.checks import ProblemsError, check
 
     checked = check(config, live)
     if checked.problems:
@@ -155,8 +155,8 @@ class _Comparison:
     """Both sides, on the training device."""
 
     def __init__(self, config: TrainConfig, checked: Checked, teachers: LiveTeachers) -> None:
-        from ..trainer.fit import assemble
-        from ..trainer.loop import make_trainer
+        from ..trainer.run.fit import assemble
+        from ..trainer.run.lightning_trainer import make_trainer
 
         online = _checked(replace(config, targets="online"), teachers)
         assert checked.method is not None, "the checks have passed"
@@ -179,8 +179,8 @@ class _Comparison:
 
     def _batches(self) -> Iterator[Batch]:
         """The first batches of the run, on the device."""
-        from ..data.loader import CacheLoader
-        from ..data.reader import CacheReader
+        from ..data.reading.loader import CacheLoader
+        from ..data.reading.reader import CacheReader
 
         reader, rows = self._checked.reader, self._checked.train_rows
         assert isinstance(reader, CacheReader), "the checks have passed"
@@ -200,8 +200,8 @@ class _Comparison:
             yield replace(batch, label=batch.label.to(self._device), columns=columns)
 
     def _with_live_targets(self, batch: Batch) -> Batch:
-        from ..trainer.data import columns_of_phase
-        from ..trainer.online import live_columns, with_targets
+        from ..trainer.input.datamodule import columns_of_phase
+        from ..trainer.input.online import live_columns, with_targets
 
         method = self._methods["live"]
         condition = self._module.backbone.y_embedder.column
@@ -225,8 +225,8 @@ class _Comparison:
         return {LOSS: sum(weighted), **values}
 
     def _compare_columns(self, cached: Batch, live: Batch) -> None:
-        from ..data.columns import source_of
-        from ..trainer.methods.common import target
+        from ..data.format.columns import source_of
+        from ..trainer.methods.alignment import target
 
         manifest = self._checked.manifest
         assert manifest is not None, "the checks have passed"
@@ -256,7 +256,7 @@ def _comparable(
     live_notes: Mapping[str, Mapping[str, Any]],
 ) -> tuple[Tensor, Tensor]:
     """Queries or keys of the blocks that both have; keys centred where the stored ones are."""
-    from ..data.columns import source_of
+    from ..data.format.columns import source_of
 
     if "blocks" not in notes:
         return stored, exact

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..data.columns import AUTOENCODER
 from ..data.errors import RepaError
+from ..data.format.columns import AUTOENCODER
 from ..data.units import counted
 from .preprocess import EncodingFlags, make_config
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from ..data.disk import DiskSpeed
     from ..pipeline.estimate import EncodingSpeed
     from ..pipeline.plan import Plan
+    from .measure.disk import DiskSpeed
 
 _STEPS = 3
 _STEP_SECONDS = 5.0  # of a timed step on a CPU
@@ -106,12 +106,12 @@ def plan(flags: PlanFlags, *, console: Console | None = None) -> None:
     """
     from rich.console import Console
 
-    from ..data.disk import measure_disk
     from ..data.units import human_bytes
     from ..pipeline.estimate import measure_encoding
     from ..pipeline.plan import make_plan, nearest_folder
-    from ..pipeline.ranks import detect_rank
+    from ..pipeline.shard_loop.ranks import detect_rank
     from ..pipeline.summary import say, show_plan
+    from .measure.disk import measure_disk
 
     for flag, value in (
         ("--images-per-second", flags.images_per_second),
@@ -267,7 +267,7 @@ def _training_rate(plan: Plan, model: str, batch_size: int) -> tuple[float, str]
     """
     import torch
 
-    from ..data.columns import MOMENTS
+    from ..data.format.columns import MOMENTS
     from ..trainer.models.sit import SiT, SiTConfig
 
     shape = next(

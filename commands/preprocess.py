@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from ..data.errors import RepaError
-from ..data.places import DEFAULT_DATA, DEFAULT_RESOLUTION, DEMO_DATA, DEMO_RESOLUTION, cache_for
-from .attention import attention_blocks
-from .flags import local_folder
+from ..pipeline.images.names import DEFAULT_DATA, DEFAULT_RESOLUTION, DEMO_DATA, DEMO_RESOLUTION, cache_for
+from .shared.attention import attention_blocks
+from .shared.flags import local_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -150,7 +150,7 @@ def make_config(flags: EncodingFlags) -> PreprocessConfig:
     Raises:
         RepaError: a flag that is none of its choices.
     """
-    from ..data.columns import COMPRESSORS, STORED_DTYPES
+    from ..data.format.columns import COMPRESSORS, STORED_DTYPES
     from ..pipeline.config import PreprocessConfig
 
     demo = flags.data == DEMO_DATA

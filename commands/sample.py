@@ -10,7 +10,7 @@ import typer
 
 from ..data.errors import RepaError
 from ..data.units import counted
-from .flags import local_folder
+from .shared.flags import local_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
-    from ..trainer.generate import TrainedModel
-    from .decoder import Decoder
+    from ..trainer.sampling.generate import TrainedModel
+    from .shared.decoder import Decoder
 
 GRID_FILE = "grid.png"
 ARRAY_FILE = "samples.npz"
@@ -90,8 +90,8 @@ def sample(flags: SampleFlags, *, console: Console | None = None) -> None:
         raise RepaError(f"--num {flags.num} and --batch-size {flags.batch_size} must be at least 1")
     import torch
 
-    from ..trainer.generate import generate
-    from ..trainer.sampler import SamplerConfig
+    from ..trainer.sampling.generate import generate
+    from ..trainer.sampling.sampler import SamplerConfig
 
     settings = SamplerConfig(
         solver=flags.solver, steps=flags.steps, guidance=flags.guidance, interval=flags.interval
@@ -110,7 +110,7 @@ def sample(flags: SampleFlags, *, console: Console | None = None) -> None:
 
 def _model(flags: SampleFlags) -> tuple[TrainedModel, Path]:
     """The model that the flags name, and the folder for its images."""
-    from ..trainer.generate import model_of_file, model_of_run
+    from ..trainer.sampling.generate import model_of_file, model_of_run
 
     if flags.run is not None and flags.checkpoint is None:
         model = model_of_run(flags.run, weights=flags.weights)
@@ -126,7 +126,7 @@ def _labels(asked: Sequence[int], num: int, num_classes: int) -> Tensor:
     """Class of each sample, int64 ``[N]``."""
     import torch
 
-    from ..trainer.previews import balanced_labels
+    from ..trainer.run.previews import balanced_labels
 
     outside = [label for label in asked if not 0 <= label < num_classes]
     if outside:
@@ -140,8 +140,8 @@ def _labels(asked: Sequence[int], num: int, num_classes: int) -> Tensor:
 
 
 def _decoder(model: TrainedModel, vae: str | None, device: str, console: Console) -> Decoder:
-    from ..pipeline.vae import DEFAULT_VAE
-    from .decoder import Decoder
+    from ..pipeline.encoders.vae import DEFAULT_VAE
+    from .shared.decoder import Decoder
 
     name = vae or model.autoencoder or DEFAULT_VAE
     decoder = Decoder(name, device, random_weights=vae is None and model.autoencoder_random)
@@ -180,8 +180,8 @@ def _write(images: Iterator[NDArray[np.uint8]], labels: Tensor, folder: Path, *,
     import numpy as np
     from PIL import Image
 
-    from ..data.files import make_folder, os_errors
-    from ..trainer.pictures import make_grid, save_array_file, save_png
+    from ..data.storage.files import make_folder, os_errors
+    from ..trainer.sampling.pictures import make_grid, save_array_file, save_png
 
     shown: list[NDArray[np.uint8]] = []
 

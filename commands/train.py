@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..data.errors import RepaError
-from ..data.places import default_cache
 from ..data.units import counted
-from .flags import local_folder
-from .live import LiveData, LiveEncoders, LiveRandom, LiveWeights, flags_given, live_teachers
+from ..pipeline.images.names import default_cache
+from .shared.flags import local_folder
+from .shared.live import LiveData, LiveEncoders, LiveRandom, LiveWeights, flags_given, live_teachers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from rich.console import Console
 
-    from ..pipeline.live import LiveTeachers
-    from ..trainer.checks import Checked
+    from ..pipeline.replay.live import LiveTeachers
     from ..trainer.config import TrainConfig
-    from .decoder import Decoder
+    from ..trainer.run.checks import Checked
+    from .shared.decoder import Decoder
 
 RUNS = Path("runs")
 STOPPED_STATUS = 130
@@ -103,7 +103,7 @@ def train(flags: TrainFlags, *, console: Console | None = None) -> None:
     from rich.console import Console
 
     from ..trainer.config import build, load_yaml
-    from ..trainer.run_folder import refuse_foreign_folder
+    from ..trainer.run.folder import refuse_foreign_folder
 
     console = console or Console()
     given = {name: getattr(flags, name) for name in _SETTINGS}
@@ -117,7 +117,7 @@ def train(flags: TrainFlags, *, console: Console | None = None) -> None:
     if flags.dry_run:
         _print_plan(settings, folder, console, teachers)
         return
-    from ..trainer.fit import fit
+    from ..trainer.run.fit import fit
 
     try:
         outcome = fit(
@@ -153,7 +153,7 @@ def _live(config: TrainConfig, flags: TrainFlags, folder: Path) -> LiveTeachers 
                 f"{', '.join(needless)} choose live teachers; add --targets online, or leave them out"
             )
         return None
-    from ..trainer.starts import read_starts
+    from ..trainer.run.starts import read_starts
 
     starts = read_starts(folder)
     return live_teachers(config, flags, before=starts[-1].get("live") if starts else None)
@@ -162,7 +162,7 @@ def _live(config: TrainConfig, flags: TrainFlags, folder: Path) -> LiveTeachers 
 def _cache_of_run(folder: Path) -> str | None:
     """The cache that a run was begun with."""
     from ..trainer.config import build, load_yaml
-    from ..trainer.run_folder import CONFIG_FILE
+    from ..trainer.run.folder import CONFIG_FILE
 
     file = folder / CONFIG_FILE
     return build(load_yaml(file)).cache if file.exists() else None
@@ -172,9 +172,9 @@ def _decoder(config: TrainConfig) -> Decoder | None:
     """The autoencoder that made the cache, for previews; None without a cache, which the checks report."""
     import torch
 
-    from ..data.columns import AUTOENCODER
-    from ..data.tar_cache import manifest_of
-    from .decoder import Decoder
+    from ..data.format.columns import AUTOENCODER
+    from ..data.tars.cache import manifest_of
+    from .shared.decoder import Decoder
 
     try:
         provenance = manifest_of(config.cache).sources.get(AUTOENCODER)
@@ -195,8 +195,8 @@ def _print_plan(
     Raises:
         ProblemsError: after printing, when the run could not start.
     """
-    from ..trainer.checks import ProblemsError, check, describe_phases
-    from ..trainer.loop import resolve_precision
+    from ..trainer.run.checks import ProblemsError, check, describe_phases
+    from ..trainer.run.lightning_trainer import resolve_precision
 
     config = replace(config, precision=resolve_precision(config))
     checked = check(config, live)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .columns import (
+from .format.columns import (
     ATTENTION_KINDS,
     AUTOENCODER,
     MOMENTS,
@@ -25,8 +25,8 @@ from .columns import (
     source_of,
     split_column,
 )
-from .schema import ORIGINAL_VIEW, Manifest, Provenance
-from .store import SourceWriter, ensure_cache, ensure_source, keys_sha256
+from .format.manifest import ORIGINAL_VIEW, Manifest, Provenance
+from .writing.store import SourceWriter, ensure_cache, ensure_source, keys_sha256
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

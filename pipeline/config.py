@@ -6,10 +6,10 @@ from collections.abc import Mapping  # noqa: TC003 — dataclasses read it
 from dataclasses import dataclass, field
 from pathlib import Path  # noqa: TC003 — dataclasses read it
 
-from ..data.columns import AUTOENCODER, attention_source
 from ..data.errors import RepaError
-from .encoders.table import find_teacher
-from .storage.specs import INT8, AttentionSettings
+from ..data.format.columns import AUTOENCODER, attention_source
+from .columns.specs import INT8, AttentionSettings
+from .encoders.teachers import find_teacher
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,27 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.columns import AUTOENCODER, model_of
-from .batches import Batch
-from .lanes import Task, open_lanes
-from .models import load_models
-from .preprocess import decode_row
-from .ranks import Rank
+from ..data.format.columns import AUTOENCODER, model_of
+from .columns.calibrator import Calibrator
+from .columns.forms import AttentionForm, TokenForm, attention_form
+from .columns.models import load_models
+from .images.pixels import decode_row
+from .lanes.batches import Batch
+from .lanes.lanes import Task, open_lanes
 from .run import share_out
-from .storage.calibrator import Calibrator
-from .storage.forms import AttentionForm, TokenForm, attention_form
+from .shard_loop.ranks import Rank
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from ..data.schema import Provenance
+    from ..data.format.manifest import Provenance
+    from .columns.specs import AttentionSettings
     from .encoders.base import Encoder
-    from .lanes import Lanes
+    from .lanes.lanes import Lanes
     from .plan import Plan
-    from .storage.specs import AttentionSettings
-    from .writing import Pending
+    from .shard_loop.writer_thread import Pending
 
 _DECODED = 8  # images that are decoded to see how long it takes; the others are these again
 _TIMED = 2  # batches of each lane

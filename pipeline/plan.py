@@ -8,23 +8,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data.columns import AUTOENCODER, MOMENTS, ColumnSpec, column_name, model_of
 from ..data.errors import CacheError, RepaError
-from ..data.places import DEMO_DATA
-from ..data.schema import DEFAULT_SHARD_ROWS, Manifest, Provenance
-from ..data.shard_index import CHECKSUM_BYTES, index_bytes
-from ..data.store import ensure_cache, is_committed, keys_sha256, open_manifest, refuse_foreign_folder
+from ..data.format.columns import AUTOENCODER, MOMENTS, ColumnSpec, column_name, model_of
+from ..data.format.manifest import DEFAULT_SHARD_ROWS, Manifest, Provenance
+from ..data.format.shard_index import CHECKSUM_BYTES, index_bytes
 from ..data.units import human_bytes
+from ..data.writing.store import ensure_cache, is_committed, keys_sha256, open_manifest, refuse_foreign_folder
+from .columns.specs import attention_columns, describe_attention, token_columns
 from .config import check_flags
-from .encoders.table import find_teacher
-from .storage.specs import attention_columns, describe_attention, token_columns
+from .encoders.teachers import find_teacher
+from .images.names import DEMO_DATA
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from .columns.specs import AttentionSettings
     from .config import PreprocessConfig
-    from .images import ImageSource
-    from .storage.specs import AttentionSettings
+    from .images.folder import ImageSource
 
 CROP = "adm-center"
 _LEAST_RATIO = 0.5  # no lossless compressor halves features
@@ -151,7 +151,7 @@ def make_plan(config: PreprocessConfig) -> Plan:
         CacheError: the cache is of something else, or a source of it was made in another way; the folder
             holds something else.
     """
-    from .images import open_source
+    from .images.folder import open_source
 
     check_flags(config)
     present = present_manifest(config.cache)
@@ -224,7 +224,7 @@ def _resolve(config: PreprocessConfig, present: Manifest | None) -> PreprocessCo
     if shard_rows is None:
         shard_rows = present.shard_rows if present is not None else DEFAULT_SHARD_ROWS
     if vae is None:
-        from .vae import DEFAULT_VAE
+        from .encoders.vae import DEFAULT_VAE
 
         vae = DEMO_DATA if config.data == DEMO_DATA else DEFAULT_VAE
     return replace(
@@ -300,7 +300,7 @@ def _columns(config: PreprocessConfig, source: str, *, smallest: bool = False) -
     Of the ranks that attention may get the largest, or the smallest.
     """
     if source == AUTOENCODER:
-        from .vae import latent_shape
+        from .encoders.vae import latent_shape
 
         channels, rows, columns = latent_shape(
             _vae(config), config.resolution, random_weights=config.random_weights
@@ -331,7 +331,7 @@ def _columns(config: PreprocessConfig, source: str, *, smallest: bool = False) -
 def _is_drawn(config: PreprocessConfig, source: str) -> bool:
     """Whether the weights would be drawn: asked for, and none at hand."""
     if source == AUTOENCODER:
-        from .vae import is_drawn
+        from .encoders.vae import is_drawn
 
         return is_drawn(_vae(config), random_weights=config.random_weights)
     encoder = model_of(source)

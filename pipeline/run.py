@@ -7,16 +7,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data.columns import AUTOENCODER, model_of
 from ..data.errors import CacheError, RepaError
-from ..data.store import committed_shards, ensure_source
+from ..data.format.columns import AUTOENCODER, model_of
 from ..data.units import counted
-from .interrupts import terminated_as_interrupt
+from ..data.writing.store import committed_shards, ensure_source
 from .plan import make_plan, present_manifest
 from .progress import ProgressView
-from .ranks import Rank, detect_rank
+from .shard_loop.interrupts import terminated_as_interrupt
+from .shard_loop.ranks import Rank, detect_rank
+from .shard_loop.worker import Job, Tally, work
 from .summary import say, show_plan, show_summary, warn_of_random_weights
-from .worker import Job, Tally, work
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -94,7 +94,7 @@ def share_out(plan: Plan, rank: Rank) -> list[Job]:
     """
     import torch
 
-    from .lanes import usable_cores
+    from .lanes.lanes import usable_cores
 
     config = plan.config
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -140,7 +140,7 @@ def _work(plan: Plan, rank: Rank, jobs: list[Job], console: Console) -> list[Tal
     with ProgressView(console, totals, images) as view:
         if len(jobs) == 1:
             return [work(jobs[0], plan.images, view.advance)]
-        from .processes import work_in_processes
+        from .shard_loop.processes import work_in_processes
 
         return work_in_processes(jobs, plan.images, view.advance)
 
@@ -164,7 +164,7 @@ def _check_given_weights(plan: Plan, asked: PreprocessConfig) -> None:
         if model_of(source.source) in asked.weights or (source.source == AUTOENCODER and elsewhere):
             names.append(source.source)
     if names:
-        from .models import load_models
+        from .columns.models import load_models
 
         declared = {source.source: source.declared for source in plan.sources}
         for model in load_models(plan.config, names, "cpu"):

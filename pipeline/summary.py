@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from ..data.columns import SCALE_SUFFIX, scale_column, source_of, split_column
-from ..data.store import invalid_reasons, open_manifest
+from ..data.format.columns import SCALE_SUFFIX, scale_column, source_of, split_column
 from ..data.units import counted, human_bytes, human_rate, human_seconds
+from ..data.writing.store import invalid_reasons, open_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .plan import Plan, SourcePlan
-    from .ranks import Rank
-    from .worker import Tally
+    from .shard_loop.ranks import Rank
+    from .shard_loop.worker import Tally
 
 _SHOWN = 10
 

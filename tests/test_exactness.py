@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 from repa.commands.preprocess import PreprocessFlags, preprocess
-from repa.data.columns import MOMENTS
-from repa.data.latents import latent_scale, sample_posterior, scale_latent
-from repa.data.reader import CacheReader
+from repa.data.format.columns import MOMENTS
+from repa.data.reading.latents import latent_scale, sample_posterior, scale_latent
+from repa.data.reading.reader import CacheReader
 from repa.pipeline.encoders import load_encoder
-from repa.pipeline.images import open_source
-from repa.pipeline.vae import Autoencoder
-from repa.trainer import flow
+from repa.pipeline.encoders.vae import Autoencoder
+from repa.pipeline.images.folder import open_source
 from repa.trainer.methods.base import Step
 from repa.trainer.methods.repa import Repa, RepaConfig
 from repa.trainer.models.sit import SiT, SiTConfig
+from repa.trainer.objectives import flow
 from torch import Tensor
 
 IMAGES = 40

@@ -60,7 +60,7 @@ def test_help_does_not_import_torch() -> None:
 
 def test_importing_the_data_layer_needs_no_torch() -> None:
     run_python(
-        "import sys, repa.data.store, repa.data.reader, repa.data.ordering, repa.data.verify\n"
+        "import sys, repa.data.writing.store, repa.data.reading.reader, repa.data.reading.order, repa.data.upkeep.verify\n"
         "assert 'torch' not in sys.modules"
     )
 
@@ -74,6 +74,6 @@ def test_the_trainer_cannot_load_a_teacher_and_modules_exist_once() -> None:
         "assert not any(name.startswith('repa.pipeline') for name in sys.modules)\n"
         "assert not {'timm', 'diffusers'} & set(sys.modules)\n"
         # in the same interpreter: it has taken seconds to import all that
-        "import repa.cli, repa.commands.demo, repa.pipeline.run\n"
+        "import repa.cli, repa.commands.demo.run, repa.pipeline.run\n"
         "assert not {'data', 'pipeline', 'trainer', 'cli', 'commands'} & set(sys.modules)"
     )

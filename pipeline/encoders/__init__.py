@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .table import TEACHERS, Teacher, find_teacher
+from .teachers import TEACHERS, Teacher, find_teacher
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...data.schema import Provenance
+    from ...data.format.manifest import Provenance
 
 
 class Encoder(Protocol):

@@ -17,9 +17,11 @@ import timm
 import torch
 
 from ...data.errors import RepaError
-from ...data.schema import Provenance
-from ..preprocess import to_teacher_input
-from ..weights import (
+from ...data.format.manifest import Provenance
+from ..images.pixels import to_teacher_input
+from .attention import AttentionCapture, use_fused_attention
+from .teachers import DEMO
+from .weights import (
     drawn_weights,
     hub_file,
     library_versions,
@@ -28,15 +30,13 @@ from ..weights import (
     read_state_dict,
     weights_sha256,
 )
-from .attention import AttentionCapture, use_fused_attention
-from .table import DEMO
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
 
-    from .table import Teacher
+    from .teachers import Teacher
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 PATCH_KERNEL = "patch_embed.proj.weight"

@@ -7,7 +7,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from repa.commands.bench import PARTS, BenchSettings, Measured, bench, interleaved
+from repa.commands.bench.run import PARTS, BenchSettings, Measured, bench, interleaved
 from repa.data.errors import RepaError
 from rich.console import Console
 

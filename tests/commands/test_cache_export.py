@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from repa.cli import main, run_command
-from repa.data.tar_cache import manifest_of
+from repa.data.tars.cache import manifest_of
 from repa.data.testing import folder_contents, synthetic_cache
 
 

@@ -6,10 +6,10 @@ import io
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from repa.commands.cache import info
-from repa.data.columns import ColumnSpec
-from repa.data.store import shard_file
+from repa.commands.cache.info import info
+from repa.data.format.columns import ColumnSpec
 from repa.data.testing import SYNTHETIC_COLUMNS, synthetic_cache
+from repa.data.writing.store import shard_file
 from rich.console import Console
 
 if TYPE_CHECKING:

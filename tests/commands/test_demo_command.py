@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from repa.cli import run_command
-from repa.commands import demo as demo_module
-from repa.commands.demo import demo
+from repa.commands.demo import run as demo_module
+from repa.commands.demo.run import demo
 from repa.data.errors import RepaError
-from repa.trainer.record import read_metrics
+from repa.trainer.run.metrics import read_metrics
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 import pytest
 import typer
 from repa.cli import app
-from repa.commands.flags import takes_flags
 from repa.commands.parity import ParityFlags
 from repa.commands.plan import PlanFlags
 from repa.commands.preprocess import PreprocessFlags
 from repa.commands.sample import SampleFlags
+from repa.commands.shared.flags import takes_flags
 from repa.commands.train import TrainFlags
 
 FLAGS = {

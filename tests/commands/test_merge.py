@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from repa.commands.merge import merge
+from repa.commands.cache.merge import merge
 from repa.commands.preprocess import PreprocessFlags, preprocess
-from repa.data.columns import source_of
 from repa.data.errors import CacheError, CorruptRowError, RepaError
-from repa.data.reader import CacheReader
-from repa.data.store import committed_shards, open_manifest, read_keys, shard_file
+from repa.data.format.columns import source_of
+from repa.data.reading.reader import CacheReader
 from repa.data.testing import folder_contents
-from repa.data.verify import verify_cache
+from repa.data.upkeep.verify import verify_cache
+from repa.data.writing.store import committed_shards, open_manifest, read_keys, shard_file
 from rich.console import Console
 
 SIDE = 16

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from repa.cli import run_command
+from repa.commands.measure.disk import DiskSpeed, measure_disk
 from repa.commands.plan import PlanFlags, break_even, plan, training_bytes
 from repa.commands.preprocess import EncodingFlags, PreprocessFlags, make_config, preprocess
-from repa.data.disk import DiskSpeed, measure_disk
 from repa.data.errors import RepaError
 from repa.pipeline.estimate import EncodingSpeed, live_models
-from repa.pipeline.lanes import usable_cores
+from repa.pipeline.lanes.lanes import usable_cores
 from repa.pipeline.plan import make_plan
 from repa.pipeline.run import MAX_LANES
 from rich.console import Console
@@ -68,7 +68,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             beside=beside,
             devices=1,
         )
-        monkeypatch.setattr("repa.data.disk.measure_disk", lambda folder, row_bytes: disk)
+        monkeypatch.setattr("repa.commands.measure.disk.measure_disk", lambda folder, row_bytes: disk)
         monkeypatch.setattr("repa.pipeline.estimate.measure_encoding", lambda found: speed)
 
     return put

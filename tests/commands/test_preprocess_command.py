@@ -14,18 +14,18 @@ import numpy as np
 import pytest
 import torch
 from repa.commands.preprocess import PreprocessFlags, preprocess
-from repa.data.columns import MOMENTS
 from repa.data.errors import RepaError
-from repa.data.places import default_cache
-from repa.data.reader import CacheReader
-from repa.data.store import committed_shards, open_manifest, read_keys, read_labels
+from repa.data.format.columns import MOMENTS
+from repa.data.reading.reader import CacheReader
 from repa.data.testing import folder_contents
-from repa.pipeline import models
+from repa.data.writing.store import committed_shards, open_manifest, read_keys, read_labels
+from repa.pipeline.columns import models
 from repa.pipeline.demo.shapes import DemoImages
 from repa.pipeline.encoders import load_encoder
-from repa.pipeline.preprocess import decode_row
+from repa.pipeline.encoders.vae import Autoencoder
+from repa.pipeline.images.names import default_cache
+from repa.pipeline.images.pixels import decode_row
 from repa.pipeline.run import StoppedError, run
-from repa.pipeline.vae import Autoencoder
 from rich.console import Console
 
 if TYPE_CHECKING:

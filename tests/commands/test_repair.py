@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from repa.commands.cache.repair import repair, verify_by_reencoding
 from repa.commands.preprocess import PreprocessFlags, preprocess
-from repa.commands.repair import repair, verify_by_reencoding
-from repa.data.columns import ColumnSpec, source_of
 from repa.data.errors import CacheError, RepaError
-from repa.data.layout import calibration_file, commit_file
-from repa.data.store import SourceWriter, open_manifest, shard_file
+from repa.data.format.columns import ColumnSpec, source_of
+from repa.data.format.layout import calibration_file, commit_file
 from repa.data.testing import folder_contents
-from repa.data.verify import verify_cache
-from repa.pipeline.recorded import Given, recorded_config
-from repa.pipeline.reencode import reencode
+from repa.data.upkeep.verify import verify_cache
+from repa.data.writing.store import SourceWriter, open_manifest, shard_file
+from repa.pipeline.replay.recorded import Given, recorded_config
+from repa.pipeline.replay.reencode import reencode
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -170,7 +170,7 @@ def test_killed_in_the_middle_it_goes_on(
     class Killed(BaseException):
         pass
 
-    import repa.pipeline.repair as module
+    import repa.pipeline.replay.repair as module
 
     def die(*arguments: Any) -> None:
         raise Killed
@@ -314,7 +314,7 @@ def test_random_rows_are_what_the_images_give_bit_for_bit(
 
 def rewrite(cache: Path, column: str, change: Callable[[np.ndarray[Any, Any]], None]) -> None:
     """Change row 5 of a column, with checksums that are right: what only encoding again can find."""
-    from repa.data.reader import CacheReader
+    from repa.data.reading.reader import CacheReader
 
     manifest = open_manifest(cache)
     specs: dict[str, ColumnSpec] = manifest.source_columns(source_of(column))

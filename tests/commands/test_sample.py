@@ -12,12 +12,12 @@ from PIL import Image
 from repa.commands.sample import SampleFlags, sample
 from repa.data.errors import RepaError
 from repa.data.testing import synthetic_cache
-from repa.trainer.checkpoints import checkpoints_of, load_checkpoint
 from repa.trainer.config import build
-from repa.trainer.fit import fit
-from repa.trainer.generate import model_of_run
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
-from repa.trainer.pictures import save_array_file
+from repa.trainer.run.checkpointing import checkpoints_of, load_checkpoint
+from repa.trainer.run.fit import fit
+from repa.trainer.sampling.generate import model_of_run
+from repa.trainer.sampling.pictures import save_array_file
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def test_without_an_autoencoder_nothing_is_sampled(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("sampled although there is nothing to decode with")
 
-    monkeypatch.setattr("repa.trainer.generate.sample", never)
+    monkeypatch.setattr("repa.trainer.sampling.generate.sample", never)
     flags = SampleFlags(run=run, vae=str(tmp_path), out=tmp_path / "out")
     with pytest.raises(RepaError):
         sample(flags, console=Console(file=io.StringIO()))

@@ -10,10 +10,10 @@ import pytest
 from repa.commands.train import TrainFlags, train
 from repa.data.errors import CacheError, RepaError
 from repa.data.testing import synthetic_cache
-from repa.trainer.checks import ProblemsError
 from repa.trainer.config import build, load_yaml
-from repa.trainer.fit import Outcome
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
+from repa.trainer.run.checks import ProblemsError
+from repa.trainer.run.fit import Outcome
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def test_a_stopped_run_ends_with_its_own_status(
     run_train: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outcome = Outcome(step=1, finished=False, resumed_from=0, trained=True)
-    monkeypatch.setattr("repa.trainer.fit.fit", lambda *_, **__: outcome)
+    monkeypatch.setattr("repa.trainer.run.fit.fit", lambda *_, **__: outcome)
     with pytest.raises(SystemExit) as caught:
         run_train()
     assert caught.value.code == 130
@@ -124,7 +124,7 @@ def test_previews_use_the_autoencoder_of_the_cache(
             asked.append(name)
             raise RepaError(f"{name} is not here")
 
-    monkeypatch.setattr("repa.pipeline.vae.Autoencoder", Absent)
+    monkeypatch.setattr("repa.pipeline.encoders.vae.Autoencoder", Absent)
     printed = run_train(assignments=(*SMALL, "preview_every=1", "preview_count=1", "preview_steps=1"))
     assert asked == ["synthetic/sd-vae"]
     assert "no previews: synthetic/sd-vae is not here" in printed

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from repa.commands.train import TrainFlags, train
-from repa.data.columns import ColumnSpec
+from repa.data.format.columns import ColumnSpec
 from repa.data.testing import SYNTHETIC_COLUMNS, synthetic_cache
-from repa.trainer.checks import ProblemsError
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
-from repa.trainer.record import read_metrics
+from repa.trainer.run.checks import ProblemsError
+from repa.trainer.run.metrics import read_metrics
 from rich.console import Console
 
 SMALL = (

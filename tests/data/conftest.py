@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import compressed_cache
 import pytest
-from repa.data.reader import CacheReader
+from repa.data.reading.reader import CacheReader
 from repa.data.testing import synthetic_cache
 from small_loader import COLUMNS, INVALID, NUM_ROWS, loader_threads
 

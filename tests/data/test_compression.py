@@ -17,17 +17,17 @@ import tensorstore
 import zarr
 from compressed_cache import COLUMNS, COMPRESSED, INVALID, ROWS, index_of, write
 from crc32c import crc32c
-from repa.data import compression
-from repa.data.columns import ColumnSpec
-from repa.data.compression import ChunkCodec
+from repa.commands.measure.read_speed import measure_read_speed
 from repa.data.errors import CacheError, RepaError
-from repa.data.info import cache_info
-from repa.data.loader import CacheLoader
-from repa.data.read_speed import measure_read_speed
-from repa.data.reader import CacheReader
-from repa.data.schema import Manifest
-from repa.data.store import ensure_source, open_manifest, shard_file
+from repa.data.format import compression
+from repa.data.format.columns import ColumnSpec
+from repa.data.format.compression import ChunkCodec
+from repa.data.format.manifest import Manifest
+from repa.data.reading.loader import CacheLoader
+from repa.data.reading.reader import CacheReader
 from repa.data.testing import expected_row, folder_contents, synthetic_cache, synthetic_provenance
+from repa.data.upkeep.info import cache_info
+from repa.data.writing.store import ensure_source, open_manifest, shard_file
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,14 +12,14 @@ import pytest
 from compressed_cache import COLUMNS, COMPRESSED, SHARD_ROWS, VIEWS, index_of, read_one
 from crc32c import crc32c
 from killed_writers import commits_of, finish_writers, kill_writers, start_writer
-from repa.data.columns import ColumnSpec
-from repa.data.compression import ChunkCodec
 from repa.data.errors import CorruptRowError
-from repa.data.reader import CacheReader
-from repa.data.shard_index import MISSING, encode_index, index_bytes
-from repa.data.store import shard_file
+from repa.data.format.columns import ColumnSpec
+from repa.data.format.compression import ChunkCodec
+from repa.data.format.shard_index import MISSING, encode_index, index_bytes
+from repa.data.reading.reader import CacheReader
 from repa.data.testing import expected_row, folder_contents
-from repa.data.verify import verify_cache
+from repa.data.upkeep.verify import verify_cache
+from repa.data.writing.store import shard_file
 
 if TYPE_CHECKING:
     from pathlib import Path

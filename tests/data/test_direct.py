@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from repa.data import direct as direct_module
-from repa.data import reader as reader_module
-from repa.data.columns import ColumnSpec
-from repa.data.direct import DirectFiles, direct_is_faster, fits_in_memory, supports_direct
 from repa.data.errors import CacheError, CorruptRowError, RepaError
-from repa.data.layout import shard_file
-from repa.data.reader import CacheReader
-from repa.data.shard_files import BufferedFiles
+from repa.data.format.columns import ColumnSpec
+from repa.data.format.layout import shard_file
+from repa.data.reading import reader as reader_module
+from repa.data.reading.reader import CacheReader
+from repa.data.storage import direct as direct_module
+from repa.data.storage.direct import DirectFiles, direct_is_faster, fits_in_memory, supports_direct
+from repa.data.storage.local import BufferedFiles
 from repa.data.testing import expected_row, synthetic_cache
 
 if TYPE_CHECKING:

@@ -13,14 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from repa.data import export
-from repa.data.calibrations import ensure_calibration
-from repa.data.columns import MOMENTS, ColumnSpec
 from repa.data.errors import CacheError, RepaError
-from repa.data.export import export_cache, export_pattern, import_cache
-from repa.data.reader import CacheReader
-from repa.data.store import ensure_source, open_manifest
-from repa.data.tar_shards import npy_header, tar_key
+from repa.data.format.columns import MOMENTS, ColumnSpec
+from repa.data.reading.reader import CacheReader
+from repa.data.tars import export
+from repa.data.tars.export import export_cache, export_pattern, import_cache
+from repa.data.tars.shards import npy_header, tar_key
 from repa.data.testing import (
     SYNTHETIC_COLUMNS,
     expected_labels,
@@ -28,7 +26,9 @@ from repa.data.testing import (
     folder_contents,
     synthetic_cache,
 )
-from repa.data.verify import verify_cache
+from repa.data.upkeep.verify import verify_cache
+from repa.data.writing.calibrations import ensure_calibration
+from repa.data.writing.store import ensure_source, open_manifest
 
 ROWS = 21
 INVALID = {5: "broken", 8: "empty file (0 bytes)", 16: "broken", 17: "x", 18: "x", 19: "x", 20: "x"}
@@ -306,7 +306,7 @@ def test_samples_that_are_missing_or_strange(tmp_path: Path) -> None:
 def test_keys_of_images_become_keys_of_samples() -> None:
     keys = ["a.jpg", "a%2Ejpg", "a.b.jpg", "d.d/x.png", "a", "__x__/a.jpg", "%5F_x__/a", "ü/ß.webp"]
     assert len({tar_key(key) for key in keys}) == len(keys)
-    from repa.data.tars import split_member
+    from repa.data.tars.reader import split_member
 
     for key in keys:
         assert split_member(f"{tar_key(key)}.cls") == (tar_key(key), "cls")

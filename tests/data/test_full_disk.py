@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from repa.data.columns import ColumnSpec
 from repa.data.errors import RepaError
-from repa.data.store import committed_shards, open_manifest
+from repa.data.format.columns import ColumnSpec
 from repa.data.testing import folder_contents, synthetic_cache
-from repa.data.verify import verify_cache
+from repa.data.upkeep.verify import verify_cache
+from repa.data.writing.store import committed_shards, open_manifest
 
 SIZE = 2_000_000
 COLUMNS = {

@@ -5,8 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from repa.data.errors import CacheError
-from repa.data.latents import LatentScale, latent_scale, sample_posterior, scale_latent, unscale_latent
-from repa.data.schema import Manifest, Provenance
+from repa.data.format.manifest import Manifest, Provenance
+from repa.data.reading.latents import (
+    LatentScale,
+    latent_scale,
+    sample_posterior,
+    scale_latent,
+    unscale_latent,
+)
 
 
 def make_manifest(notes: dict[str, object] | None) -> Manifest:

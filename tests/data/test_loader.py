@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from repa.data import ordering
 from repa.data.errors import CacheError, RepaError
-from repa.data.reader import CacheReader
+from repa.data.reading import order as ordering
+from repa.data.reading.reader import CacheReader
 from repa.data.testing import expected_row, synthetic_cache
 from small_loader import COLUMNS, MOMENTS, NUM_ROWS, PATCH, check, global_batch, loader_threads, make
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 from repa.data.errors import CacheError, CorruptRowError
-from repa.data.layout import shard_file
-from repa.data.loader import Batch, PinnedMemory, RecycledMemory
-from repa.data.reader import CacheReader
+from repa.data.format.layout import shard_file
+from repa.data.reading.loader import Batch, PinnedMemory, RecycledMemory
+from repa.data.reading.reader import CacheReader
 from repa.data.testing import expected_row
 from small_loader import COLUMNS, MOMENTS, PATCH, check, global_batch, loader_threads, make
 

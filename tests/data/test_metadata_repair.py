@@ -9,13 +9,13 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from repa.commands.repair import repair
-from repa.data.columns import ColumnSpec
+from repa.commands.cache.repair import repair
 from repa.data.errors import CacheError
-from repa.data.repair import plan_repair, restore_tables
-from repa.data.store import open_manifest, read_keys, read_labels
+from repa.data.format.columns import ColumnSpec
 from repa.data.testing import SYNTHETIC_COLUMNS, folder_contents, synthetic_cache
-from repa.data.verify import verify_cache
+from repa.data.upkeep.repair import plan_repair, restore_tables
+from repa.data.upkeep.verify import verify_cache
+from repa.data.writing.store import open_manifest, read_keys, read_labels
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def test_killed_between_two_documents_it_goes_on(
 ) -> None:
     import os
 
-    from repa.data import files
+    from repa.data.storage import files
 
     for name in DOCUMENTS[1:]:
         (cache / name).unlink()

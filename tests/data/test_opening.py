@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from repa.data.columns import MOMENTS, ColumnSpec, source_of
-from repa.data.commits import ColumnRecord, CommitRecord
-from repa.data.layout import commit_file, shard_file
-from repa.data.schema import Manifest
-from repa.data.shard_index import encode_index
-from repa.data.store import create_cache, ensure_source, keys_sha256
+from repa.data.format.columns import MOMENTS, ColumnSpec, source_of
+from repa.data.format.commits import ColumnRecord, CommitRecord
+from repa.data.format.layout import commit_file, shard_file
+from repa.data.format.manifest import Manifest
+from repa.data.format.shard_index import encode_index
 from repa.data.testing import synthetic_provenance
+from repa.data.writing.store import create_cache, ensure_source, keys_sha256
 
 if TYPE_CHECKING:
     from pathlib import Path

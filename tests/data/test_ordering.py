@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from repa.data.errors import RepaError
-from repa.data.ordering import (
+from repa.data.reading.order import (
     EpochOrder,
     batch_views,
     permutation,

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from repa.data.errors import CacheError
-from repa.data.parts import Part, joined_images
 from repa.data.testing import synthetic_cache
+from repa.data.upkeep.parts import Part, joined_images
 
 
 @pytest.fixture(scope="module")

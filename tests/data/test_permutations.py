@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from repa.data import ordering
 from repa.data.errors import RepaError
-from repa.data.ordering import EpochOrder, block_starts, permutation, place_of, rank_slice
-from repa.data.permutations import WINDOW_BLOCKS, BlockPermutation, FeistelPermutation
+from repa.data.reading import order as ordering
+from repa.data.reading.order import EpochOrder, block_starts, permutation, place_of, rank_slice
+from repa.data.reading.permutations import WINDOW_BLOCKS, BlockPermutation, FeistelPermutation
 
 SEEDS = st.integers(0, 2**64 - 1)
 EPOCHS = st.integers(0, 2**40)

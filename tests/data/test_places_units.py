@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from repa.data.errors import CacheError
-from repa.data.places import cache_for, default_cache
 from repa.data.testing import synthetic_cache
 from repa.data.units import counted, human_bytes, human_rate, human_seconds
+from repa.pipeline.images.names import cache_for, default_cache
 
 
 def test_a_cache_is_named_after_folder_and_resolution() -> None:

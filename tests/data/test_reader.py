@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from repa.data.columns import ColumnSpec
-from repa.data.commits import commit_file
-from repa.data.descriptors import DescriptorCache
 from repa.data.errors import CacheError, CorruptRowError
-from repa.data.layout import shard_file
-from repa.data.reader import CacheReader
-from repa.data.shard_files import BufferedFiles
+from repa.data.format.columns import ColumnSpec
+from repa.data.format.commits import commit_file
+from repa.data.format.layout import shard_file
+from repa.data.reading.reader import CacheReader
+from repa.data.storage.descriptors import DescriptorCache
+from repa.data.storage.local import BufferedFiles
 from repa.data.testing import expected_labels, expected_row, synthetic_cache
 
 if TYPE_CHECKING:
@@ -320,7 +320,7 @@ def test_missing_file_is_named(own_cache: Path) -> None:
 def test_index_that_gives_a_row_no_place_is_named(
     own_cache: Path, pair: tuple[int, int], reason: str
 ) -> None:
-    from repa.data.shard_index import encode_index, index_bytes
+    from repa.data.format.shard_index import encode_index, index_bytes
     from shard_files_read import read_index
 
     path = shard_file(own_cache, PATCH, COLUMNS[PATCH], 0)

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from repa.data import shard_files
-from repa.data.columns import ColumnSpec
 from repa.data.errors import CacheError
-from repa.data.layout import shard_file
-from repa.data.reader import CacheReader
-from repa.data.shard_files import BufferedFiles, open_files_limit
+from repa.data.format.columns import ColumnSpec
+from repa.data.format.layout import shard_file
+from repa.data.reading.reader import CacheReader
+from repa.data.storage import local as shard_files
+from repa.data.storage.local import BufferedFiles, open_files_limit
 from repa.data.testing import expected_row, synthetic_cache
 
 if TYPE_CHECKING:

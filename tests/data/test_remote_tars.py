@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from repa.data import object_file
 from repa.data.errors import CacheError, RepaError
-from repa.data.export import export_cache, import_cache
-from repa.data.remote import Bucket
-from repa.data.tar_cache import TarCache
-from repa.data.tars import open_tar
+from repa.data.storage import object_file
+from repa.data.storage.bucket import Bucket
+from repa.data.tars.cache import TarCache
+from repa.data.tars.export import export_cache, import_cache
+from repa.data.tars.reader import open_tar
 from repa.data.testing import synthetic_cache
-from repa.data.verify import verify_cache
+from repa.data.upkeep.verify import verify_cache
 from s3_server import free_port, lead_to, obstore, upload
 
 MOMENTS, PATCH = "sd-vae/moments", "demo/patch"
@@ -136,7 +136,7 @@ def test_what_is_wrong_is_one_line(
 
 
 def test_batches_of_training_are_those_of_the_files(remote: str, local: Path) -> None:
-    from repa.trainer.tar_stream import TarLoader
+    from repa.trainer.input.tar_stream import TarLoader
 
     batches = []
     for pattern in (f"{remote}/{TARS}", f"{local}/out/{TARS}"):

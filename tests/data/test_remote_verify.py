@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from repa.cli import main
-from repa.data import shard_check
-from repa.data.columns import ColumnSpec
 from repa.data.errors import CacheError, RepaError
-from repa.data.remote import Bucket, cache_path
+from repa.data.format.columns import ColumnSpec
+from repa.data.storage.bucket import Bucket, cache_path
 from repa.data.testing import synthetic_cache
-from repa.data.verify import Finding, verify_cache
+from repa.data.upkeep import shard_check
+from repa.data.upkeep.verify import Finding, verify_cache
 from s3_server import free_port, lead_to, obstore, upload
 
 if TYPE_CHECKING:

@@ -12,13 +12,21 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
-from repa.data import writer
-from repa.data.columns import MOMENTS, ColumnSpec
 from repa.data.errors import CacheError
-from repa.data.info import cache_info
-from repa.data.schema import Manifest
-from repa.data.shard_index import MISSING
-from repa.data.store import (
+from repa.data.format.columns import MOMENTS, ColumnSpec
+from repa.data.format.manifest import Manifest
+from repa.data.format.shard_index import MISSING
+from repa.data.testing import (
+    SYNTHETIC_COLUMNS,
+    expected_labels,
+    expected_row,
+    folder_contents,
+    synthetic_cache,
+    synthetic_provenance,
+)
+from repa.data.upkeep.info import cache_info
+from repa.data.writing import writer
+from repa.data.writing.store import (
     SourceWriter,
     committed_shards,
     create_cache,
@@ -32,14 +40,6 @@ from repa.data.store import (
     read_keys,
     read_labels,
     shard_file,
-)
-from repa.data.testing import (
-    SYNTHETIC_COLUMNS,
-    expected_labels,
-    expected_row,
-    folder_contents,
-    synthetic_cache,
-    synthetic_provenance,
 )
 from shard_files_read import read_index
 

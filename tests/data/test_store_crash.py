@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from killed_writers import finish_writers, kill_writers, start_writer
-from repa.data.store import committed_shards, open_manifest
 from repa.data.testing import SYNTHETIC_COLUMNS, folder_contents, synthetic_cache
-from repa.data.verify import verify_cache
+from repa.data.upkeep.verify import verify_cache
+from repa.data.writing.store import committed_shards, open_manifest
 
 if TYPE_CHECKING:
     import subprocess

@@ -19,16 +19,17 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from repa.data import repair, store, verify
-from repa.data.columns import source_of
 from repa.data.errors import CacheError, CorruptRowError
-from repa.data.layout import zarr_documents
-from repa.data.reader import CacheReader
-from repa.data.repair import plan_repair, restore_documents, restore_tables, withdraw
-from repa.data.schema import Manifest
-from repa.data.store import committed_shards, open_manifest, read_keys, read_labels
+from repa.data.format.columns import source_of
+from repa.data.format.layout import zarr_documents
+from repa.data.format.manifest import Manifest
+from repa.data.reading.reader import CacheReader
 from repa.data.testing import expected_labels, expected_row
-from repa.data.verify import verify_cache
+from repa.data.upkeep import repair, verify
+from repa.data.upkeep.repair import plan_repair, restore_documents, restore_tables, withdraw
+from repa.data.upkeep.verify import verify_cache
+from repa.data.writing import store
+from repa.data.writing.store import committed_shards, open_manifest, read_keys, read_labels
 from store_on_disk import (
     COLUMNS,
     INVALID,

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from repa.data.errors import CacheError, RepaError
-from repa.data.files import os_errors
-from repa.data.info import cache_info
-from repa.data.store import SourceWriter, open_manifest, read_commit, read_labels, shard_file
+from repa.data.storage.files import os_errors
 from repa.data.testing import expected_row, folder_contents, synthetic_cache
-from repa.data.verify import verify_cache
+from repa.data.upkeep.info import cache_info
+from repa.data.upkeep.verify import verify_cache
+from repa.data.writing.store import SourceWriter, open_manifest, read_commit, read_labels, shard_file
 
 if TYPE_CHECKING:
-    from repa.data.schema import Manifest
+    from repa.data.format.manifest import Manifest
 
 
 def one_line(error: BaseException, *parts: str) -> None:

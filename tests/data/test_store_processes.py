@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from repa.data.errors import CacheError
-from repa.data.store import SourceWriter, open_manifest
 from repa.data.testing import SYNTHETIC_COLUMNS, folder_contents, synthetic_cache
+from repa.data.writing.store import SourceWriter, open_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path

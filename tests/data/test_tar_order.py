@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from repa.data.errors import RepaError
-from repa.data.tar_order import buffered_order, steps_of_epoch, tar_permutation
+from repa.data.tars.order import buffered_order, steps_of_epoch, tar_permutation
 
 
 def slow_buffer(seed: int, epoch: int, rank: int, count: int, buffer: int) -> list[int]:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 from repa.data.errors import RepaError
-from repa.data.tar_names import expand_tars, is_stream, names_tars
-from repa.data.tars import TarReader, open_tar, split_member
+from repa.data.tars.names import expand_tars, is_stream, names_tars
+from repa.data.tars.reader import TarReader, open_tar, split_member
 
 FILES = {
     "a/1.jpg": b"x" * 700,

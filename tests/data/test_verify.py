@@ -8,19 +8,19 @@ import shutil
 from typing import TYPE_CHECKING
 
 import pytest
-from repa.data.columns import MOMENTS
 from repa.data.errors import CacheError
-from repa.data.shard_index import MISSING, index_bytes
-from repa.data.store import read_commit, shard_file
+from repa.data.format.columns import MOMENTS
+from repa.data.format.shard_index import MISSING, index_bytes
 from repa.data.testing import synthetic_cache
-from repa.data.verify import Finding, verify_cache
+from repa.data.upkeep.verify import Finding, verify_cache
+from repa.data.writing.store import read_commit, shard_file
 from shard_files_read import read_index
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from repa.data.schema import Manifest
+    from repa.data.format.manifest import Manifest
 
 ROWS = 11
 SHARD_ROWS = 4

@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import repa.pipeline.models
+import repa.pipeline.columns.models
 import torch
 import zarr  # noqa: F401 — so that no attempt spends its time importing it
 from repa.commands.preprocess import PreprocessFlags, preprocess
@@ -31,7 +31,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from repa.pipeline.models import SourceModel
+    from repa.pipeline.columns.models import SourceModel
 
 RESOLUTION = 32
 # so that there is something to calibrate, and to be killed in
@@ -148,12 +148,12 @@ def load_once(data: Path) -> None:
         attention=ATTENTION,
         attention_kl=TOLERANCE,
     )
-    models = repa.pipeline.models.load_models(config, config.sources, "cpu")
+    models = repa.pipeline.columns.models.load_models(config, config.sources, "cpu")
 
     def loaded(config: PreprocessConfig, sources: Iterable[str], device: str) -> list[SourceModel]:
         return [model for model in models if set(model.sources) & set(sources)]
 
-    repa.pipeline.models.load_models = loaded
+    repa.pipeline.columns.models.load_models = loaded
 
 
 def main(data: Path, cache: Path, world: int, wanted: int, seed: int) -> None:

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from attention_forms import ATTENTION, BLOCKS, HELD_OUT, SHARD, demo, divergences, notes, other_weights, read
-from repa.commands.cache_fidelity import verify_fidelity
-from repa.data.codec import dequantise
+from repa.commands.cache.fidelity import verify_fidelity
 from repa.data.errors import CacheError, RepaError
-from repa.data.reader import CacheReader
-from repa.data.schema import Manifest
-from repa.data.store import SourceWriter, committed_shards, open_manifest
-from repa.data.verify import verify_cache
+from repa.data.format.int8 import dequantise
+from repa.data.format.manifest import Manifest
+from repa.data.reading.reader import CacheReader
+from repa.data.upkeep.verify import verify_cache
+from repa.data.writing.store import SourceWriter, committed_shards, open_manifest
 from rich.console import Console
 
 

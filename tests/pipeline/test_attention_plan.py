@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from repa.commands.attention import attention_blocks
-from repa.data.columns import ColumnSpec
+from repa.commands.shared.attention import attention_blocks
 from repa.data.errors import RepaError
+from repa.data.format.columns import ColumnSpec
 from repa.pipeline import plan as plan_module
 from repa.pipeline.config import PreprocessConfig
 from repa.pipeline.plan import Plan, make_plan, require_room_for

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from repa.data.columns import MOMENTS
 from repa.data.errors import RepaError
-from repa.data.reader import CacheReader
-from repa.data.store import committed_shards, invalid_reasons, open_manifest
+from repa.data.format.columns import MOMENTS
+from repa.data.reading.reader import CacheReader
 from repa.data.testing import folder_contents
+from repa.data.writing.store import committed_shards, invalid_reasons, open_manifest
 from repa.pipeline import plan as plan_module
 from repa.pipeline.demo import TEACHER_WEIGHTS
 from safetensors.torch import load_file, save_file
@@ -256,7 +256,7 @@ def test_a_file_that_cannot_be_read_stops_the_run_and_keeps_the_shards_before(
 
 
 def newer_format(cache: Path) -> None:
-    from repa.data.layout import CHECKSUM_ATTRIBUTE, GROUP_FILE, canonical_json
+    from repa.data.format.layout import CHECKSUM_ATTRIBUTE, GROUP_FILE, canonical_json
 
     group = json.loads((cache / GROUP_FILE).read_text())
     values = group["attributes"]["repa"]

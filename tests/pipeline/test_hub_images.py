@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from repa.data.errors import RepaError
-from repa.data.places import cache_for
 from repa.data.testing import folder_contents
-from repa.pipeline.images import UndecodableImage, open_source
-from repa.pipeline.preprocess import decode_rows
+from repa.pipeline.images.folder import UndecodableImage, open_source
+from repa.pipeline.images.names import cache_for
+from repa.pipeline.images.pixels import decode_rows
 
 datasets = pytest.importorskip("datasets")
 datasets.disable_progress_bars()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from repa.data.errors import RepaError
-from repa.pipeline.images import FolderImages, ImageSource, UndecodableImage, decode_image, open_source
+from repa.pipeline.images.folder import FolderImages, ImageSource, UndecodableImage, decode_image, open_source
 
 
 def png(shade: int = 0, size: tuple[int, int] = (8, 8)) -> bytes:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from PIL import Image
-from repa.data.store import committed_shards, invalid_reasons, open_manifest
 from repa.data.testing import folder_contents
-from repa.data.verify import verify_cache
+from repa.data.upkeep.verify import verify_cache
+from repa.data.writing.store import committed_shards, invalid_reasons, open_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,11 +95,11 @@ def test_one_process_and_three_write_the_same_bytes(caches: dict[int, Path]) -> 
 COMMAND = """
 import sys
 from pathlib import Path
-import repa.pipeline.processes
+import repa.pipeline.shard_loop.processes
 from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.data.errors import RepaError
 if __name__ == "__main__":
-    repa.pipeline.processes._GRACE_SECONDS = 900.0  # a slow machine's processes may still end by themselves
+    repa.pipeline.shard_loop.processes._GRACE_SECONDS = 900.0  # a slow machine's processes may still end by themselves
     try:
         cache, devices = Path(sys.argv[1]), int(sys.argv[2])
         preprocess(

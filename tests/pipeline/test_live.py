@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.data.errors import CacheError, RepaError
-from repa.data.reader import CacheReader
-from repa.data.store import open_manifest
-from repa.pipeline.batches import batches
+from repa.data.reading.reader import CacheReader
+from repa.data.writing.store import open_manifest
 from repa.pipeline.encoders import load_encoder
-from repa.pipeline.live import LiveTeachers
-from repa.pipeline.passes import Places
+from repa.pipeline.lanes.batches import batches
+from repa.pipeline.replay.live import LiveTeachers
+from repa.pipeline.replay.placement import Places
 from safetensors.torch import save_file
 
 CPU = torch.device("cpu")
@@ -109,8 +109,8 @@ def test_queries_and_keys_are_the_encoders(live: LiveTeachers, images: Path) -> 
         name: (torch.float32, spec.shape) for name, spec in live.columns.items()
     }
     encoder = load_encoder("demo", resolution=64)
-    from repa.pipeline.images import open_source
-    from repa.pipeline.preprocess import decode_row
+    from repa.pipeline.images.folder import open_source
+    from repa.pipeline.images.pixels import decode_row
 
     source = open_source(str(images))
     batch = torch.stack([torch.from_numpy(decode_row(source, int(row), 64)) for row in rows])

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from repa.data.columns import MOMENTS, ColumnSpec
 from repa.data.errors import RepaError
-from repa.data.store import shard_file
+from repa.data.format.columns import MOMENTS, ColumnSpec
+from repa.data.writing.store import shard_file
 from repa.pipeline.config import PreprocessConfig
-from repa.pipeline.lanes import usable_cores
+from repa.pipeline.encoders.vae import DEFAULT_VAE
+from repa.pipeline.lanes.lanes import usable_cores
 from repa.pipeline.plan import Plan, make_plan
-from repa.pipeline.ranks import Rank
 from repa.pipeline.run import saved, share_out
-from repa.pipeline.vae import DEFAULT_VAE
+from repa.pipeline.shard_loop.ranks import Rank
 
 
 def config(tmp_path: Path, **changes: Any) -> PreprocessConfig:

@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 from repa.data.errors import RepaError
-from repa.pipeline.images import FolderImages, UndecodableImage, decode_image
-from repa.pipeline.preprocess import (
+from repa.pipeline.images.folder import FolderImages, UndecodableImage, decode_image
+from repa.pipeline.images.pixels import (
     center_crop_adm,
     decode_row,
     decode_rows,

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from repa.data import object_file
 from repa.data.errors import RepaError
-from repa.data.places import cache_for
-from repa.data.remote import Bucket
+from repa.data.storage import object_file
+from repa.data.storage.bucket import Bucket
 from repa.data.testing import folder_contents
-from repa.pipeline.images import open_source
-from repa.pipeline.tars import TarImages
+from repa.pipeline.images.folder import open_source
+from repa.pipeline.images.names import cache_for
+from repa.pipeline.images.tars import TarImages
 from s3_server import empty, free_port, lead_to, obstore, s3_server, upload
 
 if TYPE_CHECKING:

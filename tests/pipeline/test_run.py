@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from repa.data.columns import MOMENTS, ColumnSpec
 from repa.data.errors import RepaError
-from repa.data.schema import Manifest
-from repa.data.store import (
+from repa.data.format.columns import MOMENTS, ColumnSpec
+from repa.data.format.manifest import Manifest
+from repa.data.testing import synthetic_provenance
+from repa.data.writing.store import (
     SourceWriter,
     committed_shards,
     ensure_cache,
@@ -22,11 +23,10 @@ from repa.data.store import (
     invalid_reasons,
     keys_sha256,
 )
-from repa.data.testing import synthetic_provenance
-from repa.pipeline.batches import Batch, batches
-from repa.pipeline.lanes import Task, open_lanes
-from repa.pipeline.ranks import Rank, detect_rank
-from repa.pipeline.writing import EncodedBatch, Result, WriterThread
+from repa.pipeline.lanes.batches import Batch, batches
+from repa.pipeline.lanes.lanes import Task, open_lanes
+from repa.pipeline.shard_loop.ranks import Rank, detect_rank
+from repa.pipeline.shard_loop.writer_thread import EncodedBatch, Result, WriterThread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

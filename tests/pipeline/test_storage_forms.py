@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from repa.data.columns import ColumnSpec
 from repa.data.errors import RepaError
-from repa.pipeline.images import UndecodableImage
-from repa.pipeline.storage.calibration import Calibration, choose_images
-from repa.pipeline.storage.forms import AttentionForm, TokenForm
-from repa.pipeline.storage.measures import TokenErrors, attention_divergence
-from repa.pipeline.storage.specs import AttentionSettings, bytes_per_image
-from repa.pipeline.storage.truncation import (
+from repa.data.format.columns import ColumnSpec
+from repa.pipeline.columns.calibration import Calibration, choose_images
+from repa.pipeline.columns.forms import AttentionForm, TokenForm
+from repa.pipeline.columns.measures import TokenErrors, attention_divergence
+from repa.pipeline.columns.specs import AttentionSettings, bytes_per_image
+from repa.pipeline.columns.truncation import (
     balanced_projections,
     centred,
     hartley,
@@ -25,6 +24,7 @@ from repa.pipeline.storage.truncation import (
     second_moment,
     truncated,
 )
+from repa.pipeline.images.folder import UndecodableImage
 
 L, H, DH = 2, 2, 16
 

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from repa.data.errors import RepaError
-from repa.data.places import cache_for
-from repa.data.store import open_manifest, read_keys
 from repa.data.testing import folder_contents
-from repa.pipeline.images import ImageSource, UndecodableImage, open_source
-from repa.pipeline.preprocess import decode_row, decode_rows
-from repa.pipeline.tars import TarImages
+from repa.data.writing.store import open_manifest, read_keys
+from repa.pipeline.images.folder import ImageSource, UndecodableImage, open_source
+from repa.pipeline.images.names import cache_for
+from repa.pipeline.images.pixels import decode_row, decode_rows
+from repa.pipeline.images.tars import TarImages
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,8 +13,8 @@ import torch
 from diffusers import AutoencoderKL
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from repa.data.errors import RepaError
-from repa.pipeline.vae import CONFIG, DEFAULT_VAE, STABLE_DIFFUSION, WEIGHTS, Autoencoder
-from repa.pipeline.weights import weights_sha256
+from repa.pipeline.encoders.vae import CONFIG, DEFAULT_VAE, STABLE_DIFFUSION, WEIGHTS, Autoencoder
+from repa.pipeline.encoders.weights import weights_sha256
 from safetensors.torch import load_file, save_file
 
 SMALL: dict[str, Any] = {
@@ -231,7 +231,7 @@ def test_a_hub_name_with_a_folder(monkeypatch: pytest.MonkeyPatch, saved: tuple[
 
 
 def test_random_weights_are_reproducible(saved: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("repa.pipeline.vae.STABLE_DIFFUSION", SMALL)
+    monkeypatch.setattr("repa.pipeline.encoders.vae.STABLE_DIFFUSION", SMALL)
     before = torch.random.get_rng_state()
     first = Autoencoder.load(DEFAULT_VAE, random_weights=True)
     assert torch.equal(torch.random.get_rng_state(), before)

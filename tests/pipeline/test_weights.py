@@ -10,7 +10,7 @@ import torch
 from repa.data.errors import RepaError
 from repa.pipeline.demo import TEACHER_WEIGHTS
 from repa.pipeline.encoders import load_encoder
-from repa.pipeline.weights import read_state_dict, weights_sha256
+from repa.pipeline.encoders.weights import read_state_dict, weights_sha256
 from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:

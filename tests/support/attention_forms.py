@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from repa.commands.preprocess import PreprocessFlags, preprocess
-from repa.data.codec import dequantise
-from repa.data.reader import CacheReader
-from repa.data.store import open_manifest
+from repa.data.format.int8 import dequantise
+from repa.data.reading.reader import CacheReader
+from repa.data.writing.store import open_manifest
 from repa.pipeline.demo.shapes import DemoImages
 from repa.pipeline.encoders import load_encoder
-from repa.pipeline.preprocess import decode_row
+from repa.pipeline.images.pixels import decode_row
 from rich.console import Console
 
 IMAGES, BATCH, SHARD = 21, 4, 8

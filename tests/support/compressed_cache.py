@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from repa.data.columns import MOMENTS, ColumnSpec
-from repa.data.reader import CacheReader
-from repa.data.schema import Manifest
+from repa.data.format.columns import MOMENTS, ColumnSpec
+from repa.data.format.manifest import Manifest
+from repa.data.reading.reader import CacheReader
 from repa.data.testing import synthetic_cache
 from shard_files_read import read_index
 

@@ -56,7 +56,7 @@ def free_port() -> int:
 
 def lead_to(patch: pytest.MonkeyPatch, address: str) -> None:
     """Set the environment variables of a client of that server, which is not asked for long if it is away."""
-    patch.setattr("repa.data.remote._RETRIES", 2)
+    patch.setattr("repa.data.storage.bucket._RETRIES", 2)
     patch.setenv("AWS_ACCESS_KEY_ID", "key")
     patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     patch.setenv("AWS_REGION", "us-east-1")

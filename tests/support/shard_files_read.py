@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from repa.data.shard_index import decode_index, index_bytes
+from repa.data.format.shard_index import decode_index, index_bytes
 
 if TYPE_CHECKING:
     import numpy as np

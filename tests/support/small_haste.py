@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from repa.data.columns import ColumnSpec
+from repa.data.format.columns import ColumnSpec
 from repa.trainer.methods.haste import Haste, HasteConfig
 from repa.trainer.models.capture import BackboneFacts
 from repa.trainer.models.sit import SiTConfig

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from repa.data.columns import ColumnSpec
-from repa.data.loader import THREAD_NAME, Batch, CacheLoader
-from repa.data.ordering import EpochOrder
-from repa.data.reader import CacheReader
+from repa.data.format.columns import ColumnSpec
+from repa.data.reading.loader import THREAD_NAME, Batch, CacheLoader
+from repa.data.reading.order import EpochOrder
+from repa.data.reading.reader import CacheReader
 from repa.data.testing import expected_labels, expected_row
 
 if TYPE_CHECKING:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from repa.data.columns import ColumnSpec
+from repa.data.format.columns import ColumnSpec
 from repa.data.testing import SYNTHETIC_COLUMNS, synthetic_cache
-from repa.trainer.checkpoints import checkpoints_of
 from repa.trainer.config import TrainConfig, build
-from repa.trainer.fit import Outcome, fit
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
-from repa.trainer.module import TrainingModule
+from repa.trainer.run.checkpointing import checkpoints_of
+from repa.trainer.run.fit import Outcome, fit
+from repa.trainer.step.module import TrainingModule
 from rich.console import Console
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from repa.data.columns import MOMENTS, ColumnSpec
+from repa.data.format.columns import MOMENTS, ColumnSpec
 from repa.data.testing import synthetic_cache
-from repa.trainer.checks import ProblemsError, check, describe_phases
+from repa.trainer.run.checks import ProblemsError, check, describe_phases
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -132,7 +132,7 @@ def test_labels_outside_the_classes(
     settings: Settings, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "repa.data.reader.read_labels", lambda path, manifest: np.full(manifest.num_rows, 7, np.int32)
+        "repa.data.reading.reader.read_labels", lambda path, manifest: np.full(manifest.num_rows, 7, np.int32)
     )
     (what,) = whats(settings())
     assert "from 7 to 7" in what

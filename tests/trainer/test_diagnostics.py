@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from repa.trainer.checks import check
 from repa.trainer.config import TrainConfig
-from repa.trainer.diagnostics import gradient_angle
-from repa.trainer.draws import StepDraws
-from repa.trainer.fit import assemble, identity_of
-from repa.trainer.flow import uniform_times
-from repa.trainer.loop import make_trainer, quiet_lightning
 from repa.trainer.methods import METHODS
 from repa.trainer.methods.base import Method, MethodConfig, Step, Term
 from repa.trainer.models.capture import Capture
 from repa.trainer.models.sit import SiT
-from repa.trainer.module import TrainingModule
-from repa.trainer.randomness import derived_seed
-from repa.trainer.record import read_metrics
+from repa.trainer.objectives.flow import uniform_times
+from repa.trainer.run.checks import check
+from repa.trainer.run.fit import assemble, identity_of
+from repa.trainer.run.gradient_angle import gradient_angle
+from repa.trainer.run.lightning_trainer import make_trainer, quiet_lightning
+from repa.trainer.run.metrics import read_metrics
+from repa.trainer.step.draws import StepDraws
+from repa.trainer.step.module import TrainingModule
+from repa.trainer.step.randomness import derived_seed
 from torch import Tensor
 
 Settings = Callable[..., TrainConfig]

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from repa.data.columns import MOMENTS
-from repa.data.latents import LatentScale
-from repa.data.reader import CacheReader
-from repa.trainer import flow
+from repa.data.format.columns import MOMENTS
+from repa.data.reading.latents import LatentScale
+from repa.data.reading.reader import CacheReader
 from repa.trainer.evaluation.frechet import frechet_distance
-from repa.trainer.evaluation.velocity import CHUNK, held_out_batches, held_out_sums, held_out_times
 from repa.trainer.models.sit import SiT, SiTConfig
-from repa.trainer.randomness import generator_for
+from repa.trainer.objectives import flow
+from repa.trainer.run.held_out import CHUNK, held_out_batches, held_out_sums, held_out_times
+from repa.trainer.step.randomness import generator_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -135,7 +135,7 @@ def test_held_out_loss_against_a_loop(cache: Path) -> None:
 
 def test_ranks_share_the_chunks(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert CHUNK == 64
-    monkeypatch.setattr("repa.trainer.evaluation.velocity.CHUNK", 4)
+    monkeypatch.setattr("repa.trainer.run.held_out.CHUNK", 4)
     rows = np.array([0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11])
     model = {"m": network(2)}
 

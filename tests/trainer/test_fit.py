@@ -18,15 +18,15 @@ import torch
 from PIL import Image
 from repa.data.errors import CacheError, CorruptRowError, RepaError
 from repa.data.testing import synthetic_cache
-from repa.trainer import flow
-from repa.trainer.checkpoints import checkpoints_of, load_checkpoint
-from repa.trainer.checks import ProblemsError, check
 from repa.trainer.config import build, load_yaml
-from repa.trainer.draws import StepDraws
-from repa.trainer.fit import assemble, fit, identity_of
-from repa.trainer.loop import is_leader
-from repa.trainer.previews import balanced_labels
-from repa.trainer.record import read_metrics
+from repa.trainer.objectives import flow
+from repa.trainer.run.checkpointing import checkpoints_of, load_checkpoint
+from repa.trainer.run.checks import ProblemsError, check
+from repa.trainer.run.fit import assemble, fit, identity_of
+from repa.trainer.run.lightning_trainer import is_leader
+from repa.trainer.run.metrics import read_metrics
+from repa.trainer.run.previews import balanced_labels
+from repa.trainer.step.draws import StepDraws
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def test_tensorboard_is_optional(
     if installed:
         pytest.importorskip("tensorboard")
     else:
-        monkeypatch.setattr("repa.trainer.callbacks.find_spec", lambda name: None)
+        monkeypatch.setattr("repa.trainer.run.callbacks.find_spec", lambda name: None)
     run_fit(settings(max_steps=1))
     assert (tmp_path / "run" / "tensorboard").is_dir() == installed
 
@@ -260,7 +260,7 @@ def test_a_full_disk_is_named(
         file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("repa.trainer.checkpoints.torch.save", save)
+    monkeypatch.setattr("repa.trainer.run.checkpointing.torch.save", save)
     with pytest.raises(RepaError, match=r"cannot write .*step-00000004\.ckpt: No space left.*free some"):
         run_fit(settings())
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
@@ -351,8 +351,8 @@ def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 @torch.no_grad()
 def rank_loss(module: Any, checked: Any, rank: int) -> float:
     """Velocity loss of step 0 on a rank's half of the global batch."""
-    from repa.data.latents import sample_posterior, scale_latent
-    from repa.data.loader import CacheLoader
+    from repa.data.reading.latents import sample_posterior, scale_latent
+    from repa.data.reading.loader import CacheLoader
 
     loader = CacheLoader(
         checked.reader,

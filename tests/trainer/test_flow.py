@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from repa.data.errors import RepaError
-from repa.trainer.flow import INTERPOLANTS, TIME_LAWS, interpolant, time_law, velocity_loss
 from repa.trainer.models.sit import SiT, SiTConfig
+from repa.trainer.objectives.flow import INTERPOLANTS, TIME_LAWS, interpolant, time_law, velocity_loss
 from safetensors.torch import load_file
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from repa.data.codec import dequantise, quantise
+from repa.data.format.int8 import dequantise, quantise
 from repa.trainer.methods import METHODS
 from repa.trainer.methods.attention import attention_alignment
 from repa.trainer.methods.base import Flags, Phase, Step

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from repa.data.columns import ColumnSpec
+from repa.data.format.columns import ColumnSpec
 from repa.trainer.methods.base import Method
 from repa.trainer.methods.haste import PRESETS, Haste, HasteConfig, preset_of
 from repa.trainer.models.capture import Capture

@@ -13,18 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from repa.data.codec import dequantise
-from repa.data.columns import MOMENTS, ColumnSpec
-from repa.data.loader import Batch
+from repa.data.format.columns import MOMENTS, ColumnSpec
+from repa.data.format.int8 import dequantise
+from repa.data.reading.loader import Batch
 from repa.data.testing import SYNTHETIC_COLUMNS, expected_row, synthetic_cache
-from repa.trainer.checkpoints import checkpoints_of
-from repa.trainer.checks import Checked, check
 from repa.trainer.config import TrainConfig
-from repa.trainer.fit import assemble, identity_of
-from repa.trainer.loop import make_trainer, quiet_lightning
 from repa.trainer.models.sit import SiT
-from repa.trainer.module import TrainingModule
-from repa.trainer.record import read_metrics
+from repa.trainer.run.checkpointing import checkpoints_of
+from repa.trainer.run.checks import Checked, check
+from repa.trainer.run.fit import assemble, identity_of
+from repa.trainer.run.lightning_trainer import make_trainer, quiet_lightning
+from repa.trainer.run.metrics import read_metrics
+from repa.trainer.step.module import TrainingModule
 
 Settings = Callable[..., TrainConfig]
 Fit = Callable[..., Any]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from repa.data.errors import CacheError, RepaError
-from repa.data.loader import THREAD_NAME
+from repa.data.reading.loader import THREAD_NAME
 from repa.data.testing import synthetic_cache
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def test_an_error_of_a_reader_thread_ends_the_run_with_its_cause(
     shutil.copytree(cache, copy)
     config = settings(cache=str(copy), max_steps=20, threads=3)
     run_fit(settings(cache=str(copy), max_steps=2, checkpoint_every=2, threads=3))
-    from repa.data import reader as module
+    from repa.data.reading import reader as module
 
     opened = module.CacheReader._opened
 

@@ -9,27 +9,27 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from repa.data.columns import MOMENTS
-from repa.trainer import flow
-from repa.trainer.checks import check
-from repa.trainer.draws import StepDraws
-from repa.trainer.fit import assemble, identity_of
-from repa.trainer.loop import make_trainer, quiet_lightning
+from repa.data.format.columns import MOMENTS
 from repa.trainer.methods import METHODS
 from repa.trainer.methods.base import Flags, Method, MethodConfig, Phase, Step, Term
 from repa.trainer.models.capture import Capture
 from repa.trainer.models.conditioning import LabelConditioner
 from repa.trainer.models.sit import SiT
-from repa.trainer.randomness import derived_seed, generator_for
-from repa.trainer.record import read_metrics
+from repa.trainer.objectives import flow
+from repa.trainer.run.checks import check
+from repa.trainer.run.fit import assemble, identity_of
+from repa.trainer.run.lightning_trainer import make_trainer, quiet_lightning
+from repa.trainer.run.metrics import read_metrics
+from repa.trainer.step.draws import StepDraws
+from repa.trainer.step.randomness import derived_seed, generator_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from repa.trainer.config import TrainConfig
-    from repa.trainer.data import CacheData
-    from repa.trainer.module import TrainingModule
+    from repa.trainer.input.datamodule import CacheData
+    from repa.trainer.step.module import TrainingModule
 
     Settings = Callable[..., TrainConfig]
 
@@ -162,7 +162,7 @@ def test_ema_is_the_closed_form(settings: Settings) -> None:
 
 def test_ema_once_a_step_under_accumulation(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    from repa.trainer.module import TrainingModule
+    from repa.trainer.step.module import TrainingModule
 
     original = TrainingModule.update_ema
     monkeypatch.setattr(TrainingModule, "update_ema", lambda self: (calls.append(1), original(self))[1])

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from repa.data.columns import MOMENTS, ColumnSpec, source_of
 from repa.data.errors import CacheError, RepaError
-from repa.data.schema import Provenance
-from repa.data.store import open_manifest
+from repa.data.format.columns import MOMENTS, ColumnSpec, source_of
+from repa.data.format.manifest import Provenance
 from repa.data.testing import SYNTHETIC_COLUMNS, expected_row, synthetic_cache
-from repa.trainer.checks import attention_blocks, check, describe_phases
+from repa.data.writing.store import open_manifest
 from repa.trainer.config import TrainConfig
-from repa.trainer.data import CacheData
-from repa.trainer.online import is_target, offer
-from repa.trainer.record import read_metrics
+from repa.trainer.input.datamodule import CacheData
+from repa.trainer.input.online import is_target, offer
+from repa.trainer.run.checks import attention_blocks, check, describe_phases
+from repa.trainer.run.metrics import read_metrics
 from torch import Tensor
 
 Settings = Callable[..., TrainConfig]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from repa.data.errors import RepaError
-from repa.trainer.models.checkpoint import load_published
+from repa.trainer.models.published import load_published
 from repa.trainer.models.sit import SiT, SiTConfig
 from safetensors.torch import load_file, save_file
 

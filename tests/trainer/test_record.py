@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from repa.trainer.record import Means, MetricsFile, first_not_finite, read_metrics
+from repa.trainer.run.metrics import Means, MetricsFile, first_not_finite, read_metrics
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from repa.data.columns import ColumnSpec
-from repa.trainer.flow import interpolant
+from repa.data.format.columns import ColumnSpec
 from repa.trainer.methods import METHODS
+from repa.trainer.methods.alignment import cosine_similarity, stored_columns, target
 from repa.trainer.methods.base import Flags, Method, MethodConfig, Phase, Step, Term
-from repa.trainer.methods.common import cosine_similarity, stored_columns, target
 from repa.trainer.methods.none import NoAlignment, NoneConfig
 from repa.trainer.methods.repa import PRESET_DEPTHS, Repa, RepaConfig
 from repa.trainer.models.capture import BackboneFacts, Capture, Captured
 from repa.trainer.models.sit import SIT_SIZES, SiT, SiTConfig
+from repa.trainer.objectives.flow import interpolant
 from safetensors.torch import load_file
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from repa.trainer.checkpoints import AtomicCheckpointIO, checkpoints_of
-from repa.trainer.record import MetricsFile
+from repa.trainer.run.checkpointing import AtomicCheckpointIO, checkpoints_of
+from repa.trainer.run.metrics import MetricsFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from repa.data.errors import RepaError
 from repa.data.testing import folder_contents, synthetic_cache
-from repa.trainer import run_folder
-from repa.trainer.checkpoints import checkpoint_path
 from repa.trainer.config import TrainConfig
-from repa.trainer.run_folder import refuse_foreign_folder
+from repa.trainer.run import folder as run_folder
+from repa.trainer.run.checkpointing import checkpoint_path
+from repa.trainer.run.folder import refuse_foreign_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from repa.data.errors import RepaError
-from repa.trainer.flow import INTERPOLANTS, interpolant
 from repa.trainer.models.sit import SiT, SiTConfig
-from repa.trainer.sampler import SamplerConfig, integrate, model_velocity, sample, sample_noises
+from repa.trainer.objectives.flow import INTERPOLANTS, interpolant
+from repa.trainer.sampling.sampler import SamplerConfig, integrate, model_velocity, sample, sample_noises
 from safetensors.torch import load_file
 
 if TYPE_CHECKING:

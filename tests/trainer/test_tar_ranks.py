@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from repa.data.export import export_cache, export_pattern
-from repa.data.tar_cache import TarCache
-from repa.data.tar_order import tar_permutation
+from repa.data.tars.cache import TarCache
+from repa.data.tars.export import export_cache, export_pattern
+from repa.data.tars.order import tar_permutation
 from repa.data.testing import synthetic_cache
-from repa.trainer.checkpoints import checkpoints_of, load_checkpoint
-from repa.trainer.record import read_metrics
-from repa.trainer.tar_stream import TarLoader
+from repa.trainer.input.tar_stream import TarLoader
+from repa.trainer.run.checkpointing import checkpoints_of, load_checkpoint
+from repa.trainer.run.metrics import read_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable

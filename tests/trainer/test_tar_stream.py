@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from repa.commands.train import TrainFlags, train
-from repa.data.columns import MOMENTS
 from repa.data.errors import CacheError, RepaError
-from repa.data.export import export_cache, export_pattern
-from repa.data.loader import Batch
-from repa.data.tar_cache import TarCache, manifest_of
+from repa.data.format.columns import MOMENTS
+from repa.data.reading.loader import Batch
+from repa.data.tars.cache import TarCache, manifest_of
+from repa.data.tars.export import export_cache, export_pattern
 from repa.data.testing import expected_labels, expected_row, synthetic_cache
-from repa.trainer.tar_stream import TarLoader
+from repa.trainer.input.tar_stream import TarLoader
 from rich.console import Console
 
 ROWS, SHARD = 45, 8

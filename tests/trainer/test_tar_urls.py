@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from repa.data.errors import RepaError
-from repa.data.export import export_cache
-from repa.data.tar_cache import TarCache
-from repa.data.tar_order import tar_permutation
+from repa.data.tars.cache import TarCache
+from repa.data.tars.export import export_cache
+from repa.data.tars.order import tar_permutation
 from repa.data.testing import synthetic_cache
-from repa.trainer.record import read_metrics
-from repa.trainer.tar_stream import TarLoader
+from repa.trainer.input.tar_stream import TarLoader
+from repa.trainer.run.metrics import read_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from repa.data.loader import Batch
+    from repa.data.reading.loader import Batch
     from repa.trainer.config import TrainConfig
 
 COLUMNS = ("sd-vae/moments", "demo/patch")

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ..models.capture import NOTHING, BackboneFacts, Capture, Captured
 
 if TYPE_CHECKING:
-    from ...data.columns import ColumnSpec
-    from ..flow import TimeLaw
+    from ...data.format.columns import ColumnSpec
     from ..models.conditioning import Conditioner
+    from ..objectives.flow import TimeLaw
 
 EmaForward: TypeAlias = Callable[[Tensor, Tensor, Capture], Captured]
 """(x_t ``[B, C, h, w]``, t ``[B]``, capture) → activations of the averaged weights, same condition."""

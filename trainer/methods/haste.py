@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...data.columns import ATTENTION_KINDS, ColumnSpec, attention_source, source_of
+from ...data.format.columns import ATTENTION_KINDS, ColumnSpec, attention_source, source_of
 from ...data.units import counted
 from ..models.capture import NOTHING, BackboneFacts, Capture
+from .alignment import grid_problems, stored_columns, target
 from .attention import attention_alignment
 from .base import Flags, Phase, Problem, Step, Term
-from .common import grid_problems, stored_columns, target
 from .repa import Repa, RepaConfig
 
 if TYPE_CHECKING:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ...data.columns import ColumnSpec, column_name
+from ...data.format.columns import ColumnSpec, column_name
 from ..models.capture import NOTHING, BackboneFacts, Capture
-from .base import Method, MethodConfig, Phase, Problem, Step, Term
-from .common import (
+from .alignment import (
     block_problems,
     choose_teachers,
     cosine_similarity,
@@ -20,6 +19,7 @@ from .common import (
     stored_columns,
     target,
 )
+from .base import Method, MethodConfig, Phase, Problem, Step, Term
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

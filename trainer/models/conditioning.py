@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from ...data.columns import LABEL
+from ...data.format.columns import LABEL
 
 DROP_PROBABILITY = 0.1
 EMBEDDING_STD = 0.02

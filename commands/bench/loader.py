@@ -1,0 +1,279 @@
+"""The loader against a plain copy of the same bytes and, cold, against plain sequential reads of the disk."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import time
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ...data.format.columns import MOMENTS, ColumnSpec, scale_column
+from ...data.format.layout import shard_file
+from ...data.reading.loader import CacheLoader
+from ...data.reading.order import permutation
+from ...data.reading.reader import CacheReader
+from ...data.testing import synthetic_cache
+from ...data.writing.store import open_manifest
+from .run import Measured, interleaved
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from .run import BenchSettings
+
+BATCH_SIZE = 64
+# few: a batch of a large image set, too, is of as many shards as it has rows
+SHARD_ROWS = 32
+THREADS = (1, 2, 4)
+PATCH = "dinov2-b/patch"
+_LATENT = {MOMENTS: ColumnSpec(shape=(8, 32, 32), dtype="float32")}
+FORMS: Mapping[str, Mapping[str, ColumnSpec]] = {
+    "float16": {**_LATENT, PATCH: ColumnSpec(shape=(256, 768), dtype="float16")},
+    "int8": {
+        **_LATENT,
+        PATCH: ColumnSpec(shape=(256, 768), dtype="int8"),
+        scale_column(PATCH): ColumnSpec(shape=(768,), dtype="float32"),
+    },
+}
+
+# readers that take milliseconds a row are measured on so many
+_FEW = BATCH_SIZE
+_BLOCK = 4 << 20
+
+
+class _Pass(NamedTuple):
+    """One measurement: rows read, and the seconds and CPU seconds they took."""
+
+    rows: int
+    seconds: float
+    cpu: float
+
+
+def bench_loader(settings: BenchSettings, room: Path) -> Iterator[tuple[str, str, list[Measured]]]:
+    """Rows per second of 256² latents and DINOv2-B tokens, random rows, batch 64: a table a form and state.
+
+    Warm, the limit is one thread copying whole rows, latents and tokens together, from a memory map into one
+    reused batch buffer; cold, one thread reading the shards in sequence past the page cache.
+    """
+    rows = max(settings.rows, BATCH_SIZE) // BATCH_SIZE * BATCH_SIZE
+    for form, columns in FORMS.items():
+        bench = _Bench(room / form, columns, rows)
+        what = f"{form}, {rows:,} rows of {bench.row_bytes:,} bytes, batch {BATCH_SIZE}"
+        yield f"loader: {what}, page cache warm", "rows/s", bench.lines(bench.warm(), settings.rounds)
+        state = "cold" if bench.can_drop() else "NOT cold, it cannot be emptied here"
+        yield f"loader: {what}, page cache {state}", "rows/s", bench.lines(bench.cold(), settings.rounds)
+        shutil.rmtree(room / form)
+
+
+class _Bench:
+    """A cache, the same rows in a plain file, and what is measured with them."""
+
+    def __init__(self, room: Path, columns: Mapping[str, ColumnSpec], rows: int) -> None:
+        self.row_bytes = sum(spec.row_bytes for spec in columns.values())
+        self._columns = columns
+        self._cache = room / "cache"
+        manifest = synthetic_cache(self._cache, num_rows=rows, columns=columns, shard_rows=SHARD_ROWS)
+        self._shards = [
+            shard_file(self._cache, column, spec, shard)
+            for column, spec in columns.items()
+            for shard in range(manifest.num_shards)
+        ]
+        self._plain = room / "rows.npy"
+        plain = np.lib.format.open_memmap(
+            self._plain, mode="w+", dtype=np.uint8, shape=(rows, self.row_bytes)
+        )
+        # written for real: pages of a hole in a sparse file would all be one page in memory
+        for start in range(0, rows, BATCH_SIZE):
+            plain[start : start + BATCH_SIZE] = np.arange(self.row_bytes, dtype=np.uint8)
+        plain.flush()
+
+    def lines(self, variants: Mapping[str, Callable[[], _Pass]], rounds: int) -> list[Measured]:
+        """Measure every variant in turn."""
+        cpu: dict[str, list[float]] = {name: [] for name in variants}
+
+        def rate(name: str) -> float:
+            found = variants[name]()
+            cpu[name].append(1000 * found.cpu / found.rows)
+            return found.rows / found.seconds
+
+        rates = interleaved({name: partial(rate, name) for name in variants}, rounds)
+        return [
+            Measured(
+                name=name,
+                rates=values,
+                bytes_per_item=self.row_bytes,
+                cpu_per_1000=tuple(cpu[name][-rounds:]),
+            )
+            for name, values in rates.items()
+        ]
+
+    def warm(self) -> dict[str, Callable[[], _Pass]]:
+        """What is measured out of the page cache."""
+        variants: dict[str, Callable[[], _Pass]] = {"copy from a memory map (limit)": self._copy}
+        for threads in THREADS:
+            for check_crc in (False, True):
+                name = f"repa, {_threads(threads)}, crc32c {'on' if check_crc else 'off'}"
+                variants[name] = partial(self._load, threads, "off", check_crc=check_crc, warm_up=True)
+        return {**variants, **self._others()}
+
+    def cold(self) -> dict[str, Callable[[], _Pass]]:
+        """What is measured from the disk."""
+        variants: dict[str, Callable[[], _Pass]] = {"sequential O_DIRECT reads (limit)": self._sequential}
+        for threads in THREADS:
+            for direct in ("on", "off"):
+                way = "O_DIRECT" if direct == "on" else "page cache"
+                variants[f"repa, {_threads(threads)}, {way}"] = partial(self._load, threads, direct)
+        variants = {**variants, "copy from a memory map": self._copy, **self._others()}
+        return {name: partial(self._dropped, action) for name, action in variants.items()}
+
+    def can_drop(self) -> bool:
+        """Whether the page cache lets go of the shards when told to: a byte of each is looked for in it."""
+        self._drop()
+        buffer = bytearray(1)
+        for path in self._shards:
+            with open(path, "rb", buffering=0) as file:
+                try:
+                    # one byte: the question itself makes the kernel fetch what follows
+                    os.preadv(file.fileno(), [buffer], path.stat().st_size // 2, os.RWF_NOWAIT)
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    return False
+                return False
+        return True
+
+    def _dropped(self, action: Callable[[], _Pass]) -> _Pass:
+        self._drop()
+        return action()
+
+    def _drop(self) -> None:
+        for path in (*self._shards, self._plain):
+            with open(path, "rb", buffering=0) as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def _copy(self) -> _Pass:
+        plain = np.load(self._plain, mmap_mode="r")
+        order = permutation(0, 0, len(plain))
+        buffer = np.ones((BATCH_SIZE, self.row_bytes), dtype=np.uint8)
+        with _Timer() as timer:
+            for start in range(0, len(order), BATCH_SIZE):
+                for place, row in enumerate(order[start : start + BATCH_SIZE]):
+                    buffer[place] = plain[row]
+        return timer.result(len(order))
+
+    def _sequential(self) -> _Pass:
+        memory = mmap.mmap(-1, _BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        total = 0
+        with _Timer() as timer:
+            for path in self._shards:
+                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+                try:
+                    place = 0
+                    while more := os.preadv(descriptor, [memory], place):
+                        place += more
+                    total += place
+                finally:
+                    os.close(descriptor)
+        return timer.result(total // self.row_bytes)
+
+    def _load(self, threads: int, direct: str, *, check_crc: bool = True, warm_up: bool = False) -> _Pass:
+        columns = tuple(self._columns)
+        with CacheReader(self._cache, columns, check_crc=check_crc, direct=direct) as reader:
+            count = len(reader.valid_rows)
+            loader = CacheLoader(
+                reader,
+                rows=reader.valid_rows,
+                batch_size=BATCH_SIZE,
+                threads=threads,
+                columns_at=lambda step: columns,
+                last_image=(1 + warm_up) * count,
+            )
+            batches = iter(loader)
+            # warm: an epoch to open shards and settle buffers, as in a long run; then one that counts
+            for _ in range(count // BATCH_SIZE if warm_up else 0):
+                next(batches)
+            with _Timer() as timer:
+                seen = sum(len(batch.rows) for batch in batches)
+            loader.close()
+        return timer.result(seen)
+
+    def _others(self) -> dict[str, Callable[[], _Pass]]:
+        """Other readers of the same cache, those that are installed."""
+        found: dict[str, Callable[[], _Pass]] = {}
+        if find_spec("tensorstore") is not None:
+            found["tensorstore, batches into given buffers"] = self._tensorstore
+        found["zarr-python, row by row"] = self._zarr
+        return found
+
+    def _rows(self, limit: int | None = None) -> NDArray[np.int64]:
+        count = open_manifest(self._cache).num_rows
+        return permutation(1, 0, count)[: min(count, limit or count)]
+
+    def _buffers(self) -> dict[str, NDArray[Any]]:
+        return {
+            column: np.ones((BATCH_SIZE, *spec.shape), dtype=spec.numpy_dtype)
+            for column, spec in self._columns.items()
+        }
+
+    def _tensorstore(self) -> _Pass:
+        import tensorstore
+
+        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
+        stores = {
+            column: tensorstore.open(
+                {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{self._cache / column}/"}},
+                context=context,
+            ).result()
+            for column in self._columns
+        }
+        order, buffers = self._rows(), self._buffers()
+        targets = {column: tensorstore.array(buffer, copy=False) for column, buffer in buffers.items()}
+        with _Timer() as timer:
+            for rows in np.split(order, len(order) // BATCH_SIZE):
+                pending = [
+                    targets[column].write(store[tensorstore.d[0][rows.tolist()]][:, 0])
+                    for column, store in stores.items()
+                ]
+                for each in pending:
+                    each.result()
+        return timer.result(len(order))
+
+    def _zarr(self) -> _Pass:
+        import zarr
+
+        group: Any = zarr.open_group(self._cache, mode="r")
+        arrays = {column: group[column] for column in self._columns}
+        order, buffers = self._rows(_FEW), self._buffers()
+        with _Timer() as timer:
+            for place, row in enumerate(order.tolist()):
+                for column, array in arrays.items():
+                    buffers[column][place % BATCH_SIZE] = array[row, 0]
+        return timer.result(len(order))
+
+
+class _Timer:
+    """Seconds and CPU seconds of all threads of this process, of what runs in the context."""
+
+    def __enter__(self) -> _Timer:
+        self._started = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        started, cpu = self._started
+        self._seconds, self._cpu = time.perf_counter() - started, time.process_time() - cpu
+
+    def result(self, rows: int) -> _Pass:
+        return _Pass(rows, self._seconds, self._cpu)
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"

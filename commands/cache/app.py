@@ -1,0 +1,161 @@
+"""The words of `repa cache …`: flags here, what they do in the modules they name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...data.errors import RepaError
+from ..shared.flags import local_folder
+
+cache_app = typer.Typer(help="Look into a cache, check it, mend it, join it, move it.", no_args_is_help=True)
+
+CacheArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        parser=local_folder,
+        metavar="[CACHE]",
+        help="Folder of the cache; default: the only one under caches/.",
+    ),
+]
+PlaceArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[CACHE]",
+        help="Folder of the cache, or its address in a bucket, s3://… or gs://…; default: the only one under "
+        "caches/.",
+    ),
+]
+
+
+@cache_app.command("info")
+def _cache_info(cache: PlaceArgument = None) -> None:
+    """What a cache holds: columns, sizes, progress, and which models wrote them."""
+    from .info import info
+
+    info(cache=cache)
+
+
+@cache_app.command("verify")
+def _cache_verify(
+    cache: PlaceArgument = None,
+    fidelity: Annotated[
+        bool,
+        typer.Option(
+            "--fidelity", help="Instead: encode random images again, and compare with what is stored."
+        ),
+    ] = False,
+    reencode: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            help="Instead: encode K random images again, and hold every column against them, within the "
+            "rounding of its storage.",
+        ),
+    ] = None,
+    rows: Annotated[int | None, typer.Option(help="Fidelity: how many images.", show_default="64")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Both: the images of the cache.", show_default="images, or demo")
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="Both: weights of a teacher; may repeat."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Both: of the choice of images.", show_default="0")] = None,
+) -> None:
+    """Check every byte of a cache; exit status 1 if anything is wrong."""
+    if fidelity and reencode is not None:
+        raise RepaError("--fidelity and --reencode exclude one another; give them one after the other")
+    folder = local_folder(cache) if cache is not None and (fidelity or reencode is not None) else None
+    if reencode is not None:
+        from .repair import verify_by_reencoding
+
+        if rows is not None:
+            raise RepaError(
+                f"--rows is of --fidelity; --reencode {reencode} says how many itself: drop --rows"
+            )
+        verify_by_reencoding(cache=folder, rows=reencode, data=data, weights=weights or (), seed=seed or 0)
+        return
+    if fidelity:
+        from .fidelity import verify_fidelity
+
+        verify_fidelity(cache=folder, rows=rows, data=data, weights=weights or (), seed=seed or 0)
+        return
+    for flag, value in (("--rows", rows), ("--data", data), ("--weights", weights), ("--seed", seed)):
+        if value is not None and value != []:
+            raise RepaError(f"{flag} says what --fidelity encodes; add --fidelity, or drop it")
+    from .info import verify
+
+    verify(cache=cache)
+
+
+@cache_app.command("repair")
+def _cache_repair(
+    cache: CacheArgument = None,
+    data: Annotated[
+        str | None, typer.Option(help="The images of the cache.", show_default="images, or demo")
+    ] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="The autoencoder, if it was moved.", show_default="as recorded")
+    ] = None,
+    weights: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FILE", help="Weights of a teacher; may repeat.")
+    ] = None,
+) -> None:
+    """Encode again, exactly as it was encoded, what verify finds damaged or missing."""
+    from .repair import repair
+
+    repair(cache=cache, data=data, vae=vae, weights=weights or ())
+
+
+@cache_app.command("merge")
+def _cache_merge(
+    parts: Annotated[
+        list[Path],
+        typer.Argument(parser=local_folder, metavar="PART...", help="Caches of parts of one image set."),
+    ],
+    cache: Annotated[
+        Path, typer.Option(parser=local_folder, metavar="<path>", help="Folder of the cache of the whole.")
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(help="The images of the whole, which are only listed: needed to add teachers to it."),
+    ] = None,
+    source: Annotated[
+        list[str] | None, typer.Option(help="Join this source only; may repeat.", show_default="all")
+    ] = None,
+) -> None:
+    """Join caches of parts of one image set; nothing is encoded. The same command again resumes."""
+    from .merge import merge
+
+    merge(parts=parts, cache=cache, data=data, sources=source or ())
+
+
+@cache_app.command("export")
+def _cache_export(
+    out: Annotated[Path, typer.Option(parser=local_folder, metavar="<path>", help="Folder of the tars.")],
+    cache: PlaceArgument = None,
+    form: Annotated[str, typer.Option("--format", help="webdataset.")] = "webdataset",
+    columns: Annotated[
+        str | None, typer.Option(help="Columns, as sd-vae/moments,dinov2-b/patch.", show_default="all")
+    ] = None,
+) -> None:
+    """Write columns as WebDataset tars, one a shard, for storage that is read in sequence."""
+    from .export import export
+
+    export(out=out, cache=cache, form=form, columns=columns)
+
+
+@cache_app.command("import")
+def _cache_import(
+    tars: Annotated[
+        str, typer.Argument(metavar="TARS", help="Of one export: 'out/shard-{000000..001251}.tar'.")
+    ],
+    cache: Annotated[Path, typer.Option(parser=local_folder, metavar="<path>", help="Folder of the cache.")],
+) -> None:
+    """Make the cache again that tars were exported from, bit for bit."""
+    from .export import import_tars
+
+    import_tars(tars=tars, cache=cache)

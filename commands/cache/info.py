@@ -1,0 +1,209 @@
+"""`repa cache info` and `repa cache verify`: look into a cache and check it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...data.units import counted
+from ...pipeline.images.names import default_cache
+from .notes import print_compression, print_notes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from ...data.storage.bucket import CachePath
+    from ...data.upkeep.info import CacheInfo
+    from ...data.upkeep.verify import Finding
+
+_SHOWN = 20
+
+
+def info(*, cache: Path | str | None = None, console: Console | None = None) -> None:
+    """Print what a cache holds: columns, sizes, progress, where they come from and how faithful they are.
+
+    Random rows of compressed columns are read, to say how fast that goes.
+
+    Args:
+        cache: the cache, or its address in a bucket; by default the only one under ``caches/``.
+        console: where to print; standard output by default.
+
+    Raises:
+        CacheError: there is no cache, or it is damaged.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+
+    from ...data.storage.bucket import cache_path
+    from ...data.units import human_bytes
+    from ...data.upkeep.info import cache_info
+
+    console = console or Console()
+    found = cache_info(cache_path(cache or default_cache()))
+    manifest = found.manifest
+    console.print(f"[bold]{escape(str(found.path))}[/bold]  {human_bytes(found.total_bytes)} {found.where}")
+    console.print(
+        f"{counted(found.num_rows, 'image')} of {found.resolution}×{found.resolution} in "
+        f"{counted(found.num_classes, 'class')} · {counted(found.num_shards, 'shard')} of "
+        f"{manifest.shard_rows} · views {', '.join(manifest.views)} · "
+        f"crop {manifest.crop}, EXIF orientation {manifest.exif_orientation} · from a {manifest.source_kind}",
+        highlight=False,
+    )
+    console.print(_columns(found))
+    print_compression(found, console)
+    console.print(_sources(found))
+    print_notes(found, console)
+    if not found.complete:
+        remedy = "copy the rest there" if found.remote else "the same `repa preprocess` goes on with it"
+        console.print(f"[yellow]not complete: {remedy}[/yellow]")
+    if found.invalid:
+        _invalid(found, console)
+
+
+def _columns(found: CacheInfo) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    from ...data.units import human_bytes
+
+    table = Table(box=None, pad_edge=False, title="columns", title_justify="left")
+    for heading in ("column", "dtype", "shape", "per image", found.where, "shards"):
+        table.add_column(heading, justify="left" if heading in {"column", "dtype", "shape"} else "right")
+    for source in found.sources:
+        for column in source.columns:
+            complete = source.shards_committed == found.num_shards
+            table.add_row(
+                column.name,
+                column.dtype,
+                Text(str(list(column.shape))),
+                human_bytes(column.bytes_per_image),
+                human_bytes(column.file_bytes),
+                Text(f"{source.shards_committed}/{found.num_shards}", style="" if complete else "yellow"),
+            )
+    return table
+
+
+def _sources(found: CacheInfo) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, title="sources", title_justify="left")
+    for heading in ("source", "model", "weights", "input", "grid", "batch", "computed in"):
+        table.add_column(heading)
+    for name, provenance in found.manifest.sources.items():
+        drawn = provenance.random_weights
+        table.add_row(
+            name,
+            Text(provenance.model),
+            Text("random!" if drawn else provenance.weights_sha256[:12], style="bold red" if drawn else ""),
+            f"{provenance.input_size} px",
+            "×".join(map(str, provenance.grid)),
+            str(provenance.batch_size),
+            provenance.compute_dtype,
+        )
+    return table
+
+
+def _invalid(found: CacheInfo, console: Console) -> None:
+    from rich.text import Text
+
+    from ...data.writing.store import read_keys
+
+    keys = read_keys(found.path, found.manifest)
+    console.print(f"[yellow]{counted(len(found.invalid), 'image')} could not be decoded, left out:[/yellow]")
+    for row, reason in list(found.invalid.items())[:_SHOWN]:
+        console.print(Text(f"  {keys[row]} (row {row}): {reason}"), soft_wrap=True)
+    if len(found.invalid) > _SHOWN:
+        console.print(f"  and {len(found.invalid) - _SHOWN} more, in the commit records")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What a check of every byte has found.
+
+    Attributes:
+        findings: what is wrong.
+        bytes: of shards that were read.
+        seconds: it took.
+    """
+
+    findings: Sequence[Finding]
+    bytes: int
+    seconds: float
+
+
+def check_bytes(path: CachePath, console: Console) -> Checked:
+    """Check every byte of a cache, with a bar of the progress.
+
+    Args:
+        path: folder of the cache, or its prefix in a bucket.
+        console: where the bar goes.
+
+    Raises:
+        CacheError: there is no cache.
+        RepaError: the bucket cannot be read.
+    """
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from ...data.upkeep.verify import verify_cache
+
+    total = 0
+    started = time.perf_counter()
+    bars = Progress(
+        TextColumn("checking"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+    def progress(done: int, of: int) -> None:
+        nonlocal total
+        total = of
+        bars.update(task, completed=done, total=of)
+
+    with bars:
+        task = bars.add_task("checking", total=None)
+        findings = verify_cache(path, progress=progress)
+    return Checked(findings=findings, bytes=total, seconds=time.perf_counter() - started)
+
+
+def verify(*, cache: Path | str | None = None, console: Console | None = None) -> None:
+    """Check every byte of a cache and print what is wrong.
+
+    Args:
+        cache: the cache, or its address in a bucket; by default the only one under ``caches/``.
+        console: where to print; standard output by default.
+
+    Raises:
+        CacheError: there is no cache.
+        RepaError: the bucket cannot be read.
+        SystemExit: with status 1 when anything is wrong or missing.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    from ...data.storage.bucket import cache_path
+    from ...data.units import human_bytes
+
+    console = console or Console()
+    path = cache_path(cache or default_cache())
+    found = check_bytes(path, console)
+    findings = found.findings
+    for finding in findings:
+        console.print(Text(str(finding)), soft_wrap=True)
+    checked = (
+        f"{human_bytes(found.bytes)} of shards, metadata, keys and labels checked in {found.seconds:.1f} s"
+    )
+    rate = f" ({human_bytes(found.bytes / found.seconds)}/s)" if found.bytes else ""
+    verdict = counted(len(findings), "finding") if findings else "all is as committed"
+    console.print(Text(f"{path}: {checked}{rate}: {verdict}"), soft_wrap=True)
+    if findings:
+        raise SystemExit(1)

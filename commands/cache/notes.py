@@ -1,0 +1,131 @@
+"""What `repa cache info` says of compression and of how well stored targets stand for the teacher's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ...data.errors import RepaError
+from ...data.format.columns import AUTOENCODER
+from ...data.units import counted
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from rich.console import Console
+
+    from ...data.upkeep.info import CacheInfo, ColumnInfo
+
+_COMPRESSION = (
+    "ratio: bytes of data to bytes {where}; speeds measured just now: random rows, one thread, {how}"
+)
+_HOW = (
+    "from the page cache, decoded as they are and written uncompressed to a temporary folder",
+    "requested from the bucket and decoded, and beside that uncompressed from a temporary folder",
+)
+
+
+def print_compression(found: CacheInfo, console: Console) -> None:
+    """Ratio and read speed of every compressed column; nothing when there is none."""
+    from rich.table import Table
+
+    compressed = [
+        (column, source.shards_committed == found.num_shards)
+        for source in found.sources
+        for column in source.columns
+        if column.compressor is not None
+    ]
+    if not compressed:
+        return
+    table = Table(box=None, pad_edge=False, title="compression", title_justify="left")
+    for heading in ("column", "codec", "ratio", "rows", "reads", "uncompressed"):
+        table.add_column(heading, justify="left" if heading in {"column", "codec"} else "right")
+    problems = []
+    for column, complete in compressed:
+        try:
+            speeds = _speeds(found, column) if complete else ("", "", "")
+        except RepaError as error:
+            problems.append(f"{column.name} was not read: {error}")
+            speeds = ("", "", "")
+        ratio = "" if column.ratio is None else f"{column.ratio:.3f}"
+        table.add_row(column.name, column.compressor, ratio, *speeds)
+    console.print(table)
+    note = _COMPRESSION.format(where=found.where, how=_HOW[found.remote])
+    console.print(note, highlight=False, style="dim")
+    for problem in problems:
+        console.print(problem, highlight=False, markup=False, soft_wrap=True, style="yellow")
+
+
+def _speeds(found: CacheInfo, column: ColumnInfo) -> tuple[str, str, str]:
+    from ...data.units import human_bytes
+    from ..measure.read_speed import measure_read_speed
+
+    speed = measure_read_speed(found.path, column.name)
+    if speed is None:
+        return "", "", ""
+    return str(speed.rows), f"{human_bytes(speed.stored)}/s", f"{human_bytes(speed.plain)}/s"
+
+
+def print_notes(found: CacheInfo, console: Console) -> None:
+    """What the teachers' sources say of themselves: the form they are stored in, and its fidelity."""
+    for source, provenance in found.manifest.sources.items():
+        notes = provenance.notes
+        fidelity = notes.get("fidelity")
+        if source == AUTOENCODER:
+            continue
+        if "blocks" in notes:
+            console.print(f"{source}: {_attention_form(notes)}", highlight=False)
+        if fidelity is None:
+            continue
+        where = f"measured on {counted(fidelity['images'], 'held-out image')} when it was written"
+        if "kl" in fidelity:
+            _print_attention_fidelity(source, fidelity, where, console)
+        else:
+            _print_token_fidelity(source, fidelity, where, console)
+
+
+def _attention_form(notes: Mapping[str, Any]) -> str:
+    """``blocks 8, 10, 12 · rank 32 of 64 · …``."""
+    parts = [
+        f"blocks {', '.join(map(str, notes['blocks']))}",
+        f"rank {notes['rank']} of {notes['head_width']}",
+        notes["form"],
+        f"keys {notes['keys']}",
+    ]
+    calibration = notes.get("calibration")
+    if calibration is not None and calibration["images"]:
+        parts.append(f"fitted to {counted(calibration['images'], 'image')}")
+    return " · ".join(parts)
+
+
+def _print_attention_fidelity(source: str, fidelity: Mapping[str, Any], where: str, console: Console) -> None:
+    from rich.table import Table
+
+    from ...data.units import human_bytes
+
+    console.print(
+        f"{source}: KL(teacher ‖ stored) {fidelity['kl_mean']:.3g} nats on average, "
+        f"{fidelity['kl_worst_head']:.3g} in the worst head, "
+        f"{human_bytes(fidelity['bytes_per_image'])} per image; {where}",
+        highlight=False,
+    )
+    table = Table(box=None, pad_edge=False)
+    for heading in ("block", "mean KL", "worst head's", "head", "worst 99th percentile"):
+        table.add_column(heading, justify="right")
+    for block in dict.fromkeys(entry["block"] for entry in fidelity["kl"]):
+        heads: Sequence[Mapping[str, Any]] = [each for each in fidelity["kl"] if each["block"] == block]
+        worst = max(heads, key=lambda entry: float(entry["mean"]))
+        mean = sum(entry["mean"] for entry in heads) / len(heads)
+        tail = max(entry["p99"] for entry in heads)
+        table.add_row(str(block), f"{mean:.3g}", f"{worst['mean']:.3g}", str(worst["head"]), f"{tail:.3g}")
+    console.print(table)
+
+
+def _print_token_fidelity(source: str, fidelity: Mapping[str, Any], where: str, console: Console) -> None:
+    from ...data.units import human_bytes
+
+    console.print(
+        f"{source}: 1 − cosine of a stored token {fidelity['cosine_error_mean']:.3g} on average, "
+        f"{fidelity['cosine_error_max']:.3g} at most, changes the REPA loss by "
+        f"{fidelity['repa_loss_change']:.3g}, {human_bytes(fidelity['bytes_per_image'])} per image; {where}",
+        highlight=False,
+    )

@@ -1,0 +1,207 @@
+"""`repa cache repair` and `repa cache verify --reencode`: the same images through the same models again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...data.errors import RepaError
+from ...data.units import counted
+from ...pipeline.images.names import default_cache
+from .info import check_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from ...data.upkeep.repair import RepairPlan
+    from ...pipeline.replay.recorded import Given
+    from ...pipeline.replay.reencode import Reencoded
+    from ...pipeline.replay.repair import Repaired
+
+
+def repair(
+    *,
+    cache: Path | None = None,
+    data: str | None = None,
+    vae: str | None = None,
+    weights: Sequence[str] = (),
+    console: Console | None = None,
+) -> None:
+    """Check every byte of a cache, and write again what is not as committed, or not there.
+
+    Args:
+        cache: the cache; by default the only one under ``caches/``.
+        data: the images it was made from; by default ``images``, of a cache of the demo ``demo``.
+        vae: the autoencoder, if it no longer lies where the manifest says.
+        weights: ``NAME=FILE`` of an encoder's weights.
+        console: where to print; standard output by default.
+
+    Raises:
+        RepaError: a manifest that is damaged or of another cache, other images or weights than recorded, a
+            disk that refuses.
+        SystemExit: with status 1 when something is still wrong.
+    """
+    from rich.console import Console
+
+    from ...data.upkeep.repair import plan_repair, restore_group
+
+    console = console or Console()
+    path = cache or default_cache()
+    if restore_group(path):
+        _say(console, f"{path}: zarr.json was damaged around its manifest, and is written again")
+    findings = check_bytes(path, console).findings
+    plan = plan_repair(path, findings)
+    if not findings:
+        _say(console, f"{path}: all is as committed: nothing to repair")
+        return
+    _say(console, f"{path}: {_intention(plan)}")
+    for each in _encode_again(path, plan, _given(data, vae, weights), console):
+        _say_what_became(console, each)
+    left = check_bytes(path, console).findings
+    for finding in left:
+        _say(console, str(finding))
+    verdict = f"{counted(len(left), 'finding')} left" if left else "all is as committed"
+    _say(console, f"{path}: {verdict}")
+    if left:
+        raise SystemExit(1)
+
+
+def verify_by_reencoding(
+    *,
+    cache: Path | None = None,
+    rows: int,
+    data: str | None = None,
+    weights: Sequence[str] = (),
+    seed: int = 0,
+    console: Console | None = None,
+) -> None:
+    """Encode random rows again and hold every column against them, within the rounding of its storage.
+
+    Args:
+        cache: the cache; by default the only one under ``caches/``.
+        rows: how many rows.
+        data: the images it was made from; by default ``images``, of a cache of the demo ``demo``.
+        weights: ``NAME=FILE`` of an encoder's weights.
+        seed: of the choice of rows.
+        console: where to print; standard output by default.
+
+    Raises:
+        RepaError: no cache, other images or weights than recorded, a row that is corrupt.
+        SystemExit: with status 1 when a row is not what is computed now.
+    """
+    from rich.console import Console
+
+    if rows < 1:
+        raise RepaError(f"--reencode {rows} compares nothing; give at least 1")
+    from ...data.writing.store import open_manifest, read_keys
+    from ...pipeline.replay.reencode import reencode
+
+    console = console or Console()
+    path = cache or default_cache()
+    found = reencode(path, _given(data, None, weights), rows=rows, seed=seed)
+    console.print(_reencoded(found))
+    keys = read_keys(path, open_manifest(path))
+    for each in found:
+        for row in each.outside:
+            _say(console, f"{each.column} of image {keys[row]} (row {row}) is not what is computed of it now")
+    lost = [each.column for each in found if not each.kept]
+    verdict = (
+        f"{', '.join(lost)} {'is' if len(lost) == 1 else 'are'} not what the images give; write the cache "
+        "again in another folder, and compare"
+        if lost
+        else "what is stored is what the images give, within its rounding"
+    )
+    _say(console, f"{path}: {verdict}")
+    if lost:
+        raise SystemExit(1)
+
+
+def _given(data: str | None, vae: str | None, weights: Sequence[str]) -> Given:
+    from ...pipeline.replay.recorded import Given
+    from ..preprocess import parse_weights
+
+    return Given(data=data, vae=vae, weights=parse_weights(weights))
+
+
+def _say(console: Console, line: str) -> None:
+    from rich.text import Text
+
+    console.print(Text(line), soft_wrap=True, highlight=False)
+
+
+def _intention(plan: RepairPlan) -> str:
+    parts = [
+        f"{counted(len(shards), 'shard')} of {source} to encode"
+        + (f" ({counted(len(plan.rows[source]), 'row')} known to be bad)" if source in plan.rows else "")
+        for source, shards in plan.shards.items()
+    ]
+    parts += [f"the calibration of {source} to fit" for source in plan.calibrations]
+    files = len(plan.documents) + len(plan.tables)
+    parts += [f"{counted(files, 'file')} of metadata to write"] if files else []
+    parts += (
+        [f"{counted(len(plan.leftovers), 'file')} left by a killed writer to remove"]
+        if plan.leftovers
+        else []
+    )
+    return ", ".join(parts) or "nothing that encoding could repair"
+
+
+def _encode_again(path: Path, plan: RepairPlan, given: Given, console: Console) -> list[Repaired]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ...pipeline.replay.repair import repair as encode_again
+
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    tasks = {}
+
+    def report(source: str, done: int, total: int) -> None:
+        if source not in tasks:
+            tasks[source] = bars.add_task(source, total=total)
+        bars.update(tasks[source], completed=done)
+
+    with bars:
+        return encode_again(path, plan, given, report)
+
+
+def _say_what_became(console: Console, repaired: Repaired) -> None:
+    parts = [f"{len(repaired.shards)} encoded again"]
+    if repaired.as_committed:
+        parts.append(f"{len(repaired.as_committed)} byte for byte as committed")
+    if repaired.other:
+        shards = ", ".join(map(str, repaired.other))
+        parts.append(
+            f"not the bytes that were committed: shard {shards} (another device or library, or an image that "
+            "was changed)"
+        )
+    if repaired.unknown:
+        parts.append(f"{len(repaired.unknown)} without a record to compare with")
+    _say(console, f"  {repaired.source}: {', '.join(parts)}")
+
+
+def _reencoded(found: Sequence[Reencoded]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("column", "rows", "same bits", "largest difference", "noise allowed", ""):
+        table.add_column(heading, justify="left" if heading == "column" else "right")
+    for each in found:
+        table.add_row(
+            each.column,
+            str(each.rows),
+            str(each.identical),
+            f"{each.largest:.2f} of what is allowed",
+            f"{each.noise:g}",
+            "" if each.kept else "[bold red]over[/bold red]",
+        )
+    return table

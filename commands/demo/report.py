@@ -1,0 +1,204 @@
+"""What `repa demo` leaves: a table, its numbers as JSON, and a picture of samples and curves."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ...data.reading.reader import CacheReader
+from ...pipeline.demo import RESOLUTION
+from ...pipeline.demo.shapes import CLASS_NAMES, DemoImages
+from ...pipeline.encoders import load_encoder
+from ...trainer.config import build, load_yaml
+from ...trainer.evaluation.frechet import frechet_distance
+from ...trainer.run.callbacks import METRICS_FILE, TIMING_FILE
+from ...trainer.run.checks import check, describe_phases
+from ...trainer.run.folder import CONFIG_FILE
+from ...trainer.run.metrics import read_metrics
+from ..sample import ARRAY_FILE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+    from .run import DemoRun
+
+HELD_OUT_SEED = 1
+"""Seed of drawn images that no model of the demo, and no cache, has seen."""
+
+PER_CLASS = 6
+_CHUNK = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoRow:
+    """One line of the demo's table.
+
+    Attributes:
+        method: name of the method.
+        velocity_loss: on held-out rows, of the averaged weights, at the last step.
+        frechet_distance: between samples and the cache's images, in the class vectors of the demo's teacher.
+        images_per_second: of training, the median over its logged stretches.
+        bytes_per_image: read from the cache for one image of a step, in each phase of the run.
+    """
+
+    method: str
+    velocity_loss: float
+    frechet_distance: float
+    images_per_second: float
+    bytes_per_image: tuple[int, ...]
+
+
+def report(cache: Path, runs: Sequence[DemoRun], out: Path) -> list[DemoRow]:
+    """Compare the runs: print the table, write ``demo.json`` and ``demo.png``.
+
+    Args:
+        cache: the demo's cache.
+        runs: the runs, trained and sampled.
+        out: folder of the two files.
+
+    Returns:
+        The table's rows.
+    """
+    real = _cached_class_vectors(cache)
+    teacher = load_encoder("demo", resolution=RESOLUTION)
+
+    def class_vectors(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Class vectors ``[N, D]`` of uint8 images ``[N, R, R, 3]``."""
+        chunks = torch.split(torch.from_numpy(images).permute(0, 3, 1, 2), _CHUNK)
+        return np.concatenate([teacher.encode(chunk.contiguous())["cls"].numpy() for chunk in chunks])
+
+    rows = [
+        DemoRow(
+            method=run.method,
+            velocity_loss=_curve(run, "held_out_ema")[-1][1],
+            frechet_distance=frechet_distance(class_vectors(_samples(run)[0]), real),
+            images_per_second=_images_per_second(run),
+            bytes_per_image=_bytes_per_image(run),
+        )
+        for run in runs
+    ]
+    unseen = DemoImages(count=len(_samples(runs[0])[0]), seed=HELD_OUT_SEED)
+    pixels = np.stack([np.asarray(unseen.load(index)) for index in range(len(unseen))])
+    floor = frechet_distance(class_vectors(pixels), real)
+    _print_table(rows, floor, len(unseen))
+    numbers = {"rows": [asdict(row) for row in rows], "frechet_distance_of_unseen_images": floor}
+    (out / "demo.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    _draw(runs, out / "demo.png")
+    print(f"Wrote {out / 'demo.png'} and {out / 'demo.json'}.")
+    return rows
+
+
+def _cached_class_vectors(cache: Path) -> NDArray[np.float32]:
+    """Class vectors float32 ``[N, D]`` of every valid image of the cache."""
+    with CacheReader(cache, ("demo/cls",)) as reader:
+        spec = reader.manifest.columns["demo/cls"]
+        values = np.empty((len(reader.valid_rows), *spec.shape), spec.numpy_dtype)
+        reader.read_rows(reader.valid_rows, ("demo/cls",), {"demo/cls": values})
+    return values.astype(np.float32)
+
+
+def _bytes_per_image(run: DemoRun) -> tuple[int, ...]:
+    """Bytes that each phase of a run reads for an image."""
+    config = build(load_yaml(run.folder / CONFIG_FILE))
+    phases = describe_phases(check(config), config)
+    return tuple(int(phase["step_bytes"]) // config.batch_size for phase in phases)
+
+
+def _images_per_second(run: DemoRun) -> float:
+    """Median over the logged stretches of training."""
+    rows = read_metrics(run.folder / TIMING_FILE)
+    return statistics.median(row["images_per_second"] for row in rows)
+
+
+def _samples(run: DemoRun) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images uint8 ``[N, R, R, 3]`` and labels int64 ``[N]``."""
+    with np.load(run.samples / ARRAY_FILE) as arrays:
+        return arrays["arr_0"], arrays["arr_1"]
+
+
+def _curve(run: DemoRun, name: str) -> list[tuple[float, float]]:
+    """(step, value) of a metric of a run."""
+    rows = read_metrics(run.folder / METRICS_FILE)
+    return [(row["step"], row[name]) for row in rows if name in row]
+
+
+def _print_table(rows: Sequence[DemoRow], floor: float, unseen: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title="The demo's runs: the same backbone, seed, order, noise and steps", title_justify="left"
+    )
+    for heading in (
+        "method",
+        "velocity loss, held out",
+        "Fréchet distance",
+        "training images/s",
+        "bytes/image",
+    ):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for row in rows:
+        table.add_row(
+            row.method,
+            f"{row.velocity_loss:.4f}",
+            f"{row.frechet_distance:.2f}",
+            f"{row.images_per_second:,.0f}",
+            " → ".join(f"{count:,}" for count in row.bytes_per_image),
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"Fréchet distance: of {unseen} samples to the cache's images, by class vectors of the demo's own "
+        f"teacher, not Inception's. As many unseen real images score {floor:.2f}.",
+        highlight=False,
+    )
+
+
+def _draw(runs: Sequence[DemoRun], path: Path) -> None:
+    """Samples of the runs side by side, the same noise and labels in the same places, over the curves."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure = plt.figure(figsize=(5.2 * len(runs), 6.4), layout="constrained")
+    grids = figure.add_gridspec(2, 2 * len(runs), height_ratios=(3.2, 2.6))
+    for place, run in enumerate(runs):
+        axes = figure.add_subplot(grids[0, 2 * place : 2 * place + 2])
+        axes.imshow(_grid(*_samples(run)), interpolation="nearest")
+        axes.set_title(f"{run.method}: {PER_CLASS} samples of each class")
+        places = [RESOLUTION * (label + 0.5) for label in range(len(CLASS_NAMES))]
+        axes.set_xticks(places, CLASS_NAMES, rotation=35, ha="right", fontsize=8)
+        axes.tick_params(length=0)
+        axes.set_yticks([])
+        axes.set_frame_on(False)
+    half = len(runs)
+    _draw_curves(figure.add_subplot(grids[1, :half]), runs, "held_out_ema", "velocity loss, held-out rows")
+    _draw_curves(figure.add_subplot(grids[1, half:]), runs, "velocity", "velocity loss, training")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _grid(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """One column a class, `PER_CLASS` rows: uint8 ``[PER_CLASS·R, classes·R, 3]``."""
+    columns = [np.concatenate(images[labels == label][:PER_CLASS]) for label in np.unique(labels)]
+    return np.concatenate(columns, axis=1)
+
+
+def _draw_curves(axes: Axes, runs: Sequence[DemoRun], name: str, title: str) -> None:
+    for run in runs:
+        steps, values = zip(*_curve(run, name), strict=True)
+        axes.plot(steps, values, label=run.method)
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    axes.legend()
+    axes.grid(visible=True, alpha=0.3)

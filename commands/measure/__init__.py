@@ -1,0 +1,1 @@
+"""What a disk and a cache give, measured here."""

@@ -1,0 +1,52 @@
+"""The autoencoder as what the trainer asks of stage 1: a decoder of latents, loaded when first needed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ...pipeline.encoders.vae import Autoencoder
+
+
+class Decoder:
+    """Decodes latents; reads weights from disk or hub at the first call, or at `load`.
+
+    Args:
+        name: hub name or folder of an ``AutoencoderKL``, or ``demo``.
+        device: where to compute.
+        random_weights: draw the weights, as the cache's were.
+    """
+
+    def __init__(self, name: str, device: str | torch.device, *, random_weights: bool = False) -> None:
+        self.name = name
+        self._device = device
+        self._random_weights = random_weights
+        self._autoencoder: Autoencoder | None = None
+
+    def load(self) -> Autoencoder:
+        """The autoencoder.
+
+        Raises:
+            RepaError: its files are neither here nor reachable.
+        """
+        if self._autoencoder is None:
+            from ...pipeline.encoders.vae import Autoencoder
+
+            self._autoencoder = Autoencoder.load(
+                self.name, device=self._device, random_weights=self._random_weights
+            )
+        return self._autoencoder
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Images uint8 ``[B, 3, R, R]`` of unscaled latents ``[B, C, h, w]``, one at a time to bound memory.
+
+        Raises:
+            RepaError: its files are neither here nor reachable.
+        """
+        import torch
+
+        autoencoder = self.load()
+        return torch.cat([autoencoder.decode(latent[i : i + 1]) for i in range(len(latent))])

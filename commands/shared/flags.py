@@ -1,0 +1,60 @@
+"""The flags of a command are the fields of a dataclass: name, type, default and help, said once.
+
+Flags that name a folder to write in are parsed by `local_folder`: ``Path`` would make ``s3:/bucket`` of an
+address, and a folder of that name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+from ...data.errors import RepaError
+from ...data.storage.bucket import is_remote
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Flags = TypeVar("Flags")
+
+
+def takes_flags(flags: type[Flags]) -> Callable[[Callable[[Flags], None]], Callable[..., None]]:
+    """Decorate a function of a dataclass of flags to be the command that typer wants, one parameter a flag.
+
+    typer reads a command's flags from the parameters of a function. A dataclass has the same thing in the
+    parameters of its constructor, so those are what typer is shown.
+
+    Args:
+        flags: frozen, keyword-only dataclass, each field ``Annotated[type, typer.Option(help=…)] = default``.
+    """
+    annotations = get_type_hints(flags, include_extras=True)
+    parameters = [
+        each.replace(annotation=annotations[each.name])
+        for each in inspect.signature(flags).parameters.values()
+    ]
+
+    def decorate(run: Callable[[Flags], None]) -> Callable[..., None]:
+        def command(**values: Any) -> None:
+            run(flags(**values))
+
+        shown: Any = command
+        shown.__signature__ = inspect.Signature(parameters)
+        shown.__doc__ = run.__doc__
+        return command
+
+    return decorate
+
+
+def local_folder(place: str) -> Path:
+    """The folder that a flag names.
+
+    Raises:
+        RepaError: it is the address of a bucket.
+    """
+    if is_remote(place):
+        raise RepaError(
+            f"{place} is in a bucket, where caches are only read, by `repa train`, `repa parity` and `repa "
+            "cache info`, `verify` and `export`; name a folder"
+        )
+    return Path(place)

@@ -1,0 +1,124 @@
+"""The grammar of columns: ``<model>/<kind>``, one Zarr array each, first axis the image.
+
+A *source* is what is written and committed together: the columns that one model gave of the images
+(``sd-vae``, ``dinov2-b``). The attention targets of a teacher, ``dinov2-b/q`` and ``dinov2-b/k``, are a
+source of their own, ``dinov2-b+attention``: they can be added to a cache that has its tokens, which are not
+touched.
+``label`` is the one column without a source: it is known when the cache is created.
+
+A column stored as int8 has a second one beside it, ``<column>-scale``: see `codec`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from ..errors import RepaError
+
+LABEL = "label"
+AUTOENCODER = "sd-vae"
+MOMENTS = f"{AUTOENCODER}/moments"
+SCALE_SUFFIX = "-scale"
+ATTENTION_SUFFIX = "+attention"
+ATTENTION_KINDS = ("q", "k")
+KINDS = (
+    "moments",
+    "patch",
+    "cls",
+    *ATTENTION_KINDS,
+    *(f"{kind}{SCALE_SUFFIX}" for kind in ("patch", "q", "k")),
+)
+FLOAT_DTYPES = ("float16", "float32")
+STORED_DTYPES = (*FLOAT_DTYPES, "int8")
+COMPRESSORS = ("zstd", "blosc", "pcodec")
+
+_MODEL = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
+def column_name(model: str, kind: str) -> str:
+    """``<model>/<kind>``.
+
+    Raises:
+        RepaError: the model or the kind is not of the grammar.
+    """
+    if not _MODEL.fullmatch(model):
+        raise RepaError(f"model name {model!r} is not of the form [a-z0-9][a-z0-9._-]*; rename it")
+    if kind not in KINDS:
+        raise RepaError(f"column kind {kind!r} of {model!r} is unknown; the kinds are {', '.join(KINDS)}")
+    return f"{model}/{kind}"
+
+
+def split_column(column: str) -> tuple[str, str]:
+    """``(model, kind)`` of a column's name.
+
+    Raises:
+        RepaError: the name is not of the grammar.
+    """
+    model, _, kind = column.partition("/")
+    column_name(model, kind)
+    return model, kind
+
+
+def source_of(column: str) -> str:
+    """The source that a column is written and committed with: its model, or its model's attention.
+
+    Raises:
+        RepaError: the name is not of the grammar.
+    """
+    model, kind = split_column(column)
+    return attention_source(model) if kind.removesuffix(SCALE_SUFFIX) in ATTENTION_KINDS else model
+
+
+def attention_source(model: str) -> str:
+    """The source of a teacher's attention targets: ``dinov2-b+attention``."""
+    return f"{model}{ATTENTION_SUFFIX}"
+
+
+def model_of(source: str) -> str:
+    """The model that a source comes from: ``dinov2-b`` of ``dinov2-b`` and of ``dinov2-b+attention``."""
+    return source.removesuffix(ATTENTION_SUFFIX)
+
+
+def scale_column(column: str) -> str:
+    """The column of the scales of an int8 column: ``dinov2-b/patch-scale``."""
+    return f"{column}{SCALE_SUFFIX}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnSpec:
+    """Shape, dtype and compression of one column's row: the array on disk is ``[N, V, *shape]``.
+
+    Attributes:
+        shape: shape of one row and view, for example ``(256, 768)`` for patch tokens ``[T, D]``.
+        dtype: NumPy name of the stored dtype, little endian on disk.
+        compressor: how its chunks are compressed, one of `COMPRESSORS`; None, the default, reads fastest
+            (see `compression`).
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    compressor: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in STORED_DTYPES:
+            raise RepaError(f"column dtype {self.dtype!r} is unknown; there are {', '.join(STORED_DTYPES)}")
+        if not self.shape or any(size < 1 for size in self.shape):
+            raise RepaError(f"column shape {self.shape} has an empty axis")
+        if self.compressor is not None and self.compressor not in COMPRESSORS:
+            raise RepaError(f"compressor {self.compressor!r} is unknown; there are {', '.join(COMPRESSORS)}")
+        if self.compressor == "pcodec" and self.dtype == "int8":
+            raise RepaError("pcodec compresses floats only, no int8 columns; use zstd or blosc for them")
+
+    @property
+    def numpy_dtype(self) -> np.dtype[np.generic]:
+        """The stored dtype, little endian."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row and view, not compressed and without its checksum."""
+        return prod(self.shape) * self.numpy_dtype.itemsize

@@ -1,0 +1,182 @@
+"""The manifest: what a cache holds and where it came from, kept in the attributes of its Zarr group.
+
+`Manifest` is plain data, JSON in and out; `store` writes it and checks a cache against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from ..errors import CacheError
+from .columns import AUTOENCODER, LABEL, ColumnSpec, model_of, source_of
+
+FORMAT_VERSION = 1
+ATTRIBUTE = "repa"
+DEFAULT_SHARD_ROWS = 1024
+ORIGINAL_VIEW = "original"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Which model wrote a source's columns, and how: enough to write the same bytes again.
+
+    Attributes:
+        model: identity of the model, a hub id, a timm name or the folder's name.
+        weights_sha256: sha256 of the weights (of the state dict's tensors, not of the file that held them).
+        random_weights: True when the weights were drawn, not trained; training warns of it.
+        input_size: side in pixels of what the model saw.
+        mean: per-channel mean subtracted from pixels in [0, 1].
+        std: per-channel standard deviation divided by.
+        compute_dtype: dtype of the forward pass.
+        batch_size: images a forward pass; features of another batch size may differ in the last bits.
+        grid: rows and columns of the patch tokens, or of the latent.
+        libraries: name → version of the libraries that computed.
+        notes: what else the kind of model needs said, for example ``{"scaling_factor": 0.18215}``.
+    """
+
+    model: str
+    weights_sha256: str
+    random_weights: bool
+    input_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    compute_dtype: str
+    batch_size: int
+    grid: tuple[int, int]
+    libraries: Mapping[str, str]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def identity(self) -> dict[str, Any]:
+        """What two runs must share for their rows to stand in one column: all but library versions."""
+        values: dict[str, Any] = _plain(asdict(self))
+        del values["libraries"]
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything about a cache that is not a row.
+
+    Attributes:
+        num_rows: N, images of the source, undecodable ones included.
+        views: names of the views, axis V; ``("original",)`` by default.
+        shard_rows: rows of a shard, the unit of work, commit and resume.
+        resolution: side in pixels of the cropped images.
+        crop: name of the crop, ``adm-center``.
+        exif_orientation: ``ignored`` or ``applied``.
+        source_kind: ``folder``, ``tars``, ``hf`` or ``demo``.
+        source_fingerprint: ``sha256:…`` over keys, labels and sizes of the source.
+        keys_sha256: sha256 of ``keys.txt``.
+        class_names: label → name.
+        columns: name → spec of every column that has been declared, complete or not; without ``label``.
+        sources: source → provenance.
+    """
+
+    num_rows: int
+    views: tuple[str, ...] = (ORIGINAL_VIEW,)
+    shard_rows: int = DEFAULT_SHARD_ROWS
+    resolution: int
+    crop: str
+    exif_orientation: str
+    source_kind: str
+    source_fingerprint: str
+    keys_sha256: str
+    class_names: tuple[str, ...]
+    columns: Mapping[str, ColumnSpec] = field(default_factory=dict)
+    sources: Mapping[str, Provenance] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of every column; the last may be part empty."""
+        return -(-self.num_rows // self.shard_rows)
+
+    def shard_range(self, shard: int) -> range:
+        """Rows of a shard."""
+        start = shard * self.shard_rows
+        return range(start, min(start + self.shard_rows, self.num_rows))
+
+    def source_columns(self, source: str) -> dict[str, ColumnSpec]:
+        """Columns of one source, name → spec."""
+        return {name: spec for name, spec in self.columns.items() if source_of(name) == source}
+
+    def with_source(self, source: str, provenance: Provenance, columns: Mapping[str, ColumnSpec]) -> Manifest:
+        """A manifest with one more source and its columns, in place of what it said of that source."""
+        others = {name: spec for name, spec in self.columns.items() if source_of(name) != source}
+        return replace(
+            self,
+            columns={**others, **columns},
+            sources={**self.sources, source: provenance},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, for the group's attributes."""
+        values: dict[str, Any] = _plain(asdict(self))
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], *, where: str) -> Manifest:
+        """The manifest of a group's attributes.
+
+        Args:
+            values: the JSON values.
+            where: path of the cache, for the errors.
+
+        Raises:
+            CacheError: another format version, or a field missing or unknown.
+        """
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CacheError(
+                f"{where} is a cache of format version {version}; this repa reads version {FORMAT_VERSION}: "
+                "write it again with `repa preprocess`, or use the repa that wrote it"
+            )
+        fields = dict(values)
+        try:
+            fields["columns"] = {
+                name: ColumnSpec(
+                    shape=tuple(spec["shape"]), dtype=spec["dtype"], compressor=spec.get("compressor")
+                )
+                for name, spec in fields["columns"].items()
+            }
+            fields["sources"] = {
+                name: Provenance(**{**spec, **{key: tuple(spec[key]) for key in ("mean", "std", "grid")}})
+                for name, spec in fields["sources"].items()
+            }
+            for key in ("views", "class_names"):
+                fields[key] = tuple(fields[key])
+            return cls(**fields)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CacheError(
+                f"the manifest of {where} is damaged or not ours ({error}); write the cache again"
+            ) from error
+
+    def require(self, columns: tuple[str, ...], *, where: str) -> None:
+        """Check that columns were declared.
+
+        Raises:
+            CacheError: names every missing column and the command that adds it.
+        """
+        missing = [name for name in columns if name != LABEL and name not in self.columns]
+        if missing:
+            sources = dict.fromkeys(source_of(name) for name in missing)
+            models = dict.fromkeys(model_of(source) for source in sources if source != AUTOENCODER)
+            flags = "".join(f" --encoder {model}" for model in models)
+            if any(source != model_of(source) for source in sources):
+                flags += " --attention haste"
+            raise CacheError(
+                f"cache {where} has no column {', '.join(missing)} "
+                f"(it has {', '.join(self.columns) or 'none'}); "
+                f"add it with `repa preprocess --cache {where}{flags}` and the --data it was made from"
+            )
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, mappings as dicts: what a JSON round trip gives back."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value

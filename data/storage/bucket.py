@@ -1,0 +1,309 @@
+"""Caches in a bucket: ``s3://bucket/path``, ``gs://bucket/path``, read only.
+
+A cache lies there as it lies in a folder, file by file. `RemotePath` has as much of `pathlib.Path` as reading
+a cache needs, so the same code reads manifest, records and labels of both; rows are ranges of objects.
+The objects are reached by the package ``obstore`` (the Rust crate object_store), which takes credentials,
+region and endpoint from the usual environment variables: ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``,
+``AWS_REGION``, ``AWS_ENDPOINT_URL``, ``GOOGLE_APPLICATION_CREDENTIALS`` and so on.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import threading
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+from ..errors import CacheError, RepaError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from obstore.store import BackoffConfig
+
+T = TypeVar("T")
+
+# a request takes tens of milliseconds, most of them waiting
+REQUESTS = 32
+
+_URL = re.compile(r"(?:s3|gs)://[^/]+(?:/.*)?")
+# of a request that the server refuses for now, a quarter of a second apart and then up to three times as long
+# as before, by chance: 5 to 30 s in all
+_RETRIES = 8
+_BACKOFF: BackoffConfig = {
+    "init_backoff": timedelta(milliseconds=250),
+    "max_backoff": timedelta(seconds=10),
+    "base": 3,
+}
+# of a range whose answer breaks off, which the package does not ask for again; and how it says so
+_ANSWERS = 3
+_BROKEN_OFF = ("request or response body error", "Requested ")
+# where the package looks for credentials last, on a machine of the cloud; and what should have told them
+_METADATA_SERVERS = ("169.254.169.254", "metadata.google.internal")
+_CREDENTIALS = {
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket",
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or GOOGLE_SKIP_SIGNATURE=true for a public bucket",
+}
+
+
+class Bucket:
+    """A prefix of a bucket, and what lies there; threads share it, and it may be pickled.
+
+    Args:
+        url: of the prefix.
+
+    Raises:
+        RepaError: the package obstore is not installed, or the address is none.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._sizes: dict[str, int] | None = None
+        try:
+            from obstore.exceptions import BaseError
+            from obstore.store import from_url
+        except ImportError as error:
+            raise RepaError(
+                f"{self.url} is in a bucket, which needs the package obstore; "
+                "install it with `pip install 'repa[remote]'`"
+            ) from error
+        try:
+            self._store = from_url(self.url, retry_config={"max_retries": _RETRIES, "backoff": _BACKOFF})
+        except (BaseError, ValueError) as error:
+            raise RepaError(
+                f"{self.url} cannot be reached: {_one_line(error)}; look at the address and the credentials"
+            ) from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Bucket, (self.url,)
+
+    @contextmanager
+    def _requests(self, name: str) -> Iterator[Any]:
+        """The store; what goes wrong with it becomes an error of the operating system, as of a file."""
+        if self._process != os.getpid():
+            # its threads were not forked with it: a request would wait for ever
+            raise CacheError(
+                f"{self.url} was opened before this process was forked; open it afterwards, or start "
+                "processes by spawn"
+            )
+        from obstore.exceptions import BaseError
+
+        try:
+            yield self._store
+        except FileNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.url}/{name}") from error
+        except (BaseError, OSError) as error:
+            what = _one_line(error)
+            if any(server in what for server in _METADATA_SERVERS):
+                what = f"no credentials: {_CREDENTIALS[self.url[:2]]}"
+            raise OSError(errno.ECONNABORTED, what, f"{self.url}/{name}") from error
+
+    def read(self, name: str) -> bytes:
+        """The bytes of an object.
+
+        Raises:
+            FileNotFoundError: there is none.
+            OSError: it cannot be read.
+        """
+        import obstore
+
+        with self._requests(name) as store:
+            return bytes(obstore.get(store, name).bytes())
+
+    def read_range(self, name: str, start: int, length: int) -> Any:
+        """Some bytes of an object, as a buffer; fewer where it ends before.
+
+        Raises:
+            FileNotFoundError: there is none.
+            OSError: it cannot be read.
+        """
+        import obstore
+        from obstore.exceptions import GenericError
+
+        with self._requests(name) as store:
+            for left in reversed(range(_ANSWERS)):
+                try:
+                    return obstore.get_range(store, name, start=start, length=length)
+                except GenericError as error:
+                    if not left or not any(words in str(error) for words in _BROKEN_OFF):
+                        raise
+
+    def size_of(self, name: str) -> int:
+        """The size of an object, asked for by itself.
+
+        Raises:
+            FileNotFoundError: there is none.
+            OSError: it cannot be told.
+        """
+        import obstore
+
+        with self._requests(name) as store:
+            size: int = obstore.head(store, name)["size"]
+            return size
+
+    def sizes(self) -> dict[str, int]:
+        """Name → size of every object under the prefix, listed once.
+
+        Raises:
+            OSError: the bucket cannot be listed.
+        """
+        import obstore
+
+        # outside the lock: a forked process is refused before it could wait for it
+        with self._requests("") as store, self._lock:
+            if self._sizes is None:
+                pages = obstore.list(store, chunk_size=1000)
+                self._sizes = {item["path"]: item["size"] for page in pages for item in page}
+            return self._sizes
+
+
+class RemotePath:
+    """The name of an object under a prefix.
+
+    Args:
+        bucket: the prefix.
+        name: the name within it, its parts joined by ``/``; empty for the prefix itself.
+    """
+
+    def __init__(self, bucket: Bucket, name: str = "") -> None:
+        self.bucket = bucket
+        self.name_in_bucket = name
+
+    def __str__(self) -> str:
+        return f"{self.bucket.url}/{self.name_in_bucket}".rstrip("/")
+
+    def __fspath__(self) -> str:
+        return str(self)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemotePath) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __truediv__(self, name: str) -> RemotePath:
+        return self.joinpath(name)
+
+    def joinpath(self, *names: str) -> RemotePath:
+        """A name below this one."""
+        parts = (*([self.name_in_bucket] if self.name_in_bucket else []), *names)
+        return RemotePath(self.bucket, "/".join(parts))
+
+    def read_bytes(self) -> bytes:
+        """The object's bytes.
+
+        Raises:
+            FileNotFoundError: there is none.
+            OSError: it cannot be read.
+        """
+        return self.bucket.read(self.name_in_bucket)
+
+    def file_bytes(self) -> int:
+        """The object's size, by the listing.
+
+        Raises:
+            FileNotFoundError: there is none.
+            OSError: the bucket cannot be listed.
+        """
+        try:
+            return self.bucket.sizes()[self.name_in_bucket]
+        except KeyError:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self)) from None
+
+
+CachePath: TypeAlias = Path | RemotePath
+
+
+class RemoteFiles:
+    """Shard files in a bucket: every read is a request for a range.
+
+    Args:
+        bucket: the cache's prefix.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
+
+    def open(self, paths: Sequence[str]) -> list[str]:
+        """The objects' names within the prefix."""
+        return [path.removeprefix(f"{self._bucket.url}/") for path in paths]
+
+    def read_ready(
+        self,
+        handles: Sequence[str],
+        offsets: Sequence[int],
+        chunks: Sequence[memoryview],
+        checksum: bytearray,
+    ) -> Iterator[int]:
+        """None of them: every request waits for its answer."""
+        return iter(())
+
+    def read(self, handle: str, offset: int, chunk: memoryview, checksum: bytearray) -> bool:
+        """Read a chunk and the checksum after it; False when the object ends before."""
+        total = len(chunk) + len(checksum)
+        if offset + total > RemotePath(self._bucket, handle).file_bytes():
+            return False
+        data = memoryview(self._bucket.read_range(handle, offset, total))
+        if len(data) != total:
+            return False
+        chunk[:], checksum[:] = data[: len(chunk)], data[len(chunk) :]
+        return True
+
+    def tail(self, handle: str, size: int) -> tuple[bytes, int]:
+        """The last bytes of an object, at most ``size`` of them, and its length."""
+        length = RemotePath(self._bucket, handle).file_bytes()
+        size = min(size, length)
+        return bytes(self._bucket.read_range(handle, length - size, size)) if size else b"", length
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def after_fork(self) -> None:
+        """Nothing to forget; the bucket refuses."""
+
+
+def is_remote(place: str | os.PathLike[str]) -> bool:
+    """Whether a place is a bucket's, by its address."""
+    return _URL.fullmatch(os.fspath(place)) is not None
+
+
+def cache_path(place: str | CachePath) -> CachePath:
+    """A cache's folder or prefix, from what the user gave.
+
+    Raises:
+        RepaError: the package that reaches buckets is not installed, or the address is none.
+    """
+    if isinstance(place, RemotePath):
+        return place
+    return RemotePath(Bucket(str(place))) if is_remote(place) else Path(place)
+
+
+def file_bytes(path: CachePath) -> int:
+    """The size of a file or object.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be told.
+    """
+    return path.file_bytes() if isinstance(path, RemotePath) else path.stat().st_size
+
+
+def map_files(action: Callable[[int], T], numbers: Iterable[int], path: CachePath) -> list[T]:
+    """What an action that reads a file gives for each number: many at once where a file is a request."""
+    if isinstance(path, Path):
+        return [action(number) for number in numbers]
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        return list(pool.map(action, numbers))
+
+
+def _one_line(error: BaseException) -> str:
+    # the crate appends the whole chain of causes as it is in memory
+    return " ".join(str(error).partition("Debug source")[0].split())[:300]

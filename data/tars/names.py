@@ -1,0 +1,130 @@
+"""Which tars a text names: patterns of paths, objects of a bucket, pipes and URLs."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+
+from ..errors import RepaError
+from ..storage.files import os_errors
+from ..units import counted
+
+MAX_PATTERN = 100_000  # tars that one pattern may name
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_STREAM = re.compile(r"pipe:|[a-z][a-z0-9+.-]*://")
+_WILD = "*?["
+# how the name of a compressed tar may end: told apart, not read
+_ENDINGS = ("gz", "xz", "bz2", "zst")
+
+
+def is_stream(place: str) -> bool:
+    """Whether a place is a pipe or URL, which can only be read from its beginning on."""
+    return _STREAM.match(place) is not None
+
+
+def names_tars(text: str) -> bool:
+    """Whether a text names tars rather than a folder."""
+    if is_stream(text):
+        return text.startswith("pipe:") or ".tar" in text.rsplit("/", 1)[-1]
+    last = text.rstrip("/").rsplit("/", 1)[-1].lower()
+    return last.endswith((".tar", ".tgz", *(f".tar.{end}" for end in _ENDINGS))) and not Path(text).is_dir()
+
+
+def expand_tars(pattern: str) -> list[str]:
+    """The tars that a pattern names, in their order.
+
+    ``{0000..0146}`` counts, with leading zeros if its ends have them, ``{a,b}`` lists, as in a shell. In
+    paths ``*``, ``?`` and ``[…]`` match, sorted by code point.
+
+    Raises:
+        RepaError: nothing matches, a tar is named twice, or the pattern names too many.
+    """
+    places: list[str] = []
+    for each in _braces(pattern):
+        if is_stream(each) or not any(sign in each for sign in _WILD) or Path(each).exists():
+            places.append(each)
+            continue
+        root = Path(each).anchor
+        found = sorted(str(path) for path in Path(root or ".").glob(each[len(root) :]))
+        if not found:
+            raise RepaError(f"no tar matches {each}; check the pattern")
+        places += found
+    if len(set(places)) < len(places):
+        twice = next(place for place in places if places.count(place) > 1)
+        raise RepaError(f"{pattern} names {twice} twice; name each tar once")
+    return places
+
+
+def present_tars(pattern: str) -> list[str]:
+    """`expand_tars`, of tars that are there as far as can be told without opening any.
+
+    Raises:
+        RepaError: as there; or one is missing, or is a folder.
+    """
+    places = expand_tars(pattern)
+    missing = []
+    for place in places:
+        if is_stream(place):
+            continue
+        with os_errors("read", Path(place)):
+            try:
+                folder = stat.S_ISDIR(os.stat(place).st_mode)
+            except (FileNotFoundError, NotADirectoryError):
+                missing.append(place)
+                continue
+        if folder:
+            raise _is_folder(place)
+    if missing and len(places) == 1:
+        raise RepaError(f"tar {missing[0]} is missing; look at its name, or fetch it")
+    if missing:
+        raise RepaError(
+            f"{pattern} names {len(places)} tars, of which {counted(len(missing), 'tar')} cannot be found, "
+            f"first {missing[0]}; fetch what is missing, or name only tars that are there"
+        )
+    return places
+
+
+def _is_folder(place: str) -> RepaError:
+    names = sorted(path.name for path in Path(place).glob("*.tar"))
+    if names:
+        return RepaError(f"{place} is a folder; name the tars in it, '{Path(place) / '*.tar'}'")
+    if (Path(place) / "zarr.json").exists():
+        return RepaError(
+            f"{place} is a cache, not tars of one; write its tars with `repa cache export {place} --out OUT`"
+        )
+    return RepaError(
+        f"{place} is a folder without tars; name tars, as 'OUT/*.tar' of `repa cache export --out OUT`"
+    )
+
+
+def _braces(pattern: str) -> list[str]:
+    done, todo = [], [pattern]
+    while todo:
+        text = todo.pop()
+        for match in _BRACES.finditer(text):
+            values = _brace_values(match.group(1), pattern)
+            if values is not None:
+                todo += [f"{text[: match.start()]}{value}{text[match.end() :]}" for value in values[::-1]]
+                break
+        else:
+            done.append(text)
+        if len(done) + len(todo) > MAX_PATTERN:
+            raise RepaError(f"{pattern} names more than {MAX_PATTERN:,} tars; name fewer")
+    return done
+
+
+def _brace_values(inside: str, pattern: str) -> list[str] | None:
+    match = _RANGE.fullmatch(inside)
+    if match is None:
+        return inside.split(",") if "," in inside else None
+    first, last = match.groups()
+    padded = any(len(end) > 1 and end[0] == "0" for end in (first, last))
+    width = max(len(first), len(last)) if padded else 0
+    step = 1 if int(first) <= int(last) else -1
+    if abs(int(last) - int(first)) >= MAX_PATTERN:
+        raise RepaError(f"{pattern} names more than {MAX_PATTERN:,} tars; name fewer")
+    return [str(number).zfill(width) for number in range(int(first), int(last) + step, step)]

@@ -1,0 +1,310 @@
+"""A shard of a cache as a WebDataset tar: what is in it, and how it is read back.
+
+::
+
+    __repa__/shard.json                  the manifest, and the shard's keys, labels and invalid rows
+    __repa__/calibration/<source>.safetensors     in the tar of shard 0, of sources that have one
+    <key>.cls                            label
+    <key>.<model>.<kind>.npy             a column's row [V, *shape], NumPy format 1.0
+    <key>.json                           row, image key, label, crc32c of each column's bytes
+
+Invalid rows have no sample. A tar's key is the image's key, "." and "%" of its last component written as in
+URLs, as WebDataset ends a key at its first dot; members named ``__…__`` it skips. Everything depends on the
+cache alone: times are 0 and owners fixed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from crc32c import crc32c
+
+from ..errors import CacheError, RepaError
+from ..format.columns import source_of
+from ..format.layout import canonical_json
+from ..format.manifest import Manifest
+from .names import present_tars
+from .reader import open_tar, split_member
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from ..format.columns import ColumnSpec
+    from .reader import Member, TarReader
+
+FORMAT = 1
+HEADER_KEY = "__repa__/shard"
+HEADER = f"{HEADER_KEY}.json"
+CALIBRATION_KEY = "__repa__/calibration/"
+CALIBRATION_FIELD = "safetensors"
+LABEL_FIELD = "cls"
+FACTS_FIELD = "json"
+AGAIN = "delete that tar, then fetch or export it again"  # export keeps the tars that are there
+_MAGIC = b"\x93NUMPY\x01\x00"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardHeader:
+    """What a tar says before its first sample.
+
+    Attributes:
+        manifest: of the cache, with the exported columns and their sources alone.
+        shard: which shard it is.
+        keys: image key of each of its rows.
+        labels: int32, of each of its rows.
+        invalid: source → row → why its image has no data, of its rows.
+        all_invalid: every row of the cache that some exported source has marked invalid, ascending.
+        chunks_sha256: column → what the commit record says of the shard's file.
+    """
+
+    manifest: Manifest
+    shard: int
+    keys: tuple[str, ...]
+    labels: NDArray[np.int32]
+    invalid: Mapping[str, Mapping[int, str]]
+    all_invalid: NDArray[np.int64]
+    chunks_sha256: Mapping[str, str]
+
+    def encode(self) -> bytes:
+        """The header's JSON; not sorted, for the order of a manifest's fields is part of a cache's bytes."""
+        values = {
+            "format": FORMAT,
+            "manifest": self.manifest.to_json(),
+            "shard": self.shard,
+            "keys": list(self.keys),
+            "labels": self.labels.tolist(),
+            "invalid": {
+                source: {str(row): reason for row, reason in rows.items()}
+                for source, rows in self.invalid.items()
+            },
+            "all_invalid": self.all_invalid.tolist(),
+            "chunks_sha256": dict(self.chunks_sha256),
+        }
+        return json.dumps(values, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+    @classmethod
+    def decode(cls, data: bytes, *, where: str) -> ShardHeader:
+        """The header in a member's bytes.
+
+        Raises:
+            CacheError: it is of another format or not a header.
+        """
+        try:
+            values = json.loads(data)
+            if values["format"] != FORMAT:
+                raise CacheError(
+                    f"{where} is of export format {values['format']}, this repa reads {FORMAT}; "
+                    "export it again"
+                )
+            return cls(
+                manifest=Manifest.from_json(values["manifest"], where=where),
+                shard=values["shard"],
+                keys=tuple(values["keys"]),
+                labels=np.array(values["labels"], dtype=np.int32),
+                invalid={
+                    source: {int(row): reason for row, reason in rows.items()}
+                    for source, rows in values["invalid"].items()
+                },
+                all_invalid=np.array(values["all_invalid"], dtype=np.int64),
+                chunks_sha256=values["chunks_sha256"],
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CacheError(f"the header of {where} is damaged ({error}); {AGAIN}") from error
+
+    @property
+    def rows(self) -> list[int]:
+        """Its rows that have data, ascending."""
+        invalid = set(self.all_invalid.tolist())
+        return [row for row in self.manifest.shard_range(self.shard) if row not in invalid]
+
+
+def tar_key(key: str) -> str:
+    """The key under which WebDataset knows the image ``key``; different for different images."""
+    folder, slash, name = key.rpartition("/")
+    name = name.replace("%", "%25").replace(".", "%2E")
+    whole = f"{folder}{slash}{name}"
+    return f"%5F{whole[1:]}" if whole.startswith("__") else whole
+
+
+def column_field(column: str) -> str:
+    """The field of a column: ``dinov2-b.patch.npy``."""
+    return f"{column.replace('/', '.')}.npy"
+
+
+def npy_header(spec: ColumnSpec, views: int) -> bytes:
+    """The header of a column's row ``[V, *shape]`` in NumPy's format 1.0, to a multiple of 64 bytes.
+
+    Source: numpy.lib.format, "Format Version 1.0".
+    """
+    shape = (views, *spec.shape)
+    text = f"{{'descr': '{spec.numpy_dtype.str}', 'fortran_order': False, 'shape': {shape}, }}"
+    padding = -(len(_MAGIC) + 2 + len(text) + 1) % 64
+    encoded = f"{text}{' ' * padding}\n".encode("ascii")
+    return _MAGIC + len(encoded).to_bytes(2, "little") + encoded
+
+
+def sample_facts(row: int, key: str, label: int, sums: Mapping[str, int]) -> bytes:
+    """The ``.json`` of a sample."""
+    return canonical_json({"row": row, "key": key, "label": label, "crc32c": dict(sums)})
+
+
+def read_header(reader: TarReader, members: Iterator[Member]) -> ShardHeader:
+    """The header, which must be the tar's first member.
+
+    Raises:
+        CacheError: it is not.
+    """
+    first = next(members, None)
+    if first is None or first.name != HEADER:
+        raise CacheError(
+            f"{reader.where} is no tar of a cache: it does not begin with {HEADER}; "
+            "give tars that `repa cache export` wrote"
+        )
+    return ShardHeader.decode(reader.read(), where=reader.where)
+
+
+def read_samples(
+    reader: TarReader,
+    members: Iterator[Member],
+    header: ShardHeader,
+    columns_of: Callable[[int], Collection[str]],
+) -> Iterator[tuple[int, int, dict[str, NDArray[np.generic]]]]:
+    """The samples of a tar whose header has been read, each checked against its checksums.
+
+    Args:
+        reader: the tar.
+        members: its members after the header.
+        header: its header.
+        columns_of: row → columns that are wanted of it; of a row without any, nothing is checked.
+
+    Yields:
+        (row, label, column → array ``[V, *shape]``), rows ascending, those without columns left out.
+
+    Raises:
+        CacheError: a sample is missing, damaged or not the header's.
+    """
+    start = header.manifest.shard_range(header.shard).start
+    rows = {tar_key(header.keys[row - start]): row for row in header.rows}
+    columns = {column_field(name): name for name in header.manifest.columns}
+    sample = _Sample(reader.where, header)
+    expected = iter(header.rows)
+    for member in members:
+        split = split_member(member.name)
+        if split is None:
+            continue
+        key, field = split
+        if key != sample.key:
+            yield from sample.finish()
+            row = rows.get(key)
+            if row is None or row != next(expected, None):
+                raise CacheError(
+                    f"{reader.where} holds {member.name} where its header has another sample; {AGAIN}"
+                )
+            sample = _Sample(reader.where, header, key, row, tuple(columns_of(row)))
+        if sample.wanted and (field in (LABEL_FIELD, FACTS_FIELD) or columns.get(field) in sample.wanted):
+            sample.fields[field] = reader.read()
+    yield from sample.finish()
+    if (missing := next(expected, None)) is not None:
+        raise CacheError(f"{reader.where} has no sample of row {missing}; {AGAIN}")
+
+
+class _Sample:
+    """The members of one key so far; the first, of no key, has none."""
+
+    def __init__(
+        self, where: str, header: ShardHeader, key: str = "", row: int = -1, wanted: Sequence[str] = ()
+    ) -> None:
+        self.key = key
+        self.wanted = wanted
+        self.fields: dict[str, bytes] = {}
+        self._where = where
+        self._header = header
+        self._row = row
+
+    def finish(self) -> Iterator[tuple[int, int, dict[str, NDArray[np.generic]]]]:
+        if not self.wanted:
+            return
+        manifest = self._header.manifest
+        place = self._row - manifest.shard_range(self._header.shard).start
+        label = int(self._header.labels[place])
+        try:
+            facts = json.loads(self.fields[FACTS_FIELD])
+            if (facts["row"], facts["key"], facts["label"]) != (self._row, self._header.keys[place], label):
+                raise self._damaged("its json contradicts the header")
+            if int(self.fields[LABEL_FIELD]) != label:
+                raise self._damaged("its cls contradicts the header")
+            arrays = {name: self._array(name, facts["crc32c"][name]) for name in self.wanted}
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._damaged(f"{type(error).__name__}: {error}") from error
+        yield self._row, label, arrays
+
+    def _array(self, column: str, checksum: int) -> NDArray[np.generic]:
+        manifest = self._header.manifest
+        spec, views = manifest.columns[column], len(manifest.views)
+        header, content = npy_header(spec, views), self.fields[column_field(column)]
+        data = memoryview(content)[len(header) :]
+        if not content.startswith(header) or len(data) != views * spec.row_bytes:
+            raise self._damaged(f"its {column} has another shape")
+        if crc32c(data) != checksum:
+            raise self._damaged(f"its {column} does not match its checksum")
+        return np.frombuffer(data, dtype=spec.numpy_dtype).reshape(views, *spec.shape)
+
+    def _damaged(self, why: str) -> CacheError:
+        return CacheError(f"row {self._row} in {self._where}, sample {self.key}, is damaged ({why}); {AGAIN}")
+
+
+def restricted(manifest: Manifest, columns: Sequence[str]) -> Manifest:
+    """A manifest of some of its columns and their sources alone, in its order."""
+    sources = {source_of(name) for name in columns}
+    return replace(
+        manifest,
+        columns={name: spec for name, spec in manifest.columns.items() if name in columns},
+        sources={name: provenance for name, provenance in manifest.sources.items() if name in sources},
+    )
+
+
+def read_headers(pattern: str) -> dict[int, tuple[str, ShardHeader, dict[str, bytes]]]:
+    """Shard → place, header and calibrations of every tar of an export; all tars are opened.
+
+    Raises:
+        CacheError: a tar is no cache's, of another export, comes twice, or some are missing.
+        RepaError: a tar cannot be read.
+    """
+    found: dict[int, tuple[str, ShardHeader, dict[str, bytes]]] = {}
+    first = ""
+    identity: Any = None
+    for place in present_tars(pattern):
+        with open_tar(place) as reader:
+            members = iter(reader)
+            header = read_header(reader, members)
+            calibrations = _calibrations(reader, members) if header.shard == 0 else {}
+        own = (header.manifest, header.all_invalid.tolist())
+        first, identity = first or place, identity or own
+        if own != identity:
+            raise CacheError(f"{place} and {first} are not of one export; name the tars of one")
+        if header.shard in found:
+            raise CacheError(f"{place} and {found[header.shard][0]} are the same shard; name each once")
+        found[header.shard] = (place, header, calibrations)
+    missing = sorted(set(range(identity[0].num_shards)) - found.keys())
+    if missing:
+        raise RepaError(
+            f"{pattern} lacks {len(missing)} of the {identity[0].num_shards} tars of the export, the first "
+            f"is that of shard {missing[0]}; name them all"
+        )
+    return found
+
+
+def _calibrations(reader: TarReader, members: Iterator[Member]) -> dict[str, bytes]:
+    """Source → calibration, of those that follow the header."""
+    found = {}
+    for member in members:
+        if not member.name.startswith(CALIBRATION_KEY):
+            break
+        source = member.name.removeprefix(CALIBRATION_KEY).removesuffix(f".{CALIBRATION_FIELD}")
+        found[source] = reader.read()
+    return found

@@ -1,0 +1,1 @@
+"""Looking after a cache: verify, repair, merge, and what it holds."""

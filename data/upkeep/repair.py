@@ -1,0 +1,340 @@
+"""Making a damaged cache one that only lacks what its writers can write again.
+
+A manifest is the first thing: where its document is damaged around it, that is written again, and where it is
+of another cache than the folder's, nothing is done.
+
+What `verify_cache` finds falls into four kinds. Shards that are not as committed are *withdrawn*: record
+first, then files, so that whoever resumes writes them again. Metadata, keys and labels follow from the
+manifest and the images, and are *restored*. Calibrations are withdrawn and fitted again by the writer. Files
+that no part of the cache explains are left to whoever put them there, but for those a killed writer left.
+
+Nothing here encodes: withdraw only what can be written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import CacheError
+from ..format.columns import LABEL
+from ..format.commits import CommitRecord
+from ..format.group import rescued_manifest
+from ..format.layout import (
+    CALIBRATION_FOLDER,
+    COMMITS_FOLDER,
+    GROUP_FILE,
+    KEYS_FILE,
+    LABEL_CHUNK,
+    LOCK_FILE,
+    calibration_file,
+    commit_file,
+    same_document,
+    shard_file,
+    zarr_documents,
+)
+from ..format.shard_index import CHECKSUM_BYTES, index_bytes
+from ..storage.files import locked, os_errors, partial_path, sync_folders, write_file
+from ..writing.store import (
+    encode_keys,
+    keys_sha256,
+    metadata_documents,
+    open_manifest,
+    read_keys,
+    read_labels,
+)
+from ..writing.writer import SourceWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from ..format.manifest import Manifest
+    from .verify import Finding
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairPlan:
+    """What is to be done about findings.
+
+    Attributes:
+        shards: source → its shards that are not as committed, or not committed, ascending.
+        rows: source → rows of those shards known to be bad; the others of the shard may be sound.
+        documents: Zarr's metadata that are not what the manifest makes them.
+        tables: ``keys.txt`` or the labels, which the images are needed for.
+        calibrations: sources whose calibration is missing or damaged.
+        leftovers: files of a writer that was killed; nobody needs them.
+        strays: findings about files that are not the cache's.
+    """
+
+    shards: Mapping[str, tuple[int, ...]]
+    rows: Mapping[str, tuple[int, ...]]
+    documents: tuple[Path, ...]
+    tables: tuple[Path, ...]
+    calibrations: tuple[str, ...]
+    leftovers: tuple[Path, ...]
+    strays: tuple[Finding, ...]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Sources that must be encoded again, in part or whole."""
+        return tuple(dict.fromkeys([*self.shards, *self.calibrations]))
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether it cannot be done without the images that the cache was made from."""
+        return bool(self.sources or self.tables)
+
+
+def plan_repair(path: Path, findings: Sequence[Finding]) -> RepairPlan:
+    """Sort findings by what is to be done about them.
+
+    Args:
+        path: folder of the cache.
+        findings: of `verify_cache`, of all columns.
+
+    Raises:
+        CacheError: the manifest itself is damaged, which nothing else tells, or it is of another cache.
+    """
+    manifest = open_manifest(path)
+    if findings:
+        _refuse_foreign_manifest(path, manifest)
+    shards: dict[str, set[int]] = {}
+    rows: dict[str, set[int]] = {}
+    documents, tables, leftovers = [], [], []
+    calibrations: list[str] = []
+    strays: list[Finding] = []
+    for finding in findings:
+        file = Path(finding.path)
+        if finding.shard is not None:
+            shards.setdefault(finding.source, set()).add(finding.shard)
+            if finding.row is not None:
+                rows.setdefault(finding.source, set()).add(finding.row)
+        elif file in (path / KEYS_FILE, path / LABEL_CHUNK):
+            tables.append(file)
+        elif finding.source and file == calibration_file(path, finding.source):
+            calibrations.append(finding.source)
+        elif file.name.startswith(".") and file == partial_path(file.with_name(file.name[1:-8])):
+            leftovers.append(file)
+        elif file.name == GROUP_FILE and str(file.relative_to(path)) in zarr_documents(manifest):
+            documents.append(file)
+        else:
+            strays.append(finding)
+    order = [source for source in manifest.sources if source in shards]
+    return RepairPlan(
+        shards={source: tuple(sorted(shards[source])) for source in order},
+        rows={source: tuple(sorted(rows[source])) for source in order if source in rows},
+        documents=tuple(documents),
+        tables=tuple(dict.fromkeys(tables)),
+        calibrations=tuple(calibrations),
+        leftovers=tuple(leftovers),
+        strays=tuple(strays),
+    )
+
+
+def restore_group(path: Path) -> bool:
+    """Write the group's document again where it is damaged around a manifest that is as it was written.
+
+    Args:
+        path: folder of the cache.
+
+    Returns:
+        Whether that was so; what else may be the matter with it, `open_manifest` says.
+
+    Raises:
+        CacheError: the manifest is of another format version.
+        RepaError: the operating system refuses.
+    """
+    file = path / GROUP_FILE
+    if not file.is_file():
+        return False
+    with os_errors("write", path), locked(path / LOCK_FILE):
+        try:
+            open_manifest(path)
+        except CacheError:
+            manifest = rescued_manifest(file.read_bytes())
+            if manifest is not None:
+                write_file(file, zarr_documents(manifest)[GROUP_FILE], path)
+                return True
+        return False
+
+
+def _refuse_foreign_manifest(path: Path, manifest: Manifest) -> None:
+    """Keep a ``zarr.json`` that was copied from another cache from having this one's shards withdrawn.
+
+    Raises:
+        CacheError: a commit record that is intact is not what the manifest says, and neither is another file;
+            or no column's array is.
+    """
+    records = _intact_records(path)
+    declared = [each for each in records if each[0] in manifest.sources] or records
+    misfits = [
+        f"{commit_file(path, source, record.shard)} (rows {record.rows[0]} to {record.rows[1] - 1} of "
+        f"{', '.join(record.columns)})"
+        for source, record in declared
+        if not _fits(record, source, manifest)
+    ][:1]
+    arrays = _array_misfits(path, manifest)
+    others = [*_keys_misfit(path, manifest), *arrays]
+    columns = {f"{path / name / GROUP_FILE}" for name in manifest.columns}
+    none_fits = len(columns) > 1 and columns.issubset(arrays)
+    if (misfits and others) or none_fits:
+        first, second, *_ = (*misfits, *others)
+        raise CacheError(
+            f"the manifest in {path / GROUP_FILE} is of another cache: neither {first} nor {second} is as it "
+            "says; restore the file that was there"
+        )
+
+
+def _intact_records(path: Path) -> list[tuple[str, CommitRecord]]:
+    """(source, record) of all that are on disk, of sources that the manifest knows or not."""
+    found = []
+    with os_errors("read", path / COMMITS_FOLDER):
+        for file in sorted((path / COMMITS_FOLDER).glob("*/*.json")):
+            # one that is damaged or of another name bears no witness
+            with suppress(CacheError):
+                record = CommitRecord.decode(file.read_bytes(), where=str(file))
+                if file.stem == str(record.shard):
+                    found.append((file.parent.name, record))
+    return found
+
+
+def _fits(record: CommitRecord, source: str, manifest: Manifest) -> bool:
+    """Whether a record may be of the cache that the manifest describes."""
+    columns = manifest.source_columns(source)
+    rows = manifest.shard_range(record.shard)
+    if record.columns.keys() != columns.keys() or record.rows != (rows.start, rows.stop):
+        return False
+    chunks = len(manifest.views) * (len(rows) - len(record.invalid))
+    index = index_bytes(manifest.shard_rows, len(manifest.views))
+    return all(
+        spec.compressor is not None
+        or record.columns[name].file_bytes == chunks * (spec.row_bytes + CHECKSUM_BYTES) + index
+        for name, spec in columns.items()
+    )
+
+
+def _keys_misfit(path: Path, manifest: Manifest) -> list[str]:
+    with suppress(OSError):
+        if hashlib.sha256((path / KEYS_FILE).read_bytes()).hexdigest() != manifest.keys_sha256:
+            return [f"{path / KEYS_FILE}"]
+    return []
+
+
+def _array_misfits(path: Path, manifest: Manifest) -> list[str]:
+    """Documents of arrays that are there and readable, but not what the manifest says."""
+    documents = zarr_documents(manifest)
+    found = []
+    for array in (LABEL, *manifest.columns):
+        file = path / array / GROUP_FILE
+        with suppress(OSError, ValueError, RecursionError):
+            if not same_document(file.read_bytes(), documents[f"{array}/{GROUP_FILE}"]):
+                found.append(f"{file}")
+    return found
+
+
+def restore_documents(path: Path, plan: RepairPlan) -> None:
+    """Write Zarr's metadata again, and remove what killed writers left.
+
+    Args:
+        path: folder of the cache.
+        plan: whose ``documents`` and ``leftovers`` are dealt with.
+
+    Raises:
+        CacheError: the manifest is damaged.
+        RepaError: the operating system refuses.
+    """
+    with os_errors("write", path), locked(path / LOCK_FILE):
+        # under the lock: a writer that declares a source must not be undone
+        manifest = open_manifest(path)
+        documents = metadata_documents(path, manifest)
+        for file in plan.documents:
+            write_file(file, documents[str(file.relative_to(path))], path)
+        for file in plan.leftovers:
+            with suppress(FileNotFoundError):
+                file.unlink()
+
+
+def restore_tables(path: Path, manifest: Manifest, keys: Sequence[str], labels: NDArray[np.int32]) -> None:
+    """Write ``keys.txt`` and the labels again, where they are not what they should be.
+
+    Args:
+        path: folder of the cache.
+        manifest: its manifest.
+        keys: image key of every row.
+        labels: int32 ``[N]``, of the very images that the cache was made from: compare the fingerprint first.
+
+    Raises:
+        CacheError: these are not the keys of the manifest, or ``keys.txt`` has none of them.
+        RepaError: the operating system refuses.
+    """
+    if keys_sha256(keys) != manifest.keys_sha256:
+        raise CacheError(f"these are not the images of cache {path}: their keys differ; give its --data")
+    try:
+        read_keys(path, manifest)
+    except CacheError as error:
+        with os_errors("write", path / KEYS_FILE):
+            _refuse_foreign_keys(path, keys, error)
+            write_file(path / KEYS_FILE, encode_keys(keys), path)
+    try:
+        sound = np.array_equal(read_labels(path, manifest), labels)
+    except CacheError:
+        sound = False
+    if not sound:
+        with os_errors("write", path / LABEL_CHUNK):
+            write_file(path / LABEL_CHUNK, zarr_documents(manifest, labels=labels)[LABEL_CHUNK], path)
+
+
+def _refuse_foreign_keys(path: Path, keys: Sequence[str], cause: CacheError) -> None:
+    """A file that is damaged still has most of its lines; one of other images has none of them."""
+    with suppress(FileNotFoundError):
+        there = (path / KEYS_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+        if there and not set(keys).intersection(there):
+            raise CacheError(
+                f"{path / KEYS_FILE} has none of the keys that the manifest in {path / GROUP_FILE} is of, so "
+                "one of the two is of another cache; restore the one that is, or delete keys.txt if that is "
+                "it"
+            ) from cause
+
+
+def withdraw(path: Path, manifest: Manifest, shards: Mapping[str, Iterable[int]]) -> None:
+    """Take shards back: afterwards they are not committed, and their files are gone.
+
+    Args:
+        path: folder of the cache.
+        manifest: its manifest.
+        shards: source → shards.
+
+    Raises:
+        CacheError: another process is writing one of them; that source is left as it is.
+        RepaError: the operating system refuses.
+    """
+    for source, numbers in shards.items():
+        with SourceWriter(path, manifest, source, numbers) as writer:
+            for number in writer.shards:
+                record = commit_file(path, source, number)
+                with os_errors("write", record):
+                    record.unlink(missing_ok=True)
+                    # before a file goes: a record must never stand beside files that it was not made from
+                    sync_folders(record.parent, path)
+                    for column, spec in manifest.source_columns(source).items():
+                        shard_file(path, column, spec, number).unlink(missing_ok=True)
+
+
+def withdraw_calibration(path: Path, source: str) -> None:
+    """Remove a calibration that is damaged, so that the next writer of its source fits it again.
+
+    Raises:
+        RepaError: the operating system refuses.
+    """
+    file = calibration_file(path, source)
+    with os_errors("write", file):
+        file.unlink(missing_ok=True)
+        if (path / CALIBRATION_FOLDER).is_dir():
+            sync_folders(path / CALIBRATION_FOLDER, path)

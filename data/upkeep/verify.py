@@ -1,0 +1,292 @@
+"""Reading a whole cache and saying what in it is not as it was committed.
+
+Every stored byte is covered by some checksum: image data and their checksums by crc32c and the commit record,
+shard indexes by crc32c, commit records and the manifest by their own sha256, ``keys.txt`` by the manifest,
+labels by crc32c, calibrations by the notes of their source; Zarr's metadata are compared with what the
+manifest makes them.
+
+A cache in a bucket is checked as one in a folder, and as strictly: what was copied there arrived whole.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import CacheError
+from ..format.columns import LABEL, source_of
+from ..format.commits import read_commit
+from ..format.layout import (
+    CALIBRATION_FOLDER,
+    GROUP_FILE,
+    KEYS_FILE,
+    LABEL_CHUNK,
+    LOCK_FILE,
+    calibration_file,
+    calibration_lock,
+    commit_file,
+    commit_folder,
+    same_document,
+    shard_file,
+    zarr_documents,
+)
+from ..storage.bucket import REQUESTS, RemotePath, map_files
+from ..storage.files import os_errors, partial_path
+from ..writing.calibrations import check_calibration, read_calibration, recorded_sha256
+from ..writing.store import open_manifest, read_keys, read_labels
+from .shard_check import REDO, Finding, ShardCheck
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Container, Iterable, Sequence
+    from concurrent.futures import Executor
+
+    from ..format.commits import CommitRecord
+    from ..format.manifest import Manifest
+    from ..storage.bucket import CachePath
+
+__all__ = ["Finding", "verify_cache"]
+
+_AGAIN = "have it written again by `repa cache repair`"
+_RESUME = "run the same `repa preprocess` again"
+_REMOTE_FILES = 16  # of a bucket at once, several requests each
+
+
+def verify_cache(
+    path: CachePath,
+    columns: Sequence[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    threads: int | None = None,
+) -> list[Finding]:
+    """Check every byte of a cache.
+
+    Args:
+        path: its folder, or its prefix in a bucket.
+        columns: check the data of these columns only, and look for no stray files; all columns by default.
+        progress: called with bytes of shards checked and bytes in all, from the calling thread.
+        threads: files checked at once; by default as many as CPUs, at most 8, and of a bucket 16.
+
+    Returns:
+        What is wrong, in the order of manifest, sources, shards, columns and rows; empty for a cache that is
+        complete and intact. Shards that are not committed yet are found too.
+
+    Raises:
+        CacheError: there is no cache at ``path``, or it lacks a column that was asked for.
+        RepaError: the bucket cannot be read, or the package that reads it is not installed.
+    """
+    group = path / GROUP_FILE
+    try:
+        manifest = open_manifest(path)
+    except CacheError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise
+        return [Finding(path=group, what=str(error))]
+    if columns is not None:
+        manifest.require(tuple(columns), where=str(path))
+    checked = [name for name in manifest.columns if columns is None or name in columns]
+
+    findings = [*_check_metadata(path, manifest), *_check_keys_and_labels(path, manifest)]
+    records: dict[tuple[str, int], CommitRecord] = {}
+    for source in dict.fromkeys(source_of(name) for name in checked):
+        findings += _check_calibration(path, manifest, source)
+        for found in map_files(
+            lambda shard, source=source: _check_record(path, manifest, source, shard),  # type: ignore[misc]
+            range(manifest.num_shards),
+            path,
+        ):
+            if isinstance(found, Finding):
+                findings.append(found)
+            else:
+                records[source, found.shard] = found
+    usual = _REMOTE_FILES if isinstance(path, RemotePath) else min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(REQUESTS) as requests:
+        tasks = [
+            ShardCheck(path, manifest, name, record, requests)
+            for (source, _), record in records.items()
+            for name in checked
+            if source_of(name) == source
+        ]
+        findings += _run(tasks, requests, progress, threads or usual)
+    if columns is None:
+        findings += _check_strays(path, manifest, records.keys())
+    return [_of_a_copy(finding) for finding in findings] if isinstance(path, RemotePath) else findings
+
+
+def _of_a_copy(finding: Finding) -> Finding:
+    """A finding in a bucket: no command of ours writes there."""
+    what, _, remedy = finding.what.rpartition("; ")
+    return replace(finding, what=f"{what}; copy it there again") if "`repa " in remedy else finding
+
+
+def _check_metadata(path: CachePath, manifest: Manifest) -> list[Finding]:
+    """Zarr's documents against those that the manifest makes."""
+    findings = []
+    for name, expected in zarr_documents(manifest).items():
+        file = path / name
+        try:
+            same = same_document(file.read_bytes(), expected)
+            what = f"does not describe what the manifest does; {_AGAIN}"
+        except FileNotFoundError:
+            same, what = False, f"is missing; {_AGAIN}"
+        except (ValueError, RecursionError):
+            same, what = False, f"is damaged; {_AGAIN}"
+        except OSError as error:
+            if isinstance(file, RemotePath):
+                with os_errors("read", file):
+                    raise
+            same, what = False, f"cannot be read ({error.strerror}); {_AGAIN}"
+        if not same:
+            array = name.removesuffix(f"/{GROUP_FILE}")
+            column = array if array in manifest.columns else ""
+            source = source_of(column) if column else ""
+            findings.append(Finding(path=file, what=f"{file} {what}", source=source, column=column))
+    return findings
+
+
+def _check_keys_and_labels(path: CachePath, manifest: Manifest) -> list[Finding]:
+    findings = []
+    try:
+        read_keys(path, manifest)
+    except CacheError as error:
+        findings.append(Finding(path=path / KEYS_FILE, what=str(error)))
+    try:
+        labels = read_labels(path, manifest)
+    except CacheError as error:
+        findings.append(Finding(path=path / LABEL_CHUNK, column=LABEL, what=str(error)))
+    else:
+        outside = np.flatnonzero((labels < 0) | (labels >= len(manifest.class_names)))
+        findings += [
+            Finding(
+                path=path / LABEL_CHUNK,
+                column=LABEL,
+                row=int(row),
+                what=f"label {labels[row]} is of no class; write the cache again",
+            )
+            for row in outside
+        ]
+    return findings
+
+
+def _check_calibration(path: CachePath, manifest: Manifest, source: str) -> list[Finding]:
+    """The file that a source's notes speak of."""
+    recorded = recorded_sha256(manifest.sources[source])
+    if recorded is None:
+        return []
+    file = calibration_file(path, source)
+    data = read_calibration(path, source)
+    if data is None:
+        what = f"{file} is missing; restore it, or have it fitted again by `repa cache repair`"
+        return [Finding(path=file, source=source, what=what)]
+    try:
+        check_calibration(file, data, recorded)
+    except CacheError as error:
+        return [Finding(path=file, source=source, what=str(error))]
+    return []
+
+
+def _check_record(path: CachePath, manifest: Manifest, source: str, shard: int) -> CommitRecord | Finding:
+    """A shard's record, or why it has none."""
+    file = commit_file(path, source, shard)
+    rows = manifest.shard_range(shard)
+    columns = manifest.source_columns(source).keys()
+    try:
+        record = read_commit(path, source, shard)
+    except CacheError as error:
+        return Finding(path=file, source=source, shard=shard, what=str(error))
+    if record is None:
+        what = f"shard {shard} of {source} is not committed: {file} is missing; {_RESUME}"
+    elif record.rows != (rows.start, rows.stop) or record.columns.keys() != columns:
+        what = f"commit record {file} is of other rows or columns than shard {shard} of {source}; {REDO}"
+    else:
+        return record
+    return Finding(path=file, source=source, shard=shard, what=what)
+
+
+def _run(
+    tasks: Sequence[ShardCheck],
+    requests: Executor,
+    progress: Callable[[int, int], None] | None,
+    threads: int,
+) -> list[Finding]:
+    """All tasks' findings, in the order of the tasks."""
+    total = sum(task.bytes for task in tasks)
+    done = 0
+    found: dict[int, list[Finding]] = {}
+    with ThreadPoolExecutor(threads) as pool:
+        futures = {pool.submit(task): number for number, task in enumerate(tasks)}
+        try:
+            for future in as_completed(futures):
+                number = futures[future]
+                found[number] = future.result()
+                done += tasks[number].bytes
+                if progress is not None:
+                    progress(done, total)
+        except BaseException:
+            # Ctrl-C must not wait for the shards that nobody has begun, nor for the rest of those in a bucket
+            requests.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [finding for number in sorted(found) for finding in found[number]]
+
+
+def _check_strays(path: CachePath, manifest: Manifest, committed: Iterable[tuple[str, int]]) -> list[Finding]:
+    """Files that no part of the cache explains; those of a shard not committed are a run's in progress."""
+    done = set(committed)
+    present = _names_of_files(path)
+    known: set[str] = {*zarr_documents(manifest), LOCK_FILE, KEYS_FILE, LABEL_CHUNK}
+    root = Path()
+    for source in manifest.sources:
+        known.add(str(commit_folder(root, source) / LOCK_FILE))
+        for shard in range(manifest.num_shards):
+            files = [
+                shard_file(root, name, spec, shard) for name, spec in manifest.source_columns(source).items()
+            ]
+            files.append(commit_file(root, source, shard))
+            known.update(map(str, files))
+            if (source, shard) not in done:
+                known.update(str(partial_path(file)) for file in files)
+    known |= _known_calibrations(present, manifest, {source for source, _ in done})
+    return [
+        Finding(path=path / name, what=f"{path / name} is not the cache's; delete it")
+        for name in present
+        if name not in known
+    ]
+
+
+def _names_of_files(path: CachePath) -> list[str]:
+    """Every file below a folder or prefix, by its name within it, as sorted paths are."""
+    with os_errors("read", path):
+        if isinstance(path, RemotePath):
+            sizes = path.bucket.sizes()
+            # consoles mark a folder by an object of its name, without bytes
+            folders = {parent for name in sizes for parent in map(str, Path(name).parents)}
+            names = [name for name, size in sizes.items() if size or name not in folders]
+        else:
+            names = [
+                os.path.relpath(os.path.join(folder, name), path)
+                for folder, _, files in os.walk(path)
+                for name in files
+            ]
+    return sorted(names, key=lambda name: name.split("/"))
+
+
+def _known_calibrations(present: Iterable[str], manifest: Manifest, committed: Container[str]) -> set[str]:
+    """Calibrations that notes speak of, and those of sources that nobody has committed a shard of yet."""
+    known = set()
+    root = Path()
+    # a calibration is made before its source is declared, and its lock before it
+    locks = [Path(name) for name in present if Path(name).match(f"{CALIBRATION_FOLDER}/.?*{LOCK_FILE}")]
+    begun = [lock.name[1:].removesuffix(LOCK_FILE) for lock in locks if len(lock.parts) == 2]
+    for source in {*manifest.sources, *begun}:
+        file = calibration_file(root, source)
+        known.add(calibration_lock(root, source))
+        if source in manifest.sources and recorded_sha256(manifest.sources[source]) is not None:
+            known.add(file)
+        if source not in committed:
+            known |= {file, partial_path(file)}
+    return set(map(str, known))

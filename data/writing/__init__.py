@@ -1,0 +1,1 @@
+"""Creating a cache, writing its shards, and what was fitted before."""

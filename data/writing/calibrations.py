@@ -1,0 +1,135 @@
+"""What was fitted to some of the images before a source was written, kept beside the manifest.
+
+The projections that cut a teacher's queries and keys to a rank are fitted once and hold for every shard:
+``calibration/<source>.safetensors``. Of many processes one fits and the others wait for its bytes. The notes
+of the source's provenance carry their sha256, ``notes["calibration"]["sha256"]``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from ..errors import CacheError
+from ..format.commits import committed_shards
+from ..format.layout import GROUP_FILE, calibration_file, calibration_lock
+from ..storage.files import locked, make_folder, os_errors, write_file
+from .store import open_manifest, refuse_foreign_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from ..format.manifest import Provenance
+    from ..storage.bucket import CachePath
+
+NOTE = "calibration"
+
+
+def ensure_calibration(
+    path: Path, source: str, compute: Callable[[], bytes], *, usable: Callable[[bytes], bool] | None = None
+) -> bytes:
+    """The calibration of a source, computed and stored if it is not there.
+
+    Processes and threads that ask at once take turns: one computes, the others get its bytes. It binds as a
+    declaration does, from the first committed shard on: before that, one that is not usable is replaced.
+
+    The cache need not exist yet, so that what cannot be calibrated leaves nothing behind.
+
+    Args:
+        path: folder of the cache.
+        source: name of the source, declared or not.
+        compute: makes the bytes; may open the cache and declare its sources.
+        usable: whether bytes that are there are what is wanted; any are, by default.
+
+    Returns:
+        The bytes of the file.
+
+    Raises:
+        CacheError: committed shards rely on another calibration; the folder holds something else.
+        RepaError: the operating system refuses.
+    """
+    file, lock = calibration_file(path, source), calibration_lock(path, source)
+    refuse_foreign_folder(path)
+    with os_errors("write", lock):
+        make_folder(lock.parent)
+    with locked(lock):
+        relied_on = _relied_on(path, source)
+        stored = read_calibration(path, source)
+        fits = stored is not None and (usable is None or usable(stored))
+        if stored is not None and relied_on is not None:
+            check_calibration(file, stored, relied_on)
+        if stored is not None and fits:
+            return stored
+        if stored is not None and relied_on is not None:
+            raise CacheError(
+                f"the committed shards of {source} in {path} were written with another calibration; "
+                "use the flags they were made with, or choose another folder with --cache"
+            )
+        try:
+            computed = compute()
+        except BaseException:
+            _leave_nothing(path, lock)
+            raise
+        if relied_on is not None:
+            check_calibration(file, computed, relied_on)
+        with os_errors("write", file):
+            write_file(file, computed, path)
+        return computed
+
+
+def read_calibration(path: CachePath, source: str) -> bytes | None:
+    """The calibration of a source as it is on disk, or None.
+
+    Args:
+        path: folder of the cache.
+        source: name of the source.
+
+    Raises:
+        RepaError: the operating system refuses.
+    """
+    file = calibration_file(path, source)
+    with os_errors("read", file):
+        try:
+            return file.read_bytes()
+        except FileNotFoundError:
+            return None
+
+
+def recorded_sha256(provenance: Provenance) -> str | None:
+    """The sha256 of the calibration that a source was written with, by its notes; None without one."""
+    note = provenance.notes.get(NOTE)
+    return None if note is None else str(note["sha256"])
+
+
+def check_calibration(file: CachePath, data: bytes, recorded: str) -> None:
+    """Compare a calibration with the sha256 that its source's notes record.
+
+    Raises:
+        CacheError: it is another one.
+    """
+    if hashlib.sha256(data).hexdigest() != recorded:
+        raise CacheError(
+            f"{file} does not match its checksum in the manifest; "
+            "restore it, or have it fitted again by `repa cache repair`"
+        )
+
+
+def _relied_on(path: Path, source: str) -> str | None:
+    """The sha256 of the calibration that committed shards rely on."""
+    if not (path / GROUP_FILE).exists():
+        return None
+    manifest = open_manifest(path)
+    if source not in manifest.sources or not committed_shards(path, manifest, source):
+        return None
+    return recorded_sha256(manifest.sources[source])
+
+
+def _leave_nothing(path: Path, lock: Path) -> None:
+    """Remove the folders of a cache that was not to be; another process that waits comes to the same end."""
+    if not (path / GROUP_FILE).exists():
+        with suppress(OSError):
+            lock.unlink()
+            lock.parent.rmdir()
+            path.rmdir()

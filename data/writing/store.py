@@ -1,0 +1,353 @@
+"""Creating and opening a cache, and declaring what it is to hold.
+
+This is the door of the package: what others need of a cache on disk is importable from here. Several
+processes may call `ensure_cache` and `ensure_source` at once, with equal content; they take turns on
+``<cache>/.lock``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from crc32c import crc32c
+
+from ..errors import CacheError
+from ..format.columns import AUTOENCODER, ColumnSpec, model_of, source_of
+from ..format.commits import (
+    ColumnRecord,
+    CommitRecord,
+    committed_shards,
+    invalid_reasons,
+    invalid_rows,
+    is_committed,
+    read_commit,
+)
+from ..format.group import read_group
+from ..format.layout import (
+    CALIBRATION_FOLDER,
+    GROUP_FILE,
+    KEYS_FILE,
+    LABEL_CHUNK,
+    LOCK_FILE,
+    group_attributes,
+    shard_file,
+    zarr_documents,
+)
+from ..format.manifest import ATTRIBUTE, Manifest, Provenance
+from ..format.shard_index import CHECKSUM_BYTES
+from ..storage.files import locked, make_folder, os_errors, partial_path, sync_folders, write_file
+from .writer import ShardWriter, SourceWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from ..storage.bucket import CachePath
+
+__all__ = [
+    "ColumnRecord",
+    "CommitRecord",
+    "ShardWriter",
+    "SourceWriter",
+    "committed_shards",
+    "create_cache",
+    "declaration",
+    "differences",
+    "encode_keys",
+    "ensure_cache",
+    "ensure_source",
+    "invalid_reasons",
+    "invalid_rows",
+    "is_committed",
+    "keys_sha256",
+    "metadata_documents",
+    "open_manifest",
+    "read_commit",
+    "read_keys",
+    "read_labels",
+    "refuse_foreign_folder",
+    "shard_file",
+]
+
+_SHOWN = 60  # characters of a value in an error
+
+
+def keys_sha256(keys: Sequence[str]) -> str:
+    """The manifest's ``keys_sha256`` of these keys: hex sha256 of the bytes of ``keys.txt``.
+
+    Raises:
+        CacheError: a key that cannot be a line of UTF-8.
+    """
+    return hashlib.sha256(encode_keys(keys)).hexdigest()
+
+
+def create_cache(path: Path, manifest: Manifest, keys: Sequence[str], labels: NDArray[np.int32]) -> None:
+    """Make a cache without sources; it exists once its ``zarr.json`` does, which comes last.
+
+    Args:
+        path: its folder, absent or empty (or left by a process killed at this).
+        manifest: what it is.
+        keys: image key of every row.
+        labels: int32 ``[N]``.
+
+    Raises:
+        CacheError: the folder is a cache already, or holds something else.
+        RepaError: the operating system refuses.
+        ValueError: manifest, keys and labels contradict one another.
+    """
+    with _cache_lock(path):
+        if (path / GROUP_FILE).exists():
+            raise CacheError(f"{path} is a cache already; choose another folder with --cache, or delete it")
+        _create(path, manifest, keys, labels)
+
+
+def ensure_cache(path: Path, manifest: Manifest, keys: Sequence[str], labels: NDArray[np.int32]) -> Manifest:
+    """The manifest of the cache at ``path``, which is made if it is not there.
+
+    Args:
+        path: its folder.
+        manifest: what the cache must be; its columns and sources are not compared.
+        keys: image key of every row.
+        labels: int32 ``[N]``.
+
+    Raises:
+        CacheError: there is another cache, and how it differs; or something else.
+        RepaError: the operating system refuses.
+        ValueError: manifest, keys and labels contradict one another.
+    """
+    if not (path / GROUP_FILE).exists():
+        with _cache_lock(path):
+            if not (path / GROUP_FILE).exists():
+                _create(path, manifest, keys, labels)
+    present = open_manifest(path)
+    different = differences(_fixed(present), _fixed(manifest))
+    if different:
+        raise CacheError(
+            f"{path} is a cache of something else: {different}; give the same --data and flags as it was "
+            "made with, or choose another folder with --cache"
+        )
+    if not np.array_equal(read_labels(path, present), labels):
+        raise CacheError(f"{path} has other labels than these images; choose another folder with --cache")
+    return present
+
+
+def open_manifest(path: CachePath) -> Manifest:
+    """The manifest of the cache at ``path``.
+
+    Raises:
+        CacheError: there is no cache, it is of another format version, or its manifest is damaged.
+        RepaError: the operating system refuses.
+    """
+    return Manifest.from_json(read_group(path)["attributes"][ATTRIBUTE], where=str(path))
+
+
+def ensure_source(
+    path: Path, source: str, provenance: Provenance, columns: Mapping[str, ColumnSpec]
+) -> Manifest:
+    """Declare a source and its columns, or check that it was declared alike; nothing else changes.
+
+    A declaration binds from the first committed shard on: before that, and while nobody writes the source,
+    another takes its place, so that a first attempt that failed can be repeated in another way.
+
+    Args:
+        path: folder of the cache.
+        source: name of the source.
+        provenance: where its columns come from; compared but for library versions.
+        columns: name → spec of all its columns.
+
+    Raises:
+        CacheError: the source is there with another provenance or other columns, and how they differ.
+        RepaError: the operating system refuses.
+    """
+    for column in columns:
+        if source_of(column) != source:
+            raise ValueError(f"column {column} is not of source {source}")
+    manifest = open_manifest(path)
+    if source not in manifest.sources:
+        with _cache_lock(path):
+            manifest = open_manifest(path)
+            if source not in manifest.sources:
+                return _declare(path, manifest.with_source(source, provenance, columns), source)
+    different = differences(
+        declaration(manifest.sources[source], manifest.source_columns(source)),
+        declaration(provenance, columns),
+    )
+    if different and not committed_shards(path, manifest, source):
+        # nobody may be about to commit by the old declaration
+        with SourceWriter(path, manifest, source, range(manifest.num_shards)), _cache_lock(path):
+            if not committed_shards(path, manifest, source):
+                replaced = open_manifest(path).with_source(source, provenance, columns)
+                return _declare(path, replaced, source)
+    if different:
+        flag = "--vae" if source == AUTOENCODER else "--encoder"
+        raise CacheError(
+            f"cache {path} has {source} from another model or in another form: {different}; "
+            f"use the {flag} and flags it was made with, or choose another folder with --cache"
+        )
+    return manifest
+
+
+def metadata_documents(path: Path, manifest: Manifest) -> dict[str, bytes]:
+    """Every Zarr metadata document of a cache as ``manifest`` makes it, relative path → bytes.
+
+    Raises:
+        CacheError: the group's own document, whose other attributes are kept, is missing or damaged.
+        RepaError: the operating system refuses, or a compressor needs a package that is not installed.
+    """
+    # attributes that others have put there are theirs to keep
+    attributes = {**read_group(path)["attributes"], **group_attributes(manifest)}
+    return zarr_documents(manifest, attributes=attributes)
+
+
+def read_keys(path: CachePath, manifest: Manifest) -> list[str]:
+    """Image key of every row.
+
+    Raises:
+        CacheError: ``keys.txt`` is missing or not the one of the manifest.
+    """
+    data = _read(path / KEYS_FILE)
+    if hashlib.sha256(data).hexdigest() != manifest.keys_sha256:
+        raise CacheError(
+            f"{path / KEYS_FILE} does not match its checksum in the manifest; "
+            "restore it, or have it written again by `repa cache repair`"
+        )
+    return data.decode().split("\n")[:-1]
+
+
+def read_labels(path: CachePath, manifest: Manifest) -> NDArray[np.int32]:
+    """The label of every row, int32 ``[N]``.
+
+    Raises:
+        CacheError: the label array is missing, cut off or does not match its checksum.
+    """
+    file = path / LABEL_CHUNK
+    data = _read(file)
+    values, stored = data[:-CHECKSUM_BYTES], int.from_bytes(data[-CHECKSUM_BYTES:], "little")
+    if len(values) != 4 * manifest.num_rows or crc32c(values) != stored:
+        raise CacheError(
+            f"{file} does not match its checksum; restore it, or have it written again by `repa cache repair`"
+        )
+    return np.frombuffer(values, dtype="<i4").astype(np.int32)
+
+
+def refuse_foreign_folder(path: Path) -> None:
+    """Look at the folder of a cache that may not be there yet, before anything is put into it.
+
+    Raises:
+        CacheError: it holds something else.
+        RepaError: the operating system refuses.
+    """
+    with os_errors("read", path):
+        ours = not path.is_dir() or any((path / name).exists() for name in (LOCK_FILE, GROUP_FILE))
+        if not ours and any(each.name != CALIBRATION_FOLDER for each in path.iterdir()):
+            raise CacheError(f"{path} is not empty and no cache; choose another folder with --cache")
+
+
+@contextmanager
+def _cache_lock(path: Path) -> Iterator[None]:
+    """Hold the cache's lock; refuse a folder with something else in it before touching it."""
+    refuse_foreign_folder(path)
+    with os_errors("write", path):
+        make_folder(path)
+        with locked(path / LOCK_FILE):
+            yield
+
+
+def _create(path: Path, manifest: Manifest, keys: Sequence[str], labels: NDArray[np.int32]) -> None:
+    data = encode_keys(keys)
+    if not manifest.num_rows == len(keys) == len(labels) or labels.dtype != np.int32:
+        raise ValueError(f"{manifest.num_rows} rows, {len(keys)} keys, labels {labels.dtype}[{len(labels)}]")
+    if hashlib.sha256(data).hexdigest() != manifest.keys_sha256:
+        raise ValueError("keys_sha256 of the manifest is not the one of the keys")
+    documents = zarr_documents(manifest, labels=labels)
+    files = {KEYS_FILE: data, **documents}
+    left = {path / LOCK_FILE, partial_path(path / GROUP_FILE), partial_path(path / KEYS_FILE)}
+    left |= {path / name.split("/")[0] for name in (*files, CALIBRATION_FOLDER)}
+    foreign = sorted(str(each) for each in path.iterdir() if each not in left)
+    if foreign:
+        raise CacheError(
+            f"{path} holds {foreign[0]}, which is no cache's; choose another folder with --cache"
+        )
+    group = files.pop(GROUP_FILE)
+    for name, content in files.items():
+        write_file(path / name, content, path)
+    write_file(path / GROUP_FILE, group, path)
+    sync_folders(path.parent, path.parent)
+
+
+def _declare(path: Path, manifest: Manifest, source: str) -> Manifest:
+    documents = metadata_documents(path, manifest)
+    own = {f"{name}/{GROUP_FILE}" for name in manifest.source_columns(source)}
+    model = f"{model_of(source)}/{GROUP_FILE}"
+    for name, content in documents.items():
+        if name in own or (name == model and not (path / name).exists()):
+            write_file(path / name, content, path)
+    write_file(path / GROUP_FILE, documents[GROUP_FILE], path)
+    return manifest
+
+
+def _read(file: CachePath) -> bytes:
+    with os_errors("read", file):
+        try:
+            return file.read_bytes()
+        except FileNotFoundError as error:
+            raise CacheError(
+                f"{file} is missing; restore it, or have it written again by `repa cache repair`"
+            ) from error
+
+
+def encode_keys(keys: Sequence[str]) -> bytes:
+    """The bytes of ``keys.txt``.
+
+    Raises:
+        CacheError: a key that cannot be a line of UTF-8.
+    """
+    for key in keys:
+        if "\n" in key:
+            raise CacheError(f"image key {key!r} has a line break; rename the file")
+    try:
+        return "".join(f"{key}\n" for key in keys).encode()
+    except UnicodeEncodeError as error:
+        bad = next(key for key in keys if not _encodes(key))
+        raise CacheError(f"image key {bad!r} is not UTF-8; rename the file") from error
+
+
+def _encodes(key: str) -> bool:
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _fixed(manifest: Manifest) -> dict[str, Any]:
+    """What two manifests of one cache share: everything but columns and sources."""
+    values = manifest.to_json()
+    return {key: value for key, value in values.items() if key not in {"columns", "sources"}}
+
+
+def declaration(provenance: Provenance, columns: Mapping[str, ColumnSpec]) -> dict[str, Any]:
+    """What binds of a source; notes and columns each for itself, so that the one that differs is named."""
+    values = provenance.identity()
+    notes = values.pop("notes")
+    values.update({f"notes.{name}": value for name, value in notes.items()})
+    for name, spec in columns.items():
+        compressed = f" in {spec.compressor}" if spec.compressor else ""
+        values[f"columns.{name}"] = f"{spec.dtype}{list(spec.shape)}{compressed}"
+    return values
+
+
+def differences(here: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """``field is a, not b`` of every field that differs, values that are long left out."""
+    parts = []
+    for key in dict.fromkeys([*here, *wanted]):
+        if here.get(key) != wanted.get(key):
+            a, b = str(here.get(key)), str(wanted.get(key))
+            long = len(a) > _SHOWN or len(b) > _SHOWN
+            parts.append(f"{key} differs" if long else f"{key} is {a}, not {b}")
+    return ", ".join(parts)

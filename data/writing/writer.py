@@ -1,0 +1,343 @@
+"""Writing the columns of a source, shard by shard, each there whole or not at all.
+
+A shard file is assembled by hand in Zarr's public layout (see `shard_index`): rows are appended as they come,
+so no shard is ever held in memory, and one fsync is enough. Rows of a compressed column are encoded as they
+come, in the thread that appends them.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import threading
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+from crc32c import crc32c
+
+from ..errors import CacheError
+from ..format.commits import ColumnRecord, CommitRecord, is_committed
+from ..format.compression import chunk_codec
+from ..format.layout import LOCK_FILE, commit_file, commit_folder, shard_file
+from ..format.shard_index import CHECKSUM_BYTES, MISSING, encode_index
+from ..storage.files import make_folder, os_errors, partial_path, publish, sync_folders, write_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+    from types import TracebackType
+
+    from numpy.typing import NDArray
+
+    from ..format.columns import ColumnSpec
+    from ..format.manifest import Manifest
+
+# POSIX locks do not exclude writers of one process, and closing one descriptor drops the locks of all others
+_writing: set[str] = set()
+_writing_guard = threading.Lock()
+
+# bytes of a file after which the disk is set to work on them, so that the last sync has little left to do
+_FLUSH_BYTES = 8 << 20
+_CAN_FLUSH = hasattr(os, "posix_fadvise")
+
+
+class SourceWriter:
+    """The one writer of some shards of a source: a context manager that holds their locks.
+
+    A lock is one byte per shard of ``commits/<source>/.lock``, so processes that own different shards coexist
+    and no two can own the same. Locks end with the process, however it ends. A process has one writer of a
+    source.
+
+    Args:
+        path: folder of the cache.
+        manifest: its manifest, with the source declared (`store.ensure_source`).
+        source: name of the source.
+        shards: the shards to own.
+
+    Raises:
+        CacheError: on entering, when a shard is another writer's; the source is not declared.
+        ValueError: a shard outside the cache.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, source: str, shards: Iterable[int]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.source = source
+        self.shards = sorted(set(shards))
+        if source not in manifest.sources:
+            raise CacheError(f"cache {path} has no source {source}; declare it before writing it")
+        if self.shards and not 0 <= self.shards[0] <= self.shards[-1] < manifest.num_shards:
+            raise ValueError(f"shards {self.shards[0]} to {self.shards[-1]} of {manifest.num_shards}")
+        self._descriptor: int | None = None
+        self._key = str(commit_folder(path, source).resolve())
+
+    def __enter__(self) -> Self:
+        lock = commit_folder(self.path, self.source) / LOCK_FILE
+        with _writing_guard:
+            if self._key in _writing:
+                raise CacheError(
+                    f"this process is already writing {self.source} in {self.path}; wait until it is done"
+                )
+            _writing.add(self._key)
+        try:
+            with os_errors("write", lock):
+                make_folder(lock.parent)
+                self._descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                for shard in self.shards:
+                    self._lock(self._descriptor, shard)
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def _lock(self, descriptor: int, shard: int) -> None:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, shard)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            raise CacheError(
+                f"another process is writing shard {shard} of {self.source} in {self.path}; "
+                "wait until it has finished, or stop it"
+            ) from error
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+        with _writing_guard:
+            _writing.discard(self._key)
+
+    @property
+    def remaining(self) -> list[int]:
+        """The owned shards that are not committed, ascending."""
+        return [
+            shard for shard in self.shards if not is_committed(self.path, self.manifest, self.source, shard)
+        ]
+
+    def shard(self, shard: int) -> ShardWriter:
+        """A writer of one owned shard; one that is committed is written anew.
+
+        Raises:
+            ValueError: the shard is not owned, or the locks are not held.
+        """
+        if self._descriptor is None or shard not in self.shards:
+            raise ValueError(f"shard {shard} of {self.source} is not owned by this writer")
+        return ShardWriter(self.path, self.manifest, self.source, shard)
+
+
+class ShardWriter:
+    """One shard of a source: a context manager; without `commit` it leaves nothing behind.
+
+    Args:
+        path: folder of the cache.
+        manifest: its manifest.
+        source: name of the source.
+        shard: index of the shard, whose lock the caller holds (`SourceWriter.shard`).
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, source: str, shard: int) -> None:
+        self.path = path
+        self.source = source
+        self.number = shard
+        self.rows = manifest.shard_range(shard)
+        self._specs = manifest.source_columns(source)
+        self._layout = (self.rows.start, manifest.shard_rows, len(manifest.views))
+        self._files: dict[str, _ColumnFile] = {}
+        self._invalid: dict[int, str] = {}
+
+    def __enter__(self) -> Self:
+        try:
+            for column, spec in self._specs.items():
+                place = shard_file(self.path, column, spec, self.number)
+                with os_errors("write", place):
+                    self._files[column] = _ColumnFile(place, spec, *self._layout)
+        except BaseException:
+            self._abandon()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._abandon()
+
+    def write(self, row: int, column: str, array: NDArray[np.generic]) -> None:
+        """Append a row to a column.
+
+        Args:
+            row: index of the image in the cache; ascending within a column.
+            column: name of the column.
+            array: ``[V, *shape]`` of the column's dtype.
+
+        Raises:
+            ValueError: a row, shape or dtype that is not the column's, a row invalid or not ascending.
+            RepaError: the operating system refuses.
+        """
+        if row not in self.rows or row in self._invalid:
+            raise ValueError(f"row {row} is invalid or not of shard {self.number} ({self.rows})")
+        file = self._files[column]
+        with os_errors("write", file.place):
+            file.append(row, array)
+
+    def mark_invalid(self, row: int, reason: str) -> None:
+        """Say that a row has no data.
+
+        Args:
+            row: index of the image in the cache.
+            reason: why, in words that do not depend on the machine.
+
+        Raises:
+            ValueError: the row is not of this shard, or a column has it already.
+        """
+        if row not in self.rows or any(file.has(row) for file in self._files.values()):
+            raise ValueError(f"row {row} is written already or not of shard {self.number} ({self.rows})")
+        self._invalid[row] = reason
+
+    def commit(self) -> None:
+        """Put the files in their places and write the commit record.
+
+        Raises:
+            ValueError: a row is neither written in every column nor invalid.
+            RepaError: the operating system refuses; the shard is not committed then.
+        """
+        for column, file in self._files.items():
+            for row in self.rows:
+                if row not in self._invalid and not file.has(row):
+                    raise ValueError(f"row {row} of {column} is neither written nor invalid")
+        columns = {}
+        for column, file in self._files.items():
+            with os_errors("write", file.place):
+                columns[column] = file.finish()
+        record_file = commit_file(self.path, self.source, self.number)
+        with os_errors("write", record_file):
+            if record_file.exists():
+                # a record must never stand beside files it was not made from
+                record_file.unlink()
+                sync_folders(record_file.parent, self.path)
+            for file in self._files.values():
+                publish(file.partial, file.place, self.path)
+            record = CommitRecord(
+                shard=self.number,
+                rows=(self.rows.start, self.rows.stop),
+                columns=columns,
+                invalid=self._invalid,
+            )
+            write_file(record_file, record.encode(), self.path)
+
+    def _abandon(self) -> None:
+        with ExitStack() as stack:
+            for file in self._files.values():
+                stack.callback(file.abandon)
+
+
+class _ColumnFile:
+    """A shard file in the making, beside its place.
+
+    Args:
+        place: where it belongs.
+        spec: the column's.
+        first_row: of the shard.
+        shard_rows: rows of a full shard.
+        views: V.
+    """
+
+    def __init__(self, place: Path, spec: ColumnSpec, first_row: int, shard_rows: int, views: int) -> None:
+        self.place = place
+        self.partial = partial_path(place)
+        self._shape = (views, *spec.shape)
+        self._dtype = spec.numpy_dtype
+        self._codec = chunk_codec(spec)
+        self._first_row = first_row
+        self._next_row = first_row
+        self._offset = 0
+        self._flushed = 0
+        self._index = np.full((shard_rows, views, 2), MISSING, dtype=np.uint64)
+        self._checksums = np.zeros((shard_rows, views), dtype="<u4")
+        make_folder(place.parent)
+        # what a killed process left there is overwritten
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        self._descriptor: int | None = os.open(self.partial, flags, 0o666)
+
+    def has(self, row: int) -> bool:
+        return bool(self._index[row - self._first_row, 0, 0] != MISSING)
+
+    def append(self, row: int, array: NDArray[np.generic]) -> None:
+        if array.shape != self._shape or array.dtype != self._dtype:
+            raise ValueError(
+                f"row {row} is {array.dtype}{list(array.shape)}, its column {self._dtype}{list(self._shape)}"
+            )
+        if row < self._next_row:
+            raise ValueError(
+                f"row {row} comes after row {self._next_row - 1}; rows are written in ascending order"
+            )
+        parts: list[memoryview | bytes] = []
+        for view, values in enumerate(array):
+            data = self._stored_bytes(values)
+            checksum = crc32c(data)
+            parts += [data, checksum.to_bytes(CHECKSUM_BYTES, "little")]
+            self._index[row - self._first_row, view] = (self._offset, len(data) + CHECKSUM_BYTES)
+            self._checksums[row - self._first_row, view] = checksum
+            self._offset += len(data) + CHECKSUM_BYTES
+        descriptor = self._write(parts)
+        self._next_row = row + 1
+        if _CAN_FLUSH and self._offset - self._flushed >= _FLUSH_BYTES:
+            # Linux begins to write dirty pages that are said not to be needed, and keeps them
+            length = self._offset - self._flushed
+            os.posix_fadvise(descriptor, self._flushed, length, os.POSIX_FADV_DONTNEED)
+            self._flushed = self._offset
+
+    def _stored_bytes(self, values: NDArray[np.generic]) -> memoryview | bytes:
+        if self._codec is not None:
+            return self._codec.encode(values)
+        return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+
+    def finish(self) -> ColumnRecord:
+        index = encode_index(self._index)
+        os.fsync(self._write([index]))
+        self._close()
+        return ColumnRecord(
+            file_bytes=self._offset + len(index),
+            chunks_sha256=hashlib.sha256(self._checksums.tobytes()).hexdigest(),
+        )
+
+    def abandon(self) -> None:
+        # what cannot be removed is overwritten by the next writer
+        with suppress(OSError):
+            self._close()
+        with suppress(OSError):
+            self.partial.unlink(missing_ok=True)
+
+    def _write(self, parts: Sequence[memoryview | bytes]) -> int:
+        """Append to the file without a buffer of our own, which would copy every row once more.
+
+        Returns:
+            The file's descriptor.
+        """
+        if self._descriptor is None:
+            raise ValueError(f"{self.place} has been finished, or a write to it has failed")
+        try:
+            written = os.writev(self._descriptor, parts)
+            if written < sum(map(len, parts)):
+                # a disk that fills up takes a part before it refuses the rest
+                rest = memoryview(b"".join(parts))[written:]
+                while rest:
+                    rest = rest[os.write(self._descriptor, rest) :]
+        except OSError:
+            # part of a row may be there: nothing may follow it
+            self._close()
+            raise
+        return self._descriptor
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)

@@ -1,0 +1,131 @@
+"""What is fitted and measured on some images before a source is written: a file of its own in the cache.
+
+The file is safetensors: the projections, if queries and keys are cut, and one metadata entry, JSON, with the
+settings it was made for and what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load, save
+
+from ...data.errors import RepaError
+from ...data.format.layout import canonical_json
+from ...data.units import counted
+from ..images.pixels import decode_row
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from ..images.folder import ImageSource
+
+FIT_IMAGES = 128
+HELD_OUT_IMAGES = 64
+
+_METADATA = "repa"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What a calibration file holds.
+
+    Attributes:
+        settings: all that decides its content, plain JSON values.
+        images: number of images the projections were fitted to; 0 without projections.
+        fidelity: what was measured on held-out images, plain JSON values.
+        projections: of queries and of centred keys, each float32 ``[L, H, r, Dh]``; None: nothing is cut.
+    """
+
+    settings: Mapping[str, Any]
+    images: int
+    fidelity: Mapping[str, Any]
+    projections: tuple[Tensor, Tensor] | None = field(default=None, compare=False)
+
+    def encode(self) -> bytes:
+        """The bytes of the file; equal for equal content."""
+        tensors: dict[str, Tensor] = {}
+        if self.projections is not None:
+            tensors = {name: each.contiguous() for name, each in zip("qk", self.projections, strict=True)}
+        values = {
+            "settings": self.settings,
+            "images": self.images,
+            "fidelity": self.fidelity,
+        }
+        # one entry only: safetensors writes several in no fixed order
+        data: bytes = save(tensors, {_METADATA: canonical_json(values).decode()})
+        return data
+
+    @classmethod
+    def decode(cls, data: bytes) -> Calibration:
+        """The calibration in a file's bytes.
+
+        Raises:
+            ValueError: not what `encode` wrote.
+        """
+        try:
+            # https://huggingface.co/docs/safetensors "Format": length of the JSON header, header, tensors
+            (length,) = struct.unpack_from("<Q", data)
+            values = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_METADATA])
+            tensors = load(data)
+            return cls(**values, projections=(tensors["q"], tensors["k"]) if tensors else None)
+        # what the reader of a broken file raises is an Exception of its own
+        except Exception as error:
+            raise ValueError(f"not a calibration: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenImages:
+    """Images of a set, row → pixels uint8 ``[3, R, R]``, ascending by row.
+
+    Attributes:
+        fit: those that projections are fitted to.
+        held_out: others, on which fidelity is measured.
+    """
+
+    fit: Mapping[int, NDArray[np.uint8]]
+    held_out: Mapping[int, NDArray[np.uint8]]
+
+
+def choose_images(images: ImageSource, resolution: int) -> ChosenImages:
+    """Pick images evenly spaced over a set: up to 128 to fit to, and up to 64 others, every third, held out.
+
+    The first images would be of one class where a folder is sorted by class. One that cannot be decoded gives
+    its place to the next that can, as far as the next place.
+
+    Args:
+        images: the set.
+        resolution: side of the crop in pixels, R.
+
+    Raises:
+        RepaError: fewer than two of them can be decoded, or a file cannot be read.
+    """
+    count = min(len(images), FIT_IMAGES + HELD_OUT_IMAGES)
+    places = [number * len(images) // count for number in range(count + 1)]
+    picked: dict[int, NDArray[np.uint8]] = {}
+    for place, following in pairwise(places):
+        for row in range(place, following):
+            pixels = decode_row(images, row, resolution)
+            if not isinstance(pixels, str):
+                picked[row] = pixels
+                break
+    rows = list(picked)
+    if len(rows) < 2:
+        raise RepaError(
+            f"{images.name} has {counted(len(rows), 'image')} that can be decoded: the storage form is "
+            "fitted to some and measured on others, so give --data with 2 at least, or leave int8, "
+            "--attention-rank and --attention-kl out"
+        )
+    held_out = set(rows[2::3] or rows[1:])
+    return ChosenImages(
+        fit={row: picked[row] for row in rows if row not in held_out},
+        held_out={row: picked[row] for row in rows if row in held_out},
+    )

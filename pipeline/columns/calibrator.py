@@ -1,0 +1,149 @@
+"""Storage forms that must be fitted or measured first: done once for all processes, kept in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ...data.format.columns import attention_source
+from ...data.writing.calibrations import ensure_calibration
+from ..lanes.lanes import open_lanes
+from .calibration import Calibration, ChosenImages, choose_images
+from .fitting import Passes, choose_rank, token_fidelity
+from .forms import AttentionForm, TokenForm, attention_form
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+    from ...data.format.manifest import Provenance
+    from ..encoders.base import Encoder
+    from ..images.folder import ImageSource
+    from .specs import AttentionSettings
+
+
+class Calibrator:
+    """Fits and measures on images of the set that is to be encoded.
+
+    Of all processes that write a cache one does it and the others wait for its file; a later run reads it.
+
+    Args:
+        cache: folder of the cache.
+        images: the set.
+        resolution: side of the crop in pixels.
+        batch_size: images of a forward pass.
+        device: ``cpu`` or ``cuda:<index>``.
+        threads: CPU: batches computed at a time.
+    """
+
+    def __init__(
+        self,
+        cache: Path,
+        images: ImageSource,
+        *,
+        resolution: int,
+        batch_size: int,
+        device: str,
+        threads: int,
+    ) -> None:
+        self._cache = cache
+        self._images = images
+        self._resolution = resolution
+        self._batch_size = batch_size
+        self._device = device
+        self._threads = threads
+
+    def attention(
+        self, encoder: Encoder, provenance: Provenance, settings: AttentionSettings
+    ) -> tuple[AttentionForm, dict[str, Any]]:
+        """The form of an encoder's attention, and the notes of its source.
+
+        Args:
+            encoder: the teacher.
+            provenance: of its tokens.
+            settings: what is asked for.
+
+        Raises:
+            RepaError: no rank meets the tolerance; fewer than two images; values that are not finite.
+            CacheError: committed shards were written with another calibration.
+        """
+
+        def compute() -> Calibration:
+            with self._passes() as passes:
+                form, fidelity = choose_rank(encoder, settings, self._chosen, passes)
+            return Calibration(
+                settings=wanted,
+                images=0 if form.projections is None else len(self._chosen.fit),
+                fidelity=fidelity,
+                projections=form.projections,
+            )
+
+        wanted = self._settings(
+            provenance,
+            blocks=list(settings.blocks),
+            dtype=settings.stored_dtype,
+            rank=settings.rank,
+            tolerance=settings.tolerance,
+        )
+        made, note = self._ensure(attention_source(encoder.name), wanted, compute)
+        at_hand = None
+        if made.projections is not None:
+            # where they are used, once and not for every batch
+            at_hand = made.projections[0].to(self._device), made.projections[1].to(self._device)
+        form = attention_form(encoder, settings, at_hand)
+        own = {
+            "depth": encoder.depth,
+            "logit_scale": encoder.logit_scale,
+            "tolerance": settings.tolerance,
+        }
+        return form, {**form.notes, **own, "calibration": note, "fidelity": made.fidelity}
+
+    def tokens(self, encoder: Encoder, provenance: Provenance, form: TokenForm) -> dict[str, Any]:
+        """What the notes of an encoder's source say beside those of ``provenance``, of a form that rounds.
+
+        Raises:
+            RepaError: fewer than two images; values that are not finite.
+            CacheError: committed shards were written with another calibration.
+        """
+
+        def compute() -> Calibration:
+            with self._passes() as passes:
+                fidelity = token_fidelity(encoder, form, self._chosen.held_out, passes)
+            return Calibration(settings=wanted, images=0, fidelity=fidelity)
+
+        wanted = self._settings(provenance, dtype=form.dtype)
+        made, note = self._ensure(encoder.name, wanted, compute)
+        return {"calibration": note, "fidelity": made.fidelity}
+
+    def _ensure(
+        self, source: str, wanted: Mapping[str, Any], compute: Callable[[], Calibration]
+    ) -> tuple[Calibration, dict[str, Any]]:
+        def usable(data: bytes) -> bool:
+            try:
+                return Calibration.decode(data).settings == wanted
+            except ValueError:
+                return False
+
+        data = ensure_calibration(self._cache, source, lambda: compute().encode(), usable=usable)
+        made = Calibration.decode(data)
+        return made, {"images": made.images, "sha256": hashlib.sha256(data).hexdigest()}
+
+    def _settings(self, provenance: Provenance, **form: Any) -> dict[str, Any]:
+        """Everything that the numbers depend on, as plain JSON values."""
+        return {
+            "teacher": provenance.identity(),
+            "resolution": self._resolution,
+            "images": self._images.fingerprint,
+            **form,
+        }
+
+    @cached_property
+    def _chosen(self) -> ChosenImages:
+        return choose_images(self._images, self._resolution)
+
+    @contextmanager
+    def _passes(self) -> Iterator[Passes]:
+        with open_lanes(self._device, self._threads) as lanes:
+            yield Passes(lanes, self._batch_size)

@@ -1,0 +1,246 @@
+"""The models of a cache: the autoencoder and the teachers, each with the sources that one pass gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from ...data.format.columns import AUTOENCODER, MOMENTS, ColumnSpec, attention_source, model_of
+from .forms import AttentionForm, TokenForm, token_form
+from .specs import INT8
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping
+
+    from ...data.format.manifest import Provenance
+    from ..config import PreprocessConfig
+    from ..encoders.base import Encoder
+    from ..encoders.vae import Autoencoder
+    from .calibrator import Calibrator
+    from .specs import AttentionSettings
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One source of a model.
+
+    Attributes:
+        provenance: what the manifest keeps of it.
+        columns: its columns, name → spec.
+    """
+
+    provenance: Provenance
+    columns: Mapping[str, ColumnSpec]
+
+
+class SourceModel(Protocol):
+    """A network whose outputs are columns of one source or several.
+
+    Attributes:
+        name: of the network.
+        sources: the sources it is to give.
+        provenance: where its outputs come from, however they are stored.
+        parts: source → what it is; all of ``sources`` once `prepare` has been called.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    provenance: Provenance
+    parts: Mapping[str, Part]
+
+    def prepare(self, calibrator: Calibrator) -> None:
+        """Settle the storage forms that must be fitted or measured first.
+
+        Raises:
+            RepaError: see `Calibrator`.
+        """
+        ...
+
+    def encode(self, images: torch.Tensor, sources: Collection[str]) -> dict[str, torch.Tensor]:
+        """Columns ``[B, *shape]`` in storage dtype, from one forward pass.
+
+        Args:
+            images: uint8 ``[B, 3, R, R]``, on the device.
+            sources: those of its sources that are wanted.
+        """
+        ...
+
+    def encode_exactly(
+        self, images: torch.Tensor, sources: Collection[str]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The same columns, and the float32 numbers that they were rounded from, but for those of scales.
+
+        Args:
+            images: uint8 ``[B, 3, R, R]``, on the device.
+            sources: those of its sources that are wanted.
+        """
+        ...
+
+
+class AutoencoderModel:
+    """``sd-vae/moments``: posterior mean and standard deviation, float32. See `SourceModel`.
+
+    Args:
+        autoencoder: the model.
+        batch_size: images of a forward pass, for the manifest.
+        resolution: side in pixels of the images.
+    """
+
+    name = AUTOENCODER
+    sources: tuple[str, ...] = (AUTOENCODER,)
+
+    def __init__(self, autoencoder: Autoencoder, batch_size: int, resolution: int) -> None:
+        self._autoencoder = autoencoder
+        self.provenance = autoencoder.provenance(batch_size, resolution)
+        shape = (2 * autoencoder.latent_channels, *autoencoder.grid(resolution))
+        columns = {MOMENTS: ColumnSpec(shape=shape, dtype="float32")}
+        self.parts: Mapping[str, Part] = {AUTOENCODER: Part(provenance=self.provenance, columns=columns)}
+
+    def prepare(self, calibrator: Calibrator) -> None:
+        """Moments are stored as they are."""
+        del calibrator
+
+    def encode(self, images: torch.Tensor, sources: Collection[str]) -> dict[str, torch.Tensor]:
+        """Moments ``[B, 2C, h, w]`` of uint8 images ``[B, 3, R, R]``."""
+        del sources
+        return {MOMENTS: self._autoencoder.encode_moments(images)}
+
+    def encode_exactly(
+        self, images: torch.Tensor, sources: Collection[str]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Moments are stored as they are."""
+        columns = self.encode(images, sources)
+        return columns, columns
+
+
+class EncoderModel:
+    """A teacher: ``<encoder>`` with its tokens, ``<encoder>+attention`` with queries and keys of blocks.
+
+    See `SourceModel`.
+
+    Args:
+        encoder: the teacher.
+        sources: either of the two, or both.
+        batch_size: images of a forward pass, for the manifest.
+        dtype: ``float16``, ``float32`` or ``int8``, of its tokens.
+        attention: how its attention is stored, if it is.
+        compressor: of the columns, see `ColumnSpec`.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        sources: Iterable[str],
+        *,
+        batch_size: int,
+        dtype: str,
+        attention: AttentionSettings | None = None,
+        compressor: str | None = None,
+    ) -> None:
+        self.name = encoder.name
+        self.sources = tuple(sources)
+        self.provenance = encoder.provenance(batch_size)
+        self.parts: Mapping[str, Part] = {}
+        self._encoder = encoder
+        self._settings = attention
+        self._attention: AttentionForm | None = None
+        self._tokens: TokenForm = token_form(encoder, dtype, compressor)
+        if self.name in self.sources and dtype != INT8:
+            self.parts = {self.name: Part(provenance=self.provenance, columns=self._tokens.columns)}
+
+    def prepare(self, calibrator: Calibrator) -> None:
+        """Measure what int8 changes of the tokens, and fit and measure the form of the attention."""
+        for source in self.sources:
+            if source in self.parts:
+                continue
+            columns: Mapping[str, ColumnSpec]
+            if source == self.name:
+                columns = self._tokens.columns
+                measured = calibrator.tokens(self._encoder, self.provenance, self._tokens)
+                notes = {**self.provenance.notes, **measured}
+            else:
+                assert self._settings is not None, "an attention source has settings"
+                form, notes = calibrator.attention(self._encoder, self.provenance, self._settings)
+                self._attention, columns = form, form.columns
+            part = Part(provenance=replace(self.provenance, notes=notes), columns=columns)
+            self.parts = {**self.parts, source: part}
+
+    def encode(self, images: torch.Tensor, sources: Collection[str]) -> dict[str, torch.Tensor]:
+        """Columns of the sources asked for, from one pass over uint8 images ``[B, 3, R, R]``."""
+        columns: dict[str, torch.Tensor] = {}
+        forms, features = self._run(images, sources)
+        for form in forms:
+            columns |= form.encode(features)
+        return columns
+
+    def encode_exactly(
+        self, images: torch.Tensor, sources: Collection[str]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Columns of the sources asked for, and what they were rounded from."""
+        columns: dict[str, torch.Tensor] = {}
+        exact: dict[str, torch.Tensor] = {}
+        forms, features = self._run(images, sources)
+        for form in forms:
+            columns |= form.encode(features)
+            exact |= form.exact(features)
+        return columns, exact
+
+    def _run(
+        self, images: torch.Tensor, sources: Collection[str]
+    ) -> tuple[list[TokenForm | AttentionForm], dict[str, torch.Tensor]]:
+        """The forms of the sources asked for, and what the teacher says that they store."""
+        attention = self._attention if attention_source(self.name) in sources else None
+        features = self._encoder.encode(images, attention.blocks if attention is not None else ())
+        tokens = self._tokens if self.name in sources else None
+        return [form for form in (tokens, attention) if form is not None], features
+
+
+def load_models(config: PreprocessConfig, sources: Iterable[str], device: str) -> list[SourceModel]:
+    """Load the models of these sources, each once.
+
+    Args:
+        config: the command, resolved.
+        sources: ``sd-vae``, names of encoders, and their attention.
+        device: ``cpu`` or ``cuda:<index>``.
+
+    Raises:
+        RepaError: weights that are not there, or not of this model.
+    """
+    from ..encoders import load_encoder
+    from ..encoders.vae import Autoencoder
+
+    assert config.vae is not None, "the plan resolves the command"
+    assert config.batch_size is not None, "the plan resolves the command"
+    dtype = _DTYPES[config.compute_dtype]
+    wanted: dict[str, list[str]] = {}
+    for source in sources:
+        wanted.setdefault(model_of(source), []).append(source)
+    models: list[SourceModel] = []
+    for name, own in wanted.items():
+        if name == AUTOENCODER:
+            autoencoder = Autoencoder.load(config.vae, device, dtype, config.random_weights)
+            models.append(AutoencoderModel(autoencoder, config.batch_size, config.resolution))
+            continue
+        encoder = load_encoder(
+            name,
+            resolution=config.resolution,
+            device=device,
+            dtype=dtype,
+            weights=config.weights.get(name),
+            random_weights=config.random_weights,
+        )
+        models.append(
+            EncoderModel(
+                encoder,
+                own,
+                batch_size=config.batch_size,
+                dtype=config.feature_dtype,
+                attention=config.attention_settings(name),
+                compressor=config.compress,
+            )
+        )
+    return models

@@ -1,0 +1,298 @@
+"""The autoencoder: images to posterior moments, latents back to images. Any `AutoencoderKL` of diffusers."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...data.errors import RepaError
+from ...data.format.manifest import Provenance
+from ...data.units import counted
+from ..images.pixels import to_autoencoder_input, to_pixels
+from .weights import drawn_weights, hub_file, library_versions, one_line, some, weights_sha256
+
+DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
+DEMO = "demo"
+CONFIG = "config.json"
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+
+_FOLDER_REMEDY = f"give --vae a folder with {CONFIG} and {WEIGHTS[0]} of a diffusers AutoencoderKL"
+
+# config.json of stabilityai/sd-vae-ft-mse and Stable Diffusion 1.x; scaling factor: Rombach et al. 2022, D.1
+STABLE_DIFFUSION: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "act_fn": "silu",
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "sample_size": 256,
+    "scaling_factor": 0.18215,
+}
+
+
+class Autoencoder:
+    """A frozen `AutoencoderKL`; make it with `load`.
+
+    Attributes:
+        name: hub name, ``demo``, or the folder's absolute path: what `load` finds it by again.
+        latent_channels: C.
+        scaling_factor: what a latent is multiplied by before diffusion.
+        shift_factor: what is subtracted before that.
+        stride: pixels per latent position, along a side.
+        device: where it computes.
+        dtype: of the forward passes (float32, or an autocast dtype).
+        random_weights: True when drawn, not trained.
+    """
+
+    def __init__(
+        self, model: Any, *, name: str, device: torch.device, dtype: torch.dtype, random_weights: bool
+    ) -> None:
+        self._model = model.eval().requires_grad_(False)
+        self._sha256 = weights_sha256(self._model.state_dict())
+        self._model.to(device)
+        self.name = name
+        self.device = device
+        self.dtype = dtype
+        self.random_weights = random_weights
+        self.latent_channels = int(model.config.latent_channels)
+        self.scaling_factor = float(model.config.scaling_factor)
+        self.shift_factor = float(model.config.shift_factor or 0.0)
+        self.stride = 2 ** (len(model.config.block_out_channels) - 1)
+
+    @classmethod
+    def load(
+        cls,
+        name: str = DEFAULT_VAE,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        random_weights: bool = False,
+    ) -> Autoencoder:
+        """Load an autoencoder, or draw its weights.
+
+        Args:
+            name: a folder with ``config.json`` and ``diffusion_pytorch_model.safetensors``, ``demo``, or a
+                name on the hub, which may end in a folder there (``owner/name/vae``).
+            device: where it computes.
+            dtype: float32, or bfloat16 or float16 for autocast; moments are float32 anyway.
+            random_weights: for a name on the hub, draw the weights of Stable Diffusion's architecture
+                instead; what is at hand (a folder, the demo's) is loaded all the same.
+
+        Raises:
+            RepaError: the folder is not an autoencoder's, or the hub's files are neither here nor reachable.
+        """
+        folder = _local_folder(name)
+        if folder is None and random_weights:
+            model = _build_random()
+        else:
+            model = _from_folder(folder if folder is not None else _from_hub(name))
+        return cls(
+            model,
+            name=str(folder.resolve()) if folder is not None and name != DEMO else name,
+            device=torch.device(device),
+            dtype=dtype,
+            random_weights=folder is None and random_weights,
+        )
+
+    def grid(self, resolution: int) -> tuple[int, int]:
+        """Rows and columns of the latent of an image of a side.
+
+        Raises:
+            RepaError: the side is not a multiple of the stride.
+        """
+        _check_stride(self.name, resolution, self.stride)
+        return resolution // self.stride, resolution // self.stride
+
+    @torch.inference_mode()
+    def encode_moments(self, images: Tensor) -> Tensor:
+        """Mean and standard deviation of the posterior, unscaled.
+
+        The deviation is exp(½·log-variance) with the log-variance clamped to [−30, 20], as diffusers does it.
+
+        Args:
+            images: uint8 ``[B, 3, R, R]``, on the device.
+
+        Returns:
+            float32 ``[B, 2C, h, w]``, mean first, contiguous: the layout decides the order of later sums, and
+            what is computed here must be what a cache gives back.
+        """
+        with self._autocast():
+            posterior = self._model.encode(to_autoencoder_input(images)).latent_dist
+            return torch.cat([posterior.mean.float(), posterior.std.float()], dim=1).contiguous()
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of latents.
+
+        Args:
+            latents: float ``[B, C, h, w]``, unscaled.
+
+        Returns:
+            uint8 ``[B, 3, R, R]``, see `preprocess.to_pixels`.
+        """
+        with self._autocast():
+            images = self._model.decode(latents.to(self.device, torch.float32)).sample
+        return to_pixels(images)
+
+    def provenance(self, batch_size: int, resolution: int) -> Provenance:
+        """What the manifest keeps; ``notes["location"]`` is what `load` finds it by."""
+        return Provenance(
+            model=Path(self.name).name if Path(self.name).is_absolute() else self.name,
+            weights_sha256=self._sha256,
+            random_weights=self.random_weights,
+            input_size=resolution,
+            mean=(0.5,) * 3,
+            std=(0.5,) * 3,
+            compute_dtype=str(self.dtype).removeprefix("torch."),
+            batch_size=batch_size,
+            grid=self.grid(resolution),
+            libraries=library_versions("torch", "diffusers", "pillow"),
+            notes={
+                "scaling_factor": self.scaling_factor,
+                "shift_factor": self.shift_factor,
+                "location": self.name,
+            },
+        )
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def latent_shape(name: str, resolution: int, *, random_weights: bool = False) -> tuple[int, int, int]:
+    """``(C, h, w)`` of the latent of an image, without the weights.
+
+    Args:
+        name: see `Autoencoder.load`; the default's configuration is known, of others on the hub it is read.
+        resolution: side of the image.
+        random_weights: see `Autoencoder.load`.
+
+    Raises:
+        RepaError: the folder is not an autoencoder's, the hub is not reachable, or the side is not a multiple
+            of the stride.
+    """
+    folder = _local_folder(name)
+    if folder is None and (random_weights or name == DEFAULT_VAE):
+        config = STABLE_DIFFUSION
+    else:
+        config = _read_config(folder if folder is not None else _from_hub(name))
+    try:
+        channels, stride = int(config["latent_channels"]), 2 ** (len(config["block_out_channels"]) - 1)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RepaError(f"{CONFIG} of autoencoder {name} lacks {error}; {_FOLDER_REMEDY}") from error
+    _check_stride(name, resolution, stride)
+    return channels, resolution // stride, resolution // stride
+
+
+def is_drawn(name: str, *, random_weights: bool) -> bool:
+    """Whether `Autoencoder.load` would draw the weights."""
+    return random_weights and _local_folder(name) is None
+
+
+def _check_stride(name: str, resolution: int, stride: int) -> None:
+    if resolution % stride:
+        raise RepaError(
+            f"resolution {resolution} is not a multiple of {stride}, the stride of autoencoder {name}; "
+            "give another --resolution"
+        )
+
+
+def _local_folder(name: str) -> Path | None:
+    """The folder that a name means, None for a name on the hub."""
+    if name == DEMO:
+        from ..demo import VAE_FOLDER
+
+        return VAE_FOLDER
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or name.startswith((".", "~")) or path.exists() or "/" not in name:
+        raise RepaError(
+            f"autoencoder {name} is not a folder; give --vae a folder with {CONFIG} and {WEIGHTS[0]}, "
+            f"a name on the hub such as {DEFAULT_VAE}, or demo"
+        )
+    return None
+
+
+def _from_hub(name: str) -> Path:
+    owner, repository, *folders = name.split("/")
+    inside = "".join(f"{folder}/" for folder in folders)
+    remedy = (
+        f"for --vae {name}, which is no folder here, bring {CONFIG} and {WEIGHTS[0]} of "
+        f"https://huggingface.co/{owner}/{repository} in a folder and give `--vae FOLDER`, "
+        "or try things out with `--random-weights`"
+    )
+    config = hub_file(f"{owner}/{repository}", [f"{inside}{CONFIG}"], remedy=remedy)
+    hub_file(f"{owner}/{repository}", [f"{inside}{weights}" for weights in WEIGHTS], remedy=remedy)
+    return config.parent
+
+
+def _build_random() -> Any:
+    from diffusers import AutoencoderKL
+
+    build: Any = AutoencoderKL
+    with drawn_weights():
+        return build(**STABLE_DIFFUSION)
+
+
+def _from_folder(folder: Path) -> Any:
+    """The autoencoder of a folder, every tensor from its file."""
+    import diffusers
+
+    _read_config(folder)
+    remedy = _FOLDER_REMEDY
+    if not any((folder / weights).is_file() for weights in WEIGHTS):
+        raise RepaError(f"autoencoder folder {folder} has no {WEIGHTS[0]}; {remedy}")
+    kl: Any = diffusers.AutoencoderKL
+    logs: Any = diffusers.utils.logging
+    verbosity = logs.get_verbosity()
+    logs.set_verbosity(logs.CRITICAL)  # what it would log is raised below
+    try:
+        model, report = kl.from_pretrained(
+            folder, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    # a broken file or a wrong shape: OSError, ValueError, RuntimeError, SafetensorError, by version
+    except Exception as error:
+        raise RepaError(
+            f"the weights in {folder} do not fit its {CONFIG} ({one_line(error)}); {remedy}"
+        ) from error
+    finally:
+        logs.set_verbosity(verbosity)
+    for kind in ("missing", "unexpected"):
+        names = sorted(report[f"{kind}_keys"])
+        if names:
+            raise RepaError(
+                f"the weights in {folder} do not fit its {CONFIG}: {counted(len(names), 'tensor')} {kind} "
+                f"({some(names)}); {remedy}"
+            )
+    return model
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The configuration in an autoencoder's folder."""
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except FileNotFoundError:
+        nested = (
+            f" (its sub-folder vae has one: --vae {folder / 'vae'})"
+            if (folder / "vae" / CONFIG).exists()
+            else ""
+        )
+        raise RepaError(f"autoencoder folder {folder} has no {CONFIG}{nested}; {_FOLDER_REMEDY}") from None
+    except (OSError, ValueError) as error:
+        raise RepaError(f"{folder / CONFIG} cannot be read ({one_line(error)}); {_FOLDER_REMEDY}") from error
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    if kind != "AutoencoderKL":
+        raise RepaError(
+            f"{folder / CONFIG} describes {kind or 'no model'}, not an AutoencoderKL; {_FOLDER_REMEDY}"
+        )
+    return dict(config)

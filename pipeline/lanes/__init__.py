@@ -1,0 +1,1 @@
+"""Where batches are computed, with bytes that do not depend on cores."""

@@ -1,0 +1,1 @@
+"""Rows that a cache holds already, computed again."""

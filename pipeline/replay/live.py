@@ -1,0 +1,348 @@
+"""Teachers called while training, on the images of a cache: what the online reference mode computes with.
+
+An image's features are the same bits as in a float32 cache written on the same machine if *one thread*
+computes a batch, as in `lanes`, and each row stands where it stood then, see `passes`. Rows that stood at the
+same place need batches of their own, padded with zeros: for B rows from batches of S, with B far below S,
+most of the computing is for the exactness (of a cache written with ``--batch-size 1``, none is). A GPU used
+for training therefore computes plain batches, unless exactness is asked for.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...data.errors import CacheError, RepaError
+from ...data.format.columns import (
+    AUTOENCODER,
+    MOMENTS,
+    ColumnSpec,
+    attention_source,
+    column_name,
+    split_column,
+)
+from ...data.reading.reader import CacheReader
+from ...data.units import counted
+from ...data.writing.store import keys_sha256, open_manifest
+from ..encoders import find_teacher, load_encoder
+from ..images.folder import open_source
+from ..images.pixels import decode_row
+from ..lanes.lanes import usable_cores
+from .placement import Pass, Places
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from concurrent.futures import Future
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from ...data.format.manifest import Manifest, Provenance
+    from ...data.storage.bucket import CachePath
+    from ..encoders.base import Encoder
+    from ..images.folder import ImageSource
+
+    Decoded = NDArray[np.uint8] | str
+
+MAX_DECODERS = 8
+MAX_LANES = 16
+_NO_WEIGHTS: Mapping[str, Path] = {}
+
+
+class LiveTeachers:
+    """Computes ``<teacher>/patch``, ``/q`` and ``/k`` of rows of a cache; the trainer's `LiveTargets`.
+
+    Args:
+        cache: the cache: which images, how cropped, and by what its columns were made.
+        data: the images, a folder or ``demo``.
+        encoders: names of the teachers.
+        blocks: blocks whose queries and keys it offers, counted from 1, ascending, of every teacher that has
+            them; none offers tokens only.
+        weights: encoder → file of its weights.
+        random_weights: draw the weights of teachers that the cache does not have; those that it has drawn
+            are drawn again anyway.
+        exact: give the bits of a float32 cache on a GPU too, see the module.
+
+    Raises:
+        RepaError: unknown images or teachers, or a block that no teacher has.
+        CacheError: these are not the images of the cache.
+    """
+
+    def __init__(
+        self,
+        cache: CachePath,
+        *,
+        data: str,
+        encoders: Sequence[str],
+        blocks: tuple[int, ...] = (),
+        weights: Mapping[str, Path] = _NO_WEIGHTS,
+        random_weights: bool = False,
+        exact: bool = False,
+    ) -> None:
+        self._cache = cache
+        self._manifest = open_manifest(cache)
+        self._images = images_of(self._manifest, data, cache)
+        self._weights = dict(weights)
+        self._random_weights = random_weights
+        self._exact = exact
+        self._teachers: list[_Teacher] = []
+        self._decoders = ThreadPoolExecutor(min(MAX_DECODERS, usable_cores()), "repa-decode")
+        self._ahead: dict[bytes, list[Future[Decoded]]] = {}
+        self.columns: dict[str, ColumnSpec] = {}
+        self.grids: dict[str, tuple[int, int]] = {}
+        self.notes: dict[str, Mapping[str, Any]] = {}
+        self.record: dict[str, Any] = {
+            "data": data,
+            "encoders": list(encoders),
+            "weights": {name: str(path) for name, path in self._weights.items()},
+            "random_weights": random_weights,
+        }
+        self._names = tuple(encoders)
+        self._blocks = {name: self._declare(name, blocks) for name in self._names}
+        if blocks and not any(self._blocks.values()):
+            depths = ", ".join(f"{name} 1 to {find_teacher(name).depth}" for name in self._names)
+            raise RepaError(
+                f"the method wants attention of blocks {', '.join(map(str, blocks))}, there is {depths}; "
+                "choose with --set method.teacher_blocks=[…], or take another --encoder"
+            )
+
+    def _declare(self, name: str, blocks: tuple[int, ...]) -> tuple[int, ...]:
+        """Say what a teacher computes; from the table alone, nothing is loaded."""
+        teacher = find_teacher(name)
+        grid = teacher.grid(self._manifest.resolution)
+        tokens = grid[0] * grid[1]
+        self.grids[name] = grid
+        self.columns[column_name(name, "patch")] = ColumnSpec(shape=(tokens, teacher.width), dtype="float32")
+        if not blocks or blocks[0] < 1 or blocks[-1] > teacher.depth:
+            return ()
+        source = attention_source(name)
+        self.grids[source] = grid
+        self.notes[source] = {
+            "blocks": list(blocks),
+            "depth": teacher.depth,
+            "logit_scale": teacher.head_width**-0.5,
+            "head_width": teacher.head_width,
+            "rank": teacher.head_width,
+            "form": "exact",
+            "keys": "as computed",
+            "calibration": None,
+            "fidelity": None,
+        }
+        shape = (len(blocks), teacher.heads, tokens, teacher.head_width)
+        for kind in ("q", "k"):
+            self.columns[column_name(name, kind)] = ColumnSpec(shape=shape, dtype="float32")
+        return blocks
+
+    def load(self, device: torch.device) -> dict[str, Provenance]:
+        """Load the teachers.
+
+        Args:
+            device: where they compute and their columns lie.
+
+        Returns:
+            Source → what computes it.
+
+        Raises:
+            RepaError: weights that are not there.
+            CacheError: weights other than those that the cache was written with.
+        """
+        with CacheReader(self._cache, (MOMENTS,)) as reader:
+            valid_rows = reader.valid_rows
+        provenances: dict[str, Provenance] = {}
+        for name in self._names:
+            teacher = self._load(name, device, valid_rows)
+            self._teachers.append(teacher)
+            provenance = teacher.encoder.provenance(teacher.batch_size)
+            provenances[name] = provenance
+            if self._blocks[name]:
+                source = attention_source(name)
+                provenances[source] = replace(provenance, notes=self.notes[source])
+        return provenances
+
+    def _load(self, name: str, device: torch.device, valid_rows: NDArray[np.int64]) -> _Teacher:
+        sources = self._manifest.sources
+        declared = [sources[source] for source in (name, attention_source(name)) if source in sources]
+        # of a teacher that the cache does not have: as `repa preprocess` would add it
+        batch_size = (declared or [sources[AUTOENCODER]])[0].batch_size
+        encoder = load_encoder(
+            name,
+            resolution=self._manifest.resolution,
+            device=device,
+            dtype=getattr(torch, declared[0].compute_dtype) if declared else None,
+            weights=self._weights.get(name),
+            random_weights=self._random_weights or any(each.random_weights for each in declared),
+        )
+        found = encoder.provenance(batch_size).weights_sha256
+        for each in declared:
+            if each.weights_sha256 != found:
+                raise CacheError(
+                    f"the live teacher {name} is not the one of cache {self._cache}: its weights have sha256 "
+                    f"{found[:12]}…, the cache's {each.weights_sha256[:12]}…; give the cache's with "
+                    f"--weights {name}=FILE"
+                )
+        return _Teacher(
+            encoder,
+            batch_size=batch_size,
+            blocks=self._blocks[name],
+            places=Places(valid_rows, self._manifest.shard_rows, batch_size),
+            device=device,
+        )
+
+    def prepare(self, rows: NDArray[np.int64]) -> None:
+        """Begin to decode rows that will be asked for soon."""
+        key = rows.tobytes()
+        if key not in self._ahead:
+            self._ahead[key] = self._decode(rows)
+
+    def __call__(self, rows: NDArray[np.int64], names: Sequence[str]) -> dict[str, Tensor]:
+        """Columns of some rows, see `LiveTargets`.
+
+        Args:
+            rows: valid rows, int64 ``[B]``.
+            names: which of `columns`.
+
+        Returns:
+            Column → float32 ``[B, *shape]`` on the device.
+
+        Raises:
+            RepaError: an image cannot be read any more, or not be decoded.
+        """
+        futures = self._ahead.pop(rows.tobytes(), None) or self._decode(rows)
+        images = [self._pixels(int(row), future) for row, future in zip(rows, futures, strict=True)]
+        targets: dict[str, Tensor] = {}
+        for teacher in self._teachers:
+            kinds = {
+                split_column(name)[1]: name for name in names if split_column(name)[0] == teacher.encoder.name
+            }
+            if kinds:
+                features = teacher.compute(rows, images, tuple(kinds), exact=self._exact)
+                targets |= {kinds[kind]: values for kind, values in features.items()}
+        return targets
+
+    def close(self) -> None:
+        """End the threads, waiting for what they have begun."""
+        self._ahead.clear()
+        self._decoders.shutdown(cancel_futures=True)
+        for teacher in self._teachers:
+            teacher.close()
+
+    def _decode(self, rows: NDArray[np.int64]) -> list[Future[Decoded]]:
+        return [
+            self._decoders.submit(decode_row, self._images, int(row), self._manifest.resolution)
+            for row in rows
+        ]
+
+    def _pixels(self, row: int, decoded: Future[Decoded]) -> NDArray[np.uint8]:
+        pixels = decoded.result()
+        if isinstance(pixels, str):
+            raise CacheError(
+                f"image {self._images.keys[row]} of {self._images.name}, row {row} of cache {self._cache}, "
+                f"cannot be decoded any more ({pixels}); restore the image"
+            )
+        return pixels
+
+
+class _Teacher:
+    """A loaded teacher and the threads that it computes in."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        batch_size: int,
+        blocks: tuple[int, ...],
+        places: Places,
+        device: torch.device,
+    ) -> None:
+        self.encoder = encoder
+        self.batch_size = batch_size
+        self._blocks = blocks
+        self._places = places
+        self._device = device
+        self._lanes = _one_thread_lanes(min(MAX_LANES, usable_cores())) if device.type == "cpu" else None
+
+    def compute(
+        self,
+        rows: NDArray[np.int64],
+        images: Sequence[NDArray[np.uint8]],
+        kinds: Sequence[str],
+        *,
+        exact: bool,
+    ) -> dict[str, Tensor]:
+        """Features float32 ``[B, …]`` of some kinds, of images uint8 ``[3, R, R]`` of rows ``[B]``."""
+        passes = list(self._places.passes(rows, exact=exact or self._lanes is not None))
+        run = map if self._lanes is None else self._lanes.map
+        outputs = run(lambda each: self._encode(each, images, kinds), passes)
+        features: dict[str, Tensor] = {}
+        for each, output in zip(passes, outputs, strict=True):
+            wanted, places = torch.from_numpy(each.rows), torch.from_numpy(each.places)
+            for kind, values in output.items():
+                if kind not in features:
+                    # not of inference mode, whose tensors no gradient may be computed beside
+                    features[kind] = torch.empty(
+                        (len(rows), *values.shape[1:]), dtype=torch.float32, device=self._device
+                    )
+                features[kind][wanted.to(self._device)] = values[places.to(self._device)]
+        return features
+
+    def close(self) -> None:
+        if self._lanes is not None:
+            self._lanes.shutdown(cancel_futures=True)
+
+    def _encode(
+        self, one: Pass, images: Sequence[NDArray[np.uint8]], kinds: Sequence[str]
+    ) -> dict[str, Tensor]:
+        pixels = torch.zeros((one.size, *images[0].shape), dtype=torch.uint8)
+        for row, place in zip(one.rows, one.places, strict=True):
+            pixels[place] = torch.from_numpy(images[row])
+        blocks = self._blocks if {"q", "k"} & set(kinds) else ()
+        output = self.encoder.encode(pixels.to(self._device), attention=blocks)
+        return {kind: output[kind] for kind in kinds}
+
+
+def _one_thread_lanes(count: int) -> ThreadPoolExecutor:
+    """Threads that compute with one thread each; the number of threads of everybody else stays."""
+    before = torch.get_num_threads()
+    lanes = ThreadPoolExecutor(count, "repa-live", initializer=_compute_with_one_thread)
+    # all begin now: what a thread sets is also the default of threads that have not begun
+    barrier = threading.Barrier(count)
+    for done in [lanes.submit(barrier.wait) for _ in range(count)]:
+        done.result()
+    torch.set_num_threads(before)
+    return lanes
+
+
+def _compute_with_one_thread() -> None:
+    torch.set_num_threads(1)
+    # PyTorch takes the default once more when a thread first asks: it must not be another's by then
+    torch.get_num_threads()
+
+
+def images_of(manifest: Manifest, data: str, cache: CachePath) -> ImageSource:
+    """The images of a cache, opened as it was written.
+
+    Args:
+        manifest: of the cache.
+        data: what is said to be its images, see `open_source`.
+        cache: the cache, for the error.
+
+    Raises:
+        RepaError: the folder cannot be listed.
+        CacheError: these are other images.
+    """
+    images = open_source(data, limit=manifest.num_rows, apply_exif=manifest.exif_orientation == "applied")
+    if keys_sha256(images.keys) != manifest.keys_sha256:
+        what = f"{counted(len(images), 'image', ',')} under other names than its {manifest.num_rows:,}"
+    elif images.fingerprint != manifest.source_fingerprint:
+        what = "images of the same names, but of other classes or sizes in bytes"
+    else:
+        return images
+    raise CacheError(
+        f"{data} is not what cache {cache} was made from: it has {what}; give that folder with --data"
+    )

@@ -1,0 +1,218 @@
+"""Random rows of a cache encoded once more, each column held against what it was rounded from.
+
+A row is computed in a batch of the size and at the place that it had when the cache was written (`passes`),
+so on the CPU that wrote it every bit is the same. Elsewhere the float32 numbers x of now differ from those of
+then by the noise of another device or library; a stored value s must then lie within its rounding of x, and
+that noise: |s − x| ≤ rounding(s) + noise · max|x|, the maximum taken over the row. The rounding is nothing
+for float32, half the distance of neighbouring numbers for float16, half a scale for int8.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...data.errors import CacheError
+from ...data.format.columns import SCALE_SUFFIX, scale_column
+from ...data.reading.reader import CacheReader
+from ...data.writing.store import open_manifest
+from ..images.pixels import decode_row
+from ..lanes.batches import Batch
+from ..lanes.lanes import Task, open_lanes
+from .placement import Pass, Places
+from .recorded import recorded_config, recorded_images, recorded_job, recorded_model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    import torch
+    from numpy.typing import NDArray
+
+    from ...data.format.columns import ColumnSpec
+    from ...data.format.manifest import Manifest
+    from ..columns.models import SourceModel
+    from ..images.folder import ImageSource
+    from ..shard_loop.worker import Job
+    from .recorded import Given
+
+NOISE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+"""What another device or library may change, relative to a row's largest magnitude, by the dtype of the
+forward pass. Ours, generous: what is damaged, or of another image, is off by as much as the magnitude."""
+
+_ARITHMETIC = 1e-6  # of computing the bound itself, relative to the value
+_EXACT = ":exact"  # what a column was rounded from, beside it
+
+
+@dataclass(kw_only=True)
+class Reencoded:
+    """One column, but for scales, which are judged with what they scale.
+
+    Attributes:
+        column: its name.
+        rows: rows compared.
+        identical: those whose stored bytes, scales included, are what was computed now.
+        largest: the largest |s − x| in units of what is allowed; not above 1 is kept.
+        worst: the row it is in.
+        noise: see `NOISE`.
+        outside: rows with a value beyond what is allowed.
+    """
+
+    column: str
+    noise: float
+    rows: int = 0
+    identical: int = 0
+    largest: float = 0.0
+    worst: int | None = None
+    outside: list[int] = field(default_factory=list)
+
+    @property
+    def kept(self) -> bool:
+        """Whether every row is within what is allowed."""
+        return not self.outside
+
+    def add(self, row: int, same: bool, excess: float) -> None:
+        """Count a row.
+
+        Args:
+            row: index of the image.
+            same: whether its bytes are the same.
+            excess: its largest |s − x| in units of what is allowed; NaN is beyond.
+        """
+        self.rows += 1
+        self.identical += same
+        if not excess <= self.largest:
+            self.largest, self.worst = excess, row
+        if not excess <= 1:
+            self.outside.append(row)
+
+
+def reencode(cache: Path, given: Given, *, rows: int, seed: int = 0) -> list[Reencoded]:
+    """Encode random valid rows of every source again and compare.
+
+    Args:
+        cache: folder of the cache.
+        given: where images and weights lie.
+        rows: how many; all, if there are fewer.
+        seed: of the choice.
+
+    Returns:
+        One comparison a column.
+
+    Raises:
+        RepaError: images or weights that cannot be had, a row that is corrupt.
+        CacheError: a source that is not complete; other images, weights or forms than the recorded ones.
+    """
+    manifest = open_manifest(cache)
+    images = recorded_images(cache, manifest, given)
+    found: list[Reencoded] = []
+    for source in manifest.sources:
+        columns = tuple(manifest.source_columns(source))
+        with CacheReader(cache, columns) as reader:
+            drawn = np.random.Generator(np.random.Philox(key=seed)).permutation(reader.valid_rows)[:rows]
+            job = recorded_job(recorded_config(cache, manifest, source, given), manifest, images)
+            model = recorded_model(job, manifest, source, images)
+            check = _SourceCheck(manifest, source, reader)
+            for part, computed in _compute(model, job, source, reader.valid_rows, np.sort(drawn), images):
+                check.compare(part, computed)
+            found += check.columns.values()
+    return found
+
+
+def _compute(
+    model: SourceModel,
+    job: Job,
+    source: str,
+    valid: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    images: ImageSource,
+) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]]:
+    """Columns of some rows, and what they were rounded from, pass by pass."""
+    assert job.config.batch_size is not None, "recorded"
+    places = Places(valid, job.manifest.shard_rows, job.config.batch_size)
+    task = Task(model=model.name, sources=(source,), compute=partial(_encode, model, source))
+    waiting: deque[tuple[Pass, Any]] = deque()
+    with open_lanes(job.device, job.threads) as lanes:
+
+        def oldest() -> tuple[NDArray[np.int64], dict[str, NDArray[Any]]]:
+            one, pending = waiting.popleft()
+            columns = pending.result().batch.columns
+            return rows[one.rows], {name: values[one.places] for name, values in columns.items()}
+
+        for one in places.passes(rows, exact=True):
+            waiting.append((one, lanes.submit(_batch(one, rows, images, job), [task])))
+            if len(waiting) == lanes.ahead:
+                yield oldest()
+        while waiting:
+            yield oldest()
+
+
+def _encode(model: SourceModel, source: str, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    columns, exact = model.encode_exactly(images, (source,))
+    return {**columns, **{f"{name}{_EXACT}": values.float() for name, values in exact.items()}}
+
+
+def _batch(one: Pass, rows: NDArray[np.int64], images: ImageSource, job: Job) -> Batch:
+    side = job.config.resolution
+    pixels = [np.zeros((3, side, side), np.uint8) for _ in range(one.size)]
+    for row, place in zip(rows[one.rows].tolist(), one.places.tolist(), strict=True):
+        decoded = decode_row(images, row, side)
+        if isinstance(decoded, str):
+            raise CacheError(
+                f"image {images.keys[row]} of {images.name}, row {row} of cache {job.config.cache}, cannot "
+                f"be decoded any more ({decoded}); restore the image"
+            )
+        pixels[place] = decoded
+    return Batch(shard=0, rows=list(range(one.size)), images=pixels)
+
+
+class _SourceCheck:
+    """The comparisons of one source."""
+
+    def __init__(self, manifest: Manifest, source: str, reader: CacheReader) -> None:
+        self._reader = reader
+        self._specs: Mapping[str, ColumnSpec] = manifest.source_columns(source)
+        noise = NOISE[manifest.sources[source].compute_dtype]
+        self.columns = {
+            name: Reencoded(column=name, noise=noise)
+            for name in self._specs
+            if not name.endswith(SCALE_SUFFIX)
+        }
+
+    def compare(self, rows: NDArray[np.int64], computed: Mapping[str, NDArray[Any]]) -> None:
+        stored: dict[str, NDArray[Any]] = {
+            name: np.empty((len(rows), *spec.shape), spec.numpy_dtype) for name, spec in self._specs.items()
+        }
+        self._reader.read_rows(rows, tuple(stored), stored)
+        for name, result in self.columns.items():
+            scales = stored.get(scale_column(name))
+            for place, row in enumerate(rows.tolist()):
+                same = all(
+                    stored[each][place].tobytes() == computed[each][place].tobytes()
+                    for each in (name, scale_column(name))
+                    if each in stored
+                )
+                exact = computed[f"{name}{_EXACT}"][place].astype(np.float64)
+                scale = None if scales is None else scales[place]
+                result.add(row, same, _excess(stored[name][place], scale, exact, result.noise))
+
+
+def _excess(
+    stored: NDArray[Any], scale: NDArray[Any] | None, exact: NDArray[np.float64], noise: float
+) -> float:
+    """The largest |s − x| of a row in units of what is allowed; 0 where nothing differs."""
+    if scale is not None:
+        steps = scale.astype(np.float64)[..., None, :]
+        values, rounding = stored * steps, np.broadcast_to(steps / 2, exact.shape)
+    else:
+        values = stored.astype(np.float64)
+        half = np.spacing(np.abs(stored)).astype(np.float64) / 2
+        rounding = half if stored.dtype == np.float16 else np.zeros_like(exact)
+    off = np.abs(values - exact)
+    allowed = rounding + _ARITHMETIC * np.abs(exact) * (rounding > 0) + noise * np.abs(exact).max(initial=0)
+    ratio = np.divide(off, allowed, out=np.where(off > 0, np.inf, 0.0), where=allowed > 0)
+    return float(ratio.max(initial=0))

@@ -1,0 +1,1 @@
+"""The shard loop: one device's share of a cache, its processes, its writer."""

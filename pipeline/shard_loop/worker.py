@@ -1,0 +1,266 @@
+"""One device's share of a cache: the shard loop.
+
+Decoding (worker processes), computing (lanes) and writing (a thread) overlap: this loop only hands batches
+on, so the device waits for nobody. It needs no word from the other processes.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ...data.errors import RepaError
+from ...data.writing.store import SourceWriter, ensure_cache, ensure_source
+from ..lanes.batches import batches
+from ..plan import missing_shards, present_manifest, require_room_for
+from .interrupts import deferred_interrupts
+from .writer_thread import WriterThread, Written
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from ...data.format.manifest import Manifest
+    from ..columns.calibrator import Calibrator
+    from ..columns.models import SourceModel
+    from ..config import PreprocessConfig
+    from ..images.folder import ImageSource
+    from ..lanes.batches import Decoded
+    from ..lanes.lanes import Lanes, Task
+
+    Report = Callable[[Mapping[str, int], int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one process does.
+
+    Attributes:
+        config: the command, resolved.
+        manifest: of the cache, the sources left out; what `ensure_cache` is asked for.
+        rank: this process, of ``world``: it owns shards rank, rank + world, …
+        world: number of processes.
+        device: ``cpu`` or ``cuda:<index>``.
+        threads: CPU: batches computed at a time.
+        workers: processes that decode.
+    """
+
+    config: PreprocessConfig
+    manifest: Manifest
+    rank: int
+    world: int
+    device: str
+    threads: int
+    workers: int
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What one process has done, and where its time went, in seconds.
+
+    Attributes:
+        written: rows and bytes committed, rows that could not be decoded, the device's and the writer's time.
+        images: rows gone through, invalid ones included, each once however many sources it was for.
+        load_seconds: models loaded.
+        calibrate_seconds: storage forms fitted and measured, or waited for while another process did.
+        loop_seconds: the shard loop, from the first image to the last commit.
+        decode_seconds: the loop waited for images; the device may have been computing meanwhile.
+        lanes: batches computed at the same time; ``written.busy_seconds`` is a sum over them.
+    """
+
+    written: Written = field(default_factory=Written)
+    images: int = 0
+    load_seconds: float = 0.0
+    calibrate_seconds: float = 0.0
+    loop_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    lanes: int = 1
+
+
+def work(job: Job, source: ImageSource, report: Report) -> Tally:
+    """Compute and write every missing shard of this process.
+
+    Args:
+        job: the share.
+        source: the images.
+        report: called from the writer's thread after each batch with source → rows written, and with the
+            number of images.
+
+    Returns:
+        What was done.
+
+    Raises:
+        RepaError: a model could not be loaded, a tolerance not be met, a feature was not finite, an image
+            could not be read, the disk refused, or another process writes the same shards. Committed shards
+            stay.
+    """
+    tally = Tally()
+    started = time.perf_counter()
+    own = range(job.rank, job.manifest.num_shards, job.world)
+    present = present_manifest(job.config.cache)
+    missing = {name: missing_shards(job.config.cache, present, name, own) for name in job.config.sources}
+    if not any(missing.values()):
+        return tally
+    from ..columns.models import load_models
+
+    models = load_models(job.config, [name for name, shards in missing.items() if shards], job.device)
+    tally.load_seconds = time.perf_counter() - started
+    settles = calibrator(job, source)
+    for model in models:
+        model.prepare(settles)
+    tally.calibrate_seconds = time.perf_counter() - started - tally.load_seconds
+    parts = {name: part for model in models for name, part in model.parts.items()}
+    if job.config.attention_kl is not None:
+        # the plan did not know the rank
+        columns = {name: part.columns for name, part in parts.items()}
+        require_room_for(job.config.cache, job.manifest, columns, job.config.compress is not None)
+    # only now: a model that cannot be loaded, or a tolerance that cannot be met, leaves nothing behind
+    write_columns(job, source, models, missing, report, tally)
+    return tally
+
+
+def write_columns(
+    job: Job,
+    source: ImageSource,
+    models: Sequence[SourceModel],
+    missing: Mapping[str, Sequence[int]],
+    report: Report,
+    tally: Tally,
+) -> None:
+    """Compute and write shards by models that are loaded and prepared.
+
+    Args:
+        job: the share.
+        source: the images.
+        models: of every source in ``missing`` that misses a shard.
+        missing: source → shards to write.
+        report: see `work`.
+        tally: what is done is added to it.
+
+    Raises:
+        RepaError: see `work`.
+    """
+    parts = {name: part for model in models for name, part in model.parts.items()}
+    manifest = ensure_cache(job.config.cache, job.manifest, source.keys, source.labels)
+    for name, part in parts.items():
+        manifest = ensure_source(job.config.cache, name, part.provenance, part.columns)
+    with ExitStack() as stack:
+        writers = {
+            name: stack.enter_context(SourceWriter(job.config.cache, manifest, name, missing[name]))
+            for name in parts
+        }
+        for name, part in parts.items():
+            # until a shard is committed or locked, another command may have declared the source anew
+            ensure_source(job.config.cache, name, part.provenance, part.columns)
+        _Loop(job, manifest, source, models, writers, report, tally).run()
+
+
+def calibrator(job: Job, source: ImageSource) -> Calibrator:
+    """What settles the storage forms of a job's models, see `Calibrator`."""
+    from ..columns.calibrator import Calibrator
+
+    assert job.config.batch_size is not None, "the plan resolves the command"
+    return Calibrator(
+        job.config.cache,
+        source,
+        resolution=job.config.resolution,
+        batch_size=job.config.batch_size,
+        device=job.device,
+        threads=job.threads,
+    )
+
+
+class _Loop:
+    """The loop of `work`, with the locks held."""
+
+    def __init__(
+        self,
+        job: Job,
+        manifest: Manifest,
+        source: ImageSource,
+        models: Sequence[SourceModel],
+        writers: Mapping[str, SourceWriter],
+        report: Report,
+        tally: Tally,
+    ) -> None:
+        self._job = job
+        self._manifest = manifest
+        self._source = source
+        self._models = models
+        self._writers = writers
+        self._report = report
+        self._tally = tally
+        # another command may have committed some between the look at the commits and the locks
+        self._remaining = {name: frozenset(writer.remaining) for name, writer in writers.items()}
+
+    def run(self) -> None:
+        from ..images.pixels import decode_rows
+        from ..lanes.lanes import open_lanes
+
+        shards = sorted(frozenset[int]().union(*self._remaining.values()))
+        rows = [row for shard in shards for row in self._manifest.shard_range(shard)]
+        started = time.perf_counter()
+        with (
+            deferred_interrupts() as check,
+            decode_rows(self._source, rows, self._job.config.resolution, self._job.workers) as decoded,
+            open_lanes(self._job.device, self._job.threads) as lanes,
+            WriterThread(
+                self._writers,
+                self._manifest,
+                self._source.keys,
+                depth=lanes.ahead,
+                on_batch=self._advance,
+                check=check,
+            ) as writer,
+        ):
+            failure = self._feed(self._timed(decoded, check), lanes, writer)
+        if failure is not None:
+            raise failure
+        self._tally.written = writer.written
+        self._tally.lanes = lanes.count
+        self._tally.loop_seconds = time.perf_counter() - started
+
+    def _feed(
+        self, decoded: Iterable[tuple[int, Decoded]], lanes: Lanes, writer: WriterThread
+    ) -> RepaError | None:
+        """Hand on all batches; an error is given back, for what was begun before it is to be written."""
+        batch_size = self._job.config.batch_size
+        assert batch_size is not None, "the plan resolves the command"
+        try:
+            for batch in batches(decoded, self._manifest, batch_size):
+                writer.put(lanes.submit(batch, self._tasks(batch.shard)))
+        except RepaError as error:
+            return error
+        return None
+
+    def _tasks(self, shard: int) -> list[Task]:
+        """One pass for each model that some source misses in this shard, for those sources alone."""
+        from ..lanes.lanes import Task
+
+        tasks = []
+        for model in self._models:
+            sources = tuple(name for name in model.parts if shard in self._remaining[name])
+            if sources:
+                compute = partial(model.encode, sources=sources)
+                tasks.append(Task(model=model.name, sources=sources, compute=compute))
+        return tasks
+
+    def _timed(
+        self, decoded: Iterator[tuple[int, Decoded]], check: Callable[[], None]
+    ) -> Iterator[tuple[int, Decoded]]:
+        while True:
+            check()
+            started = time.perf_counter()
+            try:
+                item = next(decoded)
+            except StopIteration:
+                return
+            finally:
+                self._tally.decode_seconds += time.perf_counter() - started
+            yield item
+
+    def _advance(self, sources: tuple[str, ...], rows: int) -> None:
+        self._tally.images += rows
+        self._report(dict.fromkeys(sources, rows), rows)

@@ -1,1 +1,0 @@
-"""How teachers' outputs are stored: as computed, as int8, queries and keys cut to fewer components."""

@@ -1,0 +1,1 @@
+"""What the network learns to predict, along which path, at which times."""

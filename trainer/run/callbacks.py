@@ -1,0 +1,278 @@
+"""What happens between steps besides training: rows of metrics, the held-out loss, previews, the console."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, cast
+
+from lightning.pytorch.callbacks import Callback
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ...data.errors import RepaError
+from ...data.storage.files import os_errors
+from .metrics import MetricsFile, first_not_finite
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from lightning.pytorch import LightningModule, Trainer
+    from rich.console import Console
+    from rich.progress import TaskID
+    from torch.utils.tensorboard import SummaryWriter
+
+    from ..config import TrainConfig
+    from ..step.module import TrainingModule
+
+METRICS_FILE = "metrics.csv"
+TIMING_FILE = "timing.csv"
+TENSORBOARD_FOLDER = "tensorboard"
+_PLAIN_LINE_SECONDS = 15.0
+
+
+class StepCallback(Callback):
+    """A callback that acts after whole optimiser steps, not after micro-batches.
+
+    Args:
+        config: of the run.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Call `on_step` after the last micro-batch of a step."""
+        del outputs, batch_idx
+        if batch.micro == self.config.accumulate - 1:
+            self.on_step(trainer, cast("TrainingModule", pl_module), trainer.global_step)
+
+    def on_step(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
+        """After `step` finished steps."""
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether something that happens every so many steps, and after the last, happens now."""
+        return bool(every) and (step % every == 0 or step == self.config.max_steps)
+
+
+class Metrics(StepCallback):
+    """Rows of ``metrics.csv`` and ``timing.csv``, TensorBoard, and the bar or the lines of the console.
+
+    Wall-clock times have a file of their own, so that ``metrics.csv`` of a run that was killed and resumed is
+    byte for byte that of an undisturbed one.
+
+    Args:
+        config: of the run.
+        run: its folder.
+        console: where to show progress.
+        clock: measures the rate.
+        evaluate: the held-out losses by name; None without held-out rows.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: Path,
+        console: Console,
+        clock: Clock,
+        evaluate: Callable[[Trainer, TrainingModule], dict[str, float]] | None,
+    ) -> None:
+        super().__init__(config)
+        self._run = run
+        self._console = console
+        self._evaluate = evaluate
+        self._file: MetricsFile | None = None
+        self._tensorboard: SummaryWriter | None = None
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._clock = clock
+        self._last_line = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the file, dropping rows that a killed run wrote after its last checkpoint."""
+        del pl_module
+        self._clock.restart(trainer.global_step)
+        if not trainer.is_global_zero:
+            return
+        self._file = MetricsFile(self._run / METRICS_FILE, resumed_step=trainer.global_step)
+        self._tensorboard = tensorboard_writer(self._run / TENSORBOARD_FOLDER, trainer.global_step)
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+                refresh_per_second=4,
+            )
+            self._task = self._bar.add_task(
+                "training", total=self.config.max_steps, completed=trainer.global_step, note=""
+            )
+            self._bar.start()
+
+    def on_step(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
+        """Write a row if one is due."""
+        values: dict[str, float] = {}
+        log = self.is_due(step, self.config.log_every)
+        if log:
+            values |= module.take_means()
+            bad = first_not_finite({key: value for key, value in values.items() if key != "gradient_norm"})
+            if bad is not None:
+                raise RepaError(
+                    f"{bad} is {values[bad]} in the steps before {step}: training diverged; start another "
+                    "--run with a lower --lr, or with --set precision=bf16-mixed or 32-true"
+                )
+        rate = self._clock.rate(step, self.config.batch_size) if log else None
+        if self._evaluate is not None and self.is_due(step, self.config.eval_every):
+            with self._clock.paused():
+                values |= self._evaluate(trainer, module)
+        if values and self._file is not None:
+            self._file.write(step, values)
+            if self._tensorboard is not None:
+                for name, value in values.items():
+                    self._tensorboard.add_scalar(name, value, step)
+        if trainer.is_global_zero:
+            self._show(step, values, rate)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the bar away, close what is open."""
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the bar away, close what is open."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _show(self, step: int, values: dict[str, float], rate: float | None) -> None:
+        note = " ".join(
+            f"{name.replace('_', ' ')} {value:.4f}"
+            for name, value in values.items()
+            if name in ("loss", "held_out_ema")
+        )
+        if rate is not None:
+            note += f" · {rate:,.1f} images/s"
+            path = self._run / TIMING_FILE
+            with os_errors("write", path):
+                new = not path.exists()
+                with path.open("a", encoding="utf-8") as file:
+                    file.write("step,images_per_second\n" if new else "")
+                    file.write(f"{step},{rate:.6g}\n")
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step)
+            if note:
+                self._bar.update(self._task, note=note)
+        elif note and (
+            time.monotonic() - self._last_line > _PLAIN_LINE_SECONDS or step == self.config.max_steps
+        ):
+            self._last_line = time.monotonic()
+            self._console.print(
+                f"step {step:,}/{self.config.max_steps:,}  {note}", highlight=False, soft_wrap=True
+            )
+
+
+def tensorboard_writer(folder: Path, resumed_step: int) -> SummaryWriter | None:
+    """A writer where TensorBoard is installed; it hides what a killed run wrote after its last checkpoint."""
+    if find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=resumed_step + 1)
+
+
+class Clock:
+    """Images per second of training alone: previews, evaluations and checkpoints are not counted."""
+
+    def __init__(self) -> None:
+        self.restart(0)
+
+    def restart(self, step: int) -> None:
+        """Count from here."""
+        self._start = time.perf_counter()
+        self._step = step
+
+    def rate(self, step: int, batch_size: int) -> float:
+        """Images per second since the last call."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        images = (step - self._step) * batch_size
+        self.restart(step)
+        return images / seconds
+
+    def paused(self) -> Pause:
+        """A context that is not counted."""
+        return Pause(self)
+
+
+class Pause:
+    """Moves a clock's start by the time spent inside."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._entered = 0.0
+
+    def __enter__(self) -> None:
+        self._entered = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._clock._start += time.perf_counter() - self._entered
+
+
+class GracefulStop(StepCallback):
+    """Ctrl-C or SIGTERM: finish the step, save, stop; a second Ctrl-C stops at once.
+
+    Only for a run of one process: several would have to agree on the step, which costs each of them.
+    Must stand before the checkpoints.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        self._asked = False
+        self._handlers: dict[int, Any] = {}
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal ended the run."""
+        return self._asked
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen."""
+        del pl_module
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._ask)
+
+    def on_step(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
+        """Stop if somebody asked."""
+        del module, step
+        if self._asked:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen no more."""
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Listen no more."""
+        self._restore()
+
+    def _ask(self, number: int, frame: Any) -> None:
+        del frame
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()

@@ -1,0 +1,296 @@
+"""A run: its folder, the checks, training from the first step or the last checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...data.errors import CacheError, RepaError
+from ...data.format.columns import AUTOENCODER, LABEL, MOMENTS, source_of
+from ...data.reading.reader import CacheReader
+from ...data.units import counted
+from ..input.datamodule import CacheData
+from ..step.module import CHECKPOINT_KEY, TrainingModule, build_backbone
+from .callbacks import Clock, GracefulStop, Metrics
+from .checkpointing import Checkpoints, checkpoint_path, checkpoints_of, load_checkpoint
+from .checks import RANDOM_WEIGHTS, Checked, ProblemsError, check
+from .folder import locked_run, refuse_foreign_folder, settle_config
+from .held_out import held_out_batches, held_out_sums
+from .lightning_trainer import is_leader, make_trainer, other_ranks, quiet_lightning, resolve_precision
+from .previews import LatentDecoder, Previews
+from .starts import add_start
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from lightning.pytorch import Trainer
+    from rich.console import Console
+
+    from ...data.format.manifest import Provenance
+    from ..config import TrainConfig
+    from ..input.online import LiveTargets
+
+IDENTITY_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        step: steps that are done.
+        finished: whether all were; False after Ctrl-C or SIGTERM.
+        resumed_from: step of the checkpoint that it went on from, 0 without.
+        trained: whether any step was made by this call.
+    """
+
+    step: int
+    finished: bool
+    resumed_from: int
+    trained: bool
+
+
+def fit(
+    config: TrainConfig,
+    run: Path,
+    *,
+    console: Console,
+    live: LiveTargets | None = None,
+    decoder: LatentDecoder | None = None,
+    command: Sequence[str] = (),
+) -> Outcome:
+    """Train, from the newest checkpoint in the run's folder if there is one.
+
+    Args:
+        config: settings of the run.
+        run: its folder, made if it is not there.
+        console: where to print.
+        live: computes the targets of a run with ``targets=online``.
+        decoder: latents to images for the previews; None makes none.
+        command: the command line, for the record.
+
+    Returns:
+        How it ended.
+
+    Raises:
+        ProblemsError: the checks found problems; all of them are listed.
+        RepaError: the folder holds another run or something else, its checkpoint is of another cache or live
+            teacher, that teacher cannot be had, training diverged, or another rank has ended.
+    """
+    refuse_foreign_folder(run)
+    config = replace(config, precision=resolve_precision(config))
+    leader = is_leader()
+    say = _printer(console, leader=leader)
+    checked = check(config, live)
+    for warning in checked.warnings:
+        say(f"[yellow]note[/yellow]: {warning}")
+    if checked.problems:
+        raise ProblemsError(checked.problems)
+    load_live(checked, say)
+    with locked_run(run, leader=leader):
+        if leader:
+            settle_config(config, run)
+        identity = identity_of(checked, config)
+        newest = max(checkpoints_of(run).items(), default=None)
+        if newest is not None:
+            _check_resumable(newest[1], identity)
+            if newest[0] >= config.max_steps:
+                done = counted(newest[0], "step", ",")
+                say(f"{run} is finished: {done}; for more, set a larger --max-steps")
+                return Outcome(step=newest[0], finished=True, resumed_from=newest[0], trained=False)
+        resumed = 0 if newest is None else newest[0]
+        return _train(
+            config, run, checked, identity, console=console, decoder=decoder, command=command, resumed=resumed
+        )
+
+
+def _train(
+    config: TrainConfig,
+    run: Path,
+    checked: Checked,
+    identity: Mapping[str, Any],
+    *,
+    console: Console,
+    decoder: LatentDecoder | None,
+    command: Sequence[str],
+    resumed: int,
+) -> Outcome:
+    leader = is_leader()
+    say = _printer(console, leader=leader)
+    module, data = assemble(config, checked, identity)
+    clock = Clock()
+    stop = GracefulStop(config)
+    held_out = _held_out_evaluation(config, checked)
+    if decoder is None and config.preview_every:
+        say("no previews: no decoder was given")
+    callbacks = [
+        Metrics(config, run, console, clock, held_out),
+        Previews(config, run, decoder, say, clock),
+        stop,
+        Checkpoints(config, run, clock),
+    ]
+    trainer = make_trainer(config, run=run, callbacks=callbacks)
+    if leader:
+        add_start(run, config, checked, trainer, command=command, resumed=resumed)
+    if resumed:
+        say(f"resuming {run} at step {resumed:,}")
+    if config.compile:
+        # in place, so that the state dict's keys stay as they are
+        module.backbone.compile()
+    with quiet_lightning(), other_ranks():
+        trainer.fit(
+            module,
+            datamodule=data,
+            ckpt_path=checkpoint_path(run, resumed) if resumed else None,
+        )
+    step = trainer.global_step
+    if step < config.max_steps:
+        say(f"stopped at step {step:,} of {config.max_steps:,}, saved; the same command goes on from there")
+    return Outcome(step=step, finished=step >= config.max_steps, resumed_from=resumed, trained=True)
+
+
+def assemble(
+    config: TrainConfig, checked: Checked, identity: Mapping[str, Any]
+) -> tuple[TrainingModule, CacheData]:
+    """The module and the data of a run that passed the checks."""
+    if (
+        checked.backbone is None
+        or checked.method is None
+        or checked.scale is None
+        or checked.reader is None
+        or checked.train_rows is None
+    ):
+        raise RuntimeError("the checks have not passed")
+    backbone = build_backbone(checked.backbone, checked.method, config.seed)
+    module = TrainingModule(config, backbone, checked.method, checked.scale, identity)
+    return module, CacheData(config, checked.reader, checked.train_rows, module.columns_at, checked.live)
+
+
+def load_live(checked: Checked, say: Callable[[str], None]) -> None:
+    """Load the live teachers of an online run, to the training device.
+
+    Args:
+        checked: a run that passed the checks; takes what the teachers are.
+        say: prints a line.
+
+    Raises:
+        RepaError: weights that are not there, or not those of the cache.
+    """
+    if checked.live is None or checked.device is None:
+        return
+    checked.live_sources = checked.live.load(checked.device)
+    for source, provenance in checked.live_sources.items():
+        if provenance.random_weights:
+            say(f"[yellow]note[/yellow]: the live teacher {source} has random weights: {RANDOM_WEIGHTS}")
+
+
+def identity_of(checked: Checked, config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint shares with the run that resumes it, and what sampling needs: plain values only.
+
+    Raises:
+        RuntimeError: the checks have not passed.
+    """
+    reader, backbone, scale = checked.reader, checked.backbone, checked.scale
+    if reader is None or backbone is None or scale is None:
+        raise RuntimeError("the checks have not passed")
+    manifest = reader.manifest
+    autoencoder = manifest.sources[AUTOENCODER]
+    used = dict.fromkeys(source_of(column) for column in reader.columns if column != LABEL)
+
+    def digest(provenance: Provenance) -> str:
+        return hashlib.sha256(json.dumps(provenance.identity(), sort_keys=True).encode()).hexdigest()
+
+    return {
+        "version": IDENTITY_VERSION,
+        "backbone": asdict(backbone),
+        "path": config.path,
+        "latent": {
+            "scaling_factor": scale.scaling_factor,
+            "shift_factor": scale.shift_factor,
+            "autoencoder": autoencoder.notes.get("location", autoencoder.model),
+            "weights_sha256": autoencoder.weights_sha256,
+            "random_weights": autoencoder.random_weights,
+        },
+        "cache": {
+            "source": manifest.source_fingerprint,
+            "keys": manifest.keys_sha256,
+            "views": list(manifest.views),
+            "valid rows": hashlib.sha256(reader.valid_rows.astype("<i8").tobytes()).hexdigest(),
+            **_order_of(checked, config),
+            **{source: digest(manifest.sources[source]) for source in used},
+        },
+        "live": {source: digest(provenance) for source, provenance in checked.live_sources.items()},
+    }
+
+
+def _order_of(checked: Checked, config: TrainConfig) -> dict[str, str]:
+    """What the order of images depends on besides rows and seed; nothing for a full permutation."""
+    reader = checked.reader
+    if reader is None or (isinstance(reader, CacheReader) and config.order == "full"):
+        return {}
+    kind = "blocks" if isinstance(reader, CacheReader) else "tars"
+    return {"order": f"{kind} of {reader.manifest.shard_rows} rows"}
+
+
+def _check_resumable(path: Path, identity: Mapping[str, Any]) -> None:
+    saved = load_checkpoint(path)[CHECKPOINT_KEY]
+    if saved["version"] != IDENTITY_VERSION:
+        raise RepaError(
+            f"{path} is of checkpoint version {saved['version']}, this repa writes {IDENTITY_VERSION}; "
+            "start another run with --run"
+        )
+    for key, what in (("cache", "cache"), ("live", "live teacher")):
+        # checkpoints from before there were live teachers say nothing of them
+        before, now = saved.get(key, {}), identity[key]
+        changed = [each for each in dict.fromkeys((*before, *now)) if before.get(each) != now.get(each)]
+        if changed:
+            raise CacheError(
+                f"the {what} is not the one {path} was trained on ({', '.join(changed)} changed); "
+                f"restore that {what}, or start another run with --run"
+            )
+    for key in ("backbone", "path"):
+        if saved[key] != identity[key]:
+            raise CacheError(
+                f"the {key} that this cache gives differs from that of {path}; start another run with --run"
+            )
+
+
+def _held_out_evaluation(
+    config: TrainConfig, checked: Checked
+) -> Callable[[Trainer, TrainingModule], dict[str, float]] | None:
+    reader, rows = checked.reader, checked.held_out_rows
+    if not isinstance(reader, CacheReader) or rows is None or not len(rows):
+        return None
+
+    def evaluate(trainer: Trainer, module: TrainingModule) -> dict[str, float]:
+        condition = module.backbone.y_embedder.column
+        columns = tuple(dict.fromkeys(name for name in (MOMENTS, condition) if name != LABEL))
+        sums, count = held_out_sums(
+            {"held_out_ema": module.ema, "held_out": module.backbone},
+            held_out_batches(reader, rows, columns, rank=trainer.global_rank, world=trainer.world_size),
+            path=module.path,
+            scale=module.scale,
+            seed=config.seed,
+            device=module.device,
+            context=trainer.precision_plugin.forward_context,
+        )
+        totals = [*sums.values(), float(count)]
+        if trainer.world_size > 1:
+            vector = torch.tensor(totals, dtype=torch.float64, device=module.device)
+            totals = trainer.strategy.reduce(vector, reduce_op="sum").tolist()
+        return {name: total / totals[-1] for name, total in zip(sums, totals[:-1], strict=True)}
+
+    return evaluate
+
+
+def _printer(console: Console, *, leader: bool) -> Callable[[str], None]:
+    def say(line: str) -> None:
+        if leader:
+            console.print(line, highlight=False, soft_wrap=True)
+
+    return say

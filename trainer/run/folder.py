@@ -1,0 +1,117 @@
+"""The folder of a run: what may lie in it before, who may write to it, and the settings it is bound to.
+
+Nothing is put into a folder that holds something else: a wrong ``--run`` must not scatter checkpoints over an
+image set or a cache. What a scheduler or a shell leaves there is no obstacle: the usual job script has its
+log written into the very folder that the run is to make (``sbatch -o runs/a/slurm-%j.out``).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...data.errors import RepaError
+from ...data.storage.files import make_folder, os_errors, write_file
+from ..config import build, differences, load_yaml
+from .checkpointing import checkpoints_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ..config import TrainConfig
+
+CONFIG_FILE = "config.yaml"
+
+# logs of SLURM, PBS, SGE (name.o123), LSF, nohup and tee, job scripts, and submitit's pickles
+_OF_A_JOB = re.compile(
+    r".*\.(?:out|err|log|sh|sbatch|slurm|pbs|sge|lsf|pid)|.*\.[eo]\d+|log\.txt|\d+_(?:\d+_)?\w+\.pkl"
+)
+
+
+def refuse_foreign_folder(run: Path) -> None:
+    """Look at the folder of a run that may not be there yet, before anything is put into it.
+
+    It must be a run, or hold nothing but logs and scripts of a job, hidden files and empty folders.
+
+    Raises:
+        RepaError: it holds something else, or the operating system refuses.
+    """
+    with os_errors("read", run):
+        if not run.is_dir() or checkpoints_of(run):
+            return
+        if (run / CONFIG_FILE).exists():
+            _check_config(run)
+            return
+        foreign = next(_foreign_files(run), None)
+    # another rank may have begun the run meanwhile, with its configuration as the first file
+    if foreign is not None and not (run / CONFIG_FILE).exists():
+        raise RepaError(f"{run} holds {foreign} and is no run; choose a new or empty folder with --run")
+
+
+def _check_config(run: Path) -> None:
+    try:
+        build(load_yaml(run / CONFIG_FILE))
+    except RepaError as error:
+        reason = str(error).partition(";")[0]
+        raise RepaError(
+            f"{run / CONFIG_FILE} is not of a run that this repa can read ({reason}); choose another folder "
+            "with --run"
+        ) from error
+
+
+def _foreign_files(run: Path) -> Iterator[Path]:
+    """Files that no job leaves in the folder of its run, by their paths in it."""
+    for folder, folders, files in os.walk(run):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and not _OF_A_JOB.fullmatch(name):
+                yield Path(folder, name).relative_to(run)
+
+
+@contextmanager
+def locked_run(run: Path, *, leader: bool) -> Iterator[None]:
+    """Make the folder and keep other processes out of it; other ranks of this run follow their leader.
+
+    Raises:
+        RepaError: another process is training there, or the operating system refuses.
+    """
+    if not leader:
+        yield
+        return
+    with os_errors("write", run):
+        make_folder(run)
+        descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RepaError(
+                f"another process is training in {run}; wait for it, or choose another --run"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def settle_config(config: TrainConfig, run: Path) -> None:
+    """Write the configuration, or check that it is the one that is there but for what may change.
+
+    Raises:
+        RepaError: the folder holds another run, or checkpoints without a configuration.
+    """
+    place = run / CONFIG_FILE
+    if place.exists():
+        different = differences(build(load_yaml(place)), config)
+        if different:
+            raise RepaError(
+                f"{run} holds a run with other settings: {', '.join(different)}; "
+                "start another run with --run, or give the settings it has"
+            )
+    elif checkpoints_of(run):
+        raise RepaError(f"{run} has checkpoints but no {CONFIG_FILE}; start another run with --run")
+    with os_errors("write", place):
+        write_file(place, config.to_yaml().encode(), run)

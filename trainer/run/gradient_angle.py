@@ -1,0 +1,136 @@
+"""The angle between what alignment and the velocity loss ask of a block (HASTE, arXiv 2505.16792).
+
+The paper ends alignment where the cosine of the two gradients, over the parameters of one block and averaged
+over four times, falls below −0.05; all its published results use a fixed step instead, and its own curve for
+SiT-XL does not reach that threshold. So the angle is something to look at: logged, and acted on by nobody.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..methods.base import Problem
+from ..objectives.flow import uniform_times
+from ..step.draws import StepDraws
+from ..step.randomness import derived_seed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ...data.reading.loader import Batch
+    from ..config import TrainConfig
+    from ..methods.base import Method, Phase
+    from ..models.capture import BackboneFacts
+    from ..step.draws import Draws
+    from ..step.module import TrainingModule
+
+NAME = "gradient_angle"
+TIMES = (0.02, 0.1, 0.5, 0.8)
+"""The paper's."""
+
+
+def angle_block(config: TrainConfig, method: Method, phase: Phase) -> int | None:
+    """The block whose parameters are looked at, counted from 1; None if nothing is aligned in the phase.
+
+    It is the configured one, else the last block whose activations the phase captures: the last that
+    alignment reaches.
+    """
+    capture = method.capture(phase)
+    captured = (*capture.hidden, *capture.attention)
+    if not captured or not method.flags(phase).velocity_loss:
+        return None
+    return config.gradient_angle_block or max(captured)
+
+
+def angle_problems(config: TrainConfig, method: Method, backbone: BackboneFacts) -> list[Problem]:
+    """Whether the configured block exists and alignment reaches it."""
+    block = config.gradient_angle_block
+    if not config.gradient_angle_every or block is None:
+        return []
+    captures = [method.capture(phase) for phase in method.phases()]
+    reached = max((each for capture in captures for each in (*capture.hidden, *capture.attention)), default=0)
+    last = min(reached or backbone.depth, backbone.depth)
+    if 1 <= block <= last:
+        return []
+    return [
+        Problem(
+            what=f"gradient_angle_block is {block}, alignment reaches blocks 1 to {last}",
+            remedy=f"set a block from 1 to {last}, or none for block {last}",
+        )
+    ]
+
+
+def is_due(config: TrainConfig, batch: Batch) -> bool:
+    """Whether the angle is measured before this micro-batch: the first of every so many steps.
+
+    It is part of the row of the step that ends with this batch.
+    """
+    every = config.gradient_angle_every
+    return bool(every) and batch.micro == 0 and (batch.step + 1) % every == 0
+
+
+def gradient_angle(module: TrainingModule, batch: Batch) -> Tensor | None:
+    """Cosine between the gradients of the weighted alignment terms and of the velocity loss.
+
+    Over all parameters of one block, for the images of one micro-batch, mean over `TIMES`; noise and dropped
+    labels are drawn from streams of their own. Leaves nothing behind: parameters, their gradients and the
+    draws of training are as before. Computed in the precision of training, but for float16, whose gradients
+    would need their loss scaled: then in float32.
+
+    Args:
+        module: of the run, within its trainer.
+        batch: on the module's device.
+
+    Returns:
+        A scalar, 0 where one of the gradients is zero, as at the first step; None if nothing is aligned.
+    """
+    phase = module.method.phase_at(batch.step)
+    block = angle_block(module.config, module.method, phase)
+    if block is None:
+        return None
+    parameters = [each for each in module.backbone.blocks[block - 1].parameters() if each.requires_grad]
+    draws = StepDraws(
+        seed=derived_seed(module.config.seed, NAME),
+        rank=module.global_rank,
+        path=module.path,
+        device=module.device,
+    ).of_step(batch.step, len(batch.label), module.latent_shape, uniform_times, module.backbone.y_embedder)
+    half = module.config.precision == "16-mixed"
+    cosines = []
+    for time in TIMES:
+        at_time = replace(draws, t=torch.full_like(draws.t, time))
+        with nullcontext() if half else module.trainer.precision_plugin.forward_context():
+            # one forward pass each: a compiled network's graph can be walked back only once
+            gradients = [
+                _gradient(module, batch, at_time, parameters, velocity=each) for each in (True, False)
+            ]
+        cosines.append(_cosine(*gradients))
+    return torch.stack(cosines).mean()
+
+
+def _gradient(
+    module: TrainingModule, batch: Batch, draws: Draws, parameters: Sequence[Tensor], *, velocity: bool
+) -> Sequence[Tensor]:
+    """Gradient of the velocity loss, or of all other weighted terms."""
+    weighted = [
+        term.weight * term.value
+        for name, term in module.terms(batch, draws).items()
+        if term.weight is not None and (name == "velocity") == velocity
+    ]
+    total = torch.stack(weighted).sum()
+    return torch.autograd.grad(total, parameters, materialize_grads=True)
+
+
+def _cosine(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """Cosine of two lists of tensors taken as one vector each, in float64; 0 if one of them is zero."""
+
+    def dot(some: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+        return torch.stack([(a.double() * b.double()).sum() for a, b in zip(some, others, strict=True)]).sum()
+
+    norms = (dot(first, first) * dot(second, second)).sqrt()
+    return torch.where(norms > 0, dot(first, second) / torch.where(norms > 0, norms, 1.0), 0.0)

@@ -1,0 +1,132 @@
+"""The velocity loss on rows that were held out of training, with draws that never change.
+
+The same rows see the same posterior noise, ε and times at every evaluation, so two numbers of a run, or of
+two runs, differ by the weights alone.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...data.format.columns import LABEL, MOMENTS
+from ...data.reading.latents import LatentScale, sample_posterior, scale_latent
+from ..objectives import flow
+from ..step.randomness import generator_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from numpy.typing import NDArray
+
+    from ...data.reading.reader import CacheReader
+    from ..models.sit import SiT
+
+CHUNK = 64
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutBatch:
+    """A chunk of the held-out rows.
+
+    Attributes:
+        first: number of its first row among the held-out rows.
+        columns: moments ``[B, 2C, h, w]`` and the conditioner's column, as stored.
+        label: int64 ``[B]``.
+    """
+
+    first: int
+    columns: Mapping[str, Tensor]
+    label: Tensor
+
+
+def held_out_batches(
+    reader: CacheReader, rows: NDArray[np.int64], columns: tuple[str, ...], *, rank: int = 0, world: int = 1
+) -> Iterator[HeldOutBatch]:
+    """The held-out rows in chunks of `CHUNK`; of several ranks each takes every ``world``-th chunk.
+
+    The first view is read.
+    """
+    for first in range(rank * CHUNK, len(rows), world * CHUNK):
+        chunk = rows[first : first + CHUNK]
+        out = {
+            name: np.empty(
+                (len(chunk), *reader.manifest.columns[name].shape), reader.manifest.columns[name].numpy_dtype
+            )
+            for name in columns
+            if name != LABEL
+        }
+        reader.read_rows(chunk, tuple(out), out)
+        yield HeldOutBatch(
+            first=first,
+            columns={name: torch.from_numpy(array) for name, array in out.items()},
+            label=torch.from_numpy(reader.labels[chunk].astype(np.int64)),
+        )
+
+
+def held_out_times(first: int, count: int) -> Tensor:
+    """Times float32 ``[B]`` of rows ``first, first + 1, …``: the golden-ratio sequence, even on [0, 1).
+
+    Our choice: any number of consecutive rows covers the times evenly, so a few hundred rows give a steady
+    number.
+    """
+    places = torch.arange(first, first + count, dtype=torch.float64) + 0.5
+    return (places * _GOLDEN).frac().float()
+
+
+@torch.no_grad()
+def held_out_sums(
+    networks: Mapping[str, SiT],
+    batches: Iterator[HeldOutBatch],
+    *,
+    path: flow.Interpolant,
+    scale: LatentScale,
+    seed: int,
+    device: torch.device,
+    context: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> tuple[dict[str, float], int]:
+    """Sums over rows of the velocity loss of several networks on the same draws.
+
+    Args:
+        networks: name → network; the condition is each row's own, never dropped.
+        batches: the held-out rows.
+        path: between data and noise.
+        scale: from the autoencoder's latent to the network's.
+        seed: of the draws.
+        device: of the networks.
+        context: makes the context of a forward pass, for example autocast; float32 by default.
+
+    Returns:
+        Name → sum, and the number of rows.
+    """
+    sums = dict.fromkeys(networks, 0.0)
+    rows = 0
+    for batch in batches:
+        moments = batch.columns[MOMENTS].float()
+        generator = generator_for(seed, "held out", batch.first)
+        # on the CPU, so that every device sees the same numbers
+        shape = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
+        posterior = torch.randn(shape, generator=generator)
+        noise = torch.randn(shape, generator=generator).to(device)
+        t = held_out_times(batch.first, len(moments)).to(device)
+        x0 = scale_latent(sample_posterior(moments, posterior), *scale).to(device)
+        x_t, target = path.interpolate(x0, noise, t), path.velocity(x0, noise, t)
+        for name, network in networks.items():
+            conditioner = network.y_embedder
+            values = batch.label if conditioner.column == LABEL else batch.columns[conditioner.column]
+            keep = torch.zeros(len(t), dtype=torch.bool, device=device)
+            condition = conditioner.condition(values.to(device), keep)
+            with context():
+                # not through __call__: a compiled network would compile again for this batch size
+                velocity = network.forward(x_t, t, condition).velocity
+            if velocity is None:
+                raise RuntimeError("the network returned no velocity")
+            sums[name] += flow.velocity_loss(velocity, target).double().sum().item()
+        rows += len(moments)
+    return sums, rows

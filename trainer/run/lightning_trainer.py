@@ -1,0 +1,144 @@
+"""Lightning's trainer as a run configures it, and what of its talk tells the user nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+
+from ...data.errors import RepaError
+from .checkpointing import AtomicCheckpointIO
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    from lightning.pytorch.callbacks import Callback
+
+    from ..config import TrainConfig
+
+_LOGGERS = ("lightning.pytorch", "lightning.fabric")
+# what gloo and NCCL say when the process at the other end is gone
+_GONE = re.compile(r"Connection \w+ by peer|remote process exited")
+
+
+def resolve_precision(config: TrainConfig) -> Literal["32-true", "bf16-mixed", "16-mixed"]:
+    """``auto`` as what it means on this machine.
+
+    bf16-mixed where a CUDA device computes it, since it needs no loss scaling; else 32-true.
+    """
+    if config.precision != "auto":
+        return config.precision
+    return "bf16-mixed" if _device_kind(config) == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def _device_kind(config: TrainConfig) -> str:
+    """``cuda``, ``mps`` or ``cpu``: where Lightning will put the run."""
+    accelerator = config.trainer.get("accelerator", "auto")
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "cuda"
+    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
+
+
+def is_leader() -> bool:
+    """Whether this process is rank 0 of the run, as torchrun, SLURM and Lightning's launcher tell it."""
+    for name in ("RANK", "SLURM_PROCID"):
+        if name in os.environ:
+            return int(os.environ[name]) == 0
+    return all(int(os.environ.get(name, "0")) == 0 for name in ("NODE_RANK", "GROUP_RANK", "LOCAL_RANK"))
+
+
+def make_trainer(
+    config: TrainConfig,
+    *,
+    run: Path | None = None,
+    callbacks: Iterable[Callback] = (),
+) -> Trainer:
+    """The trainer of a run; one device unless ``trainer.devices`` says more.
+
+    Raises:
+        RepaError: Lightning refuses the devices, the strategy or the precision.
+    """
+    settings = {"devices": 1, **config.trainer}
+    plugins = settings.pop("plugins", None) or []
+    _check_precision(config)
+    try:
+        with quiet_lightning():
+            return Trainer(
+                **settings,
+                precision=resolve_precision(config),
+                max_epochs=-1,
+                max_steps=config.max_steps,
+                accumulate_grad_batches=config.accumulate,
+                callbacks=list(callbacks),
+                logger=False,
+                plugins=[*plugins, AtomicCheckpointIO()],
+                default_root_dir=run,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                use_distributed_sampler=False,
+            )
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
+        line = " ".join(str(error).split())
+        raise RepaError(f"Lightning refuses these settings: {line}; change --set trainer.…") from error
+
+
+def _check_precision(config: TrainConfig) -> None:
+    device = _device_kind(config)
+    if config.precision == "16-mixed" and device == "cpu":
+        raise RepaError(
+            "precision 16-mixed needs a GPU and the run is on the CPU; --set precision=bf16-mixed or 32-true"
+        )
+    if config.precision == "bf16-mixed" and device == "cuda" and not torch.cuda.is_bf16_supported():
+        raise RepaError("precision bf16-mixed is not computed by this GPU; --set precision=16-mixed")
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Hide what Lightning says of every run: devices that are not there, tips, where it stopped."""
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            # this run is told which devices to use, and has no dataloader workers
+            for message in (
+                r"(GPU|MPS|TPU) available but not used",
+                r"The '?\w*_dataloader'? does not have many workers",
+                # Lightning's own use of torch's pytree
+                r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+            ):
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def other_ranks() -> Iterator[None]:
+    """One line where a rank stops because another has; what that one printed is the cause.
+
+    Raises:
+        RepaError: in place of the error of a collective whose other end is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found = _GONE.search(str(error))
+        if found is None:
+            raise
+        raise RepaError(
+            f"another process of this run has ended ({found.group()}); mend what it printed, "
+            "then the same command goes on"
+        ) from error

@@ -1,0 +1,115 @@
+"""Sample grids while training: the same noise and labels every time, from the averaged weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from ...data.errors import RepaError
+from ...data.reading.latents import unscale_latent
+from ..models.conditioning import Conditioner, LabelConditioner
+from ..sampling.pictures import make_grid, save_png
+from ..sampling.sampler import sample, sample_noises
+from ..step.randomness import generator_for
+from .callbacks import Clock, StepCallback
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from lightning.pytorch import Trainer
+
+    from ..config import TrainConfig
+    from ..step.module import TrainingModule
+
+FOLDER = "samples"
+
+
+class LatentDecoder(Protocol):
+    """What previews need of stage 1; the command line injects it."""
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Images uint8 ``[B, 3, H, W]`` of unscaled latents ``[B, C, h, w]``.
+
+        Raises:
+            RepaError: the decoder's weights cannot be had.
+        """
+        ...
+
+
+def balanced_labels(count: int, num_classes: int) -> Tensor:
+    """Labels int64 ``[count]``: every class equally often; evenly spread classes when there are more."""
+    numbers = torch.arange(count)
+    if count >= num_classes:
+        return numbers % num_classes
+    return numbers * num_classes // count
+
+
+class Previews(StepCallback):
+    """Writes ``samples/step-….png`` from rank 0.
+
+    Args:
+        config: of the run.
+        run: its folder.
+        decoder: latents to images; None makes no previews.
+        say: prints a line.
+        clock: not to count the time of sampling.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: Path,
+        decoder: LatentDecoder | None,
+        say: Callable[[str], None],
+        clock: Clock,
+    ) -> None:
+        super().__init__(config)
+        self._run = run
+        self._decoder = decoder
+        self._say = say
+        self._clock = clock
+
+    def on_step(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
+        """Sample and write a grid if one is due; without a decoder say so, once."""
+        if (
+            not trainer.is_global_zero
+            or self._decoder is None
+            or not self.is_due(step, self.config.preview_every)
+        ):
+            return
+        with self._clock.paused():
+            try:
+                images = self._decoder.decode(self._latents(trainer, module))
+            except RepaError as error:
+                self._say(f"no previews: {error}")
+                self._decoder = None
+                return
+            save_png(
+                make_grid(images.permute(0, 2, 3, 1).cpu().numpy()),
+                self._run / FOLDER / f"step-{step:08d}.png",
+            )
+
+    def _latents(self, trainer: Trainer, module: TrainingModule) -> Tensor:
+        """Unscaled latents ``[B, C, h, w]`` of the averaged weights; noise and conditions are fixed."""
+        count = self.config.preview_count
+        noise = next(sample_noises(self.config.seed, range(count), module.latent_shape))
+        conditioner = module.ema.y_embedder
+        with trainer.precision_plugin.forward_context():
+            latents = sample(
+                module.ema,
+                noise.to(module.device),
+                self._condition(conditioner, count).to(module.device),
+                solver="heun",
+                steps=self.config.preview_steps,
+                guidance=self.config.preview_guidance,
+                path=module.path,
+            )
+        return unscale_latent(latents.float(), *module.scale)
+
+    def _condition(self, conditioner: Conditioner, count: int) -> Tensor:
+        if isinstance(conditioner, LabelConditioner):
+            return balanced_labels(count, conditioner.num_classes)
+        return conditioner.sampling(count, generator_for(self.config.seed, "preview condition"))

@@ -1,0 +1,252 @@
+"""Sampling: integrate the learned flow from noise (t = 1) to data (t = 0).
+
+The state is float64 whatever the model's dtype. With v the velocity, s the score and h = t_i − t_{i+1} > 0:
+
+- Euler: x ← x − h·v(x, t_i), on steps + 1 equidistant times from 1 to 0.
+- Heun: x' as Euler, then x ← x − h·(v(x, t_i) + v(x', t_{i+1})) / 2; the last step is Euler's.
+- SDE (Euler–Maruyama): the reverse SDE with diffusion w_t = 2t (REPA's choice), drift d = v − ½·w_t·s:
+  x ← x − h·d(x, t_i) + √(w_t·h)·ε, on `steps` equidistant times from 1 to 0.04; then one step without noise,
+  x ← x − 0.04·d(x, 0.04), to t = 0.
+
+Guidance replaces a prediction by uncond + w·(cond − uncond) where low ≤ t ≤ high, for the SDE on the drift;
+elsewhere only the conditional pass runs. Heun's second evaluation is guided when its step began in the
+interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...data.errors import RepaError
+from ..objectives.flow import Interpolant, Linear
+
+if TYPE_CHECKING:
+    from ..models.capture import Captured
+    from ..models.sit import SiT
+
+SOLVERS = ("euler", "heun", "sde")
+LAST_NOISY_TIME = 0.04
+LINEAR = Linear()
+
+Velocity: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x ``[B, C, h, w]`` float64, t ``[B]`` float64, condition ``[B, …]``) → velocity ``[B, C, h, w]``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How to sample.
+
+    Attributes:
+        solver: ``euler``, ``heun`` or ``sde``.
+        steps: number of times the state is advanced.
+        guidance: w; 1 means none.
+        interval: low and high time between which guidance acts.
+    """
+
+    solver: str = "euler"
+    steps: int = 50
+    guidance: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise RepaError(f"solver {self.solver!r} is unknown; the solvers are {', '.join(SOLVERS)}")
+        least = 2 if self.solver == "sde" else 1
+        if self.steps < least:
+            raise RepaError(
+                f"{self.steps} sampling steps are too few for {self.solver}; take {least} or more"
+            )
+        low, high = self.interval
+        if not 0 <= low <= high <= 1:
+            raise RepaError(
+                f"guidance interval [{low}, {high}] is not inside [0, 1] with low ≤ high; "
+                "set --interval to such times"
+            )
+
+    def times(self) -> list[float]:
+        """The steps + 1 times, from 1 to 0."""
+        if self.solver == "sde":
+            noisy: list[float] = torch.linspace(1, LAST_NOISY_TIME, self.steps, dtype=torch.float64).tolist()
+            return [*noisy, 0.0]
+        times: list[float] = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64).tolist()
+        return times
+
+
+def model_velocity(backbone: SiT) -> Velocity:
+    """A backbone as a velocity: inputs in its parameters' dtype, the prediction back in float64."""
+    dtype = next(backbone.parameters()).dtype
+
+    def velocity(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        captured: Captured = backbone(x.to(dtype), t.to(dtype), condition)
+        if captured.velocity is None:
+            raise ValueError("the backbone stopped before its velocity")
+        return captured.velocity.double()
+
+    return velocity
+
+
+def sample_noises(seed: int, samples: Sequence[int], shape: Sequence[int]) -> Iterator[Tensor]:
+    """Standard normal noises that depend on seed and sample alone, not on the batch a sample is in.
+
+    Args:
+        seed: the run's seed.
+        samples: index of each sample of the batch.
+        shape: shape of one latent ``(C, h, w)``.
+
+    Yields:
+        float64 ``[B, C, h, w]`` on the CPU, without end; take the first as initial latents.
+    """
+    generators = []
+    for index in samples:
+        state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
+        generators.append(torch.Generator().manual_seed(int(state >> np.uint64(1))))
+    while True:
+        yield torch.stack(
+            [torch.randn(tuple(shape), generator=generator, dtype=torch.float64) for generator in generators]
+        )
+
+
+def sample(
+    backbone: SiT,
+    latents: Tensor,
+    condition: Tensor,
+    *,
+    solver: str = "euler",
+    steps: int = 50,
+    guidance: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+    path: Interpolant = LINEAR,
+    noises: Iterable[Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Samples of a backbone from initial noise; see `integrate` and `SamplerConfig` for the arguments.
+
+    Args:
+        backbone: in eval mode; its conditioner gives the null condition.
+        latents: standard normal noise ``[B, C, h, w]`` on the backbone's device.
+        condition: condition of each sample ``[B, …]``.
+        solver: ``euler``, ``heun`` or ``sde``.
+        steps: number of times the state is advanced.
+        guidance: weight w; 1 means none.
+        interval: low and high time between which guidance acts.
+        path: the path the backbone was trained on.
+        noises: noises of the SDE.
+        generator: draws them when none are given.
+        progress: called with the number of finished steps after each.
+
+    Returns:
+        float64 ``[B, C, h, w]``: scaled latents.
+
+    Raises:
+        RepaError: unknown solver, too few steps, or an interval outside [0, 1].
+    """
+    return integrate(
+        model_velocity(backbone),
+        latents,
+        condition,
+        backbone.y_embedder.null(len(latents)),
+        SamplerConfig(solver=solver, steps=steps, guidance=guidance, interval=interval),
+        path=path,
+        noises=noises,
+        generator=generator,
+        progress=progress,
+    )
+
+
+@torch.no_grad()
+def integrate(
+    velocity: Velocity,
+    latents: Tensor,
+    condition: Tensor,
+    null: Tensor,
+    config: SamplerConfig,
+    *,
+    path: Interpolant = LINEAR,
+    noises: Iterable[Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Carry noise at t = 1 to data at t = 0 along a velocity.
+
+    Args:
+        velocity: any function of state, times and condition, for example `model_velocity` of a backbone.
+        latents: standard normal noise ``[B, C, h, w]``, the state at t = 1.
+        condition: condition of each sample ``[B, …]``.
+        null: the unconditional pass's condition ``[B, …]``.
+        config: solver, steps and guidance.
+        path: the path behind the velocity; the SDE's score depends on it.
+        noises: noises of the SDE, each ``[B, C, h, w]``, taken in order, one less than `steps`.
+        generator: draws them when none are given.
+        progress: called with the number of finished steps after each.
+
+    Returns:
+        float64 ``[B, C, h, w]``.
+
+    Raises:
+        ValueError: the SDE has neither noises nor generator, or too few noises.
+    """
+    low, high = config.interval
+    field = _drift(velocity, path) if config.solver == "sde" else velocity
+
+    def evaluate(x: Tensor, t: float, guided: bool) -> Tensor:
+        return _guided(field, x, t, condition, null, config.guidance if guided else 1.0)
+
+    times = config.times()
+    x = latents.double()
+    draws = _draws(config, x, noises, generator)
+    for step, (t, t_next) in enumerate(pairwise(times)):
+        guided = low <= t <= high
+        slope = evaluate(x, t, guided)
+        if config.solver == "heun" and t_next > 0:
+            slope = (slope + evaluate(x + (t_next - t) * slope, t_next, guided)) / 2
+        x = x + (t_next - t) * slope
+        if config.solver == "sde" and t_next > 0:
+            x = x + math.sqrt(2 * t * (t - t_next)) * next(draws)
+        if progress is not None:
+            progress(step + 1)
+    return x
+
+
+def _drift(velocity: Velocity, path: Interpolant) -> Velocity:
+    """The reverse SDE's drift v − ½·2t·s as a field."""
+
+    def drift(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        v = velocity(x, t, condition)
+        return v - t.reshape(-1, *(1,) * (x.ndim - 1)) * path.score(v, x, t)
+
+    return drift
+
+
+def _guided(field: Velocity, x: Tensor, t: float, condition: Tensor, null: Tensor, weight: float) -> Tensor:
+    """The field under guidance: both passes as one of twice the batch; one pass when the weight is 1."""
+    B = len(x)
+    if weight == 1:
+        return field(x, torch.full((B,), t, dtype=x.dtype, device=x.device), condition)
+    times = torch.full((2 * B,), t, dtype=x.dtype, device=x.device)
+    with_condition, without = field(torch.cat([x, x]), times, torch.cat([condition, null])).chunk(2)
+    return without + weight * (with_condition - without)
+
+
+def _draws(
+    config: SamplerConfig, x: Tensor, noises: Iterable[Tensor] | None, generator: torch.Generator | None
+) -> Iterator[Tensor]:
+    """The SDE's noises on the state's device."""
+    if config.solver != "sde":
+        return
+    if noises is not None:
+        for noise in noises:
+            yield noise.to(x)
+        raise ValueError(f"too few noises were given: {config.steps} SDE steps take {config.steps - 1}")
+    if generator is None:
+        raise ValueError("the SDE needs noises or a generator")
+    while True:
+        yield torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device).to(x.device)

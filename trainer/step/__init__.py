@@ -1,0 +1,1 @@
+"""One training step: draws, forward pass, terms of the loss."""

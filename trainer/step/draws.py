@@ -1,0 +1,94 @@
+"""Everything random of a training step, drawn at once for the whole step of a rank.
+
+Drawing per step and slicing per micro-batch makes accumulation invisible: one micro-batch of eight images and
+two of four see the same draws. Each quantity has its own stream, so that a method with another law of time or
+without label dropout still sees the noise of its baseline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .randomness import derived_seed
+
+if TYPE_CHECKING:
+    from ..models.conditioning import Conditioner
+    from ..objectives.flow import Interpolant, TimeLaw
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """Random quantities of B images.
+
+    Attributes:
+        posterior: noise of the autoencoder's posterior ``[B, C, h, w]``.
+        noise: ε of the path ``[B, C, h, w]``.
+        t: times ``[B]``.
+        dropped: which images lose their condition, bool ``[B]``.
+    """
+
+    posterior: Tensor
+    noise: Tensor
+    t: Tensor
+    dropped: Tensor
+
+    def micro_batch(self, index: int, size: int) -> Draws:
+        """The part of micro-batch `index` of `size` images."""
+        part = slice(index * size, (index + 1) * size)
+        return Draws(
+            posterior=self.posterior[part], noise=self.noise[part], t=self.t[part], dropped=self.dropped[part]
+        )
+
+
+class StepDraws:
+    """Draws of a rank, step by step; keeps those of the step at hand for its micro-batches.
+
+    Args:
+        seed: of the run.
+        rank: global rank.
+        path: interpolant, for the law of time.
+        device: where to draw.
+    """
+
+    def __init__(self, *, seed: int, rank: int, path: Interpolant, device: torch.device) -> None:
+        self._seed = seed
+        self._rank = rank
+        self._path = path
+        # one generator, seeded anew for each quantity: constructing them costs more than seeding on CUDA
+        self._generator = torch.Generator(device)
+        self._step = -1
+        self._draws: Draws | None = None
+
+    def stream(self, name: str, step: int) -> torch.Generator:
+        """The generator, set to the start of a named stream; valid until the next call."""
+        return self._generator.manual_seed(derived_seed(self._seed, name, self._rank, step))
+
+    def of_step(
+        self, step: int, count: int, shape: tuple[int, ...], law: TimeLaw, conditioner: Conditioner
+    ) -> Draws:
+        """Draws of a step.
+
+        Args:
+            step: the optimiser step.
+            count: images of the rank's whole step.
+            shape: of one latent, ``(C, h, w)``.
+            law: law of the times.
+            conditioner: draws which images lose their condition.
+        """
+        if self._draws is None or self._step != step:
+            self._draws = Draws(
+                posterior=self._normal("posterior", step, (count, *shape)),
+                noise=self._normal("noise", step, (count, *shape)),
+                t=law(count, self._path, self.stream("time", step)),
+                dropped=conditioner.dropped(count, self.stream("drop", step)),
+            )
+            self._step = step
+        return self._draws
+
+    def _normal(self, name: str, step: int, shape: tuple[int, ...]) -> Tensor:
+        generator = self.stream(name, step)
+        return torch.randn(shape, generator=generator, device=generator.device)

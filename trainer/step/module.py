@@ -1,0 +1,295 @@
+"""The training step: flow, backbone and method joined in a Lightning module that knows no method by name."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from ...data.format.columns import LABEL, MOMENTS
+from ...data.reading.latents import LatentScale, sample_posterior, scale_latent
+from ..input.datamodule import columns_of_phase
+from ..methods.base import Method, Phase, Step, Term
+from ..models.sit import SiT, SiTConfig
+from ..objectives import flow
+from ..run.gradient_angle import NAME as ANGLE
+from ..run.gradient_angle import gradient_angle, is_due
+from ..run.metrics import Means
+from .draws import Draws, StepDraws
+from .randomness import derived_seed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch.optim import Optimizer
+
+    from ...data.reading.loader import Batch
+    from ..config import TrainConfig
+    from ..models.capture import Captured
+
+CHECKPOINT_KEY = "repa"
+
+
+class TrainingModule(LightningModule):
+    """Backbone, its averaged copy and the method.
+
+    The averaged weights are a registered submodule, so that checkpoints, devices and DDP's first broadcast
+    have them. Lightning's ``EMAWeightAveraging`` does not fit: it copies this whole module, swaps the weights
+    when training ends, and its first update takes the weights after step 1, where REPA averages from a hard
+    copy of the initial ones. `torch.optim.swa_utils.AveragedModel` would, but waits for the device in every
+    step to read its counter; its averaging function alone does not.
+
+    Args:
+        config: of the run.
+        backbone: the network to train.
+        method: adds the terms beside the velocity loss.
+        scale: from the autoencoder's latent to the backbone's.
+        identity: plain values that a checkpoint must share with the run that resumes it.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        backbone: SiT,
+        method: Method,
+        scale: LatentScale,
+        identity: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.ema = copy.deepcopy(backbone).requires_grad_(False)
+        self.method = method
+        self.scale = scale
+        self.identity = dict(identity)
+        self.path = flow.interpolant(config.path)
+        self.means = Means()
+        self._average = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
+        self._averaged: tuple[list[nn.Parameter], list[nn.Parameter]] | None = None
+        self._draws: StepDraws | None = None
+        self._method_generator: torch.Generator | None = None
+        self._idle_parameters: dict[tuple[str, ...], list[nn.Parameter]] = {(): []}
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape ``(C, h, w)`` of one latent."""
+        shape = self.backbone.config
+        return shape.in_channels, shape.input_size, shape.input_size
+
+    def columns_at(self, step: int) -> tuple[str, ...]:
+        """Columns of the cache that a step reads, without the label."""
+        return columns_of_phase(self.method, self.method.phase_at(step), self.backbone.y_embedder.column)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Start afresh at the first step of a phase that asks for it; measure the gradient angle if due."""
+        del batch_idx
+        if batch.micro:
+            return
+        if batch.step != self.global_step:
+            raise RuntimeError(f"the loader is at step {batch.step}, the trainer at {self.global_step}")
+        phase = self.method.phase_at(batch.step)
+        if batch.step == phase.start > 0 and self.method.flags(phase).fresh_start:
+            self._start_afresh()
+        if is_due(self.config, batch):
+            angle = gradient_angle(self, batch)
+            if angle is not None:
+                self.means.add(ANGLE, angle)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of a micro-batch: the velocity loss, if the phase has it, and the method's weighted terms."""
+        del batch_idx
+        total = self._total(self.terms(batch))
+        if self.trainer.world_size == 1:
+            return total
+        phase = self.method.phase_at(batch.step)
+        return total + self._idle_sum(self.method.flags(phase).idle)
+
+    def terms(self, batch: Batch, draws: Draws | None = None) -> dict[str, Term]:
+        """The named parts of a micro-batch's loss, none of them recorded: needs no trainer.
+
+        Args:
+            batch: on this module's device.
+            draws: of the micro-batch; by default those of its step.
+
+        Raises:
+            RuntimeError: the phase wants the velocity loss of a backbone that it stops early.
+        """
+        phase = self.method.phase_at(batch.step)
+        flags = self.method.flags(phase)
+        draws = draws or self._draw(batch, phase)
+        moments = batch.columns[MOMENTS].float()
+        x0 = scale_latent(sample_posterior(moments, draws.posterior), *self.scale)
+        t = draws.t
+        x_t = self.path.interpolate(x0, draws.noise, t)
+        condition = self.backbone.y_embedder.condition(self._condition_values(batch), draws.dropped)
+        student: Captured = self.backbone(x_t, t, condition, self.method.capture(phase))
+
+        terms: dict[str, Term] = {}
+        if flags.velocity_loss:
+            if student.velocity is None:
+                raise RuntimeError(f"phase {phase.name} wants the velocity loss but stops the backbone early")
+            velocity = flow.velocity_loss(student.velocity, self.path.velocity(x0, draws.noise, t)).mean()
+            terms["velocity"] = Term(value=velocity, weight=1.0)
+        step = Step(
+            index=batch.step,
+            columns=batch.columns,
+            x0=x0,
+            noise=draws.noise,
+            t=t,
+            condition=condition,
+            student=student,
+            interpolate=lambda times: self.path.interpolate(x0, draws.noise, times),
+            generator=self._seed_method(batch),
+            ema_forward=self._ema_forward(condition) if flags.ema_forward else None,
+        )
+        return terms | self.method.losses(step)
+
+    def _total(self, terms: Mapping[str, Term]) -> Tensor:
+        """Σ weight · value; the sum, every value and every weight but the velocity's are recorded."""
+        weighted = [term.weight * term.value for term in terms.values() if term.weight is not None]
+        total = torch.stack(weighted).sum()
+        self.means.add("loss", total)
+        for name, term in terms.items():
+            self.means.add(name, term.value)
+            if name != "velocity" and term.weight is not None:
+                self.means.add(f"{name}_weight", term.weight)
+        return total
+
+    def configure_optimizers(self) -> Optimizer:
+        """AdamW over everything that trains."""
+        config = self.config
+        return torch.optim.AdamW(
+            [parameter for parameter in self.parameters() if parameter.requires_grad],
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            # one kernel for all parameters; gradient scaling of float16 needs to see the gradients before it
+            fused=config.precision != "16-mixed",
+        )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip to the configured norm, and record the norm before."""
+        del gradient_clip_val, gradient_clip_algorithm
+        phase = self.method.phase_at(self.global_step)
+        for parameter in self._idle(self.method.flags(phase).idle):
+            # the zeros that kept DDP's buckets whole must not let AdamW's momentum move it
+            parameter.grad = None
+        parameters = [each for group in optimizer.param_groups for each in group["params"]]
+        if self.config.clip is None:
+            norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+        else:
+            norm = nn.utils.clip_grad_norm_(parameters, self.config.clip)
+        self.means.add("gradient_norm", norm)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step, then average the weights once."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.update_ema()
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        """EMA ← decay·EMA + (1 − decay)·backbone, every parameter of the backbone."""
+        if self._averaged is None:
+            # walking the modules costs more than a small network's average
+            self._averaged = list(self.ema.parameters()), list(self.backbone.parameters())
+        self._average(*self._averaged, 1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the run is, and the means since the last row."""
+        checkpoint[CHECKPOINT_KEY] = {**self.identity, "means": self.means.state_dict()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Continue the means."""
+        self.means.load_state_dict(checkpoint[CHECKPOINT_KEY]["means"])
+
+    def fetch_means(self) -> None:
+        """Bring the recorded values to the host, averaged over the ranks; every rank must call it."""
+        self.means.fetch(self._over_ranks)
+
+    def take_means(self) -> dict[str, float]:
+        """Means since the last call, over steps and ranks; every rank must call it."""
+        return self.means.take(self._over_ranks)
+
+    def _over_ranks(self, values: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return values
+        reduced: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op="mean")
+        return reduced
+
+    def _condition_values(self, batch: Batch) -> Tensor:
+        column = self.backbone.y_embedder.column
+        return batch.label if column == LABEL else batch.columns[column]
+
+    def _draw(self, batch: Batch, phase: Phase) -> Draws:
+        if self._draws is None:
+            self._draws = StepDraws(
+                seed=self.config.seed, rank=self.global_rank, path=self.path, device=self.device
+            )
+        size = len(batch.label)
+        law = self.method.time_law(phase) or flow.time_law(self.config.times)
+        draws = self._draws.of_step(
+            batch.step, size * self.config.accumulate, self.latent_shape, law, self.backbone.y_embedder
+        )
+        return draws.micro_batch(batch.micro, size)
+
+    def _seed_method(self, batch: Batch) -> torch.Generator:
+        """The method's own stream, one per micro-batch: how much a method draws is not known here."""
+        if self._method_generator is None:
+            self._method_generator = torch.Generator(self.device)
+        key = (self.config.seed, "method", self.global_rank, batch.step, batch.micro)
+        return self._method_generator.manual_seed(derived_seed(*key))
+
+    def _ema_forward(self, condition: Tensor) -> Callable[..., Captured]:
+        @torch.no_grad()
+        def forward(x_t: Tensor, t: Tensor, capture: Any) -> Captured:
+            captured: Captured = self.ema(x_t, t, condition, capture)
+            return captured
+
+        return forward
+
+    def _idle(self, prefixes: tuple[str, ...]) -> list[nn.Parameter]:
+        """Parameters that no loss of the phase reaches."""
+        if prefixes not in self._idle_parameters:
+            self._idle_parameters[prefixes] = [
+                parameter
+                for name, parameter in self.named_parameters()
+                if parameter.requires_grad and name.startswith(prefixes)
+            ]
+        return self._idle_parameters[prefixes]
+
+    def _idle_sum(self, prefixes: tuple[str, ...]) -> Tensor:
+        """0 × the sum of the parameters that no loss reaches: DDP waits for a gradient of each."""
+        total = torch.zeros((), device=self.device)
+        for parameter in self._idle(prefixes):
+            total = total + 0.0 * parameter.float().sum()
+        return total
+
+    def _start_afresh(self) -> None:
+        """Forget the optimiser's moments and average from a hard copy of the weights as they are."""
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
+        self.ema.load_state_dict(self.backbone.state_dict())
+
+
+def build_backbone(config: SiTConfig, method: Method, seed: int) -> SiT:
+    """The backbone with the method's conditioner; its weights depend on the seed, not on the method."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(seed, "conditioner"))
+        conditioner = method.make_conditioner(config.num_classes)
+        torch.manual_seed(derived_seed(seed, "backbone"))
+        return SiT(config, conditioner)
