@@ -162,7 +162,8 @@ def _bench(
     ] = None,
 ) -> None:
     """Loader, writer, preprocess and training step against their limits, side by side in one run."""
-    from .commands.bench.run import BenchSettings, bench
+    from .commands.bench.measured import BenchSettings
+    from .commands.bench.run import bench
 
     settings = BenchSettings(
         model=model,

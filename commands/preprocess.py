@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -13,16 +12,17 @@ import typer
 from ..data.errors import RepaError
 from ..pipeline.images.names import DEFAULT_DATA, DEFAULT_RESOLUTION, DEMO_DATA, DEMO_RESOLUTION, cache_for
 from .shared.attention import attention_blocks
+from .shared.encoders import DEFAULT_ENCODER, parse_weights
 from .shared.flags import local_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from rich.console import Console
 
     from ..pipeline.config import PreprocessConfig
 
-DEFAULT_ENCODER = "dinov2-b"
 NO_ENCODER = "none"
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -178,26 +178,6 @@ def _encoders(names: Sequence[str], demo: bool) -> tuple[str, ...]:
             raise RepaError(f"--encoder {NO_ENCODER} writes latents only; give it alone, or leave it out")
         return ()
     return tuple(names)
-
-
-def parse_weights(pairs: Sequence[str]) -> dict[str, Path]:
-    """Encoder → file of its weights, of texts ``NAME=FILE``.
-
-    Raises:
-        RepaError: not of that form, or a name twice.
-    """
-    weights: dict[str, Path] = {}
-    for pair in pairs:
-        name, sign, file = pair.partition("=")
-        if not (name and sign and file):
-            raise RepaError(
-                f"--weights {pair!r} is not NAME=FILE; write for example "
-                f"--weights {DEFAULT_ENCODER}=dinov2_vitb14_pretrain.pth"
-            )
-        if name in weights:
-            raise RepaError(f"--weights names {name} twice; give one file for each encoder")
-        weights[name] = Path(file)
-    return weights
 
 
 def _check_choice(flag: str, value: str, choices: Sequence[str]) -> None:

@@ -13,10 +13,10 @@ import numpy as np
 from ..data.format.columns import AUTOENCODER, model_of
 from .columns.calibrator import Calibrator
 from .columns.forms import AttentionForm, TokenForm, attention_form
-from .columns.models import load_models
-from .images.pixels import decode_row
+from .images.workers import decode_row
 from .lanes.batches import Batch
 from .lanes.lanes import Task, open_lanes
+from .loading import load_models
 from .run import share_out
 from .shard_loop.ranks import Rank
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from ..data.format.manifest import Provenance
     from .columns.specs import AttentionSettings
     from .encoders.base import Encoder
+    from .lanes.encoded import Pending
     from .lanes.lanes import Lanes
     from .plan import Plan
-    from .shard_loop.writer_thread import Pending
 
 _DECODED = 8  # images that are decoded to see how long it takes; the others are these again
 _TIMED = 2  # batches of each lane

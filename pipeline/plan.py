@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from ..data.errors import CacheError, RepaError
 from ..data.format.columns import AUTOENCODER, MOMENTS, ColumnSpec, column_name, model_of
 from ..data.format.manifest import DEFAULT_SHARD_ROWS, Manifest, Provenance
-from ..data.format.shard_index import CHECKSUM_BYTES, index_bytes
+from ..data.format.shard_index import index_bytes
+from ..data.storage.local import CHECKSUM_BYTES
 from ..data.units import human_bytes
 from ..data.writing.store import ensure_cache, is_committed, keys_sha256, open_manifest, refuse_foreign_folder
 from .columns.specs import attention_columns, describe_attention, token_columns
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from .columns.specs import AttentionSettings
     from .config import PreprocessConfig
-    from .images.folder import ImageSource
+    from .images.base import ImageSource
 
 CROP = "adm-center"
 _LEAST_RATIO = 0.5  # no lossless compressor halves features
@@ -151,7 +152,7 @@ def make_plan(config: PreprocessConfig) -> Plan:
         CacheError: the cache is of something else, or a source of it was made in another way; the folder
             holds something else.
     """
-    from .images.folder import open_source
+    from .images.open import open_source
 
     check_flags(config)
     present = present_manifest(config.cache)

@@ -164,7 +164,7 @@ def _check_given_weights(plan: Plan, asked: PreprocessConfig) -> None:
         if model_of(source.source) in asked.weights or (source.source == AUTOENCODER and elsewhere):
             names.append(source.source)
     if names:
-        from .columns.models import load_models
+        from .loading import load_models
 
         declared = {source.source: source.declared for source in plan.sources}
         for model in load_models(plan.config, names, "cpu"):

@@ -15,7 +15,7 @@ from repa.data.reading.latents import latent_scale, sample_posterior, scale_late
 from repa.data.reading.reader import CacheReader
 from repa.pipeline.encoders import load_encoder
 from repa.pipeline.encoders.vae import Autoencoder
-from repa.pipeline.images.folder import open_source
+from repa.pipeline.images.open import open_source
 from repa.trainer.methods.base import Step
 from repa.trainer.methods.repa import Repa, RepaConfig
 from repa.trainer.models.sit import SiT, SiTConfig

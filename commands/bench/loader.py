@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ...data.format.columns import MOMENTS, ColumnSpec, scale_column
 from ...data.format.layout import shard_file
 from ...data.reading.loader import CacheLoader
 from ...data.reading.order import permutation
 from ...data.reading.reader import CacheReader
 from ...data.testing import synthetic_cache
 from ...data.writing.store import open_manifest
-from .run import Measured, interleaved
+from .forms import FORMS
+from .measured import Measured, interleaved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -27,22 +27,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from .run import BenchSettings
+    from ...data.format.columns import ColumnSpec
+    from .measured import BenchSettings
 
 BATCH_SIZE = 64
 # few: a batch of a large image set, too, is of as many shards as it has rows
 SHARD_ROWS = 32
 THREADS = (1, 2, 4)
-PATCH = "dinov2-b/patch"
-_LATENT = {MOMENTS: ColumnSpec(shape=(8, 32, 32), dtype="float32")}
-FORMS: Mapping[str, Mapping[str, ColumnSpec]] = {
-    "float16": {**_LATENT, PATCH: ColumnSpec(shape=(256, 768), dtype="float16")},
-    "int8": {
-        **_LATENT,
-        PATCH: ColumnSpec(shape=(256, 768), dtype="int8"),
-        scale_column(PATCH): ColumnSpec(shape=(768,), dtype="float32"),
-    },
-}
 
 # readers that take milliseconds a row are measured on so many
 _FEW = BATCH_SIZE

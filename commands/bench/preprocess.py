@@ -13,23 +13,23 @@ import torch
 from PIL import Image
 
 from ...data.units import counted
-from ...pipeline.columns.models import load_models
 from ...pipeline.config import PreprocessConfig
 from ...pipeline.encoders import find_teacher
 from ...pipeline.images.names import DEMO_DATA
-from ...pipeline.images.pixels import decode_row
+from ...pipeline.images.workers import decode_row
+from ...pipeline.loading import load_models
 from ...pipeline.plan import make_plan
 from ...pipeline.run import share_out
 from ...pipeline.shard_loop.ranks import detect_rank
 from ...pipeline.shard_loop.worker import work
-from .run import Measured, interleaved
+from .measured import Measured, interleaved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from ...pipeline.columns.models import SourceModel
-    from .run import BenchSettings
+    from .measured import BenchSettings
 
 # about the size of ImageNet's photographs
 PHOTOGRAPH = (500, 375)

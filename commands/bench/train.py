@@ -18,7 +18,7 @@ from ...trainer.input.online import is_target
 from ...trainer.run.checks import ProblemsError, attention_blocks, check
 from ...trainer.run.fit import assemble, identity_of, load_live
 from ...trainer.run.lightning_trainer import make_trainer, quiet_lightning
-from .run import Measured, interleaved
+from .measured import Measured, interleaved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ...pipeline.encoders.base import Encoder
     from ...trainer.config import TrainConfig
     from ...trainer.input.online import LiveTargets
-    from .run import BenchSettings
+    from .measured import BenchSettings
 
 WARM_UP = 2
 CONSTANT = "constant targets"

@@ -13,8 +13,8 @@ import numpy as np
 from ...data.testing import synthetic_cache
 from ...data.units import counted
 from ...data.writing.store import SourceWriter
-from .loader import FORMS
-from .run import Measured, interleaved
+from .forms import FORMS
+from .measured import Measured, interleaved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from ...data.format.columns import ColumnSpec
     from ...data.format.manifest import Manifest
-    from .run import BenchSettings
+    from .measured import BenchSettings
 
 SHARD_ROWS = 1024
 

@@ -52,7 +52,7 @@ def verify_fidelity(
 
     from ...data.writing.store import open_manifest
     from ...pipeline.replay.fidelity import DEFAULT_ROWS, check_fidelity
-    from ..preprocess import parse_weights
+    from ..shared.encoders import parse_weights
 
     demo = open_manifest(path).source_kind == DEMO_DATA
     found = check_fidelity(

@@ -88,7 +88,8 @@ def _images_of(parts: Sequence[Part], data: str) -> ImageSet:
         RepaError: the images cannot be listed.
         CacheError: they are of another kind, or a file has another size than when its part was made.
     """
-    from ...pipeline.images.folder import FolderImages, open_source
+    from ...pipeline.images.folder import FolderImages
+    from ...pipeline.images.open import open_source
 
     first = parts[0].manifest
     images = open_source(data, apply_exif=first.exif_orientation == "applied")

@@ -121,7 +121,7 @@ def verify_by_reencoding(
 
 def _given(data: str | None, vae: str | None, weights: Sequence[str]) -> Given:
     from ...pipeline.replay.recorded import Given
-    from ..preprocess import parse_weights
+    from ..shared.encoders import parse_weights
 
     return Given(data=data, vae=vae, weights=parse_weights(weights))
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-    from .run import DemoRun
+    from .demo_run import DemoRun
 
 HELD_OUT_SEED = 1
 """Seed of drawn images that no model of the demo, and no cache, has seen."""

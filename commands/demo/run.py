@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shlex
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...data.errors import RepaError
+from .demo_run import DemoRun
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,21 +21,6 @@ IMAGES = 2304  # of which the held-out rows are not trained on
 HOLDOUT = 256
 SAMPLES = 160
 SOLVER_STEPS = 12
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoRun:
-    """One method's part of the demo.
-
-    Attributes:
-        method: name of the method.
-        folder: its run folder.
-        samples: folder of its samples.
-    """
-
-    method: str
-    folder: Path
-    samples: Path
 
 
 def demo(

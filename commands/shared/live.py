@@ -89,7 +89,7 @@ def live_teachers(
     from ...data.writing.store import open_manifest
     from ...pipeline.replay.live import LiveTeachers
     from ...trainer.run.checks import attention_blocks
-    from ..preprocess import parse_weights
+    from .encoders import parse_weights
 
     if names_tars(config.cache):
         raise RepaError(
@@ -120,7 +120,7 @@ def _encoders(config: TrainConfig, manifest: Manifest) -> Sequence[str]:
         return tuple(dict.fromkeys(asked))
     from ...data.format.columns import split_column
     from ...trainer.input.online import is_target
-    from ..preprocess import DEFAULT_ENCODER
+    from .encoders import DEFAULT_ENCODER
 
     present = tuple(dict.fromkeys(split_column(name)[0] for name in manifest.columns if is_target(name)))
     if len(present) > 1:

@@ -15,11 +15,11 @@ import numpy as np
 from crc32c import crc32c
 
 from ..errors import CacheError
+from ..storage.local import CHECKSUM_BYTES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-CHECKSUM_BYTES = 4
 MISSING = np.uint64(2**64 - 1)
 
 

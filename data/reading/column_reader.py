@@ -18,8 +18,9 @@ from crc32c import crc32c
 from ..errors import CacheError, CorruptRowError
 from ..format.compression import chunk_codec
 from ..format.layout import shard_file
-from ..format.shard_index import CHECKSUM_BYTES, MISSING, decode_index, index_bytes
+from ..format.shard_index import MISSING, decode_index, index_bytes
 from ..storage.bucket import RemotePath
+from ..storage.local import CHECKSUM_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

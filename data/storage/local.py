@@ -11,7 +11,6 @@ import os
 import resource
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..format.shard_index import CHECKSUM_BYTES
 from .descriptors import DescriptorCache
 
 if TYPE_CHECKING:
@@ -21,6 +20,9 @@ if TYPE_CHECKING:
 
 # of a file system, of a kernel without the flag
 _CANNOT_TRY = (errno.EOPNOTSUPP, errno.EINVAL)
+
+CHECKSUM_BYTES = 4
+"""Of the crc32c after every chunk and every index."""
 
 # ImageNet's shards of five columns are 6,255 files
 _MOST_OPEN = 8192

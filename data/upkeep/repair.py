@@ -38,8 +38,9 @@ from ..format.layout import (
     shard_file,
     zarr_documents,
 )
-from ..format.shard_index import CHECKSUM_BYTES, index_bytes
+from ..format.shard_index import index_bytes
 from ..storage.files import locked, os_errors, partial_path, sync_folders, write_file
+from ..storage.local import CHECKSUM_BYTES
 from ..writing.store import (
     encode_keys,
     keys_sha256,

@@ -19,9 +19,10 @@ from crc32c import crc32c
 from ..errors import CacheError
 from ..format.columns import source_of
 from ..format.layout import shard_file
-from ..format.shard_index import CHECKSUM_BYTES, MISSING, decode_index, index_bytes
+from ..format.shard_index import MISSING, decode_index, index_bytes
 from ..storage.bucket import RemotePath
 from ..storage.files import os_errors
+from ..storage.local import CHECKSUM_BYTES
 from ..units import counted
 
 if TYPE_CHECKING:

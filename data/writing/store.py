@@ -37,8 +37,8 @@ from ..format.layout import (
     zarr_documents,
 )
 from ..format.manifest import ATTRIBUTE, Manifest, Provenance
-from ..format.shard_index import CHECKSUM_BYTES
 from ..storage.files import locked, make_folder, os_errors, partial_path, sync_folders, write_file
+from ..storage.local import CHECKSUM_BYTES
 from .writer import ShardWriter, SourceWriter
 
 if TYPE_CHECKING:

@@ -22,8 +22,9 @@ from ..errors import CacheError
 from ..format.commits import ColumnRecord, CommitRecord, is_committed
 from ..format.compression import chunk_codec
 from ..format.layout import LOCK_FILE, commit_file, commit_folder, shard_file
-from ..format.shard_index import CHECKSUM_BYTES, MISSING, encode_index
+from ..format.shard_index import MISSING, encode_index
 from ..storage.files import make_folder, os_errors, partial_path, publish, sync_folders, write_file
+from ..storage.local import CHECKSUM_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

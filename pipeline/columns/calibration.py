@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from ...data.errors import RepaError
 from ...data.format.layout import canonical_json
 from ...data.units import counted
-from ..images.pixels import decode_row
+from ..images.workers import decode_row
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from ..images.folder import ImageSource
+    from ..images.base import ImageSource
 
 FIT_IMAGES = 128
 HELD_OUT_IMAGES = 64

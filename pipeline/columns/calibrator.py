@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ...data.format.manifest import Provenance
     from ..encoders.base import Encoder
-    from ..images.folder import ImageSource
+    from ..images.base import ImageSource
     from .specs import AttentionSettings
 
 

@@ -5,23 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-
-from ...data.format.columns import AUTOENCODER, MOMENTS, ColumnSpec, attention_source, model_of
+from ...data.format.columns import AUTOENCODER, MOMENTS, ColumnSpec, attention_source
 from .forms import AttentionForm, TokenForm, token_form
 from .specs import INT8
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
+    import torch
+
     from ...data.format.manifest import Provenance
-    from ..config import PreprocessConfig
     from ..encoders.base import Encoder
     from ..encoders.vae import Autoencoder
     from .calibrator import Calibrator
     from .specs import AttentionSettings
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,50 +194,3 @@ class EncoderModel:
         features = self._encoder.encode(images, attention.blocks if attention is not None else ())
         tokens = self._tokens if self.name in sources else None
         return [form for form in (tokens, attention) if form is not None], features
-
-
-def load_models(config: PreprocessConfig, sources: Iterable[str], device: str) -> list[SourceModel]:
-    """Load the models of these sources, each once.
-
-    Args:
-        config: the command, resolved.
-        sources: ``sd-vae``, names of encoders, and their attention.
-        device: ``cpu`` or ``cuda:<index>``.
-
-    Raises:
-        RepaError: weights that are not there, or not of this model.
-    """
-    from ..encoders import load_encoder
-    from ..encoders.vae import Autoencoder
-
-    assert config.vae is not None, "the plan resolves the command"
-    assert config.batch_size is not None, "the plan resolves the command"
-    dtype = _DTYPES[config.compute_dtype]
-    wanted: dict[str, list[str]] = {}
-    for source in sources:
-        wanted.setdefault(model_of(source), []).append(source)
-    models: list[SourceModel] = []
-    for name, own in wanted.items():
-        if name == AUTOENCODER:
-            autoencoder = Autoencoder.load(config.vae, device, dtype, config.random_weights)
-            models.append(AutoencoderModel(autoencoder, config.batch_size, config.resolution))
-            continue
-        encoder = load_encoder(
-            name,
-            resolution=config.resolution,
-            device=device,
-            dtype=dtype,
-            weights=config.weights.get(name),
-            random_weights=config.random_weights,
-        )
-        models.append(
-            EncoderModel(
-                encoder,
-                own,
-                batch_size=config.batch_size,
-                dtype=config.feature_dtype,
-                attention=config.attention_settings(name),
-                compressor=config.compress,
-            )
-        )
-    return models

@@ -9,122 +9,23 @@ that cannot be *read* (permission, disk, vanished) raises `RepaError`: it can be
 from __future__ import annotations
 
 import os
-import warnings
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ...data.errors import RepaError
-from ...data.tars.names import names_tars
+from .decode import decode_image
 from .listing import fingerprint_of, spaced
-from .names import HUGGING_FACE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
+    from PIL import Image
 
-DEMO = "demo"
-DEMO_IMAGES = 2048
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-
-# What a file is, is read from its content: ImageNet has a PNG named .JPEG. Formats that call other programs
-# (EPS) or that hold pixels `convert` has no rule for (TIFF in float) stay closed.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-MAX_REASON = 160
-
-
-class UndecodableImage(Exception):  # noqa: N818 — the row stays, nothing failed
-    """An image whose content is broken; its row stays, marked invalid.
-
-    Attributes:
-        reason: one short line, the same on every machine: it becomes part of the commit record.
-    """
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-class ImageSource(Protocol):
-    """Images in a fixed order, with labels. Must pickle: decoding happens in other processes.
-
-    Attributes:
-        name: for people: a folder's path, a pattern of tars, ``hf:…`` or ``demo``.
-        kind: ``folder``, ``tars``, ``hf`` or ``demo``.
-        keys: image key of every row, unique, ascending for a folder.
-        labels: int32 ``[N]``, position of the class in ``class_names``.
-        class_names: label → name.
-        fingerprint: ``sha256:…``; equal for equal keys, labels and, as far as can be told cheaply, contents.
-        skipped: (path, why) of every file that was passed over.
-    """
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def kind(self) -> str: ...  # noqa: D102
-    @property
-    def keys(self) -> Sequence[str]: ...  # noqa: D102
-    @property
-    def labels(self) -> NDArray[np.int32]: ...  # noqa: D102
-    @property
-    def class_names(self) -> Sequence[str]: ...  # noqa: D102
-    @property
-    def fingerprint(self) -> str: ...  # noqa: D102
-    @property
-    def skipped(self) -> Sequence[tuple[str, str]]: ...  # noqa: D102
-
-    def __len__(self) -> int: ...
-
-    def load(self, index: int, /) -> Image.Image:
-        """Image of row ``index`` as RGB.
-
-        Raises:
-            UndecodableImage: the content is broken.
-            RepaError: the file cannot be read.
-        """
-        ...
-
-
-def open_source(
-    data: str,
-    *,
-    limit: int | None = None,
-    apply_exif: bool = False,
-    class_names: Path | None = None,
-) -> ImageSource:
-    """The images that ``--data`` names.
-
-    Args:
-        data: folder, tars (see `TarImages`), ``hf:…`` (see `HubImages`), or ``demo``.
-        limit: number of images; None takes all (of the demo: 2,048).
-        apply_exif: turn images by their EXIF orientation.
-        class_names: file with the name of a class in each line, of tars.
-
-    Raises:
-        RepaError: see `FolderImages`, `TarImages` and `HubImages`.
-    """
-    if limit is not None and limit < 1:
-        raise RepaError(f"--limit {limit} asks for no image; give 1 or more")
-    if names_tars(data):
-        from .tars import TarImages
-
-        return TarImages(data, apply_exif=apply_exif, limit=limit, class_names=class_names)
-    if class_names is not None:
-        raise RepaError(f"--class-names is for tars, whose classes are numbers; leave it out for {data}")
-    if data.startswith(HUGGING_FACE):
-        from .hub import HubImages
-
-        return HubImages(data.removeprefix(HUGGING_FACE), apply_exif=apply_exif, limit=limit)
-    if data == DEMO:
-        from ..demo.shapes import DemoImages
-
-        return DemoImages(count=limit or DEMO_IMAGES)
-    return FolderImages(data, apply_exif=apply_exif, limit=limit)
 
 
 class FolderImages:
@@ -297,60 +198,3 @@ def _check_name(name: str, key: str, root: Path) -> None:
         name.encode()
     except UnicodeEncodeError:
         raise RepaError(f"the name {os.fsencode(key)!r} in {root} is not UTF-8; rename it") from None
-
-
-def decode_image(content: bytes, *, apply_exif: bool = False) -> Image.Image:
-    """An encoded image as RGB.
-
-    Pixel modes become RGB by Pillow's ``convert("RGB")``, exactly as the reference does:
-
-    - 1, L: grey repeated;
-    - LA, RGBA: alpha dropped, not composited, so hidden colours show;
-    - P: the palette's colours, transparency dropped;
-    - CMYK (Adobe's inverted JPEGs are turned by Pillow's decoder): Pillow's plain conversion;
-    - I;16, grey PNGs of 16 bits: *ours*, the high byte, as Pillow itself reads 16-bit colour PNGs;
-      ``convert`` would clip every value over 255 to white.
-
-    Of an animation the first frame is taken. Colour profiles are ignored.
-
-    Args:
-        content: bytes of the file.
-        apply_exif: turn the image by its EXIF orientation.
-
-    Raises:
-        UndecodableImage: not an image, truncated, or larger than Pillow's limit against decompression bombs
-            (89 million pixels).
-    """
-    if not content:
-        raise UndecodableImage("empty file (0 bytes)")
-    try:
-        with warnings.catch_warnings():
-            # of a palette's transparency, of odd EXIF data: both are dropped anyway
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(BytesIO(content), formats=FORMATS) as image:
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image) if apply_exif else image)
-    except UnidentifiedImageError:
-        raise UndecodableImage("not a JPEG, PNG or WebP image") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UndecodableImage(f"more than {Image.MAX_IMAGE_PIXELS or 0:,} pixels (Pillow's limit)") from None
-    except MemoryError:
-        raise
-    # a broken file makes Pillow's decoders raise anything: OSError, SyntaxError, ValueError, struct.error, …
-    except Exception as error:
-        raise UndecodableImage(_short(error)) from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        values = np.asarray(image)  # uint16, in the machine's byte order
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise UndecodableImage(f"pixels of mode {image.mode}, whose range is not known")
-    return image.copy() if image.mode == "RGB" else image.convert("RGB")
-
-
-def _short(error: Exception) -> str:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return reason if len(reason) <= MAX_REASON else f"{reason[: MAX_REASON - 1]}…"

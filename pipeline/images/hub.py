@@ -10,7 +10,7 @@ import numpy as np
 
 from ...data.errors import RepaError
 from ...data.units import counted
-from .folder import decode_image
+from .decode import decode_image
 from .listing import fingerprint_of, numbered_classes, spaced
 from .names import HUGGING_FACE
 

@@ -26,7 +26,7 @@ from ...data.storage.files import os_errors
 from ...data.storage.object_file import Objects
 from ...data.tars.names import is_stream, present_tars
 from ...data.tars.reader import open_tar, split_member
-from .folder import decode_image
+from .decode import decode_image
 from .listing import class_names_of, fingerprint_of, spaced
 
 if TYPE_CHECKING:

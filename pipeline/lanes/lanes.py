@@ -21,7 +21,7 @@ import torch
 
 from ...data.errors import RepaError
 from ...data.units import counted
-from ..shard_loop.writer_thread import EncodedBatch, Pending, Result
+from .encoded import EncodedBatch, Pending, Result
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -29,8 +29,8 @@ from ...data.reading.reader import CacheReader
 from ...data.units import counted
 from ...data.writing.store import keys_sha256, open_manifest
 from ..encoders import find_teacher, load_encoder
-from ..images.folder import open_source
-from ..images.pixels import decode_row
+from ..images.open import open_source
+from ..images.workers import decode_row
 from ..lanes.lanes import usable_cores
 from .placement import Pass, Places
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from ...data.format.manifest import Manifest, Provenance
     from ...data.storage.bucket import CachePath
     from ..encoders.base import Encoder
-    from ..images.folder import ImageSource
+    from ..images.base import ImageSource
 
     Decoded = NDArray[np.uint8] | str
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ...data.format.manifest import Manifest
     from ..columns.models import SourceModel
-    from ..images.folder import ImageSource
+    from ..images.base import ImageSource
     from ..shard_loop.worker import Job
 
 
@@ -127,7 +127,7 @@ def recorded_model(job: Job, manifest: Manifest, source: str, images: ImageSourc
         RepaError: weights that are not there.
         CacheError: weights, or a form, other than the recorded ones: nothing has been changed.
     """
-    from ..columns.models import load_models
+    from ..loading import load_models
 
     cache, declared = job.config.cache, manifest.sources[source]
     [model] = load_models(job.config, [source], job.device)

@@ -20,7 +20,7 @@ from ...data.errors import CacheError
 from ...data.format.columns import SCALE_SUFFIX, scale_column
 from ...data.reading.reader import CacheReader
 from ...data.writing.store import open_manifest
-from ..images.pixels import decode_row
+from ..images.workers import decode_row
 from ..lanes.batches import Batch
 from ..lanes.lanes import Task, open_lanes
 from .placement import Pass, Places
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ...data.format.columns import ColumnSpec
     from ...data.format.manifest import Manifest
     from ..columns.models import SourceModel
-    from ..images.folder import ImageSource
+    from ..images.base import ImageSource
     from ..shard_loop.worker import Job
     from .recorded import Given
 

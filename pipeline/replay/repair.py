@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ...data.format.manifest import Manifest
     from ...data.upkeep.repair import RepairPlan
-    from ..images.folder import ImageSource
+    from ..images.base import ImageSource
     from .recorded import Given
 
     Report = Callable[[str, int, int], None]

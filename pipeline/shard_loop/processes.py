@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from multiprocessing.context import SpawnProcess
 
-    from ..images.folder import ImageSource
+    from ..images.base import ImageSource
     from .worker import Report
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h

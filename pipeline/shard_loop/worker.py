@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..columns.calibrator import Calibrator
     from ..columns.models import SourceModel
     from ..config import PreprocessConfig
-    from ..images.folder import ImageSource
+    from ..images.base import ImageSource
     from ..lanes.batches import Decoded
     from ..lanes.lanes import Lanes, Task
 
@@ -103,7 +103,7 @@ def work(job: Job, source: ImageSource, report: Report) -> Tally:
     missing = {name: missing_shards(job.config.cache, present, name, own) for name in job.config.sources}
     if not any(missing.values()):
         return tally
-    from ..columns.models import load_models
+    from ..loading import load_models
 
     models = load_models(job.config, [name for name, shards in missing.items() if shards], job.device)
     tally.load_seconds = time.perf_counter() - started
@@ -196,7 +196,7 @@ class _Loop:
         self._remaining = {name: frozenset(writer.remaining) for name, writer in writers.items()}
 
     def run(self) -> None:
-        from ..images.pixels import decode_rows
+        from ..images.workers import decode_rows
         from ..lanes.lanes import open_lanes
 
         shards = sorted(frozenset[int]().union(*self._remaining.values()))

@@ -12,7 +12,7 @@ import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,56 +28,9 @@ if TYPE_CHECKING:
 
     from ...data.format.manifest import Manifest
     from ...data.writing.store import ShardWriter, SourceWriter
+    from ..lanes.encoded import EncodedBatch, Pending
 
 _POLL_SECONDS = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodedBatch:
-    """What one batch of one shard has become.
-
-    Attributes:
-        shard: the shard its rows belong to; the batches of a shard come one after the other.
-        sources: sources that are written in this shard.
-        rows: its B rows, ascending.
-        invalid: rows met on the way that could not be decoded, row → reason.
-        columns: column → values ``[B, *shape]`` in the storage dtype, of every source in ``sources``.
-        finite: column → bool ``[B]``, whether all values of a row are finite in the storage dtype.
-        last: whether the shard is complete with this batch.
-    """
-
-    shard: int
-    sources: tuple[str, ...]
-    rows: Sequence[int]
-    invalid: Mapping[int, str]
-    columns: Mapping[str, NDArray[np.generic]]
-    finite: Mapping[str, NDArray[np.bool_]]
-    last: bool
-
-
-@dataclass(frozen=True)
-class Result:
-    """A computed batch, on the host.
-
-    Attributes:
-        batch: ready to be written.
-        seconds: model → seconds the device was busy with it.
-    """
-
-    batch: EncodedBatch
-    seconds: Mapping[str, float]
-
-
-class Pending(Protocol):
-    """A batch that is being computed."""
-
-    def ready(self, timeout: float) -> bool:
-        """Whether it is computed; waits for so many seconds at most."""
-        ...
-
-    def result(self) -> Result:
-        """The computed batch; waits for it, and raises what went wrong."""
-        ...
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from repa.commands.parity import Parity, ParityFlags, parity
 from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.commands.train import TrainFlags, train
 from repa.data.errors import RepaError
-from repa.trainer.run.checkpointing import checkpoints_of
+from repa.trainer.step.checkpoints import checkpoints_of
 from rich.console import Console
 
 IMAGES = 40

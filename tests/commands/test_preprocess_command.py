@@ -24,7 +24,7 @@ from repa.pipeline.demo.shapes import DemoImages
 from repa.pipeline.encoders import load_encoder
 from repa.pipeline.encoders.vae import Autoencoder
 from repa.pipeline.images.names import default_cache
-from repa.pipeline.images.pixels import decode_row
+from repa.pipeline.images.workers import decode_row
 from repa.pipeline.run import StoppedError, run
 from rich.console import Console
 

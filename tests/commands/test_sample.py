@@ -14,10 +14,10 @@ from repa.data.errors import RepaError
 from repa.data.testing import synthetic_cache
 from repa.trainer.config import build
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
-from repa.trainer.run.checkpointing import checkpoints_of, load_checkpoint
 from repa.trainer.run.fit import fit
 from repa.trainer.sampling.generate import model_of_run
 from repa.trainer.sampling.pictures import save_array_file
+from repa.trainer.step.checkpoints import checkpoints_of, load_checkpoint
 from rich.console import Console
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from repa.data.reading.reader import CacheReader
 from repa.data.writing.store import open_manifest
 from repa.pipeline.demo.shapes import DemoImages
 from repa.pipeline.encoders import load_encoder
-from repa.pipeline.images.pixels import decode_row
+from repa.pipeline.images.workers import decode_row
 from rich.console import Console
 
 IMAGES, BATCH, SHARD = 21, 4, 8

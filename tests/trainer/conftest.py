@@ -11,8 +11,8 @@ from repa.data.format.columns import ColumnSpec
 from repa.data.testing import SYNTHETIC_COLUMNS, synthetic_cache
 from repa.trainer.config import TrainConfig, build
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
-from repa.trainer.run.checkpointing import checkpoints_of
 from repa.trainer.run.fit import Outcome, fit
+from repa.trainer.step.checkpoints import checkpoints_of
 from repa.trainer.step.module import TrainingModule
 from rich.console import Console
 

@@ -20,7 +20,7 @@ from ..models.capture import NOTHING, BackboneFacts, Capture, Captured
 if TYPE_CHECKING:
     from ...data.format.columns import ColumnSpec
     from ..models.conditioning import Conditioner
-    from ..objectives.flow import TimeLaw
+    from ..objectives.times import TimeLaw
 
 EmaForward: TypeAlias = Callable[[Tensor, Tensor, Capture], Captured]
 """(x_t ``[B, C, h, w]``, t ``[B]``, capture) → activations of the averaged weights, same condition."""

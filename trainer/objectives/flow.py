@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...data.errors import RepaError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class Interpolant(ABC):
@@ -143,35 +145,6 @@ def interpolant(name: str) -> Interpolant:
     if name not in INTERPOLANTS:
         raise RepaError(f"path {name!r} is unknown; the paths are {', '.join(INTERPOLANTS)}")
     return INTERPOLANTS[name]
-
-
-TimeLaw: TypeAlias = Callable[[int, Interpolant, torch.Generator], Tensor]
-"""(number of samples, path, generator) → times float32 ``[B]`` in [0, 1], on the generator's device."""
-
-
-def uniform_times(count: int, path: Interpolant, generator: torch.Generator) -> Tensor:
-    """Uniform on [0, 1), the default of REPA."""
-    del path
-    return torch.rand(count, generator=generator, device=generator.device)
-
-
-def lognormal_times(count: int, path: Interpolant, generator: torch.Generator) -> Tensor:
-    """σ/α = exp N(0, 1), carried to the path's time (EDM's law as REPA offers it)."""
-    return path.time_of_ratio(torch.randn(count, generator=generator, device=generator.device).exp())
-
-
-TIME_LAWS: Mapping[str, TimeLaw] = {"uniform": uniform_times, "lognormal": lognormal_times}
-
-
-def time_law(name: str) -> TimeLaw:
-    """The time law of a name.
-
-    Raises:
-        RepaError: the name is unknown.
-    """
-    if name not in TIME_LAWS:
-        raise RepaError(f"time law {name!r} is unknown; the laws are {', '.join(TIME_LAWS)}")
-    return TIME_LAWS[name]
 
 
 def velocity_loss(velocity: Tensor, target: Tensor) -> Tensor:

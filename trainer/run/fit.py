@@ -14,11 +14,13 @@ from ...data.format.columns import AUTOENCODER, LABEL, MOMENTS, source_of
 from ...data.reading.reader import CacheReader
 from ...data.units import counted
 from ..input.datamodule import CacheData
+from ..step.checkpoints import checkpoint_path, checkpoints_of, load_checkpoint
 from ..step.module import CHECKPOINT_KEY, TrainingModule, build_backbone
 from .callbacks import Clock, GracefulStop, Metrics
-from .checkpointing import Checkpoints, checkpoint_path, checkpoints_of, load_checkpoint
+from .checkpointing import Checkpoints
 from .checks import RANDOM_WEIGHTS, Checked, ProblemsError, check
 from .folder import locked_run, refuse_foreign_folder, settle_config
+from .gradient_angle import GradientAngle
 from .held_out import held_out_batches, held_out_sums
 from .lightning_trainer import is_leader, make_trainer, other_ranks, quiet_lightning, resolve_precision
 from .previews import LatentDecoder, Previews
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import Callback
     from rich.console import Console
 
     from ...data.format.manifest import Provenance
@@ -128,7 +131,8 @@ def _train(
     held_out = _held_out_evaluation(config, checked)
     if decoder is None and config.preview_every:
         say("no previews: no decoder was given")
-    callbacks = [
+    callbacks: list[Callback] = [
+        GradientAngle(config),
         Metrics(config, run, console, clock, held_out),
         Previews(config, run, decoder, say, clock),
         stop,

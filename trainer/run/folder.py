@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from ...data.errors import RepaError
 from ...data.storage.files import make_folder, os_errors, write_file
 from ..config import build, differences, load_yaml
-from .checkpointing import checkpoints_of
+from ..step.checkpoints import checkpoints_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

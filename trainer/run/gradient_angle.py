@@ -9,18 +9,21 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from ..methods.base import Problem
-from ..objectives.flow import uniform_times
+from ..objectives.times import uniform_times
 from ..step.draws import StepDraws
 from ..step.randomness import derived_seed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from lightning.pytorch import LightningModule, Trainer
 
     from ...data.reading.loader import Batch
     from ..config import TrainConfig
@@ -65,13 +68,29 @@ def angle_problems(config: TrainConfig, method: Method, backbone: BackboneFacts)
     ]
 
 
-def is_due(config: TrainConfig, batch: Batch) -> bool:
-    """Whether the angle is measured before this micro-batch: the first of every so many steps.
+class GradientAngle(Callback):
+    """Measures the angle before the first micro-batch of every so many steps.
 
     It is part of the row of the step that ends with this batch.
+
+    Args:
+        config: of the run.
     """
-    every = config.gradient_angle_every
-    return bool(every) and batch.micro == 0 and (batch.step + 1) % every == 0
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._every = config.gradient_angle_every
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Add the angle to the means of the step if it is due."""
+        del trainer, batch_idx
+        if not self._every or batch.micro or (batch.step + 1) % self._every:
+            return
+        module = cast("TrainingModule", pl_module)
+        angle = gradient_angle(module, batch)
+        if angle is not None:
+            module.means.add(NAME, angle)
 
 
 def gradient_angle(module: TrainingModule, batch: Batch) -> Tensor | None:

@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
 from ...data.errors import RepaError
-from .checkpointing import AtomicCheckpointIO
+from ..step.checkpoints import AtomicCheckpointIO
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -12,7 +12,7 @@ from ...data.reading.latents import LatentScale, unscale_latent
 from ..models.published import WEIGHTS, load_published
 from ..models.sit import SiT, SiTConfig
 from ..objectives import flow
-from ..run.checkpointing import checkpoints_of, load_checkpoint
+from ..step.checkpoints import checkpoints_of, load_checkpoint
 from ..step.module import CHECKPOINT_KEY
 from .sampler import SamplerConfig, sample, sample_noises
 

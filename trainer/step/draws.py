@@ -17,7 +17,8 @@ from .randomness import derived_seed
 
 if TYPE_CHECKING:
     from ..models.conditioning import Conditioner
-    from ..objectives.flow import Interpolant, TimeLaw
+    from ..objectives.flow import Interpolant
+    from ..objectives.times import TimeLaw
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,9 @@ from ..input.datamodule import columns_of_phase
 from ..methods.base import Method, Phase, Step, Term
 from ..models.sit import SiT, SiTConfig
 from ..objectives import flow
-from ..run.gradient_angle import NAME as ANGLE
-from ..run.gradient_angle import gradient_angle, is_due
-from ..run.metrics import Means
+from ..objectives.times import time_law
 from .draws import Draws, StepDraws
+from .means import Means
 from .randomness import derived_seed
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ class TrainingModule(LightningModule):
         return columns_of_phase(self.method, self.method.phase_at(step), self.backbone.y_embedder.column)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Start afresh at the first step of a phase that asks for it; measure the gradient angle if due."""
+        """Start afresh at the first step of a phase that asks for it."""
         del batch_idx
         if batch.micro:
             return
@@ -94,10 +93,6 @@ class TrainingModule(LightningModule):
         phase = self.method.phase_at(batch.step)
         if batch.step == phase.start > 0 and self.method.flags(phase).fresh_start:
             self._start_afresh()
-        if is_due(self.config, batch):
-            angle = gradient_angle(self, batch)
-            if angle is not None:
-                self.means.add(ANGLE, angle)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a micro-batch: the velocity loss, if the phase has it, and the method's weighted terms."""
@@ -241,7 +236,7 @@ class TrainingModule(LightningModule):
                 seed=self.config.seed, rank=self.global_rank, path=self.path, device=self.device
             )
         size = len(batch.label)
-        law = self.method.time_law(phase) or flow.time_law(self.config.times)
+        law = self.method.time_law(phase) or time_law(self.config.times)
         draws = self._draws.of_step(
             batch.step, size * self.config.accumulate, self.latent_shape, law, self.backbone.y_embedder
         )

@@ -1,0 +1,138 @@
+"""What a benchmark measures, in turn, and how its figures are shown."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...data.errors import RepaError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from rich.console import Console
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """What is measured.
+
+    Attributes:
+        model: backbone of the training step.
+        encoder: teacher of the training step and of preprocess; its weights are random.
+        resolution: side in pixels of the images.
+        batch_size: images of a training step and of a preprocessing batch.
+        images: images that preprocess encodes in a round.
+        rows: rows of the cache that is read or written.
+        steps: training steps of a round.
+        rounds: rounds; every figure is the median over them.
+    """
+
+    model: str = "SiT-T/1"
+    encoder: str = "demo"
+    resolution: int = 64
+    batch_size: int = 32
+    images: int = 256
+    rows: int = 2048
+    steps: int = 10
+    rounds: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("resolution", "batch_size", "images", "rows", "steps", "rounds"):
+            if getattr(self, name) < 1:
+                raise RepaError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small: at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One line of a table: the rate of every round, and what it is compared with.
+
+    Attributes:
+        name: what was measured.
+        rates: items per second, one a round.
+        bytes_per_item: for the GB/s column; 0 leaves it empty.
+        peak_bytes: most memory of the GPU at any time; 0 if that was not measured.
+        beside: name of another line that it is compared with as well.
+        cpu_per_1000: CPU seconds of 1,000 items, one a round; empty if that was not measured.
+    """
+
+    name: str
+    rates: tuple[float, ...]
+    bytes_per_item: int = 0
+    peak_bytes: int = 0
+    beside: str = ""
+    cpu_per_1000: tuple[float, ...] = ()
+
+    @property
+    def median(self) -> float:
+        """Median rate."""
+        return statistics.median(self.rates)
+
+    def ratio(self, reference: Measured) -> float:
+        """Median over the rounds of this rate by the reference's in the same round."""
+        return statistics.median(a / b for a, b in zip(self.rates, reference.rates, strict=True))
+
+
+def interleaved(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, tuple[float, ...]]:
+    """Rates of every variant, measured in turn A B C, A B C …, after one uncounted turn."""
+    rates: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds + 1):
+        for name, measure in variants.items():
+            gc.collect()  # Lightning's trainers and modules refer to one another: gigabytes would pile up
+            rate = measure()
+            if number:
+                rates[name].append(rate)
+    return {name: tuple(values) for name, values in rates.items()}
+
+
+def describe_machine() -> str:
+    """Processor, cores, device and versions: what a figure needs beside it."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return (
+        f"{_processor()}, {cores} cores, {device}; "
+        f"Python {platform.python_version()}, torch {torch.__version__.split('+')[0]}"
+    )
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return " ".join(line.partition(":")[2].split())
+    return platform.processor() or platform.machine()
+
+
+def print_table(console: Console, title: str, unit: str, lines: Sequence[Measured]) -> None:
+    """Print the lines of one table, each beside the first."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    by_name = {line.name: line for line in lines}
+    columns: dict[str, Callable[[Measured], str]] = {
+        f"{unit} (median)": lambda line: f"{line.median:,.1f}",
+        "lowest": lambda line: f"{min(line.rates):,.1f}",
+        "highest": lambda line: f"{max(line.rates):,.1f}",
+        "GB/s": lambda line: f"{line.median * line.bytes_per_item / 1e9:.2f}" if line.bytes_per_item else "",
+        "CPU s / 1,000": lambda line: (
+            f"{statistics.median(line.cpu_per_1000):.3f}" if line.cpu_per_1000 else ""
+        ),
+        "peak GB": lambda line: f"{line.peak_bytes / 1e9:.2f}" if line.peak_bytes else "",
+        "of the first line": lambda line: f"{line.ratio(lines[0]):.3f}",
+        "of constant targets": lambda line: f"{line.ratio(by_name[line.beside]):.3f}" if line.beside else "",
+    }
+    shown = {heading: text for heading, text in columns.items() if any(map(text, lines))}
+    for heading in shown:
+        table.add_column(heading, justify="right")
+    for line in lines:
+        table.add_row(line.name, *(text(line) for text in shown.values()))
+    console.print(table)

@@ -1,0 +1,24 @@
+"""One run of the demo: its method, and where it lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoRun:
+    """One method's part of the demo.
+
+    Attributes:
+        method: name of the method.
+        folder: its run folder.
+        samples: folder of its samples.
+    """
+
+    method: str
+    folder: Path
+    samples: Path

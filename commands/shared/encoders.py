@@ -1,0 +1,34 @@
+"""Which teachers and weights the flags of a command name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...data.errors import RepaError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+DEFAULT_ENCODER = "dinov2-b"
+
+
+def parse_weights(pairs: Sequence[str]) -> dict[str, Path]:
+    """Encoder → file of its weights, of texts ``NAME=FILE``.
+
+    Raises:
+        RepaError: not of that form, or a name twice.
+    """
+    weights: dict[str, Path] = {}
+    for pair in pairs:
+        name, sign, file = pair.partition("=")
+        if not (name and sign and file):
+            raise RepaError(
+                f"--weights {pair!r} is not NAME=FILE; write for example "
+                f"--weights {DEFAULT_ENCODER}=dinov2_vitb14_pretrain.pth"
+            )
+        if name in weights:
+            raise RepaError(f"--weights names {name} twice; give one file for each encoder")
+        weights[name] = Path(file)
+    return weights

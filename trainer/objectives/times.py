@@ -1,0 +1,40 @@
+"""Laws of time: at which times the network trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ...data.errors import RepaError
+from .flow import Interpolant
+
+TimeLaw: TypeAlias = Callable[[int, Interpolant, torch.Generator], Tensor]
+"""(number of samples, path, generator) → times float32 ``[B]`` in [0, 1], on the generator's device."""
+
+
+def uniform_times(count: int, path: Interpolant, generator: torch.Generator) -> Tensor:
+    """Uniform on [0, 1), the default of REPA."""
+    del path
+    return torch.rand(count, generator=generator, device=generator.device)
+
+
+def lognormal_times(count: int, path: Interpolant, generator: torch.Generator) -> Tensor:
+    """σ/α = exp N(0, 1), carried to the path's time (EDM's law as REPA offers it)."""
+    return path.time_of_ratio(torch.randn(count, generator=generator, device=generator.device).exp())
+
+
+TIME_LAWS: Mapping[str, TimeLaw] = {"uniform": uniform_times, "lognormal": lognormal_times}
+
+
+def time_law(name: str) -> TimeLaw:
+    """The time law of a name.
+
+    Raises:
+        RepaError: the name is unknown.
+    """
+    if name not in TIME_LAWS:
+        raise RepaError(f"time law {name!r} is unknown; the laws are {', '.join(TIME_LAWS)}")
+    return TIME_LAWS[name]

@@ -1,0 +1,101 @@
+"""Checkpoints: whole or not there, read without running any code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+
+from ...data.errors import RepaError
+from ...data.storage.files import make_folder, os_errors, partial_path, publish
+from .module import CHECKPOINT_KEY
+
+FOLDER = "checkpoints"
+
+
+_NAME = re.compile(r"step-(\d{8,})\.ckpt")
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies."""
+    return run / FOLDER / f"step-{step:08d}.ckpt"
+
+
+def checkpoints_of(run: Path) -> dict[int, Path]:
+    """Step → checkpoint, ascending."""
+    folder = run / FOLDER
+    if not folder.is_dir():
+        return {}
+    found = {int(match[1]): path for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of ours, on the CPU; only tensors and plain values are unpickled.
+
+    Raises:
+        RepaError: it cannot be read, is damaged or not ours.
+    """
+    checkpoint = _load(path)
+    if CHECKPOINT_KEY not in checkpoint:
+        raise RepaError(f"{path} is no checkpoint of a run; `repa sample --ckpt` reads published ones")
+    return checkpoint
+
+
+def _load(path: Path) -> dict[str, Any]:
+    with os_errors("read", path):
+        try:
+            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RepaError(
+                f"checkpoint {path} is damaged ({reason}); delete it to go on from the one before"
+            ) from error
+    return checkpoint
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Writes beside the place, syncs and renames, so that a kill at any moment leaves only whole checkpoints.
+
+    Lightning's own writer keeps a second copy of the checkpoint in memory and does not sync.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            RepaError: the disk refuses.
+        """
+        del storage_options
+        place = Path(path)
+        with os_errors("write", place):
+            make_folder(place.parent)
+            partial = partial_path(place)
+            try:
+                with partial.open("wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError:
+                # half a checkpoint on a full disk helps nobody
+                partial.unlink(missing_ok=True)
+                raise
+            publish(partial, place, place.parent)
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint, always with ``weights_only=True``."""
+        del map_location, weights_only
+        return _load(Path(path))
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Delete a checkpoint."""
+        Path(path).unlink(missing_ok=True)
