@@ -121,7 +121,7 @@ def parity(flags: ParityFlags, *, console: Console | None = None) -> Parity:
     from ..trainer.run.lightning_trainer import resolve_precision
 
     if flags.batches < 1:
-        raise RepaError(f"--batches {flags.batches} is too small; give at least 1")
+        raise RepaError(f"--batches {flags.batches} is too small", "give at least 1")
     given = {
         "method": flags.method,
         "model": flags.model,

@@ -118,7 +118,7 @@ def plan(flags: PlanFlags, *, console: Console | None = None) -> None:
         ("--train-batch-size", flags.train_batch_size),
     ):
         if value is not None and value <= 0:
-            raise RepaError(f"{flag} {value:g} is too small; give more than 0")
+            raise RepaError(f"{flag} {value:g} is too small", "give more than 0")
     console = console or Console()
     found = make_plan(make_config(flags))
     rank = detect_rank(os.environ, found.config.devices)

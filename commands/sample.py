@@ -131,8 +131,8 @@ def _labels(asked: Sequence[int], num: int, num_classes: int) -> Tensor:
     outside = [label for label in asked if not 0 <= label < num_classes]
     if outside:
         raise RepaError(
-            f"the model has {counted(num_classes, 'class')}, label {outside[0]} is none of them; "
-            f"give 0 to {num_classes - 1}"
+            f"the model has {counted(num_classes, 'class')}, label {outside[0]} is none of them",
+            f"give 0 to {num_classes - 1}",
         )
     if not asked:
         return balanced_labels(num, num_classes)

@@ -98,11 +98,11 @@ def check_flags(config: PreprocessConfig) -> None:
     """
     twice = sorted({name for name in config.encoders if config.encoders.count(name) > 1})
     if twice:
-        raise RepaError(f"--encoder {twice[0]} is given more than once; give each encoder once")
+        raise RepaError(f"--encoder {twice[0]} is given more than once", "give each encoder once")
     unasked = sorted(set(config.weights) - set(config.encoders))
     if unasked:
         raise RepaError(
-            f"--weights names {unasked[0]}, which is not asked for; add --encoder {unasked[0]} or drop it"
+            f"--weights names {unasked[0]}, which is not asked for", f"add --encoder {unasked[0]} or drop it"
         )
     for flag, value in (
         ("--resolution", config.resolution),
@@ -112,10 +112,10 @@ def check_flags(config: PreprocessConfig) -> None:
         ("--shard-rows", config.shard_rows),
     ):
         if value is not None and value < 1:
-            raise RepaError(f"{flag} {value} is too small; give at least 1")
+            raise RepaError(f"{flag} {value} is too small", "give at least 1")
     if config.workers is not None and config.workers < 0:
         raise RepaError(
-            f"--workers {config.workers} is too small; give 0 (decode in the same process) or more"
+            f"--workers {config.workers} is too small", "give 0 (decode in the same process) or more"
         )
     _check_attention(config)
 
@@ -124,22 +124,23 @@ def _check_attention(config: PreprocessConfig) -> None:
     cuts = {"--attention-rank": config.attention_rank, "--attention-kl": config.attention_kl}
     given = [flag for flag, value in cuts.items() if value is not None]
     if len(given) > 1:
-        raise RepaError(f"{' and '.join(given)} exclude one another; give the rank, or what it is to reach")
+        raise RepaError(f"{' and '.join(given)} exclude one another", "give the rank, or what it is to reach")
     if given and not config.attention:
-        raise RepaError(f"{given[0]} says how attention is stored; add --attention, or drop it")
+        raise RepaError(f"{given[0]} says how attention is stored", "add --attention, or drop it")
     if config.attention_kl is not None and not config.attention_kl > 0:
-        raise RepaError(f"--attention-kl {config.attention_kl:g} cannot be met; give nats above 0, as 0.01")
+        raise RepaError(f"--attention-kl {config.attention_kl:g} cannot be met", "give nats above 0, as 0.01")
     for name, blocks in config.attention.items():
         teacher = find_teacher(name)
         outside = [block for block in blocks if not 1 <= block <= teacher.depth]
         if outside or not blocks:
             raise RepaError(
-                f"--attention names {f'block {outside[0]}' if outside else 'no block'} of encoder {name}; "
-                f"its blocks are 1 to {teacher.depth}"
+                f"--attention names {f'block {outside[0]}' if outside else 'no block'} of encoder {name}",
+                f"its blocks are 1 to {teacher.depth}",
             )
         rank = config.attention_rank
         if rank is not None and not 1 <= rank <= teacher.head_width:
             raise RepaError(
                 f"--attention-rank {rank} is none of encoder {name}, whose heads are "
-                f"{teacher.head_width} wide; give 1 to {teacher.head_width}"
+                f"{teacher.head_width} wide",
+                f"give 1 to {teacher.head_width}",
             )

@@ -102,8 +102,8 @@ class Plan:
         folder = nearest_folder(self.config.cache)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise RepaError(
-                f"cannot write cache {self.config.cache}: folder {folder} is read-only for you; "
-                "name another place with --cache"
+                f"cannot write cache {self.config.cache}: folder {folder} is read-only for you",
+                "name another place with --cache",
             )
         if not self.fits:
             raise _too_small(self.config.cache, self.bytes, self.free_bytes)
@@ -135,8 +135,8 @@ def require_room_for(
 
 def _too_small(cache: Path, needed: int, free: int) -> RepaError:
     return RepaError(
-        f"{human_bytes(needed)} are to be written to {cache}, its disk has {human_bytes(free)} free; free "
-        "some, name another disk with --cache, or take fewer images with --limit"
+        f"{human_bytes(needed)} are to be written to {cache}, its disk has {human_bytes(free)} free",
+        "free some, name another disk with --cache, or take fewer images with --limit",
     )
 
 
@@ -189,7 +189,7 @@ def present_manifest(cache: Path) -> Manifest | None:
     """
     for each in (cache, *cache.parents):
         if each.exists() and not each.is_dir():
-            raise CacheError(f"{each} is a file, not a folder; choose another place with --cache")
+            raise CacheError(f"{each} is a file, not a folder", "choose another place with --cache")
     return open_manifest(cache) if (cache / "zarr.json").exists() else None
 
 
@@ -371,8 +371,8 @@ def _check_declared(
     different = [f"{flag} {here}, not {wanted}" for flag, here, wanted in asked if here != wanted]
     if different:
         raise CacheError(
-            f"cache {config.cache} has {source} made with {', '.join(different)}; "
-            "give the same flags, or write another cache with --cache"
+            f"cache {config.cache} has {source} made with {', '.join(different)}",
+            "give the same flags, or write another cache with --cache",
         )
 
 

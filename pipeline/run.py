@@ -101,7 +101,7 @@ def share_out(plan: Plan, rank: Rank) -> list[Job]:
     here = config.devices if rank.world == 1 else rank.local_world
     if gpus and (config.devices > gpus or rank.local_rank >= gpus):
         wanted = f"--devices {config.devices}" if rank.world == 1 else f"local rank {rank.local_rank}"
-        raise RepaError(f"{wanted}: this machine shows {counted(gpus, 'GPU')}; start fewer processes")
+        raise RepaError(f"{wanted}: this machine shows {counted(gpus, 'GPU')}", "start fewer processes")
     cores = usable_cores()
     if rank.launcher != "SLURM" or cores == os.cpu_count():
         # SLURM usually binds each task to cores of its own; others share the machine's
@@ -175,6 +175,6 @@ def _check_given_weights(plan: Plan, asked: PreprocessConfig) -> None:
                 elif here is not None and here.weights_sha256 != model.provenance.weights_sha256:
                     # its form was calibrated when it was written: that needs no repetition here
                     raise CacheError(
-                        f"cache {plan.config.cache} has {name} from other weights than --weights names; use "
-                        "those, or choose another folder with --cache"
+                        f"cache {plan.config.cache} has {name} from other weights than --weights names",
+                        "use those, or choose another folder with --cache",
                     )

@@ -206,13 +206,17 @@ def load_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RepaError(
-            f"cannot read the configuration {path}: {error.strerror}; name one that can be read"
+            f"cannot read the configuration {path}: {error.strerror}", "name one that can be read"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = " ".join(str(error).split())
-        raise RepaError(f"the configuration {path} is not YAML: {line}; mend it, or name another") from error
+        raise RepaError(
+            f"the configuration {path} is not YAML: {line}", "mend it, or name another"
+        ) from error
     if not isinstance(values, dict):
-        raise RepaError(f"the configuration {path} is not a mapping of settings; see config.yaml of any run")
+        raise RepaError(
+            f"the configuration {path} is not a mapping of settings", "see config.yaml of any run"
+        )
     return values
 
 
@@ -241,13 +245,13 @@ def build(
     settings = dict(values.pop("method", {}))
     name = settings.pop("name", "repa")
     if name not in METHODS:
-        raise RepaError(f"method {name!r} is unknown; {nearest(str(name), METHODS)}")
+        raise RepaError(f"method {name!r} is unknown", f"{nearest(str(name), METHODS)}")
     method = from_mapping(METHODS[name][0], settings, prefix="method.")
     trainer = _trainer_settings(values.pop("trainer", {}))
     names = {item.name: item for item in fields(TrainConfig)}
     for key in values:
         if key not in names:
-            raise RepaError(f"unknown setting {key}; {nearest(key, (*names, *_dotted(name)))}")
+            raise RepaError(f"unknown setting {key}", f"{nearest(key, (*names, *_dotted(name)))}")
     scalars = _scalar_annotations()
     typed = {key: coerce(value, scalars[key], key) for key, value in values.items()}
     return TrainConfig(method=method, trainer=trainer, **typed)
@@ -274,7 +278,7 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
         values[key] = value
         return
     if section not in ("method", "trainer"):
-        raise RepaError(f"unknown setting {key}; {nearest(key, _all_keys(values))}")
+        raise RepaError(f"unknown setting {key}", f"{nearest(key, _all_keys(values))}")
     values.setdefault(section, {})[rest] = value
 
 
@@ -316,10 +320,10 @@ def _trainer_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     settings = {}
     for key, value in values.items():
         if key in _OWNED_TRAINER_KEYS:
-            raise RepaError(f"trainer.{key} is decided by the run; set {_OWNED_TRAINER_KEYS[key]} instead")
+            raise RepaError(f"trainer.{key} is decided by the run", f"set {_OWNED_TRAINER_KEYS[key]} instead")
         if key not in known:
             names = [f"trainer.{each}" for each in known]
-            raise RepaError(f"unknown setting trainer.{key}; {nearest(f'trainer.{key}', names)}")
+            raise RepaError(f"unknown setting trainer.{key}", f"{nearest(f'trainer.{key}', names)}")
         settings[key] = yaml.safe_load(value) if isinstance(value, str) else value
     return settings
 

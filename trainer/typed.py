@@ -177,7 +177,8 @@ def from_mapping(kind: type[T], values: Mapping[str, Any], *, prefix: str = "") 
     for key in values:
         if key not in names:
             raise RepaError(
-                f"unknown setting {prefix}{key}; {nearest(prefix + key, [prefix + name for name in names])}"
+                f"unknown setting {prefix}{key}",
+                f"{nearest(prefix + key, [prefix + name for name in names])}",
             )
     return kind(**{key: coerce(value, annotations[key], prefix + key) for key, value in values.items()})
 

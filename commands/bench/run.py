@@ -40,7 +40,7 @@ def bench(
     """
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
-        raise RepaError(f"bench has no part {', '.join(unknown)}; the parts are {', '.join(PARTS)}")
+        raise RepaError(f"bench has no part {', '.join(unknown)}", f"the parts are {', '.join(PARTS)}")
     from rich.console import Console
 
     from .loader import bench_loader
@@ -49,7 +49,7 @@ def bench(
     from .writer import bench_writer
 
     if folder is not None and not folder.is_dir():
-        raise RepaError(f"--folder {folder} is no folder; make it first")
+        raise RepaError(f"--folder {folder} is no folder", "make it first")
     console = console or Console()
     console.print(describe_machine(), highlight=False)
     results: dict[str, list[Measured]] = {}

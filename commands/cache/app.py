@@ -67,14 +67,14 @@ def _cache_verify(
 ) -> None:
     """Check every byte of a cache; exit status 1 if anything is wrong."""
     if fidelity and reencode is not None:
-        raise RepaError("--fidelity and --reencode exclude one another; give them one after the other")
+        raise RepaError("--fidelity and --reencode exclude one another", "give them one after the other")
     folder = local_folder(cache) if cache is not None and (fidelity or reencode is not None) else None
     if reencode is not None:
         from .repair import verify_by_reencoding
 
         if rows is not None:
             raise RepaError(
-                f"--rows is of --fidelity; --reencode {reencode} says how many itself: drop --rows"
+                "--rows is of --fidelity", f"--reencode {reencode} says how many itself: drop --rows"
             )
         verify_by_reencoding(cache=folder, rows=reencode, data=data, weights=weights or (), seed=seed or 0)
         return
@@ -85,7 +85,7 @@ def _cache_verify(
         return
     for flag, value in (("--rows", rows), ("--data", data), ("--weights", weights), ("--seed", seed)):
         if value is not None and value != []:
-            raise RepaError(f"{flag} says what --fidelity encodes; add --fidelity, or drop it")
+            raise RepaError(f"{flag} says what --fidelity encodes", "add --fidelity, or drop it")
     from .info import verify
 
     verify(cache=cache)

@@ -47,10 +47,12 @@ def export(
     from ...data.tars.export import export_cache, export_pattern
 
     if form not in FORMATS:
-        raise RepaError(f"--format {form!r} is unknown; there is {', '.join(FORMATS)}")
+        raise RepaError(f"--format {form!r} is unknown", f"there is {', '.join(FORMATS)}")
     names = tuple(name.strip() for name in (columns or "").split(",") if name.strip())
     if columns is not None and not names:
-        raise RepaError("--columns names no column; name some, as sd-vae/moments,dinov2-b/patch, or drop it")
+        raise RepaError(
+            "--columns names no column", "name some, as sd-vae/moments,dinov2-b/patch, or drop it"
+        )
     console = console or Console()
     path = cache_path(cache or default_cache())
     started = time.perf_counter()

@@ -47,7 +47,7 @@ def verify_fidelity(
     console = console or Console()
     path = cache or default_cache()
     if rows is not None and rows < 1:
-        raise RepaError(f"--rows {rows} compares nothing; give at least 1")
+        raise RepaError(f"--rows {rows} compares nothing", "give at least 1")
     import torch
 
     from ...data.writing.store import open_manifest

@@ -51,7 +51,7 @@ def merge(
     console = console or Console()
     opened = [Part.open(path) for path in parts]
     if not opened:
-        raise RepaError("no cache to join; name at least two")
+        raise RepaError("no cache to join", "name at least two")
     images = joined_images(opened) if data is None else _images_of(opened, data)
     bars = Progress(
         TextColumn("joining"),
@@ -95,8 +95,8 @@ def _images_of(parts: Sequence[Part], data: str) -> ImageSet:
     images = open_source(data, apply_exif=first.exif_orientation == "applied")
     if images.kind != first.source_kind:
         raise CacheError(
-            f"{data} is of kind {images.kind}, the parts were made from {first.source_kind}; give the images "
-            "they were made from"
+            f"{data} is of kind {images.kind}, the parts were made from {first.source_kind}",
+            "give the images they were made from",
         )
     if isinstance(images, FolderImages):
         for part in parts:
@@ -121,5 +121,6 @@ def _check_sizes(part: Part, images: FolderImages) -> None:
     if found != part.manifest.source_fingerprint:
         raise CacheError(
             f"some of the images of cache {part.path} have another size in {images.root} than when it was "
-            "made; give the images it was made from, or encode that part again"
+            "made",
+            "give the images it was made from, or encode that part again",
         )

@@ -95,7 +95,7 @@ def verify_by_reencoding(
     from rich.console import Console
 
     if rows < 1:
-        raise RepaError(f"--reencode {rows} compares nothing; give at least 1")
+        raise RepaError(f"--reencode {rows} compares nothing", "give at least 1")
     from ...data.writing.store import open_manifest, read_keys
     from ...pipeline.replay.reencode import reencode
 

@@ -35,7 +35,7 @@ def attention_blocks(wanted: str, encoders: Sequence[str]) -> dict[str, tuple[in
     """
     if not encoders:
         raise RepaError(
-            "--attention stores the attention of a teacher; give --encoder one that is not 'none'"
+            "--attention stores the attention of a teacher", "give --encoder one that is not 'none'"
         )
     name, colon, model = wanted.partition(":")
     if name != HASTE or (colon and not model):
@@ -50,8 +50,8 @@ def _numbers(wanted: str) -> tuple[int, ...]:
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
             raise RepaError(
-                f"--attention {wanted!r} is unknown; give {HASTE}, {HASTE}:SiT-XL, or numbers of the "
-                "teacher's blocks as 8,10,12 or 9-12"
+                f"--attention {wanted!r} is unknown",
+                f"give {HASTE}, {HASTE}:SiT-XL, or numbers of the teacher's blocks as 8,10,12 or 9-12",
             )
         blocks.update(range(first, last + 1))
     return tuple(sorted(blocks))
@@ -71,14 +71,15 @@ def _preset(encoder: str, model: str) -> tuple[int, ...]:
         size = DEMO_SIZE if encoder == DEMO_DATA else default.removeprefix("SiT-").partition("/")[0]
     if size not in PRESETS:
         raise RepaError(
-            f"--attention {HASTE}:{model}: HASTE has presets for SiT-{', SiT-'.join(PRESETS)}; give one of "
-            "these, or the teacher's blocks as 8,10,12"
+            f"--attention {HASTE}:{model}: HASTE has presets for SiT-{', SiT-'.join(PRESETS)}",
+            "give one of these, or the teacher's blocks as 8,10,12",
         )
     preset = PRESETS[size]
     if preset.teacher_depth != depth:
+        scaled = [round(block * depth / preset.teacher_depth) for block in preset.teacher_blocks]
         raise RepaError(
             f"--attention {HASTE}: the preset of SiT-{size} is for a teacher of {preset.teacher_depth} "
-            f"blocks, encoder {encoder} has {depth}; name its blocks, for example --attention "
-            f"{','.join(str(round(block * depth / preset.teacher_depth)) for block in preset.teacher_blocks)}"
+            f"blocks, encoder {encoder} has {depth}",
+            f"name its blocks, for example --attention {','.join(str(block) for block in scaled)}",
         )
     return tuple(sorted(set(preset.teacher_blocks)))

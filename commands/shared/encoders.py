@@ -25,10 +25,10 @@ def parse_weights(pairs: Sequence[str]) -> dict[str, Path]:
         name, sign, file = pair.partition("=")
         if not (name and sign and file):
             raise RepaError(
-                f"--weights {pair!r} is not NAME=FILE; write for example "
-                f"--weights {DEFAULT_ENCODER}=dinov2_vitb14_pretrain.pth"
+                f"--weights {pair!r} is not NAME=FILE",
+                f"write for example --weights {DEFAULT_ENCODER}=dinov2_vitb14_pretrain.pth",
             )
         if name in weights:
-            raise RepaError(f"--weights names {name} twice; give one file for each encoder")
+            raise RepaError(f"--weights names {name} twice", "give one file for each encoder")
         weights[name] = Path(file)
     return weights

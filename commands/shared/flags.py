@@ -55,6 +55,7 @@ def local_folder(place: str) -> Path:
     if is_remote(place):
         raise RepaError(
             f"{place} is in a bucket, where caches are only read, by `repa train`, `repa parity` and `repa "
-            "cache info`, `verify` and `export`; name a folder"
+            "cache info`, `verify` and `export`",
+            "name a folder",
         )
     return Path(place)

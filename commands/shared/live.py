@@ -93,8 +93,8 @@ def live_teachers(
 
     if names_tars(config.cache):
         raise RepaError(
-            f"live teachers cannot be called beside tars, as {config.cache}; make a cache of them with "
-            "`repa cache import`"
+            f"live teachers cannot be called beside tars, as {config.cache}",
+            "make a cache of them with `repa cache import`",
         )
     before = before or {}
     cache = cache_path(config.cache)
@@ -125,7 +125,7 @@ def _encoders(config: TrainConfig, manifest: Manifest) -> Sequence[str]:
     present = tuple(dict.fromkeys(split_column(name)[0] for name in manifest.columns if is_target(name)))
     if len(present) > 1:
         raise RepaError(
-            f"cache {config.cache} has {len(present)} teachers ({', '.join(present)}); "
-            "choose those to call live with --encoder"
+            f"cache {config.cache} has {len(present)} teachers ({', '.join(present)})",
+            "choose those to call live with --encoder",
         )
     return present or ((DEMO_DATA,) if manifest.source_kind == DEMO_DATA else (DEFAULT_ENCODER,))

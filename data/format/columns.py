@@ -46,9 +46,9 @@ def column_name(model: str, kind: str) -> str:
         RepaError: the model or the kind is not of the grammar.
     """
     if not _MODEL.fullmatch(model):
-        raise RepaError(f"model name {model!r} is not of the form [a-z0-9][a-z0-9._-]*; rename it")
+        raise RepaError(f"model name {model!r} is not of the form [a-z0-9][a-z0-9._-]*", "rename it")
     if kind not in KINDS:
-        raise RepaError(f"column kind {kind!r} of {model!r} is unknown; the kinds are {', '.join(KINDS)}")
+        raise RepaError(f"column kind {kind!r} of {model!r} is unknown", f"the kinds are {', '.join(KINDS)}")
     return f"{model}/{kind}"
 
 
@@ -105,13 +105,17 @@ class ColumnSpec:
 
     def __post_init__(self) -> None:
         if self.dtype not in STORED_DTYPES:
-            raise RepaError(f"column dtype {self.dtype!r} is unknown; there are {', '.join(STORED_DTYPES)}")
+            raise RepaError(
+                f"column dtype {self.dtype!r} is unknown", f"there are {', '.join(STORED_DTYPES)}"
+            )
         if not self.shape or any(size < 1 for size in self.shape):
             raise RepaError(f"column shape {self.shape} has an empty axis")
         if self.compressor is not None and self.compressor not in COMPRESSORS:
-            raise RepaError(f"compressor {self.compressor!r} is unknown; there are {', '.join(COMPRESSORS)}")
+            raise RepaError(
+                f"compressor {self.compressor!r} is unknown", f"there are {', '.join(COMPRESSORS)}"
+            )
         if self.compressor == "pcodec" and self.dtype == "int8":
-            raise RepaError("pcodec compresses floats only, no int8 columns; use zstd or blosc for them")
+            raise RepaError("pcodec compresses floats only, no int8 columns", "use zstd or blosc for them")
 
     @property
     def numpy_dtype(self) -> np.dtype[np.generic]:

@@ -102,7 +102,7 @@ class CommitRecord:
             intact = False
         if not intact:
             raise CacheError(
-                f"commit record {where} is damaged; delete it and run the same `repa preprocess` again"
+                f"commit record {where} is damaged", "delete it and run the same `repa preprocess` again"
             )
         return record
 
@@ -127,8 +127,8 @@ def read_commit(path: CachePath, source: str, shard: int) -> CommitRecord | None
     record = CommitRecord.decode(data, where=str(file))
     if record.shard != shard:
         raise CacheError(
-            f"commit record {file} is the one of shard {record.shard}; "
-            "delete it and run the same `repa preprocess` again"
+            f"commit record {file} is the one of shard {record.shard}",
+            "delete it and run the same `repa preprocess` again",
         )
     return record
 

@@ -150,6 +150,6 @@ def _numcodecs_codec(spec: ColumnSpec) -> Any:
 def _require_pcodec() -> None:
     if find_spec("pcodec") is None:
         raise RepaError(
-            "compressor pcodec needs the package pcodec, which is not installed; "
-            "install it with `pip install 'repa[pcodec]'`"
+            "compressor pcodec needs the package pcodec, which is not installed",
+            "install it with `pip install 'repa[pcodec]'`",
         )

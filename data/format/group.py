@@ -44,25 +44,25 @@ def read_group(path: CachePath) -> dict[str, Any]:
         except FileNotFoundError as error:
             if _has_commits(path):
                 raise CacheError(
-                    f"{file} is missing, which says what is in cache {path}; {_RESTORE}"
+                    f"{file} is missing, which says what is in cache {path}", f"{_RESTORE}"
                 ) from error
             local = isinstance(path, Path)
             remedy = f"make one with `repa preprocess --cache {path}`" if local else "copy one there"
-            raise CacheError(f"there is no cache at {path}; {remedy}") from error
+            raise CacheError(f"there is no cache at {path}", f"{remedy}") from error
     try:
         group: dict[str, Any] = json.loads(data)
         attributes = group["attributes"]
         values = attributes.get(ATTRIBUTE)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CacheError(f"{file} is damaged or no Zarr v3 group; {_remedy(path, data)}") from error
+        raise CacheError(f"{file} is damaged or no Zarr v3 group", f"{_remedy(path, data)}") from error
     if not isinstance(values, dict):
         if _has_commits(path):
             raise CacheError(
-                f"{file} has lost the manifest, which says what is in cache {path}; {_remedy(path, data)}"
+                f"{file} has lost the manifest, which says what is in cache {path}", f"{_remedy(path, data)}"
             )
-        raise CacheError(f"{path} is a Zarr group but no cache of repa; choose another folder with --cache")
+        raise CacheError(f"{path} is a Zarr group but no cache of repa", "choose another folder with --cache")
     if hashlib.sha256(canonical_json(values)).hexdigest() != attributes.get(CHECKSUM_ATTRIBUTE):
-        raise CacheError(f"the manifest in {file} does not match its checksum; {_remedy(path, data)}")
+        raise CacheError(f"the manifest in {file} does not match its checksum", f"{_remedy(path, data)}")
     return group
 
 

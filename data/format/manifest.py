@@ -130,8 +130,9 @@ class Manifest:
         version = values.get("format_version")
         if version != FORMAT_VERSION:
             raise CacheError(
-                f"{where} is a cache of format version {version}; this repa reads version {FORMAT_VERSION}: "
-                "write it again with `repa preprocess`, or use the repa that wrote it"
+                f"{where} is a cache of format version {version}",
+                f"this repa reads version {FORMAT_VERSION}: "
+                "write it again with `repa preprocess`, or use the repa that wrote it",
             )
         fields = dict(values)
         try:
@@ -150,7 +151,7 @@ class Manifest:
             return cls(**fields)
         except (KeyError, TypeError, AttributeError) as error:
             raise CacheError(
-                f"the manifest of {where} is damaged or not ours ({error}); write the cache again"
+                f"the manifest of {where} is damaged or not ours ({error})", "write the cache again"
             ) from error
 
     def require(self, columns: tuple[str, ...], *, where: str) -> None:
@@ -168,8 +169,8 @@ class Manifest:
                 flags += " --attention haste"
             raise CacheError(
                 f"cache {where} has no column {', '.join(missing)} "
-                f"(it has {', '.join(self.columns) or 'none'}); "
-                f"add it with `repa preprocess --cache {where}{flags}` and the --data it was made from"
+                f"(it has {', '.join(self.columns) or 'none'})",
+                f"add it with `repa preprocess --cache {where}{flags}` and the --data it was made from",
             )
 
 

@@ -184,7 +184,7 @@ class ColumnReader:
             else f"run `repa cache verify {self._path}` to see what else is wrong"
         )
         return CacheError(
-            f"row {row} of {self.column} cannot be read from {path}: {error.strerror}; {remedy}"
+            f"row {row} of {self.column} cannot be read from {path}: {error.strerror}", f"{remedy}"
         )
 
     def _open(self, files: ShardFiles, places: Places) -> Sequence[Any]:

@@ -41,13 +41,16 @@ def latent_scale(manifest: Manifest, *, where: str) -> LatentScale:
     """
     provenance = manifest.sources.get(AUTOENCODER)
     if provenance is None:
-        raise CacheError(f"cache {where} has no {AUTOENCODER}; add it with `repa preprocess --cache {where}`")
+        raise CacheError(
+            f"cache {where} has no {AUTOENCODER}", f"add it with `repa preprocess --cache {where}`"
+        )
     notes = provenance.notes
     factor = notes.get("scaling_factor")
     if not isinstance(factor, (int, float)) or factor == 0:
         raise CacheError(
             f"the manifest of cache {where} gives {AUTOENCODER} the scaling factor {factor!r}, "
-            "not a number other than 0; write the cache again with `repa preprocess`"
+            "not a number other than 0",
+            "write the cache again with `repa preprocess`",
         )
     return LatentScale(float(factor), float(notes.get("shift_factor") or 0.0))
 

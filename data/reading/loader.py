@@ -116,16 +116,17 @@ class CacheLoader:
         if batch_size % (world * accumulate):
             raise RepaError(
                 f"a batch of {counted(batch_size, 'image')} does not divide into {counted(world, 'rank')} × "
-                f"{micro}; set --batch-size to a multiple of {world * accumulate}"
+                f"{micro}",
+                f"set --batch-size to a multiple of {world * accumulate}",
             )
         if threads < 1 or prefetch < 1:
             raise RepaError(f"{threads} threads and {prefetch} batches ahead: both must be at least 1")
         if order not in ORDERS:
-            raise RepaError(f"order {order!r} is unknown; there are {', '.join(ORDERS)}")
+            raise RepaError(f"order {order!r} is unknown", f"there are {', '.join(ORDERS)}")
         invalid = reader.invalid_rows[np.isin(reader.invalid_rows, rows)]
         if len(invalid):
             raise CacheError(
-                f"row {invalid[0]} of cache {reader.path} is invalid; train on reader.valid_rows"
+                f"row {invalid[0]} of cache {reader.path} is invalid", "train on reader.valid_rows"
             )
         self.reader = reader
         self.rows = rows

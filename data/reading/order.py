@@ -65,15 +65,15 @@ def place_of(images_seen: int, *, batch_size: int, count: int) -> Place:
         RepaError: a batch is larger than the image set, or a number is out of range.
     """
     if batch_size < 1:
-        raise RepaError(f"batch size {batch_size} is not at least 1; set --batch-size")
+        raise RepaError(f"batch size {batch_size} is not at least 1", "set --batch-size")
     if batch_size > count:
         raise RepaError(
             f"a batch of {counted(batch_size, 'image')} is larger than the "
-            f"{counted(count, 'image')} to train on; set --batch-size to at most {count}, "
-            "or cache more images"
+            f"{counted(count, 'image')} to train on",
+            f"set --batch-size to at most {count}, or cache more images",
         )
     if images_seen < 0:
-        raise RepaError(f"images seen cannot be {images_seen}; the state of the loader is damaged")
+        raise RepaError(f"images seen cannot be {images_seen}", "the state of the loader is damaged")
     step = images_seen // batch_size
     epoch, batch = divmod(step, count // batch_size)
     return Place(step, epoch, batch)
@@ -152,8 +152,8 @@ def rank_slice(batch: NDArray[np.int64], rank: int, world: int) -> NDArray[np.in
     size, rest = divmod(len(batch), world)
     if rest:
         raise RepaError(
-            f"a batch of {counted(len(batch), 'image')} does not divide into {counted(world, 'equal part')}; "
-            f"set --batch-size to a multiple of {world}"
+            f"a batch of {counted(len(batch), 'image')} does not divide into {counted(world, 'equal part')}",
+            f"set --batch-size to a multiple of {world}",
         )
     return batch[rank * size : (rank + 1) * size]
 
@@ -170,8 +170,8 @@ def split_holdout(valid_rows: NDArray[np.int64], holdout: int) -> tuple[NDArray[
     count = len(valid_rows)
     if holdout < 0 or (holdout and holdout >= count):
         raise RepaError(
-            f"{counted(holdout, 'image')} cannot be held out of the {count} valid ones; "
-            f"hold out between 0 and {max(count - 1, 0)}"
+            f"{counted(holdout, 'image')} cannot be held out of the {count} valid ones",
+            f"hold out between 0 and {max(count - 1, 0)}",
         )
     if not holdout:
         return valid_rows, valid_rows[:0]

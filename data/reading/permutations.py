@@ -158,7 +158,7 @@ def philox_words(seed: int, key: int, stream: int, count: int, *, substream: int
         RepaError: the seed is out of range.
     """
     if not 0 <= seed < 2**64:
-        raise RepaError(f"seed {seed} is not between 0 and 2⁶⁴−1; set --seed")
+        raise RepaError(f"seed {seed} is not between 0 and 2⁶⁴−1", "set --seed")
     generator = np.random.Philox(
         key=np.array([seed, key], dtype=np.uint64),
         counter=np.array([0, 0, substream, stream], dtype=np.uint64),

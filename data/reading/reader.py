@@ -269,7 +269,7 @@ class CacheReader:
         supported = supports_direct(reader.shard_path(0))
         if self.direct == "on" and not supported:
             raise RepaError(
-                f"the file system of {self.path} has no direct reads (O_DIRECT); leave direct=on out"
+                f"the file system of {self.path} has no direct reads (O_DIRECT)", "leave direct=on out"
             )
         if not supported or (self.direct == "auto" and fits_in_memory(sum(self._column_bytes.values()))):
             return buffered
@@ -300,7 +300,7 @@ class CacheReader:
         if not self._valid[rows].all():
             row = int(rows[~self._valid[rows]][0])
             raise CacheError(
-                f"row {row} of cache {self.path} is invalid, its image could not be decoded; use valid_rows"
+                f"row {row} of cache {self.path} is invalid, its image could not be decoded", "use valid_rows"
             )
         if views is not None:
             count = len(self.manifest.views)
@@ -313,7 +313,8 @@ class CacheReader:
         if column not in self.columns:
             raise CacheError(
                 f"column {column} was not asked for when cache {self.path} was opened "
-                f"(opened: {', '.join(self.columns) or 'none'}); add it to the reader's columns"
+                f"(opened: {', '.join(self.columns) or 'none'})",
+                "add it to the reader's columns",
             )
         spec, array = self.manifest.columns[column], out[column]
         expected = (count, *spec.shape)
@@ -328,8 +329,8 @@ class CacheReader:
         if absent:
             raise CacheError(
                 f"{len(absent)} of the {self.manifest.num_shards} shards of {source} in {self.path} are not "
-                f"wholly written, the first is shard {absent[0]}; run the same `repa preprocess` to write "
-                "them"
+                f"wholly written, the first is shard {absent[0]}",
+                "run the same `repa preprocess` to write them",
             )
 
     def _after_fork(self) -> None:

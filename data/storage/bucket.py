@@ -70,14 +70,14 @@ class Bucket:
             from obstore.store import from_url
         except ImportError as error:
             raise RepaError(
-                f"{self.url} is in a bucket, which needs the package obstore; "
-                "install it with `pip install 'repa[remote]'`"
+                f"{self.url} is in a bucket, which needs the package obstore",
+                "install it with `pip install 'repa[remote]'`",
             ) from error
         try:
             self._store = from_url(self.url, retry_config={"max_retries": _RETRIES, "backoff": _BACKOFF})
         except (BaseError, ValueError) as error:
             raise RepaError(
-                f"{self.url} cannot be reached: {_one_line(error)}; look at the address and the credentials"
+                f"{self.url} cannot be reached: {_one_line(error)}", "look at the address and the credentials"
             ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -89,8 +89,8 @@ class Bucket:
         if self._process != os.getpid():
             # its threads were not forked with it: a request would wait for ever
             raise CacheError(
-                f"{self.url} was opened before this process was forked; open it afterwards, or start "
-                "processes by spawn"
+                f"{self.url} was opened before this process was forked",
+                "open it afterwards, or start processes by spawn",
             )
         from obstore.exceptions import BaseError
 

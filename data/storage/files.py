@@ -58,9 +58,14 @@ def os_errors(doing: str, path: CachePath) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0, _ANY_REMEDY)
+        remedy = remedy_of(error)
         reason = error.strerror or error
-        raise RepaError(f"cannot {doing} {error.filename or path}: {reason}; {remedy}") from error
+        raise RepaError(f"cannot {doing} {error.filename or path}: {reason}", f"{remedy}") from error
+
+
+def remedy_of(error: OSError) -> str:
+    """Say what to do about an error of the operating system."""
+    return _REMEDIES.get(error.errno or 0, _ANY_REMEDY)
 
 
 def partial_path(path: Path) -> Path:

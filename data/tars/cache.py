@@ -63,13 +63,14 @@ class TarCache:
         if len(self._places) != self.manifest.num_shards:
             raise CacheError(
                 f"{pattern} names {counted(len(self._places), 'tar')}, the export has "
-                f"{self.manifest.num_shards}; name them all, in order"
+                f"{self.manifest.num_shards}",
+                "name them all, in order",
             )
         missing = [name for name in columns if name not in self.manifest.columns]
         if missing:
             raise CacheError(
-                f"{pattern} has no column {', '.join(missing)} (it has {', '.join(self.manifest.columns)}); "
-                "export it too, with `repa cache export --columns`"
+                f"{pattern} has no column {', '.join(missing)} (it has {', '.join(self.manifest.columns)})",
+                "export it too, with `repa cache export --columns`",
             )
         self.invalid_rows = header.all_invalid
         valid = np.ones(self.manifest.num_rows, dtype=bool)
@@ -92,11 +93,13 @@ class TarCache:
             members = iter(reader)
             header = read_header(reader, members)
             if header.manifest != self.manifest or not np.array_equal(header.all_invalid, self.invalid_rows):
-                raise CacheError(f"{place} is of another export than {self._places[0]}; name the tars of one")
+                raise CacheError(
+                    f"{place} is of another export than {self._places[0]}", "name the tars of one"
+                )
             if header.shard != shard:
                 raise CacheError(
-                    f"{place} is shard {header.shard}, named as number {shard} of {self.path}; "
-                    "name the tars in order"
+                    f"{place} is shard {header.shard}, named as number {shard} of {self.path}",
+                    "name the tars in order",
                 )
             yield from read_samples(reader, members, header, columns_of)
 

@@ -136,7 +136,7 @@ def _chosen(manifest: Manifest, columns: Sequence[str], path: CachePath) -> tupl
     wanted = tuple(dict.fromkeys(name for name in columns or manifest.columns if name != LABEL))
     manifest.require(wanted, where=str(path))
     if not wanted:
-        raise CacheError(f"cache {path} has no columns to export; write some with `repa preprocess`")
+        raise CacheError(f"cache {path} has no columns to export", "write some with `repa preprocess`")
     scales = {f"{name}{SCALE_SUFFIX}" for name in wanted} & manifest.columns.keys()
     return tuple(name for name in manifest.columns if name in wanted or name in scales)
 
@@ -201,7 +201,7 @@ def _is_there(place: Path, header: ShardHeader) -> bool:
         except RepaError:
             own = False
         if not own:
-            raise CacheError(f"{place} is of another export; choose another --out, or delete it")
+            raise CacheError(f"{place} is of another export", "choose another --out, or delete it")
         try:
             deque(members, maxlen=0)
         except RepaError:
@@ -335,7 +335,7 @@ def _calibrations(manifest: Manifest, found: Mapping[str, bytes], place: str) ->
         if recorded is None:
             continue
         if hashlib.sha256(found.get(source, b"")).hexdigest() != recorded:
-            raise CacheError(f"{place} lacks the calibration of {source}, or it is damaged; {AGAIN}")
+            raise CacheError(f"{place} lacks the calibration of {source}, or it is damaged", f"{AGAIN}")
         calibrations[source] = found[source]
     return calibrations
 
@@ -352,7 +352,7 @@ def _import_shard(place: str, header: ShardHeader, writers: Mapping[str, SourceW
         with open_tar(place) as reader:
             members = iter(reader)
             if read_header(reader, members).encode() != header.encode():
-                raise RepaError(f"{place} has changed while it was imported; run the same command again")
+                raise RepaError(f"{place} has changed while it was imported", "run the same command again")
             for row, _, arrays in read_samples(reader, members, header, lambda _: columns):
                 for name, array in arrays.items():
                     shards[source_of(name)].write(row, name, array)

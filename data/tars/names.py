@@ -51,11 +51,11 @@ def expand_tars(pattern: str) -> list[str]:
         root = Path(each).anchor
         found = sorted(str(path) for path in Path(root or ".").glob(each[len(root) :]))
         if not found:
-            raise RepaError(f"no tar matches {each}; check the pattern")
+            raise RepaError(f"no tar matches {each}", "check the pattern")
         places += found
     if len(set(places)) < len(places):
         twice = next(place for place in places if places.count(place) > 1)
-        raise RepaError(f"{pattern} names {twice} twice; name each tar once")
+        raise RepaError(f"{pattern} names {twice} twice", "name each tar once")
     return places
 
 
@@ -79,11 +79,12 @@ def present_tars(pattern: str) -> list[str]:
         if folder:
             raise _is_folder(place)
     if missing and len(places) == 1:
-        raise RepaError(f"tar {missing[0]} is missing; look at its name, or fetch it")
+        raise RepaError(f"tar {missing[0]} is missing", "look at its name, or fetch it")
     if missing:
         raise RepaError(
             f"{pattern} names {len(places)} tars, of which {counted(len(missing), 'tar')} cannot be found, "
-            f"first {missing[0]}; fetch what is missing, or name only tars that are there"
+            f"first {missing[0]}",
+            "fetch what is missing, or name only tars that are there",
         )
     return places
 
@@ -91,13 +92,14 @@ def present_tars(pattern: str) -> list[str]:
 def _is_folder(place: str) -> RepaError:
     names = sorted(path.name for path in Path(place).glob("*.tar"))
     if names:
-        return RepaError(f"{place} is a folder; name the tars in it, '{Path(place) / '*.tar'}'")
+        return RepaError(f"{place} is a folder", f"name the tars in it, '{Path(place) / '*.tar'}'")
     if (Path(place) / "zarr.json").exists():
         return RepaError(
-            f"{place} is a cache, not tars of one; write its tars with `repa cache export {place} --out OUT`"
+            f"{place} is a cache, not tars of one",
+            f"write its tars with `repa cache export {place} --out OUT`",
         )
     return RepaError(
-        f"{place} is a folder without tars; name tars, as 'OUT/*.tar' of `repa cache export --out OUT`"
+        f"{place} is a folder without tars", "name tars, as 'OUT/*.tar' of `repa cache export --out OUT`"
     )
 
 
@@ -113,7 +115,7 @@ def _braces(pattern: str) -> list[str]:
         else:
             done.append(text)
         if len(done) + len(todo) > MAX_PATTERN:
-            raise RepaError(f"{pattern} names more than {MAX_PATTERN:,} tars; name fewer")
+            raise RepaError(f"{pattern} names more than {MAX_PATTERN:,} tars", "name fewer")
     return done
 
 
@@ -126,5 +128,5 @@ def _brace_values(inside: str, pattern: str) -> list[str] | None:
     width = max(len(first), len(last)) if padded else 0
     step = 1 if int(first) <= int(last) else -1
     if abs(int(last) - int(first)) >= MAX_PATTERN:
-        raise RepaError(f"{pattern} names more than {MAX_PATTERN:,} tars; name fewer")
+        raise RepaError(f"{pattern} names more than {MAX_PATTERN:,} tars", "name fewer")
     return [str(number).zfill(width) for number in range(int(first), int(last) + step, step)]

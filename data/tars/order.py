@@ -46,8 +46,8 @@ def steps_of_epoch(counts: NDArray[np.int64], batch_size: int, world: int) -> in
     """
     if len(counts) < world:
         raise RepaError(
-            f"{counted(len(counts), 'tar')} cannot be shared among {counted(world, 'rank')}; "
-            "start fewer, or export smaller shards"
+            f"{counted(len(counts), 'tar')} cannot be shared among {counted(world, 'rank')}",
+            "start fewer, or export smaller shards",
         )
     # whatever a rank draws, it has at least this many rows
     least = int(np.sort(counts)[: len(counts) // world].sum())
@@ -56,7 +56,8 @@ def steps_of_epoch(counts: NDArray[np.int64], batch_size: int, world: int) -> in
         raise RepaError(
             f"a batch of {counted(batch_size, 'image')} is larger than what {counted(world, 'rank')} can be "
             f"sure of among {counted(int(counts.sum()), 'image')} in {counted(len(counts), 'tar')} "
-            f"({least} each); set a smaller --batch-size"
+            f"({least} each)",
+            "set a smaller --batch-size",
         )
     return steps
 

@@ -92,13 +92,13 @@ class TarReader:
                     size = int(extended["size"])
                 if kind == b"S" or any(key.startswith("GNU.sparse") for key in extended):
                     raise RepaError(
-                        f"{self.where} holds {name} as a sparse file, without the zeros in it; "
-                        "write the tar again without --sparse"
+                        f"{self.where} holds {name} as a sparse file, without the zeros in it",
+                        "write the tar again without --sparse",
                     )
                 if kind in (b"1", b"2"):
                     raise RepaError(
-                        f"{self.where} holds {name} as a link, without its bytes; "
-                        "write the tar again with --dereference --hard-dereference"
+                        f"{self.where} holds {name} as a link, without its bytes",
+                        "write the tar again with --dereference --hard-dereference",
                     )
                 extended = {}
                 if kind not in (b"0", b"\0", b"7") or (kind == b"\0" and name.endswith("/")):
@@ -131,14 +131,14 @@ class TarReader:
             self.at_end = True
             if start == 0:
                 what = "is empty" if not block else "is no tar"
-                raise RepaError(f"{self.where} {what}; give WebDataset tars")
+                raise RepaError(f"{self.where} {what}", "give WebDataset tars")
             raise self._cut_off()
         if not any(block):
             self._drain()
             return None
         for magic, program in _COMPRESSED.items():
             if start == 0 and block.startswith(magic):
-                raise RepaError(f"{self.where} is compressed by {program}; unpack it with {program} -d")
+                raise RepaError(f"{self.where} is compressed by {program}", f"unpack it with {program} -d")
         try:
             checksum = int(block[148:156].strip(b" \0") or b"0", 8)
             size = _number(block[124:136])
@@ -146,7 +146,7 @@ class TarReader:
             checksum, size = -1, 0
         if checksum != sum(block[:148]) + sum(block[156:]) + 8 * ord(" "):
             if start == 0:
-                raise RepaError(f"{self.where} is no tar; give WebDataset tars")
+                raise RepaError(f"{self.where} is no tar", "give WebDataset tars")
             raise self._damaged(start)
         name = _text(block[:100].split(b"\0", 1)[0])
         if block[257:263] == b"ustar\0" and block[345]:
@@ -201,7 +201,8 @@ class TarReader:
         if foreign:
             raise RepaError(
                 f"{self.where} goes on after an end mark at byte {self._at - BLOCK}{self.progress}: it is "
-                "damaged, or tars were joined by cat; fetch it again, or join them by tar --concatenate"
+                "damaged, or tars were joined by cat",
+                "fetch it again, or join them by tar --concatenate",
             )
 
     @property
@@ -213,12 +214,13 @@ class TarReader:
         return f", {'in' if inside else 'after'} {self._last.name}"
 
     def _damaged(self, at: int) -> RepaError:
-        return RepaError(f"{self.where} is damaged at byte {at}{self.progress}; fetch or write it again")
+        return RepaError(f"{self.where} is damaged at byte {at}{self.progress}", "fetch or write it again")
 
     def _cut_off(self) -> RepaError:
         return RepaError(
             f"{self.where} was cut off: it ends at byte {self._at if self._length is None else self._length}"
-            f"{self.progress}, without an end mark; fetch or write it again"
+            f"{self.progress}, without an end mark",
+            "fetch or write it again",
         )
 
 
@@ -256,7 +258,7 @@ def open_tar(place: str, *, headers: bool = False) -> Iterator[TarReader]:
                     # the command's failure is the cause of whatever its tar lacks
                     raise OSError(f"its command ended with status {status}{reader.progress}")
     except (OSError, ValueError) as error:
-        raise RepaError(f"cannot read {place}: {error}; try its command or URL by itself") from error
+        raise RepaError(f"cannot read {place}: {error}", "try its command or URL by itself") from error
 
 
 def _gopen() -> tuple[Any, Any]:
@@ -269,7 +271,9 @@ def _gopen() -> tuple[Any, Any]:
 
 def missing_webdataset(what: str) -> RepaError:
     """The error of a feature that needs the package webdataset."""
-    return RepaError(f"{what} webdataset, which is not installed; install it with `pip install 'repa[tars]'`")
+    return RepaError(
+        f"{what} webdataset, which is not installed", "install it with `pip install 'repa[tars]'`"
+    )
 
 
 def split_member(name: str) -> tuple[str, str] | None:

@@ -98,8 +98,8 @@ class ShardHeader:
             values = json.loads(data)
             if values["format"] != FORMAT:
                 raise CacheError(
-                    f"{where} is of export format {values['format']}, this repa reads {FORMAT}; "
-                    "export it again"
+                    f"{where} is of export format {values['format']}, this repa reads {FORMAT}",
+                    "export it again",
                 )
             return cls(
                 manifest=Manifest.from_json(values["manifest"], where=where),
@@ -114,7 +114,7 @@ class ShardHeader:
                 chunks_sha256=values["chunks_sha256"],
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CacheError(f"the header of {where} is damaged ({error}); {AGAIN}") from error
+            raise CacheError(f"the header of {where} is damaged ({error})", f"{AGAIN}") from error
 
     @property
     def rows(self) -> list[int]:
@@ -162,8 +162,8 @@ def read_header(reader: TarReader, members: Iterator[Member]) -> ShardHeader:
     first = next(members, None)
     if first is None or first.name != HEADER:
         raise CacheError(
-            f"{reader.where} is no tar of a cache: it does not begin with {HEADER}; "
-            "give tars that `repa cache export` wrote"
+            f"{reader.where} is no tar of a cache: it does not begin with {HEADER}",
+            "give tars that `repa cache export` wrote",
         )
     return ShardHeader.decode(reader.read(), where=reader.where)
 
@@ -203,14 +203,14 @@ def read_samples(
             row = rows.get(key)
             if row is None or row != next(expected, None):
                 raise CacheError(
-                    f"{reader.where} holds {member.name} where its header has another sample; {AGAIN}"
+                    f"{reader.where} holds {member.name} where its header has another sample", f"{AGAIN}"
                 )
             sample = _Sample(reader.where, header, key, row, tuple(columns_of(row)))
         if sample.wanted and (field in (LABEL_FIELD, FACTS_FIELD) or columns.get(field) in sample.wanted):
             sample.fields[field] = reader.read()
     yield from sample.finish()
     if (missing := next(expected, None)) is not None:
-        raise CacheError(f"{reader.where} has no sample of row {missing}; {AGAIN}")
+        raise CacheError(f"{reader.where} has no sample of row {missing}", f"{AGAIN}")
 
 
 class _Sample:
@@ -255,7 +255,9 @@ class _Sample:
         return np.frombuffer(data, dtype=spec.numpy_dtype).reshape(views, *spec.shape)
 
     def _damaged(self, why: str) -> CacheError:
-        return CacheError(f"row {self._row} in {self._where}, sample {self.key}, is damaged ({why}); {AGAIN}")
+        return CacheError(
+            f"row {self._row} in {self._where}, sample {self.key}, is damaged ({why})", f"{AGAIN}"
+        )
 
 
 def restricted(manifest: Manifest, columns: Sequence[str]) -> Manifest:
@@ -286,15 +288,16 @@ def read_headers(pattern: str) -> dict[int, tuple[str, ShardHeader, dict[str, by
         own = (header.manifest, header.all_invalid.tolist())
         first, identity = first or place, identity or own
         if own != identity:
-            raise CacheError(f"{place} and {first} are not of one export; name the tars of one")
+            raise CacheError(f"{place} and {first} are not of one export", "name the tars of one")
         if header.shard in found:
-            raise CacheError(f"{place} and {found[header.shard][0]} are the same shard; name each once")
+            raise CacheError(f"{place} and {found[header.shard][0]} are the same shard", "name each once")
         found[header.shard] = (place, header, calibrations)
     missing = sorted(set(range(identity[0].num_shards)) - found.keys())
     if missing:
         raise RepaError(
             f"{pattern} lacks {len(missing)} of the {identity[0].num_shards} tars of the export, the first "
-            f"is that of shard {missing[0]}; name them all"
+            f"is that of shard {missing[0]}",
+            "name them all",
         )
     return found
 

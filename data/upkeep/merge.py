@@ -72,9 +72,9 @@ def merge_caches(
         RepaError: the disk is full, or refuses.
     """
     if len(parts) < 2:
-        raise CacheError("one cache needs no joining; name at least two")
+        raise CacheError("one cache needs no joining", "name at least two")
     if out.resolve() in {part.path.resolve() for part in parts}:
-        raise CacheError(f"{out} is one of the parts; choose another folder for the whole with --cache")
+        raise CacheError(f"{out} is one of the parts", "choose another folder for the whole with --cache")
     check_alike(parts)
     chosen = chosen_sources(parts, sources)
     for source in chosen:
@@ -120,7 +120,7 @@ def _copy_calibration(part: Part, out: Path, source: str) -> None:
     data = read_calibration(part.path, source)
     if data is None:
         raise CacheError(
-            f"{calibration_file(part.path, source)} is missing; mend that part with `repa cache repair`"
+            f"{calibration_file(part.path, source)} is missing", "mend that part with `repa cache repair`"
         )
     check_calibration(calibration_file(part.path, source), data, recorded)
     ensure_calibration(out, source, lambda: data, usable=data.__eq__)
@@ -142,8 +142,8 @@ def _check_room(out: Path, manifest: Manifest, sources: Sequence[str]) -> None:
     free = shutil.disk_usage(out).free
     if needed > free:
         raise RepaError(
-            f"{human_bytes(needed)} are to be copied to {out}, its disk has {human_bytes(free)} free; "
-            "free some, or name another disk with --cache"
+            f"{human_bytes(needed)} are to be copied to {out}, its disk has {human_bytes(free)} free",
+            "free some, or name another disk with --cache",
         )
 
 

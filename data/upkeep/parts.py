@@ -121,14 +121,15 @@ def _common_classes(parts: Sequence[Part]) -> tuple[str, ...]:
     folders = most.manifest.source_kind == FOLDER
     if other is not None and not folders:
         raise CacheError(
-            f"{most.path} and {other.path} number their classes differently, and no order of both is known; "
-            "encode them with the same --class-names, or give the images of the whole with --data"
+            f"{most.path} and {other.path} number their classes differently, and no order of both is known",
+            "encode them with the same --class-names, or give the images of the whole with --data",
         )
     loose = [part for part in parts if not all("/" in key for key in part.keys)]
     if folders and loose and len(set(names)) > 1:
         raise CacheError(
             f"the images of {loose[0].path} lie in no class folder, and the parts have different classes: "
-            "which classes the whole has is not known; give the folder of all images with --data"
+            "which classes the whole has is not known",
+            "give the folder of all images with --data",
         )
     return class_names if other is None else tuple(sorted(set().union(*names)))
 
@@ -145,8 +146,8 @@ def check_alike(parts: Sequence[Part]) -> None:
         different = differences(here, {name: getattr(part.manifest, name) for name in _COMMON})
         if different:
             raise CacheError(
-                f"{first.path} and {part.path} are no parts of one image set: {different}; "
-                "encode both with the same flags"
+                f"{first.path} and {part.path} are no parts of one image set: {different}",
+                "encode both with the same flags",
             )
 
 
@@ -164,21 +165,21 @@ def chosen_sources(parts: Sequence[Part], asked: Sequence[str] | None) -> tuple[
     for source in asked or ():
         if source not in first.manifest.sources:
             raise CacheError(
-                f"cache {first.path} has no source {source}; it has {', '.join(first.manifest.sources)}: "
-                "choose among them with --source"
+                f"cache {first.path} has no source {source}",
+                f"it has {', '.join(first.manifest.sources)}: choose among them with --source",
             )
     chosen = tuple(source for source in first.manifest.sources if asked is None or source in asked)
     for part in parts[1:]:
         if asked is None and (more := [name for name in part.manifest.sources if name not in chosen]):
             raise CacheError(
-                f"cache {part.path} has {more[0]}, {first.path} has not; add it there with "
-                f"`repa preprocess`, or leave it out with {_flags(chosen)}"
+                f"cache {part.path} has {more[0]}, {first.path} has not",
+                f"add it there with `repa preprocess`, or leave it out with {_flags(chosen)}",
             )
         if missing := [name for name in chosen if name not in part.manifest.sources]:
             rest = [name for name in chosen if name in part.manifest.sources]
             raise CacheError(
-                f"cache {part.path} has no {missing[0]}, {first.path} has; add it there with "
-                f"`repa preprocess`, or leave it out with {_flags(rest)}"
+                f"cache {part.path} has no {missing[0]}, {first.path} has",
+                f"add it there with `repa preprocess`, or leave it out with {_flags(rest)}",
             )
     return chosen
 
@@ -212,14 +213,16 @@ def check_source(parts: Sequence[Part], source: str, chosen: Sequence[str]) -> N
         if different:
             raise CacheError(
                 f"{first.path} and {part.path} have {source} from different models or in different forms: "
-                f"{different}; encode both with the same flags"
+                f"{different}",
+                "encode both with the same flags",
             )
         if fitted:
             rest = [name for name in chosen if name != source]
             raise CacheError(
                 f"{first.path} and {part.path} have {source} with a calibration each, fitted and measured on "
-                f"their own images, and the whole needs one for all; leave it out with {_flags(rest)}, then "
-                f"add it to the whole with `repa preprocess {_flag_of(source)}`"
+                f"their own images, and the whole needs one for all",
+                f"leave it out with {_flags(rest)}, then "
+                f"add it to the whole with `repa preprocess {_flag_of(source)}`",
             )
 
 
@@ -241,21 +244,22 @@ def origins(parts: Sequence[Part], images: ImageSet) -> NDArray[np.int64]:
         for row, key in enumerate(part.keys):
             if key in where:
                 raise CacheError(
-                    f"image {key} is in {parts[where[key][0]].path} and in {part.path}; parts of one set "
-                    "have no image in common: leave one out"
+                    f"image {key} is in {parts[where[key][0]].path} and in {part.path}",
+                    "parts of one set have no image in common: leave one out",
                 )
             where[key] = (number, row)
     absent = [key for key in images.keys if key not in where]
     if absent:
         raise CacheError(
             f"the parts lack {len(absent)} of the {counted(len(images.keys), 'image')}, the first is "
-            f"{absent[0]}; encode them into a part of their own, and name it too"
+            f"{absent[0]}",
+            "encode them into a part of their own, and name it too",
         )
     if len(where) > len(images.keys):
         extra = min(where.keys() - set(images.keys))
         raise CacheError(
-            f"image {extra} of {parts[where[extra][0]].path} is not among the {len(images.keys)} of --data; "
-            "give the folder of all images"
+            f"image {extra} of {parts[where[extra][0]].path} is not among the {len(images.keys)} of --data",
+            "give the folder of all images",
         )
     for key, label in zip(images.keys, images.labels.tolist(), strict=True):
         number, row = where[key]
@@ -263,7 +267,7 @@ def origins(parts: Sequence[Part], images: ImageSet) -> NDArray[np.int64]:
         name = part.manifest.class_names[part.labels[row]]
         if name != images.class_names[label]:
             raise CacheError(
-                f"image {key} is of class {images.class_names[label]}, in {part.path} it is of {name}; "
-                "give the images that the parts were made from"
+                f"image {key} is of class {images.class_names[label]}, in {part.path} it is of {name}",
+                "give the images that the parts were made from",
             )
     return np.array([where[key] for key in images.keys], dtype=np.int64).reshape(-1, 2)

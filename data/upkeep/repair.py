@@ -189,7 +189,8 @@ def _refuse_foreign_manifest(path: Path, manifest: Manifest) -> None:
         first, second, *_ = (*misfits, *others)
         raise CacheError(
             f"the manifest in {path / GROUP_FILE} is of another cache: neither {first} nor {second} is as it "
-            "says; restore the file that was there"
+            "says",
+            "restore the file that was there",
         )
 
 
@@ -276,7 +277,7 @@ def restore_tables(path: Path, manifest: Manifest, keys: Sequence[str], labels: 
         RepaError: the operating system refuses.
     """
     if keys_sha256(keys) != manifest.keys_sha256:
-        raise CacheError(f"these are not the images of cache {path}: their keys differ; give its --data")
+        raise CacheError(f"these are not the images of cache {path}: their keys differ", "give its --data")
     try:
         read_keys(path, manifest)
     except CacheError as error:
@@ -299,8 +300,8 @@ def _refuse_foreign_keys(path: Path, keys: Sequence[str], cause: CacheError) -> 
         if there and not set(keys).intersection(there):
             raise CacheError(
                 f"{path / KEYS_FILE} has none of the keys that the manifest in {path / GROUP_FILE} is of, so "
-                "one of the two is of another cache; restore the one that is, or delete keys.txt if that is "
-                "it"
+                "one of the two is of another cache",
+                "restore the one that is, or delete keys.txt if that is it",
             ) from cause
 
 

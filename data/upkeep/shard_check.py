@@ -21,7 +21,7 @@ from ..format.columns import source_of
 from ..format.layout import shard_file
 from ..format.shard_index import MISSING, decode_index, index_bytes
 from ..storage.bucket import RemotePath
-from ..storage.files import os_errors
+from ..storage.files import os_errors, remedy_of
 from ..storage.local import CHECKSUM_BYTES
 from ..units import counted
 
@@ -49,7 +49,8 @@ class Finding:
 
     Attributes:
         path: the file.
-        what: what is wrong with it, its name included, and what to do.
+        what: what is wrong with it, its name included.
+        remedy: what to do about it.
         source: the source it belongs to; empty for what belongs to the cache as a whole.
         column: the column; empty for what belongs to all columns.
         shard: the shard, where the file is of one.
@@ -58,6 +59,7 @@ class Finding:
 
     path: CachePath
     what: str
+    remedy: str = ""
     source: str = ""
     column: str = ""
     shard: int | None = None
@@ -65,7 +67,7 @@ class Finding:
 
     def __str__(self) -> str:
         row = "" if self.row is None else f"row {self.row} of {self.column}: "
-        return f"{row}{self.what}"
+        return f"{row}{self.what}" + (f"; {self.remedy}" if self.remedy else "")
 
 
 class _Stored(Protocol):
@@ -117,18 +119,19 @@ class ShardCheck:
             with _opened(self._file, self._requests) as stored:
                 return self._check(stored)
         except FileNotFoundError:
-            return [self._finding(f"is missing; {REDO}")]
+            return [self._finding("is missing")]
         except OSError as error:
             if isinstance(self._file, RemotePath):
                 # a connection that fails says nothing of what is there
                 with os_errors("read", self._file):
                     raise
-            return [self._finding(f"cannot be read: {error.strerror}")]
+            return [self._finding(f"cannot be read: {error.strerror}", remedy=remedy_of(error))]
 
-    def _finding(self, what: str, row: int | None = None) -> Finding:
+    def _finding(self, what: str, row: int | None = None, *, remedy: str = REDO) -> Finding:
         return Finding(
             path=self._file,
             what=f"{self._file} {what}",
+            remedy=remedy,
             source=source_of(self._column),
             column=self._column,
             shard=self._record.shard,
@@ -137,27 +140,27 @@ class ShardCheck:
 
     def _check(self, stored: _Stored) -> list[Finding]:
         if stored.size != self.bytes:
-            return [self._finding(f"has {counted(stored.size, 'byte')} of {self.bytes}; {REDO}")]
+            return [self._finding(f"has {counted(stored.size, 'byte')} of {self.bytes}")]
         tail = stored.tail(index_bytes(*self._shape))
         try:
             index = decode_index(tail, stored.size, str(self._file), *self._shape)
         except CacheError as error:
-            return [self._finding(f"has no sound index ({error}); {REDO}")]
+            return [self._finding(f"has no sound index ({error})")]
         findings, sound = self._check_index(index)
         checksums = np.zeros(self._shape, dtype="<u4")
         places = [(int(index[chunk][0]), int(index[chunk][1])) for chunk in sound]
         for number, data in stored.chunks(places):
             row = self._record.rows[0] + sound[number][0]
             if len(data) != places[number][1]:
-                findings.append(self._finding(f"ends in the middle of the row; {REDO}", row))
+                findings.append(self._finding("ends in the middle of the row", row))
                 continue
             checksum = int.from_bytes(data[-CHECKSUM_BYTES:], "little")
             checksums[sound[number]] = checksum
             if crc32c(data[:-CHECKSUM_BYTES]) != checksum:
-                findings.append(self._finding(f"has data that do not match their checksum; {REDO}", row))
+                findings.append(self._finding("has data that do not match their checksum", row))
         recorded = self._record.columns[self._column].chunks_sha256
         if not findings and hashlib.sha256(checksums.tobytes()).hexdigest() != recorded:
-            findings.append(self._finding(f"is intact, but not the file that was committed; {REDO}"))
+            findings.append(self._finding("is intact, but not the file that was committed"))
         return sorted(findings, key=lambda finding: -1 if finding.row is None else finding.row)
 
     def _check_index(self, index: NDArray[np.uint64]) -> tuple[list[Finding], list[tuple[int, int]]]:
@@ -172,13 +175,13 @@ class ShardCheck:
             missing = row >= stop or row in self._record.invalid
             if bool(offset == MISSING) != missing:
                 found = "has no data" if not missing else "has data, but is invalid or no image's"
-                findings.append(self._finding(f"{found}; {REDO}", row))
+                findings.append(self._finding(f"{found}", row))
             if offset == MISSING:
                 continue
             chunk_bytes = int(index[at, view, 1])
             inside = chunk_bytes > CHECKSUM_BYTES and int(offset) + chunk_bytes <= data_bytes
             if not inside or chunk_bytes != (plain_bytes or chunk_bytes):
-                findings.append(self._finding(f"has an index that points outside its data; {REDO}", row))
+                findings.append(self._finding("has an index that points outside its data", row))
                 continue
             sound.append((at, view))
         return findings, sound

@@ -85,7 +85,7 @@ def verify_cache(
     except CacheError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             raise
-        return [Finding(path=group, what=str(error))]
+        return [Finding(path=group, what=error.what, remedy=error.remedy)]
     if columns is not None:
         manifest.require(tuple(columns), where=str(path))
     checked = [name for name in manifest.columns if columns is None or name in columns]
@@ -119,8 +119,7 @@ def verify_cache(
 
 def _of_a_copy(finding: Finding) -> Finding:
     """A finding in a bucket: no command of ours writes there."""
-    what, _, remedy = finding.what.rpartition("; ")
-    return replace(finding, what=f"{what}; copy it there again") if "`repa " in remedy else finding
+    return replace(finding, remedy="copy it there again") if "`repa " in finding.remedy else finding
 
 
 def _check_metadata(path: CachePath, manifest: Manifest) -> list[Finding]:
@@ -130,21 +129,23 @@ def _check_metadata(path: CachePath, manifest: Manifest) -> list[Finding]:
         file = path / name
         try:
             same = same_document(file.read_bytes(), expected)
-            what = f"does not describe what the manifest does; {_AGAIN}"
+            what = "does not describe what the manifest does"
         except FileNotFoundError:
-            same, what = False, f"is missing; {_AGAIN}"
+            same, what = False, "is missing"
         except (ValueError, RecursionError):
-            same, what = False, f"is damaged; {_AGAIN}"
+            same, what = False, "is damaged"
         except OSError as error:
             if isinstance(file, RemotePath):
                 with os_errors("read", file):
                     raise
-            same, what = False, f"cannot be read ({error.strerror}); {_AGAIN}"
+            same, what = False, f"cannot be read ({error.strerror})"
         if not same:
             array = name.removesuffix(f"/{GROUP_FILE}")
             column = array if array in manifest.columns else ""
             source = source_of(column) if column else ""
-            findings.append(Finding(path=file, what=f"{file} {what}", source=source, column=column))
+            findings.append(
+                Finding(path=file, what=f"{file} {what}", remedy=_AGAIN, source=source, column=column)
+            )
     return findings
 
 
@@ -153,11 +154,11 @@ def _check_keys_and_labels(path: CachePath, manifest: Manifest) -> list[Finding]
     try:
         read_keys(path, manifest)
     except CacheError as error:
-        findings.append(Finding(path=path / KEYS_FILE, what=str(error)))
+        findings.append(Finding(path=path / KEYS_FILE, what=error.what, remedy=error.remedy))
     try:
         labels = read_labels(path, manifest)
     except CacheError as error:
-        findings.append(Finding(path=path / LABEL_CHUNK, column=LABEL, what=str(error)))
+        findings.append(Finding(path=path / LABEL_CHUNK, column=LABEL, what=error.what, remedy=error.remedy))
     else:
         outside = np.flatnonzero((labels < 0) | (labels >= len(manifest.class_names)))
         findings += [
@@ -165,7 +166,8 @@ def _check_keys_and_labels(path: CachePath, manifest: Manifest) -> list[Finding]
                 path=path / LABEL_CHUNK,
                 column=LABEL,
                 row=int(row),
-                what=f"label {labels[row]} is of no class; write the cache again",
+                what=f"label {labels[row]} is of no class",
+                remedy="write the cache again",
             )
             for row in outside
         ]
@@ -180,12 +182,12 @@ def _check_calibration(path: CachePath, manifest: Manifest, source: str) -> list
     file = calibration_file(path, source)
     data = read_calibration(path, source)
     if data is None:
-        what = f"{file} is missing; restore it, or have it fitted again by `repa cache repair`"
-        return [Finding(path=file, source=source, what=what)]
+        remedy = "restore it, or have it fitted again by `repa cache repair`"
+        return [Finding(path=file, source=source, what=f"{file} is missing", remedy=remedy)]
     try:
         check_calibration(file, data, recorded)
     except CacheError as error:
-        return [Finding(path=file, source=source, what=str(error))]
+        return [Finding(path=file, source=source, what=error.what, remedy=error.remedy)]
     return []
 
 
@@ -197,14 +199,15 @@ def _check_record(path: CachePath, manifest: Manifest, source: str, shard: int) 
     try:
         record = read_commit(path, source, shard)
     except CacheError as error:
-        return Finding(path=file, source=source, shard=shard, what=str(error))
+        return Finding(path=file, source=source, shard=shard, what=error.what, remedy=error.remedy)
     if record is None:
-        what = f"shard {shard} of {source} is not committed: {file} is missing; {_RESUME}"
+        what, remedy = f"shard {shard} of {source} is not committed: {file} is missing", _RESUME
     elif record.rows != (rows.start, rows.stop) or record.columns.keys() != columns:
-        what = f"commit record {file} is of other rows or columns than shard {shard} of {source}; {REDO}"
+        what = f"commit record {file} is of other rows or columns than shard {shard} of {source}"
+        remedy = REDO
     else:
         return record
-    return Finding(path=file, source=source, shard=shard, what=what)
+    return Finding(path=file, source=source, shard=shard, what=what, remedy=remedy)
 
 
 def _run(
@@ -252,7 +255,7 @@ def _check_strays(path: CachePath, manifest: Manifest, committed: Iterable[tuple
                 known.update(str(partial_path(file)) for file in files)
     known |= _known_calibrations(present, manifest, {source for source, _ in done})
     return [
-        Finding(path=path / name, what=f"{path / name} is not the cache's; delete it")
+        Finding(path=path / name, what=f"{path / name} is not the cache's", remedy="delete it")
         for name in present
         if name not in known
     ]

@@ -64,8 +64,8 @@ def ensure_calibration(
             return stored
         if stored is not None and relied_on is not None:
             raise CacheError(
-                f"the committed shards of {source} in {path} were written with another calibration; "
-                "use the flags they were made with, or choose another folder with --cache"
+                f"the committed shards of {source} in {path} were written with another calibration",
+                "use the flags they were made with, or choose another folder with --cache",
             )
         try:
             computed = compute()
@@ -111,8 +111,8 @@ def check_calibration(file: CachePath, data: bytes, recorded: str) -> None:
     """
     if hashlib.sha256(data).hexdigest() != recorded:
         raise CacheError(
-            f"{file} does not match its checksum in the manifest; "
-            "restore it, or have it fitted again by `repa cache repair`"
+            f"{file} does not match its checksum in the manifest",
+            "restore it, or have it fitted again by `repa cache repair`",
         )
 
 

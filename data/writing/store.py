@@ -102,7 +102,7 @@ def create_cache(path: Path, manifest: Manifest, keys: Sequence[str], labels: ND
     """
     with _cache_lock(path):
         if (path / GROUP_FILE).exists():
-            raise CacheError(f"{path} is a cache already; choose another folder with --cache, or delete it")
+            raise CacheError(f"{path} is a cache already", "choose another folder with --cache, or delete it")
         _create(path, manifest, keys, labels)
 
 
@@ -128,11 +128,11 @@ def ensure_cache(path: Path, manifest: Manifest, keys: Sequence[str], labels: ND
     different = differences(_fixed(present), _fixed(manifest))
     if different:
         raise CacheError(
-            f"{path} is a cache of something else: {different}; give the same --data and flags as it was "
-            "made with, or choose another folder with --cache"
+            f"{path} is a cache of something else: {different}",
+            "give the same --data and flags as it was made with, or choose another folder with --cache",
         )
     if not np.array_equal(read_labels(path, present), labels):
-        raise CacheError(f"{path} has other labels than these images; choose another folder with --cache")
+        raise CacheError(f"{path} has other labels than these images", "choose another folder with --cache")
     return present
 
 
@@ -186,8 +186,8 @@ def ensure_source(
     if different:
         flag = "--vae" if source == AUTOENCODER else "--encoder"
         raise CacheError(
-            f"cache {path} has {source} from another model or in another form: {different}; "
-            f"use the {flag} and flags it was made with, or choose another folder with --cache"
+            f"cache {path} has {source} from another model or in another form: {different}",
+            f"use the {flag} and flags it was made with, or choose another folder with --cache",
         )
     return manifest
 
@@ -213,8 +213,8 @@ def read_keys(path: CachePath, manifest: Manifest) -> list[str]:
     data = _read(path / KEYS_FILE)
     if hashlib.sha256(data).hexdigest() != manifest.keys_sha256:
         raise CacheError(
-            f"{path / KEYS_FILE} does not match its checksum in the manifest; "
-            "restore it, or have it written again by `repa cache repair`"
+            f"{path / KEYS_FILE} does not match its checksum in the manifest",
+            "restore it, or have it written again by `repa cache repair`",
         )
     return data.decode().split("\n")[:-1]
 
@@ -230,7 +230,8 @@ def read_labels(path: CachePath, manifest: Manifest) -> NDArray[np.int32]:
     values, stored = data[:-CHECKSUM_BYTES], int.from_bytes(data[-CHECKSUM_BYTES:], "little")
     if len(values) != 4 * manifest.num_rows or crc32c(values) != stored:
         raise CacheError(
-            f"{file} does not match its checksum; restore it, or have it written again by `repa cache repair`"
+            f"{file} does not match its checksum",
+            "restore it, or have it written again by `repa cache repair`",
         )
     return np.frombuffer(values, dtype="<i4").astype(np.int32)
 
@@ -245,7 +246,7 @@ def refuse_foreign_folder(path: Path) -> None:
     with os_errors("read", path):
         ours = not path.is_dir() or any((path / name).exists() for name in (LOCK_FILE, GROUP_FILE))
         if not ours and any(each.name != CALIBRATION_FOLDER for each in path.iterdir()):
-            raise CacheError(f"{path} is not empty and no cache; choose another folder with --cache")
+            raise CacheError(f"{path} is not empty and no cache", "choose another folder with --cache")
 
 
 @contextmanager
@@ -271,7 +272,7 @@ def _create(path: Path, manifest: Manifest, keys: Sequence[str], labels: NDArray
     foreign = sorted(str(each) for each in path.iterdir() if each not in left)
     if foreign:
         raise CacheError(
-            f"{path} holds {foreign[0]}, which is no cache's; choose another folder with --cache"
+            f"{path} holds {foreign[0]}, which is no cache's", "choose another folder with --cache"
         )
     group = files.pop(GROUP_FILE)
     for name, content in files.items():
@@ -297,7 +298,7 @@ def _read(file: CachePath) -> bytes:
             return file.read_bytes()
         except FileNotFoundError as error:
             raise CacheError(
-                f"{file} is missing; restore it, or have it written again by `repa cache repair`"
+                f"{file} is missing", "restore it, or have it written again by `repa cache repair`"
             ) from error
 
 
@@ -309,12 +310,12 @@ def encode_keys(keys: Sequence[str]) -> bytes:
     """
     for key in keys:
         if "\n" in key:
-            raise CacheError(f"image key {key!r} has a line break; rename the file")
+            raise CacheError(f"image key {key!r} has a line break", "rename the file")
     try:
         return "".join(f"{key}\n" for key in keys).encode()
     except UnicodeEncodeError as error:
         bad = next(key for key in keys if not _encodes(key))
-        raise CacheError(f"image key {bad!r} is not UTF-8; rename the file") from error
+        raise CacheError(f"image key {bad!r} is not UTF-8", "rename the file") from error
 
 
 def _encodes(key: str) -> bool:

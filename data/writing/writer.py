@@ -69,7 +69,7 @@ class SourceWriter:
         self.source = source
         self.shards = sorted(set(shards))
         if source not in manifest.sources:
-            raise CacheError(f"cache {path} has no source {source}; declare it before writing it")
+            raise CacheError(f"cache {path} has no source {source}", "declare it before writing it")
         if self.shards and not 0 <= self.shards[0] <= self.shards[-1] < manifest.num_shards:
             raise ValueError(f"shards {self.shards[0]} to {self.shards[-1]} of {manifest.num_shards}")
         self._descriptor: int | None = None
@@ -80,7 +80,7 @@ class SourceWriter:
         with _writing_guard:
             if self._key in _writing:
                 raise CacheError(
-                    f"this process is already writing {self.source} in {self.path}; wait until it is done"
+                    f"this process is already writing {self.source} in {self.path}", "wait until it is done"
                 )
             _writing.add(self._key)
         try:
@@ -101,8 +101,8 @@ class SourceWriter:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
             raise CacheError(
-                f"another process is writing shard {shard} of {self.source} in {self.path}; "
-                "wait until it has finished, or stop it"
+                f"another process is writing shard {shard} of {self.source} in {self.path}",
+                "wait until it has finished, or stop it",
             ) from error
 
     def __exit__(

@@ -98,8 +98,8 @@ def fit_attention(
             sums[name] = sums[name] + values[0] if name in sums else values[0]
     if not all(np.isfinite(values).all() for values in sums.values()):
         raise RepaError(
-            f"queries or keys of encoder {encoder.name} are not finite; try --compute-dtype float32, and "
-            "check the weights"
+            f"queries or keys of encoder {encoder.name} are not finite",
+            "try --compute-dtype float32, and check the weights",
         )
     return balanced_projections(*(torch.from_numpy(sums[name] / len(pixels)) for name in "qk"))
 
@@ -147,8 +147,8 @@ def attention_summary(form: AttentionForm, divergence: NDArray[np.float64]) -> d
     """
     if not np.isfinite(divergence).all():
         raise RepaError(
-            f"queries or keys of encoder {form.model} are not finite, or larger than {form.dtype} holds; try "
-            "--compute-dtype float32 and --feature-dtype float32, and check the weights"
+            f"queries or keys of encoder {form.model} are not finite, or larger than {form.dtype} holds",
+            "try --compute-dtype float32 and --feature-dtype float32, and check the weights",
         )
     means = divergence.mean(axis=(0, 3))
     tails = np.quantile(divergence, 0.99, axis=(0, 3))
@@ -206,7 +206,8 @@ def choose_rank(
     raise RepaError(
         f"no rank of encoder {encoder.name}'s attention meets --attention-kl {settings.tolerance:g}: the "
         f"best, {best['rank']} of {encoder.head_width}, reaches {worst['mean']:g} nats in block "
-        f"{worst['block']}, head {worst['head']}; allow more, or leave --attention-kl out for float16"
+        f"{worst['block']}, head {worst['head']}",
+        "allow more, or leave --attention-kl out for float16",
     )
 
 
@@ -252,8 +253,8 @@ def token_summary(form: TokenForm, error: NDArray[np.float64], change: NDArray[n
     """
     if not (np.isfinite(error).all() and np.isfinite(change).all()):
         raise RepaError(
-            f"tokens of encoder {form.model} are not finite; try --compute-dtype float32, and check the "
-            "weights"
+            f"tokens of encoder {form.model} are not finite",
+            "try --compute-dtype float32, and check the weights",
         )
     return {
         "images": len(error),

@@ -119,7 +119,7 @@ class AttentionCapture(TorchFunctionMode):
 
     def _refuse(self, what: str) -> None:
         raise RepaError(
-            f"encoder {self._name} {what}: its attention maps cannot be captured; leave --attention out"
+            f"encoder {self._name} {what}: its attention maps cannot be captured", "leave --attention out"
         )
 
 

@@ -75,7 +75,8 @@ class Teacher:
         if resolution < self.pixels_per_token or resolution % self.pixels_per_token:
             raise RepaError(
                 f"resolution {resolution} gives encoder {self.name} no whole grid: it has one token per "
-                f"{self.pixels_per_token} pixels; give --resolution a multiple of {self.pixels_per_token}"
+                f"{self.pixels_per_token} pixels",
+                f"give --resolution a multiple of {self.pixels_per_token}",
             )
         return resolution // self.pixels_per_token, resolution // self.pixels_per_token
 
@@ -252,4 +253,6 @@ def find_teacher(name: str) -> Teacher:
         return TEACHERS[name]
     near = difflib.get_close_matches(name, TEACHERS, n=3)
     suggestion = f"did you mean {' or '.join(near)}? " if near else ""
-    raise RepaError(f"encoder {name!r} is unknown; {suggestion}give --encoder one of {', '.join(TEACHERS)}")
+    raise RepaError(
+        f"encoder {name!r} is unknown", f"{suggestion}give --encoder one of {', '.join(TEACHERS)}"
+    )

@@ -175,14 +175,15 @@ def load_checkpoint(model: Any, path: Path, teacher: Teacher) -> None:
     if kernel is not None and kernel.ndim == 4 and kernel.shape[-1] != teacher.patch_size:
         # the filter would scale it, silently
         raise RepaError(
-            f"{what}: its patches have {kernel.shape[-1]} pixels a side, not {teacher.patch_size}; {remedy}"
+            f"{what}: its patches have {kernel.shape[-1]} pixels a side, not {teacher.patch_size}",
+            f"{remedy}",
         )
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it drops of DINOv3's files
             state = sys.modules[type(model).__module__].checkpoint_filter_fn(state, model)
     # written for the right file; for a wrong one it fails anyhow: KeyError, RuntimeError, …
     except Exception as error:
-        raise RepaError(f"{what}: {one_line(error)}; {remedy}") from error
+        raise RepaError(f"{what}: {one_line(error)}", f"{remedy}") from error
     state = {name: value for name, value in state.items() if not name.startswith(CLASSIFIER)}
     load_strictly(model, state, what=what, remedy=remedy)
 
@@ -198,7 +199,7 @@ def _shipped(teacher: Teacher) -> Path | None:
 def _from_hub(teacher: Teacher) -> Path:
     remedy = f"{_bring(teacher)}, or try things out with `--random-weights`"
     if teacher.hub is None:
-        raise RepaError(f"encoder {teacher.name} has no weights on the hub; {remedy}")
+        raise RepaError(f"encoder {teacher.name} has no weights on the hub", f"{remedy}")
     return hub_file(teacher.hub, HUB_FILES, remedy=f"for encoder {teacher.name} {remedy}")
 
 

@@ -188,7 +188,7 @@ def latent_shape(name: str, resolution: int, *, random_weights: bool = False) ->
     try:
         channels, stride = int(config["latent_channels"]), 2 ** (len(config["block_out_channels"]) - 1)
     except (KeyError, TypeError, ValueError) as error:
-        raise RepaError(f"{CONFIG} of autoencoder {name} lacks {error}; {_FOLDER_REMEDY}") from error
+        raise RepaError(f"{CONFIG} of autoencoder {name} lacks {error}", f"{_FOLDER_REMEDY}") from error
     _check_stride(name, resolution, stride)
     return channels, resolution // stride, resolution // stride
 
@@ -201,8 +201,8 @@ def is_drawn(name: str, *, random_weights: bool) -> bool:
 def _check_stride(name: str, resolution: int, stride: int) -> None:
     if resolution % stride:
         raise RepaError(
-            f"resolution {resolution} is not a multiple of {stride}, the stride of autoencoder {name}; "
-            "give another --resolution"
+            f"resolution {resolution} is not a multiple of {stride}, the stride of autoencoder {name}",
+            "give another --resolution",
         )
 
 
@@ -217,8 +217,9 @@ def _local_folder(name: str) -> Path | None:
         return path
     if path.is_absolute() or name.startswith((".", "~")) or path.exists() or "/" not in name:
         raise RepaError(
-            f"autoencoder {name} is not a folder; give --vae a folder with {CONFIG} and {WEIGHTS[0]}, "
-            f"a name on the hub such as {DEFAULT_VAE}, or demo"
+            f"autoencoder {name} is not a folder",
+            f"give --vae a folder with {CONFIG} and {WEIGHTS[0]}, "
+            f"a name on the hub such as {DEFAULT_VAE}, or demo",
         )
     return None
 
@@ -251,7 +252,7 @@ def _from_folder(folder: Path) -> Any:
     _read_config(folder)
     remedy = _FOLDER_REMEDY
     if not any((folder / weights).is_file() for weights in WEIGHTS):
-        raise RepaError(f"autoencoder folder {folder} has no {WEIGHTS[0]}; {remedy}")
+        raise RepaError(f"autoencoder folder {folder} has no {WEIGHTS[0]}", f"{remedy}")
     kl: Any = diffusers.AutoencoderKL
     logs: Any = diffusers.utils.logging
     verbosity = logs.get_verbosity()
@@ -263,7 +264,7 @@ def _from_folder(folder: Path) -> Any:
     # a broken file or a wrong shape: OSError, ValueError, RuntimeError, SafetensorError, by version
     except Exception as error:
         raise RepaError(
-            f"the weights in {folder} do not fit its {CONFIG} ({one_line(error)}); {remedy}"
+            f"the weights in {folder} do not fit its {CONFIG} ({one_line(error)})", f"{remedy}"
         ) from error
     finally:
         logs.set_verbosity(verbosity)
@@ -272,7 +273,8 @@ def _from_folder(folder: Path) -> Any:
         if names:
             raise RepaError(
                 f"the weights in {folder} do not fit its {CONFIG}: {counted(len(names), 'tensor')} {kind} "
-                f"({some(names)}); {remedy}"
+                f"({some(names)})",
+                f"{remedy}",
             )
     return model
 
@@ -287,12 +289,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
             if (folder / "vae" / CONFIG).exists()
             else ""
         )
-        raise RepaError(f"autoencoder folder {folder} has no {CONFIG}{nested}; {_FOLDER_REMEDY}") from None
+        raise RepaError(f"autoencoder folder {folder} has no {CONFIG}{nested}", f"{_FOLDER_REMEDY}") from None
     except (OSError, ValueError) as error:
-        raise RepaError(f"{folder / CONFIG} cannot be read ({one_line(error)}); {_FOLDER_REMEDY}") from error
+        raise RepaError(
+            f"{folder / CONFIG} cannot be read ({one_line(error)})", f"{_FOLDER_REMEDY}"
+        ) from error
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind != "AutoencoderKL":
         raise RepaError(
-            f"{folder / CONFIG} describes {kind or 'no model'}, not an AutoencoderKL; {_FOLDER_REMEDY}"
+            f"{folder / CONFIG} describes {kind or 'no model'}, not an AutoencoderKL", f"{_FOLDER_REMEDY}"
         )
     return dict(config)

@@ -36,13 +36,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise RepaError(
-            f"weights file {path} {'is a folder' if path.is_dir() else 'does not exist'}; give a file"
+            f"weights file {path} {'is a folder' if path.is_dir() else 'does not exist'}", "give a file"
         )
     try:
         values = _read(path)
     except OSError as error:
         raise RepaError(
-            f"weights file {path} cannot be read ({error.strerror or error}); give one that can"
+            f"weights file {path} cannot be read ({error.strerror or error})", "give one that can"
         ) from error
     # the readers of broken files raise many kinds: SafetensorError, UnpicklingError, RuntimeError, …
     except Exception as error:
@@ -50,9 +50,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         pickled = isinstance(error, pickle.UnpicklingError | LookupError)
         reason = "it holds other objects, or is damaged" if pickled else one_line(error)
         raise RepaError(
-            f"weights file {path} is neither safetensors nor a tensors-only PyTorch file "
-            f"({reason}); save its state dict as safetensors, or bring the file again if "
-            "the download broke"
+            f"weights file {path} is neither safetensors nor a tensors-only PyTorch file ({reason})",
+            "save its state dict as safetensors, or bring the file again if the download broke",
         ) from error
     while isinstance(values, dict):
         inner = next((values[name] for name in NESTING if isinstance(values.get(name), dict)), None)
@@ -60,11 +59,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             break
         values = inner
     if not isinstance(values, dict) or not values:
-        raise RepaError(f"weights file {path} holds no state dict; give a file of named tensors")
+        raise RepaError(f"weights file {path} holds no state dict", "give a file of named tensors")
     strangers = [name for name, value in values.items() if not isinstance(value, Tensor)]
     if strangers:
         raise RepaError(
-            f"weights file {path} holds more than tensors ({some(strangers)}); save the state dict alone"
+            f"weights file {path} holds more than tensors ({some(strangers)})", "save the state dict alone"
         )
     return values
 
@@ -105,7 +104,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, what: str, r
         if names
     ]
     if differences:
-        raise RepaError(f"{what}: of its tensors are {', '.join(differences)}; {remedy}")
+        raise RepaError(f"{what}: of its tensors are {', '.join(differences)}", f"{remedy}")
     model.load_state_dict(dict(state))
 
 
@@ -157,7 +156,9 @@ def hub_file(repository: str, filenames: Sequence[str], *, remedy: str) -> Path:
         except LocalEntryNotFoundError:
             continue
         except ValueError as error:  # HFValidationError: not of the form owner/name
-            raise RepaError(f"{repository!r} is neither a folder nor a name on the hub; {remedy}") from error
+            raise RepaError(
+                f"{repository!r} is neither a folder nor a name on the hub", f"{remedy}"
+            ) from error
     endpoint = huggingface_hub.constants.ENDPOINT
     reason = f"{repository} has none of {', '.join(filenames)}"
     try:
@@ -170,7 +171,7 @@ def hub_file(repository: str, filenames: Sequence[str], *, remedy: str) -> Path:
     # of the HTTP client (which one depends on the hub's version), of TLS, of the hub: absent, gated, …
     except Exception as error:
         reason = f"{endpoint}/{repository}: {one_line(error)}"
-    raise RepaError(f"weights are neither here nor on the hub ({reason}); {remedy}")
+    raise RepaError(f"weights are neither here nor on the hub ({reason})", f"{remedy}")
 
 
 def library_versions(*names: str) -> dict[str, str]:

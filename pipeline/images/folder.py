@@ -62,7 +62,7 @@ class FolderImages:
         self.apply_exif = apply_exif
         if not self.root.is_dir():
             what = "is a file, not a folder" if self.root.exists() else "does not exist"
-            raise RepaError(f"image folder {root} {what}; give --data a folder of images, or `--data demo`")
+            raise RepaError(f"image folder {root} {what}", "give --data a folder of images, or `--data demo`")
         scan = _Scan(self.root)
         entries, names = scan.classes()
         entries.sort()
@@ -83,12 +83,12 @@ class FolderImages:
             content = path.read_bytes()
         except FileNotFoundError as error:
             raise RepaError(
-                f"image {path} has vanished since the folder was listed; run the same command again"
+                f"image {path} has vanished since the folder was listed", "run the same command again"
             ) from error
         except OSError as error:
             raise RepaError(
-                f"image {path} cannot be read ({error.strerror or error}); mend the file or its permissions, "
-                "or move it out of the folder, and run again"
+                f"image {path} cannot be read ({error.strerror or error})",
+                "mend the file or its permissions, or move it out of the folder, and run again",
             ) from error
         return decode_image(content, apply_exif=self.apply_exif)
 
@@ -100,7 +100,7 @@ class FolderImages:
                 return os.stat(f"{root}{key}").st_size
             except OSError as error:
                 raise RepaError(
-                    f"image {root}{key} cannot be read ({error.strerror}); mend it and run again"
+                    f"image {root}{key} cannot be read ({error.strerror})", "mend it and run again"
                 ) from error
 
         return fingerprint_of(self.keys, self.labels, map(size, self.keys))
@@ -123,21 +123,23 @@ class _Scan:
         if images and filled:
             raise RepaError(
                 f"image folder {self.root} has images ({min(images)}, …) beside folders of images "
-                f"({filled[0]}, …), so classes are ambiguous; move the loose images to a folder of their own"
+                f"({filled[0]}, …), so classes are ambiguous",
+                "move the loose images to a folder of their own",
             )
         if images:
             return [(key, 0) for key in images], [self.root.resolve().name or "images"]
         if not filled:
             raise RepaError(
                 f"image folder {self.root} has no images (.jpg .jpeg .png .webp; {len(self.skipped)} "
-                "other files); give --data the folder whose sub-folders are the classes"
+                "other files)",
+                "give --data the folder whose sub-folders are the classes",
             )
         empty = sorted(set(contents) - set(filled))
         if empty:
             raise RepaError(
                 f"class folder {self.root / empty[0]} has no images"
-                f"{f' (and {len(empty) - 1} more such)' if len(empty) > 1 else ''}; "
-                "fill it, or remove it so that classes are numbered without it"
+                f"{f' (and {len(empty) - 1} more such)' if len(empty) > 1 else ''}",
+                "fill it, or remove it so that classes are numbered without it",
             )
         entries = [(key, label) for label, name in enumerate(filled) for key in contents[name]]
         return entries, filled
@@ -175,14 +177,14 @@ class _Scan:
                         self.skipped.append((key, "not named as a JPEG, PNG or WebP image"))
                     elif entry.is_symlink() and not entry.is_file():
                         raise RepaError(
-                            f"image {entry.path} is a broken link; mend or remove it and run again"
+                            f"image {entry.path} is a broken link", "mend or remove it and run again"
                         )
                     else:
                         images.append(key)
         except OSError as error:
             raise RepaError(
-                f"folder {folder} cannot be listed ({error.strerror or error}); mend its permissions and run "
-                "again"
+                f"folder {folder} cannot be listed ({error.strerror or error})",
+                "mend its permissions and run again",
             ) from error
         return images, folders
 
@@ -192,9 +194,9 @@ def _check_name(name: str, key: str, root: Path) -> None:
         return
     if "\n" in name or "\r" in name:
         raise RepaError(
-            f"the name {key!r} in {root} holds a line break, which keys.txt cannot hold; rename it"
+            f"the name {key!r} in {root} holds a line break, which keys.txt cannot hold", "rename it"
         )
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise RepaError(f"the name {os.fsencode(key)!r} in {root} is not UTF-8; rename it") from None
+        raise RepaError(f"the name {os.fsencode(key)!r} in {root} is not UTF-8", "rename it") from None

@@ -56,12 +56,13 @@ class HubImages:
         image, label, names = _features(data, self.name)
         labels = _labels(data, label, self.name)
         if not len(labels):
-            raise RepaError(f"{self.name} has no rows; choose another data set or split")
+            raise RepaError(f"{self.name} has no rows", "choose another data set or split")
         self.class_names = tuple(names or numbered_classes(labels, where=self.name))
         if int(labels.max()) >= len(self.class_names):
             raise RepaError(
                 f"{self.name} has the label {labels.max()}, but names "
-                f"{counted(len(self.class_names), 'class')}; give each label a name in its ClassLabel"
+                f"{counted(len(self.class_names), 'class')}",
+                "give each label a name in its ClassLabel",
             )
         chosen = spaced(len(labels), limit)
         prefix = f"{split}/" if split else ""
@@ -87,7 +88,7 @@ class HubImages:
                 content = Path(value["path"]).read_bytes()
         except OSError as error:
             raise RepaError(
-                f"image {self.keys[index]} of {self.name} cannot be read ({error}); mend the file"
+                f"image {self.keys[index]} of {self.name} cannot be read ({error})", "mend the file"
             ) from error
         return decode_image(content, apply_exif=self.apply_exif)
 
@@ -104,12 +105,12 @@ def _open(name: str) -> tuple[Any, str]:
         from datasets import DatasetDict, load_dataset, load_from_disk
     except ImportError:
         raise RepaError(
-            f"--data {HUGGING_FACE}{name} needs the package datasets, which is not installed; "
-            "install it with `pip install 'repa[hf]'`"
+            f"--data {HUGGING_FACE}{name} needs the package datasets, which is not installed",
+            "install it with `pip install 'repa[hf]'`",
         ) from None
     place, _, split = name.partition(":")
     if not place:
-        raise RepaError(f"--data {HUGGING_FACE}{name} names no data set; give {HUGGING_FACE}NAME[:SPLIT]")
+        raise RepaError(f"--data {HUGGING_FACE}{name} names no data set", f"give {HUGGING_FACE}NAME[:SPLIT]")
     folder = Path(place)
     saved = any((folder / file).exists() for file in ("state.json", "dataset_dict.json"))
     try:
@@ -121,18 +122,19 @@ def _open(name: str) -> tuple[Any, str]:
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise RepaError(
-            f"the data set {name} cannot be opened ({type(error).__name__}: {reason}); "
-            f"check its name, split and your connection, as --data {HUGGING_FACE}NAME:SPLIT"
+            f"the data set {name} cannot be opened ({type(error).__name__}: {reason})",
+            f"check its name, split and your connection, as --data {HUGGING_FACE}NAME:SPLIT",
         ) from error
     if isinstance(data, DatasetDict):
         split = split or (next(iter(data)) if len(data) == 1 else DEFAULT_SPLIT)
         if split not in data:
             raise RepaError(
-                f"{place} has no split {split} but {', '.join(data)}; name one as {HUGGING_FACE}{place}:SPLIT"
+                f"{place} has no split {split} but {', '.join(data)}",
+                f"name one as {HUGGING_FACE}{place}:SPLIT",
             )
         return data[split], split
     if split:
-        raise RepaError(f"{place} has no splits; leave :{split} out")
+        raise RepaError(f"{place} has no splits", f"leave :{split} out")
     return data, ""
 
 
@@ -152,8 +154,8 @@ def _features(data: Any, name: str) -> tuple[str, str, Sequence[str] | None]:
     for what, found in (("image", images), ("label", labels)):
         if len(found) != 1:
             raise RepaError(
-                f"{name} has {len(found) or 'no'} {what} features among {', '.join(data.features)}; "
-                f"give a data set with one (select_columns and save_to_disk make one)"
+                f"{name} has {len(found) or 'no'} {what} features among {', '.join(data.features)}",
+                "give a data set with one (select_columns and save_to_disk make one)",
             )
     return images[0], labels[0], getattr(data.features[labels[0]], "names", None)
 
@@ -162,13 +164,13 @@ def _labels(data: Any, label: str, name: str) -> NDArray[np.int64]:
     values = data.select_columns([label]).with_format("arrow")[:][label]
     if values.null_count:
         raise RepaError(
-            f"{name} has {counted(values.null_count, 'row')} without a {label}; filter them out first"
+            f"{name} has {counted(values.null_count, 'row')} without a {label}", "filter them out first"
         )
     labels: NDArray[np.int64] = values.to_numpy().astype(np.int64)
     if len(labels) and int(labels.min()) < 0:
         row = int(np.flatnonzero(labels < 0)[0])
         raise RepaError(
-            f"row {row} of {name} has the {label} {labels[row]}: the split has no labels; choose another"
+            f"row {row} of {name} has the {label} {labels[row]}: the split has no labels", "choose another"
         )
     return labels
 
@@ -190,10 +192,10 @@ def _sizes(data: Any, image: str, rows: NDArray[np.int64], name: str) -> Iterato
                 continue
             path = compute.struct_field(column, "path")[at].as_py()
             if path is None:
-                raise RepaError(f"row {batch[at]} of {name} has no image; filter such rows out first")
+                raise RepaError(f"row {batch[at]} of {name} has no image", "filter such rows out first")
             try:
                 yield os.stat(path).st_size
             except OSError as error:
                 raise RepaError(
-                    f"image {path}, row {batch[at]} of {name}, cannot be read ({error.strerror}); mend it"
+                    f"image {path}, row {batch[at]} of {name}, cannot be read ({error.strerror})", "mend it"
                 ) from error

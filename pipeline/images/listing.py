@@ -46,7 +46,8 @@ def numbered_classes(labels: NDArray[np.integer[Any]], *, where: str) -> tuple[s
     if largest >= MAX_CLASSES:
         raise RepaError(
             f"{where} has the label {largest}, which is no number of a class counted from 0 "
-            f"(at most {MAX_CLASSES - 1}); write the labels as such numbers"
+            f"(at most {MAX_CLASSES - 1})",
+            "write the labels as such numbers",
         )
     return tuple(map(str, range(largest + 1)))
 
@@ -70,13 +71,13 @@ def class_names_of(labels: NDArray[np.int32], file: Path | None, *, where: str) 
         try:
             names = tuple(file.read_text(encoding="utf-8").splitlines())
         except UnicodeDecodeError:
-            raise RepaError(f"--class-names {file} is not UTF-8; give a text file, a name a line") from None
+            raise RepaError(f"--class-names {file} is not UTF-8", "give a text file, a name a line") from None
     if largest >= len(names):
         raise RepaError(
-            f"--class-names {file} names {counted(len(names), 'class')}, {where} has labels up to {largest}; "
-            "give a name for each, the first line for class 0"
+            f"--class-names {file} names {counted(len(names), 'class')}, {where} has labels up to {largest}",
+            "give a name for each, the first line for class 0",
         )
     blank = next((number for number, name in enumerate(names, 1) if not name.strip()), None)
     if blank is not None:
-        raise RepaError(f"--class-names {file} has no name in line {blank}; give one for each class")
+        raise RepaError(f"--class-names {file} has no name in line {blank}", "give one for each class")
     return names

@@ -39,13 +39,13 @@ def open_source(
         RepaError: see `FolderImages`, `TarImages` and `HubImages`.
     """
     if limit is not None and limit < 1:
-        raise RepaError(f"--limit {limit} asks for no image; give 1 or more")
+        raise RepaError(f"--limit {limit} asks for no image", "give 1 or more")
     if names_tars(data):
         from .tars import TarImages
 
         return TarImages(data, apply_exif=apply_exif, limit=limit, class_names=class_names)
     if class_names is not None:
-        raise RepaError(f"--class-names is for tars, whose classes are numbers; leave it out for {data}")
+        raise RepaError("--class-names is for tars, whose classes are numbers", f"leave it out for {data}")
     if data.startswith(HUGGING_FACE):
         from .hub import HubImages
 

@@ -89,8 +89,8 @@ class TarImages:
         index = self._index()
         if not index.keys:
             raise RepaError(
-                f"{pattern} has no images (.jpg .jpeg .png .webp from the first dot of a name on); "
-                "give WebDataset tars of images"
+                f"{pattern} has no images (.jpg .jpeg .png .webp from the first dot of a name on)",
+                "give WebDataset tars of images",
             )
         labels = np.frombuffer(index.labels, dtype=np.int32)
         self.class_names = class_names_of(labels, class_names, where=pattern)
@@ -113,8 +113,8 @@ class TarImages:
         for tar in self._tars:
             if is_stream(tar) and not is_remote(tar):
                 raise RepaError(
-                    f"images are read from tars by their place, which {tar} has none of; fetch it to a disk, "
-                    "or name it in a bucket, s3://… or gs://…"
+                    f"images are read from tars by their place, which {tar} has none of",
+                    "fetch it to a disk, or name it in a bucket, s3://… or gs://…",
                 )
         index = _Index()
         stop = Event()
@@ -173,8 +173,8 @@ class TarImages:
         content = self._read(number, size, int(self._offset[index])) if size else b""
         if content is None or len(content) < size:
             raise RepaError(
-                f"image {self.keys[index]} cannot be read from {tar}, which has changed since it was "
-                "indexed; run the same command again"
+                f"image {self.keys[index]} cannot be read from {tar}, which has changed since it was indexed",
+                "run the same command again",
             )
         return decode_image(content, apply_exif=self.apply_exif)
 
@@ -239,7 +239,9 @@ class _Index:
                 sample.take_image(kind, member.offset, member.size)
             elif kind == LABEL_FIELD or (kind == JSON_FIELD and sample.label is None):
                 if member.size > _LABEL_BYTES:
-                    raise RepaError(f"{member.name} in {reader.where} is too large for a label; see the tar")
+                    raise RepaError(
+                        f"{member.name} in {reader.where} is too large for a label", "see the tar"
+                    )
                 sample.take_label(kind, reader.read())
         self._close(sample, number)
 
@@ -253,8 +255,8 @@ class _Index:
     def _see(self, key: str, where: str) -> None:
         if key in self._seen:
             raise RepaError(
-                f"key {key} comes twice, the second time in {where}; "
-                "keys name rows, so write the tars with one sample for each"
+                f"key {key} comes twice, the second time in {where}",
+                "keys name rows, so write the tars with one sample for each",
             )
         self._seen.add(key)
 
@@ -265,9 +267,10 @@ class _Index:
             return
         if sample.label is None:
             raise RepaError(
-                f"sample {sample.key} in {sample.where} has no label beside it; add a member "
+                f"sample {sample.key} in {sample.where} has no label beside it",
+                f"add a member "
                 f"{sample.key}.cls with its class as a number, or .json with a field 'label' "
-                "(tar --sort=name keeps them together)"
+                "(tar --sort=name keeps them together)",
             )
         self._see(sample.key, sample.where)
         _check_key(sample.key, sample.where)
@@ -292,7 +295,7 @@ class _Sample:
     def take_image(self, kind: str, offset: int, size: int) -> None:
         if self.image is not None:
             raise RepaError(
-                f"sample {self.key} in {self.where} has two images, .{self.image[0]} and .{kind}; keep one"
+                f"sample {self.key} in {self.where} has two images, .{self.image[0]} and .{kind}", "keep one"
             )
         self.image = (kind, offset, size)
 
@@ -306,8 +309,8 @@ class _Sample:
         if not 0 <= value < 2**31:
             shown = content[:40].decode("utf-8", "replace").strip()
             raise RepaError(
-                f"sample {self.key} in {self.where} has the label {shown!r} in .{kind}; "
-                "give the number of its class, counted from 0"
+                f"sample {self.key} in {self.where} has the label {shown!r} in .{kind}",
+                "give the number of its class, counted from 0",
             )
         self.label = value
 
@@ -324,9 +327,9 @@ def _json_label(values: Any) -> int | None:
 def _check_key(key: str, where: str) -> None:
     if "\n" in key or "\r" in key:
         raise RepaError(
-            f"the key {key!r} in {where} holds a line break, which keys.txt cannot hold; rename it"
+            f"the key {key!r} in {where} holds a line break, which keys.txt cannot hold", "rename it"
         )
     try:
         key.encode()
     except UnicodeEncodeError:
-        raise RepaError(f"the key {os.fsencode(key)!r} in {where} is not UTF-8; rename it") from None
+        raise RepaError(f"the key {os.fsencode(key)!r} in {where} is not UTF-8", "rename it") from None

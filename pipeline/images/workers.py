@@ -99,7 +99,7 @@ class _DecodeDataset(Dataset["tuple[int, NDArray[np.uint8] | str | RepaError]"])
             return row, decode_row(self._source, row, self._resolution)
         except RepaError as error:
             # as a value: the loader would wrap an exception's message in the worker's traceback
-            return row, RepaError(*error.args)
+            return row, RepaError(error.what, error.remedy, field=error.field)
 
 
 def _keep(item: object) -> object:
@@ -157,8 +157,8 @@ def _from_workers(
                 lost = True
             if lost:
                 raise RepaError(
-                    "a decoding process was ended from outside (out of memory?); run the same command again, "
-                    "with fewer --workers if it repeats"
+                    "a decoding process was ended from outside (out of memory?)",
+                    "run the same command again, with fewer --workers if it repeats",
                 )
             if isinstance(decoded, RepaError):
                 raise decoded

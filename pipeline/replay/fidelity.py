@@ -101,7 +101,7 @@ def check_fidelity(
     manifest = open_manifest(cache)
     models = dict.fromkeys(model_of(source) for source in manifest.sources if source != AUTOENCODER)
     if not models:
-        raise CacheError(f"cache {cache} has no teacher to compare with; add one with `repa preprocess`")
+        raise CacheError(f"cache {cache} has no teacher to compare with", "add one with `repa preprocess`")
     found: list[Comparison] = []
     for model in models:
         found += _Check(cache, manifest, model, data=data, weights=weights, device=device).run(rows, seed)

@@ -108,8 +108,8 @@ class LiveTeachers:
         if blocks and not any(self._blocks.values()):
             depths = ", ".join(f"{name} 1 to {find_teacher(name).depth}" for name in self._names)
             raise RepaError(
-                f"the method wants attention of blocks {', '.join(map(str, blocks))}, there is {depths}; "
-                "choose with --set method.teacher_blocks=[…], or take another --encoder"
+                f"the method wants attention of blocks {', '.join(map(str, blocks))}, there is {depths}",
+                "choose with --set method.teacher_blocks=[…], or take another --encoder",
             )
 
     def _declare(self, name: str, blocks: tuple[int, ...]) -> tuple[int, ...]:
@@ -183,8 +183,8 @@ class LiveTeachers:
             if each.weights_sha256 != found:
                 raise CacheError(
                     f"the live teacher {name} is not the one of cache {self._cache}: its weights have sha256 "
-                    f"{found[:12]}…, the cache's {each.weights_sha256[:12]}…; give the cache's with "
-                    f"--weights {name}=FILE"
+                    f"{found[:12]}…, the cache's {each.weights_sha256[:12]}…",
+                    f"give the cache's with --weights {name}=FILE",
                 )
         return _Teacher(
             encoder,
@@ -243,7 +243,8 @@ class LiveTeachers:
         if isinstance(pixels, str):
             raise CacheError(
                 f"image {self._images.keys[row]} of {self._images.name}, row {row} of cache {self._cache}, "
-                f"cannot be decoded any more ({pixels}); restore the image"
+                f"cannot be decoded any more ({pixels})",
+                "restore the image",
             )
         return pixels
 
@@ -344,5 +345,5 @@ def images_of(manifest: Manifest, data: str, cache: CachePath) -> ImageSource:
     else:
         return images
     raise CacheError(
-        f"{data} is not what cache {cache} was made from: it has {what}; give that folder with --data"
+        f"{data} is not what cache {cache} was made from: it has {what}", "give that folder with --data"
     )

@@ -137,7 +137,8 @@ def recorded_model(job: Job, manifest: Manifest, source: str, images: ImageSourc
         flag = "--vae FOLDER" if source == AUTOENCODER else f"--weights {name}=FILE"
         raise CacheError(
             f"the {name} at hand is not the one that wrote {source} of cache {cache}: its weights have "
-            f"sha256 {found[:12]}…, the cache's {declared.weights_sha256[:12]}…; give the cache's with {flag}"
+            f"sha256 {found[:12]}…, the cache's {declared.weights_sha256[:12]}…",
+            f"give the cache's with {flag}",
         )
     _drop_damaged_calibration(cache, manifest, source)
     model.prepare(calibrator(job, images))
@@ -147,8 +148,8 @@ def recorded_model(job: Job, manifest: Manifest, source: str, images: ImageSourc
     )
     if different:
         raise CacheError(
-            f"cache {cache} has {source} in a form that cannot be had again here: {different}; encode on a "
-            "device and with libraries as recorded, or write another cache with --cache"
+            f"cache {cache} has {source} in a form that cannot be had again here: {different}",
+            "encode on a device and with libraries as recorded, or write another cache with --cache",
         )
     return model
 

@@ -164,7 +164,8 @@ def _batch(one: Pass, rows: NDArray[np.int64], images: ImageSource, job: Job) ->
         if isinstance(decoded, str):
             raise CacheError(
                 f"image {images.keys[row]} of {images.name}, row {row} of cache {job.config.cache}, cannot "
-                f"be decoded any more ({decoded}); restore the image"
+                f"be decoded any more ({decoded})",
+                "restore the image",
             )
         pixels[place] = decoded
     return Batch(shard=0, rows=list(range(one.size)), images=pixels)

@@ -125,7 +125,8 @@ def _listen(
                 tallies[index] = values[0]
                 del listening[ready]
             else:
-                raise RepaError(f"process {jobs[index].rank} of {jobs[index].world}: {values[0]}")
+                what, remedy = values
+                raise RepaError(f"process {jobs[index].rank} of {jobs[index].world}: {what}", remedy)
     return [tallies[index] for index in range(len(jobs))]
 
 
@@ -165,10 +166,10 @@ def _child(job: Job, source: ImageSource, connection: Any, parent: int) -> None:
         try:
             connection.send(("done", work(job, source, report)))
         except RepaError as error:
-            connection.send(("failed", str(error)))
+            connection.send(("failed", error.what, error.remedy))
         except Exception as error:
             traceback.print_exc()
-            connection.send(("failed", f"{type(error).__name__}: {error}"))
+            connection.send(("failed", f"{type(error).__name__}: {error}", ""))
     connection.close()
     sys.stderr.flush()
     # threads that still compute would hold the process up

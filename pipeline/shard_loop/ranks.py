@@ -59,11 +59,12 @@ def detect_rank(environment: Mapping[str, str], devices: int) -> Rank:
         except (KeyError, ValueError) as error:
             raise RepaError(
                 f"{launcher} sets {names[1]}={environment.get(names[1])}, but {', '.join(names)} are not all "
-                f"there as numbers ({error}); start every process by {launcher}, or unset them"
+                f"there as numbers ({error})",
+                f"start every process by {launcher}, or unset them",
             ) from error
         if not 0 <= rank < world or local_rank < 0 or local_world < 1:
             raise RepaError(
-                f"{names[0]}={rank} is not a rank of {names[1]}={world}; unset them, or mend them"
+                f"{names[0]}={rank} is not a rank of {names[1]}={world}", "unset them, or mend them"
             )
         if devices != 1:
             raise RepaError(

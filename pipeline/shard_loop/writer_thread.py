@@ -206,7 +206,8 @@ class WriterThread:
             what, remedy = "a value that is not finite", "try --compute-dtype float32, and check the weights"
         raise RepaError(
             f"{column} of image {self._keys[row]} (row {row}) has {what}; "
-            f"nothing of its shard is kept, the shards before it are; {remedy}"
+            f"nothing of its shard is kept, the shards before it are",
+            f"{remedy}",
         )
 
     def _account(self, batch: EncodedBatch, rows: int, invalid: Mapping[int, str]) -> None:

@@ -78,8 +78,8 @@ class TarLoader:
         if batch_size % (world * accumulate):
             raise RepaError(
                 f"a batch of {counted(batch_size, 'image')} does not divide into {counted(world, 'rank')} "
-                f"× {counted(accumulate, 'micro-batch')}; set --batch-size to a multiple of "
-                f"{world * accumulate}"
+                f"× {counted(accumulate, 'micro-batch')}",
+                f"set --batch-size to a multiple of {world * accumulate}",
             )
         self.cache = cache
         self.batch_size = batch_size
@@ -213,8 +213,8 @@ class _Epoch:
                     if label >= len(cache.manifest.class_names):
                         raise CacheError(
                             f"row {row} of {cache.path} has the label {label}, but it names "
-                            f"{counted(len(cache.manifest.class_names), 'class')}; write and export the "
-                            "cache again"
+                            f"{counted(len(cache.manifest.class_names), 'class')}",
+                            "write and export the cache again",
                         )
                     yield row, (label, arrays)
 

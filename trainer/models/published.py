@@ -74,11 +74,11 @@ def load_published(path: Path, *, weights: str = "ema", heads: int | None = None
         RepaError: unreadable, no checkpoint of a SiT, keys missing or too many, or a size of unknown heads.
     """
     if weights not in WEIGHTS:
-        raise RepaError(f"weights {weights!r} are unknown; choose {' or '.join(WEIGHTS)}")
+        raise RepaError(f"weights {weights!r} are unknown", f"choose {' or '.join(WEIGHTS)}")
     content = _read(path)
     nested = [name for name in WEIGHTS if isinstance(content.get(name), Mapping)]
     if nested and weights not in nested:
-        raise RepaError(f"{path} holds no {weights!r} weights, only {nested[0]!r}; ask for those")
+        raise RepaError(f"{path} holds no {weights!r} weights, only {nested[0]!r}", "ask for those")
     state = _tensors(content[weights] if nested else content, path)
     state = _rename_legacy(state)
     projectors = {key.removeprefix(_PROJECTORS): state[key] for key in state if key.startswith(_PROJECTORS)}
@@ -107,12 +107,12 @@ def _read(path: Path) -> Mapping[str, Any]:
             # torch's own words are a bare code, or recommend reading it unsafely
             reason = "it holds other objects, or is damaged"
         raise RepaError(
-            f"{path} is no checkpoint of tensors and plain values ({reason}); "
-            "give a published .pt of SiT or REPA, or its state dict as .safetensors"
+            f"{path} is no checkpoint of tensors and plain values ({reason})",
+            "give a published .pt of SiT or REPA, or its state dict as .safetensors",
         ) from error
     if not isinstance(content, Mapping):
         raise RepaError(
-            f"{path} holds a {type(content).__name__}; a published checkpoint is a dict of weights"
+            f"{path} holds a {type(content).__name__}", "a published checkpoint is a dict of weights"
         )
     return content
 
@@ -128,8 +128,8 @@ def _tensors(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         others = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
         raise RepaError(
-            f"{path} holds no weights of a SiT (it has {_some(others) or 'nothing'}); "
-            'a published checkpoint has "ema" and "model", or is a state dict'
+            f"{path} holds no weights of a SiT (it has {_some(others) or 'nothing'})",
+            'a published checkpoint has "ema" and "model", or is a state dict',
         )
     return {key: value.detach() for key, value in state.items()}
 
@@ -167,7 +167,8 @@ def _infer(state: Mapping[str, Tensor], path: Path, heads: int | None) -> SiTCon
     if lacking:
         raise RepaError(
             f"{path} holds no weights of a SiT (no {_some(lacking)} of the right rank; "
-            f"it has {_some(list(state))}); give a published checkpoint of SiT or REPA"
+            f"it has {_some(list(state))})",
+            "give a published checkpoint of SiT or REPA",
         )
     width, channels, patch_size, _ = shapes["x_embedder.proj.weight"]
     tokens = shapes["pos_embed"][1]
@@ -176,7 +177,8 @@ def _infer(state: Mapping[str, Tensor], path: Path, heads: int | None) -> SiTCon
     if outputs == 2 * channels * patch_size**2:
         raise RepaError(
             f"{path} predicts {2 * channels} channels: it is a checkpoint of the original SiT or DiT, "
-            "whose time runs the other way; checkpoints in REPA's form (data at time 0) load"
+            "whose time runs the other way",
+            "checkpoints in REPA's form (data at time 0) load",
         )
     depth = _count_blocks(state)
     size_name, heads = _heads(depth, width, shapes.get("blocks.0.attn.q_norm.weight"), heads, path)
@@ -206,8 +208,8 @@ def _heads(
         return None, given
     known = ", ".join(f"{letter} {size.depth}×{size.width}" for letter, size in SIT_SIZES.items())
     raise RepaError(
-        f"{path} has depth {depth} and width {width}, which is no known size ({known}); "
-        "give a checkpoint of one of these"
+        f"{path} has depth {depth} and width {width}, which is no known size ({known})",
+        "give a checkpoint of one of these",
     )
 
 
@@ -232,7 +234,8 @@ def _check_strictly(config: SiTConfig, state: Mapping[str, Tensor], path: Path) 
     if faults:
         raise RepaError(
             f"{path} does not fit a SiT of depth {config.depth} and width {config.width}: "
-            f"{'; '.join(faults)}; only checkpoints of SiT and REPA load"
+            f"{'; '.join(faults)}",
+            "only checkpoints of SiT and REPA load",
         )
 
 

@@ -47,8 +47,9 @@ def parse_model_name(name: str) -> tuple[str, int]:
     if match and match[1] in SIT_SIZES and match[2] in map(str, PATCH_SIZES):
         return match[1], int(match[2])
     raise RepaError(
-        f"model {name!r} is unknown; a name is SiT-<size>/<patch> with size {', '.join(SIT_SIZES)} "
-        f"and patch {', '.join(map(str, PATCH_SIZES))}, for example SiT-B/2"
+        f"model {name!r} is unknown",
+        f"a name is SiT-<size>/<patch> with size {', '.join(SIT_SIZES)} "
+        f"and patch {', '.join(map(str, PATCH_SIZES))}, for example SiT-B/2",
     )
 
 
@@ -81,8 +82,8 @@ class SiTConfig:
     def __post_init__(self) -> None:
         if self.input_size % self.patch_size:
             raise RepaError(
-                f"patch {self.patch_size} does not divide the latent's side {self.input_size}; "
-                f"choose patch {', '.join(str(p) for p in PATCH_SIZES if self.input_size % p == 0)}"
+                f"patch {self.patch_size} does not divide the latent's side {self.input_size}",
+                f"choose patch {', '.join(str(p) for p in PATCH_SIZES if self.input_size % p == 0)}",
             )
 
     @classmethod

@@ -143,7 +143,7 @@ def interpolant(name: str) -> Interpolant:
         RepaError: the name is unknown.
     """
     if name not in INTERPOLANTS:
-        raise RepaError(f"path {name!r} is unknown; the paths are {', '.join(INTERPOLANTS)}")
+        raise RepaError(f"path {name!r} is unknown", f"the paths are {', '.join(INTERPOLANTS)}")
     return INTERPOLANTS[name]
 
 

@@ -36,5 +36,5 @@ def time_law(name: str) -> TimeLaw:
         RepaError: the name is unknown.
     """
     if name not in TIME_LAWS:
-        raise RepaError(f"time law {name!r} is unknown; the laws are {', '.join(TIME_LAWS)}")
+        raise RepaError(f"time law {name!r} is unknown", f"the laws are {', '.join(TIME_LAWS)}")
     return TIME_LAWS[name]

@@ -124,8 +124,8 @@ class Metrics(StepCallback):
             bad = first_not_finite({key: value for key, value in values.items() if key != "gradient_norm"})
             if bad is not None:
                 raise RepaError(
-                    f"{bad} is {values[bad]} in the steps before {step}: training diverged; start another "
-                    "--run with a lower --lr, or with --set precision=bf16-mixed or 32-true"
+                    f"{bad} is {values[bad]} in the steps before {step}: training diverged",
+                    "start another --run with a lower --lr, or with --set precision=bf16-mixed or 32-true",
                 )
         rate = self._clock.rate(step, self.config.batch_size) if log else None
         if self._evaluate is not None and self.is_due(step, self.config.eval_every):

@@ -101,12 +101,11 @@ class Checked:
             self.problems.append(problem)
 
     def attempt(self, action: Callable[[], T]) -> T | None:
-        """What an action returns; its mistake is a problem, with the remedy after the last semicolon."""
+        """Return what an action returns; its mistake is a problem."""
         try:
             return action()
         except RepaError as error:
-            what, _, remedy = str(error).rpartition("; ")
-            self.add(what or str(error), remedy if what else "see the message")
+            self.add(error.what, error.remedy)
             return None
 
 

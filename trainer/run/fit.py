@@ -245,8 +245,8 @@ def _check_resumable(path: Path, identity: Mapping[str, Any]) -> None:
     saved = load_checkpoint(path)[CHECKPOINT_KEY]
     if saved["version"] != IDENTITY_VERSION:
         raise RepaError(
-            f"{path} is of checkpoint version {saved['version']}, this repa writes {IDENTITY_VERSION}; "
-            "start another run with --run"
+            f"{path} is of checkpoint version {saved['version']}, this repa writes {IDENTITY_VERSION}",
+            "start another run with --run",
         )
     for key, what in (("cache", "cache"), ("live", "live teacher")):
         # checkpoints from before there were live teachers say nothing of them
@@ -254,13 +254,13 @@ def _check_resumable(path: Path, identity: Mapping[str, Any]) -> None:
         changed = [each for each in dict.fromkeys((*before, *now)) if before.get(each) != now.get(each)]
         if changed:
             raise CacheError(
-                f"the {what} is not the one {path} was trained on ({', '.join(changed)} changed); "
-                f"restore that {what}, or start another run with --run"
+                f"the {what} is not the one {path} was trained on ({', '.join(changed)} changed)",
+                f"restore that {what}, or start another run with --run",
             )
     for key in ("backbone", "path"):
         if saved[key] != identity[key]:
             raise CacheError(
-                f"the {key} that this cache gives differs from that of {path}; start another run with --run"
+                f"the {key} that this cache gives differs from that of {path}", "start another run with --run"
             )
 
 

@@ -49,17 +49,17 @@ def refuse_foreign_folder(run: Path) -> None:
         foreign = next(_foreign_files(run), None)
     # another rank may have begun the run meanwhile, with its configuration as the first file
     if foreign is not None and not (run / CONFIG_FILE).exists():
-        raise RepaError(f"{run} holds {foreign} and is no run; choose a new or empty folder with --run")
+        raise RepaError(f"{run} holds {foreign} and is no run", "choose a new or empty folder with --run")
 
 
 def _check_config(run: Path) -> None:
     try:
         build(load_yaml(run / CONFIG_FILE))
     except RepaError as error:
-        reason = str(error).partition(";")[0]
+        reason = error.what
         raise RepaError(
-            f"{run / CONFIG_FILE} is not of a run that this repa can read ({reason}); choose another folder "
-            "with --run"
+            f"{run / CONFIG_FILE} is not of a run that this repa can read ({reason})",
+            "choose another folder with --run",
         ) from error
 
 
@@ -90,7 +90,7 @@ def locked_run(run: Path, *, leader: bool) -> Iterator[None]:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RepaError(
-                f"another process is training in {run}; wait for it, or choose another --run"
+                f"another process is training in {run}", "wait for it, or choose another --run"
             ) from None
         yield
     finally:
@@ -108,10 +108,10 @@ def settle_config(config: TrainConfig, run: Path) -> None:
         different = differences(build(load_yaml(place)), config)
         if different:
             raise RepaError(
-                f"{run} holds a run with other settings: {', '.join(different)}; "
-                "start another run with --run, or give the settings it has"
+                f"{run} holds a run with other settings: {', '.join(different)}",
+                "start another run with --run, or give the settings it has",
             )
     elif checkpoints_of(run):
-        raise RepaError(f"{run} has checkpoints but no {CONFIG_FILE}; start another run with --run")
+        raise RepaError(f"{run} has checkpoints but no {CONFIG_FILE}", "start another run with --run")
     with os_errors("write", place):
         write_file(place, config.to_yaml().encode(), run)

@@ -90,17 +90,18 @@ def make_trainer(
             )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         line = " ".join(str(error).split())
-        raise RepaError(f"Lightning refuses these settings: {line}; change --set trainer.…") from error
+        raise RepaError(f"Lightning refuses these settings: {line}", "change --set trainer.…") from error
 
 
 def _check_precision(config: TrainConfig) -> None:
     device = _device_kind(config)
     if config.precision == "16-mixed" and device == "cpu":
         raise RepaError(
-            "precision 16-mixed needs a GPU and the run is on the CPU; --set precision=bf16-mixed or 32-true"
+            "precision 16-mixed needs a GPU and the run is on the CPU",
+            "--set precision=bf16-mixed or 32-true",
         )
     if config.precision == "bf16-mixed" and device == "cuda" and not torch.cuda.is_bf16_supported():
-        raise RepaError("precision bf16-mixed is not computed by this GPU; --set precision=16-mixed")
+        raise RepaError("precision bf16-mixed is not computed by this GPU", "--set precision=16-mixed")
 
 
 @contextmanager
@@ -139,6 +140,6 @@ def other_ranks() -> Iterator[None]:
         if found is None:
             raise
         raise RepaError(
-            f"another process of this run has ended ({found.group()}); mend what it printed, "
-            "then the same command goes on"
+            f"another process of this run has ended ({found.group()})",
+            "mend what it printed, then the same command goes on",
         ) from error

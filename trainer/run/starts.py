@@ -41,7 +41,7 @@ def read_starts(run: Path) -> list[dict[str, Any]]:
             starts: list[dict[str, Any]] = json.loads(place.read_text(encoding="utf-8"))["starts"]
         except (ValueError, KeyError, TypeError) as error:
             raise RepaError(
-                f"{place} is damaged; delete it, it only records how the run was started"
+                f"{place} is damaged", "delete it, it only records how the run was started"
             ) from error
     return starts
 

@@ -65,7 +65,7 @@ def model_of_run(run: Path, *, weights: str = "ema") -> TrainedModel:
     found = checkpoints_of(run)
     if not found:
         raise RepaError(
-            f"{run} holds no checkpoint; train with `repa train --run {run}`, or name another --run"
+            f"{run} holds no checkpoint", f"train with `repa train --run {run}`, or name another --run"
         )
     return model_of_file(found[max(found)], weights=weights)
 
@@ -80,7 +80,7 @@ def model_of_file(file: Path, *, weights: str = "ema") -> TrainedModel:
         RepaError: unknown weights, or no checkpoint of a SiT.
     """
     if weights not in WEIGHTS:
-        raise RepaError(f"weights {weights!r} are unknown; choose {' or '.join(WEIGHTS)}")
+        raise RepaError(f"weights {weights!r} are unknown", f"choose {' or '.join(WEIGHTS)}")
     ours = _checkpoint_of_a_run(file)
     if ours is not None:
         return _model_of(ours, file, weights)
@@ -162,7 +162,7 @@ def _model_of(checkpoint: Mapping[str, Any], file: Path, weights: str) -> Traine
         if key.startswith(prefix)
     }
     if state.keys() != backbone.state_dict().keys():
-        raise RepaError(f"{file} holds a backbone that is not conditioned on labels; it cannot be sampled")
+        raise RepaError(f"{file} holds a backbone that is not conditioned on labels", "it cannot be sampled")
     backbone.load_state_dict(state, strict=True, assign=True)
     latent = said["latent"]
     return TrainedModel(

@@ -43,7 +43,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     checkpoint = _load(path)
     if CHECKPOINT_KEY not in checkpoint:
-        raise RepaError(f"{path} is no checkpoint of a run; `repa sample --ckpt` reads published ones")
+        raise RepaError(f"{path} is no checkpoint of a run", "`repa sample --ckpt` reads published ones")
     return checkpoint
 
 
@@ -54,7 +54,7 @@ def _load(path: Path) -> dict[str, Any]:
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RepaError(
-                f"checkpoint {path} is damaged ({reason}); delete it to go on from the one before"
+                f"checkpoint {path} is damaged ({reason})", "delete it to go on from the one before"
             ) from error
     return checkpoint
 
