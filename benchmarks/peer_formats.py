@@ -108,7 +108,7 @@ def write_cache(folder: Path, count: int) -> None:
     """A cache of repa."""
     from repa.data.format.columns import MOMENTS, ColumnSpec
     from repa.data.testing import synthetic_cache
-    from repa.data.writing.store import SourceWriter
+    from repa.data.writing.writer import SourceWriter
 
     columns = {
         MOMENTS: ColumnSpec(shape=LATENT[0], dtype="float32"),

@@ -16,10 +16,11 @@ import torch
 from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.data.errors import RepaError
 from repa.data.format.columns import MOMENTS
+from repa.data.format.commits import committed_shards
 from repa.data.reading.reader import CacheReader
 from repa.data.testing import folder_contents
-from repa.data.writing.store import committed_shards, open_manifest, read_keys, read_labels
-from repa.pipeline.columns import models
+from repa.data.writing.store import open_manifest, read_keys, read_labels
+from repa.pipeline import loading
 from repa.pipeline.demo.shapes import DemoImages
 from repa.pipeline.encoders import load_encoder
 from repa.pipeline.encoders.vae import Autoencoder
@@ -135,14 +136,14 @@ def no_models(*arguments: object) -> list[Any]:
 
 
 def test_a_complete_cache_needs_no_model(cached: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "load_models", no_models)
+    monkeypatch.setattr(loading, "load_models", no_models)
     before = folder_contents(cached[0])
     assert "is complete: nothing to do" in demo(cached[0], feature_dtype="float32")
     assert folder_contents(cached[0]) == before
 
 
 def test_a_dry_run_plans_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "load_models", no_models)
+    monkeypatch.setattr(loading, "load_models", no_models)
     printed = demo(tmp_path / "cache", dry_run=True)
     assert "21 images" in printed
     assert "fits" in printed
@@ -156,13 +157,13 @@ def test_an_encoder_added_later_rewrites_nothing(tmp_path: Path, monkeypatch: py
     files = [file for file in cache.rglob("*") if file.is_file() and file.name != "zarr.json"]
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files if file.stat().st_size}
     loaded = []
-    real = models.load_models
+    real = loading.load_models
 
     def load_models(config: PreprocessConfig, sources: Sequence[str], device: str) -> list[Any]:
         loaded.extend(sources)
         return real(config, sources, device)
 
-    monkeypatch.setattr(models, "load_models", load_models)
+    monkeypatch.setattr(loading, "load_models", load_models)
     demo(cache, encoders=["demo"], vae=None, batch_size=None, shard_rows=None)
     assert loaded == ["demo"]
     assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in before} == before

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from repa.data.errors import RepaError
 from repa.data.format.columns import MOMENTS, ColumnSpec
-from repa.data.writing.store import shard_file
+from repa.data.format.layout import shard_file
 from repa.pipeline.config import PreprocessConfig
 from repa.pipeline.encoders.vae import DEFAULT_VAE
 from repa.pipeline.lanes.lanes import usable_cores

@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 from repa.data.errors import CacheError
 from repa.data.format.columns import ColumnSpec, source_of
-from repa.data.format.layout import commit_file
+from repa.data.format.layout import commit_file, shard_file
 from repa.data.format.manifest import Manifest
 from repa.data.format.shard_index import MISSING, index_bytes
 from repa.data.testing import synthetic_cache
-from repa.data.writing.store import shard_file
 from shard_files_read import read_index
 
 ROWS, SHARD_ROWS, SHARDS = 7, 3, 3

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from repa.commands.cache.info import info, verify
 from repa.data.errors import CacheError
+from repa.data.format.layout import shard_file
 from repa.data.testing import SYNTHETIC_COLUMNS, synthetic_cache
-from repa.data.writing.store import shard_file
 from rich.console import Console
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from repa.commands.cache.info import info
 from repa.data.format.columns import ColumnSpec
+from repa.data.format.layout import shard_file
 from repa.data.testing import SYNTHETIC_COLUMNS, synthetic_cache
-from repa.data.writing.store import shard_file
 from rich.console import Console
 
 if TYPE_CHECKING:

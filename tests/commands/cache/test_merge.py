@@ -17,10 +17,12 @@ from repa.commands.cache.merge import merge
 from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.data.errors import CacheError, CorruptRowError, RepaError
 from repa.data.format.columns import source_of
+from repa.data.format.commits import committed_shards
+from repa.data.format.layout import shard_file
 from repa.data.reading.reader import CacheReader
 from repa.data.testing import folder_contents
 from repa.data.upkeep.verify import verify_cache
-from repa.data.writing.store import committed_shards, open_manifest, read_keys, shard_file
+from repa.data.writing.store import open_manifest, read_keys
 from rich.console import Console
 
 SIDE = 16

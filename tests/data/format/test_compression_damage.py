@@ -15,11 +15,11 @@ from killed_writers import commits_of, finish_writers, kill_writers, start_write
 from repa.data.errors import CorruptRowError
 from repa.data.format.columns import ColumnSpec
 from repa.data.format.compression import ChunkCodec
+from repa.data.format.layout import shard_file
 from repa.data.format.shard_index import MISSING, encode_index, index_bytes
 from repa.data.reading.reader import CacheReader
 from repa.data.testing import expected_row, folder_contents
 from repa.data.upkeep.verify import verify_cache
-from repa.data.writing.store import shard_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -137,7 +137,7 @@ def test_damage_without_checksums_is_an_error_or_other_numbers_but_no_crash(copy
 WRITE = """
 import sys
 from pathlib import Path
-from repa.data.columns import ColumnSpec
+from repa.data.format.columns import ColumnSpec
 from repa.data.testing import synthetic_cache
 columns = {
     "demo/patch": ColumnSpec(shape=(64, 64), dtype="float16", compressor="blosc"),

@@ -191,8 +191,8 @@ def test_garbage_cycle_ends_its_threads(small_reader: CacheReader) -> None:
 
 INTERRUPTED = """
 import sys, time
-from repa.data.loader import CacheLoader
-from repa.data.reader import CacheReader
+from repa.data.reading.loader import CacheLoader
+from repa.data.reading.reader import CacheReader
 reader = CacheReader(sys.argv[1], ["sd-vae/moments", "demo/patch"])
 loader = CacheLoader(reader, rows=reader.valid_rows, batch_size=8, columns_at=lambda step: reader.columns)
 stream = iter(loader)

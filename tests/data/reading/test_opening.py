@@ -31,8 +31,8 @@ COLUMNS = {
 OPENING = """
 import json, sys, time
 import numpy as np
-from repa.data.ordering import EpochOrder, split_holdout
-from repa.data.reader import CacheReader
+from repa.data.reading.order import EpochOrder, split_holdout
+from repa.data.reading.reader import CacheReader
 
 def peak():
     # of this program alone: getrusage knows the parent's from before it was started, too

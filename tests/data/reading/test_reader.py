@@ -17,8 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from repa.data.errors import CacheError, CorruptRowError
 from repa.data.format.columns import ColumnSpec
-from repa.data.format.commits import commit_file
-from repa.data.format.layout import shard_file
+from repa.data.format.layout import commit_file, shard_file
 from repa.data.reading.reader import CacheReader
 from repa.data.storage.descriptors import DescriptorCache
 from repa.data.storage.local import BufferedFiles

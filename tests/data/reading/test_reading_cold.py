@@ -173,8 +173,8 @@ def test_a_missing_file_is_named_with_its_first_row(cache: Path, tmp_path: Path)
 FEW_FILES = """
 import resource, sys
 import numpy as np
-from repa.data.loader import CacheLoader
-from repa.data.reader import CacheReader
+from repa.data.reading.loader import CacheLoader
+from repa.data.reading.reader import CacheReader
 from repa.data.testing import expected_row
 
 path, allowed, threads, *columns = sys.argv[1:]

@@ -17,7 +17,8 @@ from repa.data.format.columns import ColumnSpec
 from repa.data.storage.bucket import Bucket, cache_path
 from repa.data.testing import synthetic_cache
 from repa.data.upkeep import shard_check
-from repa.data.upkeep.verify import Finding, verify_cache
+from repa.data.upkeep.shard_check import Finding
+from repa.data.upkeep.verify import verify_cache
 from s3_server import free_port, lead_to, obstore, upload
 
 if TYPE_CHECKING:

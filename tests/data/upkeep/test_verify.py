@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 import pytest
 from repa.data.errors import CacheError
 from repa.data.format.columns import MOMENTS
+from repa.data.format.commits import read_commit
+from repa.data.format.layout import shard_file
 from repa.data.format.shard_index import MISSING, index_bytes
 from repa.data.testing import synthetic_cache
-from repa.data.upkeep.verify import Finding, verify_cache
-from repa.data.writing.store import read_commit, shard_file
+from repa.data.upkeep.shard_check import Finding
+from repa.data.upkeep.verify import verify_cache
 from shard_files_read import read_index
 
 if TYPE_CHECKING:
@@ -180,7 +182,7 @@ def test_cut_grown_and_missing_files_are_found(copy: Path, manifest: Manifest) -
     ]
     assert "bytes of" in findings[3].what
     assert "is missing" in findings[5].what
-    assert all("`repa cache repair`" in finding.what for finding in findings)
+    assert all("`repa cache repair`" in finding.remedy for finding in findings)
 
 
 def test_stray_files_are_found_and_unfinished_shards_are_not_strays(copy: Path, manifest: Manifest) -> None:
@@ -200,7 +202,7 @@ def test_stray_files_are_found_and_unfinished_shards_are_not_strays(copy: Path, 
     findings = verify_cache(copy)
     assert [(finding.path, finding.shard) for finding in findings] == [(record, 0)]
     assert "shard 0 of demo is not committed" in findings[0].what
-    assert "repa preprocess" in findings[0].what
+    assert "repa preprocess" in findings[0].remedy
 
 
 def test_progress_counts_all_bytes(cache: Path, manifest: Manifest) -> None:

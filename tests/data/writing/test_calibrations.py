@@ -74,7 +74,7 @@ def test_a_failed_computation_leaves_nothing_and_can_be_repeated(cache: Path) ->
 RANK = """
 import os, sys, time
 from pathlib import Path
-from repa.data.calibrations import ensure_calibration
+from repa.data.writing.calibrations import ensure_calibration
 path, log = Path(sys.argv[1]), Path(sys.argv[2])
 def compute():
     with log.open("a") as file:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 from repa.data.errors import CacheError
 from repa.data.testing import SYNTHETIC_COLUMNS, folder_contents, synthetic_cache
-from repa.data.writing.store import SourceWriter, open_manifest
+from repa.data.writing.store import open_manifest
+from repa.data.writing.writer import SourceWriter
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +23,8 @@ def refused(error: BaseException) -> None:
 HOLDER = """
 import sys
 from pathlib import Path
-from repa.data.store import SourceWriter, open_manifest
+from repa.data.writing.writer import SourceWriter
+from repa.data.writing.store import open_manifest
 path = Path(sys.argv[1])
 with SourceWriter(path, open_manifest(path), "demo", [1]):
     print("held", flush=True)
@@ -67,7 +69,7 @@ from pathlib import Path
 from repa.data.testing import synthetic_cache
 try:
     synthetic_cache(Path(sys.argv[1]), num_rows=4, columns={})
-    from repa.data.store import ensure_source
+    from repa.data.writing.store import ensure_source
     from repa.data.testing import synthetic_provenance, SYNTHETIC_COLUMNS
     for source in ("sd-vae", "demo"):
         columns = {n: s for n, s in SYNTHETIC_COLUMNS.items() if n.startswith(source + "/")}

@@ -10,8 +10,9 @@ import timm
 import torch
 import torch.nn.functional as F
 from repa.data.errors import RepaError
-from repa.pipeline.encoders import TEACHERS, Teacher, load_encoder
+from repa.pipeline.encoders import load_encoder
 from repa.pipeline.encoders.attention import AttentionCapture
+from repa.pipeline.encoders.teachers import TEACHERS, Teacher
 from repa.pipeline.encoders.timm_vit import TimmEncoder
 from timm.layers import apply_rot_embed_cat, set_fused_attn
 

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from repa.data.errors import RepaError
 from repa.pipeline.demo import TEACHER_WEIGHTS
-from repa.pipeline.encoders import TEACHERS, Teacher, find_teacher, load_encoder
+from repa.pipeline.encoders import load_encoder
 from repa.pipeline.encoders import teachers as table
+from repa.pipeline.encoders.teachers import TEACHERS, Teacher, find_teacher
 from repa.pipeline.encoders.timm_vit import TimmEncoder, build
 from repa.pipeline.encoders.weights import weights_sha256
 from safetensors.torch import load_file, save_file

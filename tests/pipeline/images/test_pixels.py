@@ -229,8 +229,8 @@ def test_leaving_early_ends_the_workers(mixed: FolderImages) -> None:
 
 SCRIPT = """
 import multiprocessing, sys, time
-from repa.pipeline.images import FolderImages
-from repa.pipeline.preprocess import decode_rows
+from repa.pipeline.images.folder import FolderImages
+from repa.pipeline.images.workers import decode_rows
 
 if __name__ == "__main__":
     with decode_rows(FolderImages(sys.argv[1]), [0] * 10_000, 32, 2) as decoded:

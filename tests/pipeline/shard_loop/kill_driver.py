@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import repa.pipeline.columns.models
+import repa.pipeline.loading
 import torch
 import zarr  # noqa: F401 — so that no attempt spends its time importing it
 from repa.commands.preprocess import PreprocessFlags, preprocess

@@ -16,7 +16,7 @@ def child(connection):
     connection.send(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))
 
 if __name__ == "__main__":
-    from repa.pipeline.processes import deaf_to_interrupts
+    from repa.pipeline.shard_loop.processes import deaf_to_interrupts
 
     context = multiprocessing.get_context("spawn")
     with deaf_to_interrupts():

@@ -41,11 +41,11 @@ import torch
 torch.set_num_threads(1)
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from repa.cli import main
-from repa.data.tar_cache import TarCache
-from repa.trainer import tar_stream
-from repa.trainer.data import CacheData
+from repa.data.tars.cache import TarCache
+from repa.trainer.input import tar_stream
+from repa.trainer.input.datamodule import CacheData
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
-from repa.trainer.record import MetricsFile
+from repa.trainer.run.metrics import MetricsFile
 
 def note(**values):
     with open(f"{sys.argv[1]}-{os.environ.get('LOCAL_RANK', '0')}.jsonl", "a") as file:

@@ -260,7 +260,7 @@ def test_a_full_disk_is_named(
         file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("repa.trainer.run.checkpointing.torch.save", save)
+    monkeypatch.setattr("repa.trainer.step.checkpoints.torch.save", save)
     with pytest.raises(RepaError, match=r"cannot write .*step-00000004\.ckpt: No space left.*free some"):
         run_fit(settings())
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
@@ -299,7 +299,7 @@ from rich.console import Console
 import torch
 torch.set_num_threads(1)
 from repa.trainer.config import build
-from repa.trainer.fit import fit
+from repa.trainer.run.fit import fit
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
 
 if __name__ == "__main__":

@@ -280,7 +280,7 @@ from rich.console import Console
 import torch
 torch.set_num_threads(1)
 from repa.trainer.config import build, load_yaml
-from repa.trainer.fit import fit
+from repa.trainer.run.fit import fit
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
 
 if __name__ == "__main__":

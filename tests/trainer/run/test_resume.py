@@ -29,9 +29,9 @@ from rich.console import Console
 import torch
 torch.set_num_threads(1)
 from repa.trainer.config import build, load_yaml
-from repa.trainer.fit import fit
+from repa.trainer.run.fit import fit
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
-from repa.trainer.record import MetricsFile
+from repa.trainer.run.metrics import MetricsFile
 
 SIT_SIZES["T"] = SiTSize(depth=2, width=48, heads=3)
 write = MetricsFile.write
