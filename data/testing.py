@@ -26,7 +26,8 @@ from .format.columns import (
     split_column,
 )
 from .format.manifest import ORIGINAL_VIEW, Manifest, Provenance
-from .writing.store import SourceWriter, ensure_cache, ensure_source, keys_sha256
+from .writing.store import ensure_cache, ensure_source, keys_sha256
+from .writing.writer import SourceWriter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from ..data.errors import CacheError, RepaError
 from ..data.format.columns import AUTOENCODER, MOMENTS, ColumnSpec, column_name, model_of
+from ..data.format.commits import is_committed
 from ..data.format.manifest import DEFAULT_SHARD_ROWS, Manifest, Provenance
+from ..data.format.opening import open_manifest
 from ..data.format.shard_index import index_bytes
 from ..data.storage.local import CHECKSUM_BYTES
 from ..data.units import human_bytes
-from ..data.writing.store import ensure_cache, is_committed, keys_sha256, open_manifest, refuse_foreign_folder
+from ..data.writing.store import ensure_cache, keys_sha256, refuse_foreign_folder
 from .columns.specs import attention_columns, describe_attention, token_columns
 from .config import check_flags
 from .encoders.teachers import find_teacher

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from ..data.errors import CacheError, RepaError
 from ..data.format.columns import AUTOENCODER, model_of
+from ..data.format.commits import committed_shards
 from ..data.units import counted
-from ..data.writing.store import committed_shards, ensure_source
+from ..data.writing.store import ensure_source
 from .plan import make_plan, present_manifest
 from .progress import ProgressView
 from .shard_loop.interrupts import terminated_as_interrupt

@@ -9,8 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..data.format.columns import SCALE_SUFFIX, scale_column, source_of, split_column
+from ..data.format.commits import invalid_reasons
+from ..data.format.opening import open_manifest
 from ..data.units import counted, human_bytes, human_rate, human_seconds
-from ..data.writing.store import invalid_reasons, open_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

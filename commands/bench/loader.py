@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ...data.format.layout import shard_file
+from ...data.format.opening import open_manifest
 from ...data.reading.loader import CacheLoader
 from ...data.reading.order import permutation
 from ...data.reading.reader import CacheReader
 from ...data.testing import synthetic_cache
-from ...data.writing.store import open_manifest
 from .forms import FORMS
 from .measured import Measured, interleaved
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...data.testing import synthetic_cache
 from ...data.units import counted
-from ...data.writing.store import SourceWriter
+from ...data.writing.writer import SourceWriter
 from .forms import FORMS
 from .measured import Measured, interleaved
 

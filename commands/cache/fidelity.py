@@ -50,7 +50,7 @@ def verify_fidelity(
         raise RepaError(f"--rows {rows} compares nothing", "give at least 1")
     import torch
 
-    from ...data.writing.store import open_manifest
+    from ...data.format.opening import open_manifest
     from ...pipeline.replay.fidelity import DEFAULT_ROWS, check_fidelity
     from ..shared.encoders import parse_weights
 

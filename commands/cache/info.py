@@ -112,7 +112,7 @@ def _sources(found: CacheInfo) -> Table:
 def _invalid(found: CacheInfo, console: Console) -> None:
     from rich.text import Text
 
-    from ...data.writing.store import read_keys
+    from ...data.format.opening import read_keys
 
     keys = read_keys(found.path, found.manifest)
     console.print(f"[yellow]{counted(len(found.invalid), 'image')} could not be decoded, left out:[/yellow]")

@@ -96,7 +96,7 @@ def verify_by_reencoding(
 
     if rows < 1:
         raise RepaError(f"--reencode {rows} compares nothing", "give at least 1")
-    from ...data.writing.store import open_manifest, read_keys
+    from ...data.format.opening import open_manifest, read_keys
     from ...pipeline.replay.reencode import reencode
 
     console = console or Console()

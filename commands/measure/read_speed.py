@@ -13,7 +13,8 @@ import numpy as np
 from ...data.format.columns import source_of
 from ...data.reading.reader import CacheReader
 from ...data.storage.files import os_errors
-from ...data.writing.store import SourceWriter, create_cache, ensure_source, keys_sha256
+from ...data.writing.store import create_cache, ensure_source, keys_sha256
+from ...data.writing.writer import SourceWriter
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

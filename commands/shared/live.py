@@ -84,9 +84,9 @@ def live_teachers(
         RepaError: unknown images or teachers, several to choose from, or a block that no teacher has.
         CacheError: no cache, or the images are not the cache's.
     """
+    from ...data.format.opening import open_manifest
     from ...data.storage.bucket import cache_path
     from ...data.tars.names import names_tars
-    from ...data.writing.store import open_manifest
     from ...pipeline.replay.live import LiveTeachers
     from ...trainer.run.checks import attention_blocks
     from .encoders import parse_weights

@@ -24,6 +24,7 @@ import numpy as np
 from ..errors import CacheError, RepaError
 from ..format.columns import LABEL, source_of
 from ..format.commits import survey
+from ..format.opening import open_manifest, read_labels
 from ..storage.bucket import REQUESTS, CachePath, RemoteFiles, RemotePath, cache_path
 from ..storage.direct import (
     DIRECT_CHOICES,
@@ -35,7 +36,6 @@ from ..storage.direct import (
     supports_direct,
 )
 from ..storage.local import BufferedFiles, open_files_limit
-from ..writing.store import open_manifest, read_labels
 from .column_reader import ColumnReader, places_of
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import CacheError
+from ..format.opening import open_manifest
 from ..storage.bucket import cache_path
 from ..units import counted
-from ..writing.store import open_manifest
 from .names import names_tars, present_tars
 from .reader import open_tar
 from .shards import read_header, read_samples

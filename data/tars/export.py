@@ -16,20 +16,14 @@ from crc32c import crc32c
 
 from ..errors import CacheError, RepaError
 from ..format.columns import LABEL, SCALE_SUFFIX, source_of
-from ..format.commits import read_commit
+from ..format.commits import invalid_reasons, is_committed, read_commit
+from ..format.opening import open_manifest, read_keys
 from ..reading.reader import CacheReader
 from ..storage.bucket import map_files
 from ..storage.files import make_folder, os_errors, partial_path, publish
 from ..writing.calibrations import ensure_calibration, read_calibration, recorded_sha256
-from ..writing.store import (
-    SourceWriter,
-    ensure_cache,
-    ensure_source,
-    invalid_reasons,
-    is_committed,
-    open_manifest,
-    read_keys,
-)
+from ..writing.store import ensure_cache, ensure_source
+from ..writing.writer import SourceWriter
 from .reader import missing_webdataset, open_tar
 from .shards import (
     AGAIN,

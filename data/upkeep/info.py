@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..format.commits import Survey, survey
+from ..format.opening import open_manifest
 from ..storage.bucket import CachePath, RemotePath
 from ..storage.files import os_errors
-from ..writing.store import open_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

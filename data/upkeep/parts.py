@@ -13,8 +13,8 @@ import numpy as np
 
 from ..errors import CacheError
 from ..format.columns import AUTOENCODER, model_of
+from ..format.opening import declaration, differences, open_manifest, read_keys, read_labels
 from ..units import counted
-from ..writing.store import declaration, differences, open_manifest, read_keys, read_labels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

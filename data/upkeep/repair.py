@@ -38,17 +38,11 @@ from ..format.layout import (
     shard_file,
     zarr_documents,
 )
+from ..format.opening import open_manifest, read_keys, read_labels
 from ..format.shard_index import index_bytes
 from ..storage.files import locked, os_errors, partial_path, sync_folders, write_file
 from ..storage.local import CHECKSUM_BYTES
-from ..writing.store import (
-    encode_keys,
-    keys_sha256,
-    metadata_documents,
-    open_manifest,
-    read_keys,
-    read_labels,
-)
+from ..writing.store import encode_keys, keys_sha256, metadata_documents
 from ..writing.writer import SourceWriter
 
 if TYPE_CHECKING:

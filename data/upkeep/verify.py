@@ -35,10 +35,10 @@ from ..format.layout import (
     shard_file,
     zarr_documents,
 )
+from ..format.opening import open_manifest, read_keys, read_labels
 from ..storage.bucket import REQUESTS, RemotePath, map_files
 from ..storage.files import os_errors, partial_path
 from ..writing.calibrations import check_calibration, read_calibration, recorded_sha256
-from ..writing.store import open_manifest, read_keys, read_labels
 from .shard_check import REDO, Finding, ShardCheck
 
 if TYPE_CHECKING:

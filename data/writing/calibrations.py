@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 from ..errors import CacheError
 from ..format.commits import committed_shards
 from ..format.layout import GROUP_FILE, calibration_file, calibration_lock
+from ..format.opening import open_manifest
 from ..storage.files import locked, make_folder, os_errors, write_file
-from .store import open_manifest, refuse_foreign_folder
+from .store import refuse_foreign_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable

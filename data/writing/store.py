@@ -1,8 +1,7 @@
-"""Creating and opening a cache, and declaring what it is to hold.
+"""Creating a cache, and declaring what it is to hold.
 
-This is the door of the package: what others need of a cache on disk is importable from here. Several
-processes may call `ensure_cache` and `ensure_source` at once, with equal content; they take turns on
-``<cache>/.lock``.
+Several processes may call `ensure_cache` and `ensure_source` at once, with equal content; they take turns
+on ``<cache>/.lock``.
 """
 
 from __future__ import annotations
@@ -12,34 +11,22 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from crc32c import crc32c
 
 from ..errors import CacheError
-from ..format.columns import AUTOENCODER, ColumnSpec, model_of, source_of
-from ..format.commits import (
-    ColumnRecord,
-    CommitRecord,
-    committed_shards,
-    invalid_reasons,
-    invalid_rows,
-    is_committed,
-    read_commit,
-)
+from ..format.columns import AUTOENCODER, model_of, source_of
+from ..format.commits import committed_shards
 from ..format.group import read_group
 from ..format.layout import (
     CALIBRATION_FOLDER,
     GROUP_FILE,
     KEYS_FILE,
-    LABEL_CHUNK,
     LOCK_FILE,
     group_attributes,
-    shard_file,
     zarr_documents,
 )
-from ..format.manifest import ATTRIBUTE, Manifest, Provenance
+from ..format.opening import declaration, differences, open_manifest, read_labels
 from ..storage.files import locked, make_folder, os_errors, partial_path, sync_folders, write_file
-from ..storage.local import CHECKSUM_BYTES
-from .writer import ShardWriter, SourceWriter
+from .writer import SourceWriter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -47,34 +34,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ..storage.bucket import CachePath
-
-__all__ = [
-    "ColumnRecord",
-    "CommitRecord",
-    "ShardWriter",
-    "SourceWriter",
-    "committed_shards",
-    "create_cache",
-    "declaration",
-    "differences",
-    "encode_keys",
-    "ensure_cache",
-    "ensure_source",
-    "invalid_reasons",
-    "invalid_rows",
-    "is_committed",
-    "keys_sha256",
-    "metadata_documents",
-    "open_manifest",
-    "read_commit",
-    "read_keys",
-    "read_labels",
-    "refuse_foreign_folder",
-    "shard_file",
-]
-
-_SHOWN = 60  # characters of a value in an error
+    from ..format.columns import ColumnSpec
+    from ..format.manifest import Manifest, Provenance
 
 
 def keys_sha256(keys: Sequence[str]) -> str:
@@ -136,16 +97,6 @@ def ensure_cache(path: Path, manifest: Manifest, keys: Sequence[str], labels: ND
     return present
 
 
-def open_manifest(path: CachePath) -> Manifest:
-    """The manifest of the cache at ``path``.
-
-    Raises:
-        CacheError: there is no cache, it is of another format version, or its manifest is damaged.
-        RepaError: the operating system refuses.
-    """
-    return Manifest.from_json(read_group(path)["attributes"][ATTRIBUTE], where=str(path))
-
-
 def ensure_source(
     path: Path, source: str, provenance: Provenance, columns: Mapping[str, ColumnSpec]
 ) -> Manifest:
@@ -204,38 +155,6 @@ def metadata_documents(path: Path, manifest: Manifest) -> dict[str, bytes]:
     return zarr_documents(manifest, attributes=attributes)
 
 
-def read_keys(path: CachePath, manifest: Manifest) -> list[str]:
-    """Image key of every row.
-
-    Raises:
-        CacheError: ``keys.txt`` is missing or not the one of the manifest.
-    """
-    data = _read(path / KEYS_FILE)
-    if hashlib.sha256(data).hexdigest() != manifest.keys_sha256:
-        raise CacheError(
-            f"{path / KEYS_FILE} does not match its checksum in the manifest",
-            "restore it, or have it written again by `repa cache repair`",
-        )
-    return data.decode().split("\n")[:-1]
-
-
-def read_labels(path: CachePath, manifest: Manifest) -> NDArray[np.int32]:
-    """The label of every row, int32 ``[N]``.
-
-    Raises:
-        CacheError: the label array is missing, cut off or does not match its checksum.
-    """
-    file = path / LABEL_CHUNK
-    data = _read(file)
-    values, stored = data[:-CHECKSUM_BYTES], int.from_bytes(data[-CHECKSUM_BYTES:], "little")
-    if len(values) != 4 * manifest.num_rows or crc32c(values) != stored:
-        raise CacheError(
-            f"{file} does not match its checksum",
-            "restore it, or have it written again by `repa cache repair`",
-        )
-    return np.frombuffer(values, dtype="<i4").astype(np.int32)
-
-
 def refuse_foreign_folder(path: Path) -> None:
     """Look at the folder of a cache that may not be there yet, before anything is put into it.
 
@@ -292,16 +211,6 @@ def _declare(path: Path, manifest: Manifest, source: str) -> Manifest:
     return manifest
 
 
-def _read(file: CachePath) -> bytes:
-    with os_errors("read", file):
-        try:
-            return file.read_bytes()
-        except FileNotFoundError as error:
-            raise CacheError(
-                f"{file} is missing", "restore it, or have it written again by `repa cache repair`"
-            ) from error
-
-
 def encode_keys(keys: Sequence[str]) -> bytes:
     """The bytes of ``keys.txt``.
 
@@ -330,25 +239,3 @@ def _fixed(manifest: Manifest) -> dict[str, Any]:
     """What two manifests of one cache share: everything but columns and sources."""
     values = manifest.to_json()
     return {key: value for key, value in values.items() if key not in {"columns", "sources"}}
-
-
-def declaration(provenance: Provenance, columns: Mapping[str, ColumnSpec]) -> dict[str, Any]:
-    """What binds of a source; notes and columns each for itself, so that the one that differs is named."""
-    values = provenance.identity()
-    notes = values.pop("notes")
-    values.update({f"notes.{name}": value for name, value in notes.items()})
-    for name, spec in columns.items():
-        compressed = f" in {spec.compressor}" if spec.compressor else ""
-        values[f"columns.{name}"] = f"{spec.dtype}{list(spec.shape)}{compressed}"
-    return values
-
-
-def differences(here: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """``field is a, not b`` of every field that differs, values that are long left out."""
-    parts = []
-    for key in dict.fromkeys([*here, *wanted]):
-        if here.get(key) != wanted.get(key):
-            a, b = str(here.get(key)), str(wanted.get(key))
-            long = len(a) > _SHOWN or len(b) > _SHOWN
-            parts.append(f"{key} differs" if long else f"{key} is {a}, not {b}")
-    return ", ".join(parts)

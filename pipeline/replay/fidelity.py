@@ -17,8 +17,8 @@ from ...data.format.columns import (
     model_of,
     scale_column,
 )
+from ...data.format.opening import open_manifest
 from ...data.reading.reader import CacheReader
-from ...data.writing.store import open_manifest
 from ..columns.forms import restore
 from ..columns.measures import TokenErrors, attention_divergence
 from .live import LiveTeachers

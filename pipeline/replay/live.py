@@ -25,9 +25,10 @@ from ...data.format.columns import (
     column_name,
     split_column,
 )
+from ...data.format.opening import open_manifest
 from ...data.reading.reader import CacheReader
 from ...data.units import counted
-from ...data.writing.store import keys_sha256, open_manifest
+from ...data.writing.store import keys_sha256
 from ..encoders import find_teacher, load_encoder
 from ..images.open import open_source
 from ..images.workers import decode_row

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from ...data.errors import CacheError
 from ...data.format.columns import AUTOENCODER, SCALE_SUFFIX, model_of
 from ...data.format.layout import calibration_file
+from ...data.format.opening import declaration, differences
 from ...data.upkeep.repair import withdraw_calibration
 from ...data.writing.calibrations import check_calibration, read_calibration, recorded_sha256
-from ...data.writing.store import declaration, differences
 from ..config import PreprocessConfig
 from ..images.names import DEFAULT_DATA, DEMO_DATA
 from ..plan import Plan

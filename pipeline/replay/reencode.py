@@ -18,8 +18,8 @@ import numpy as np
 
 from ...data.errors import CacheError
 from ...data.format.columns import SCALE_SUFFIX, scale_column
+from ...data.format.opening import open_manifest
 from ...data.reading.reader import CacheReader
-from ...data.writing.store import open_manifest
 from ..images.workers import decode_row
 from ..lanes.batches import Batch
 from ..lanes.lanes import Task, open_lanes

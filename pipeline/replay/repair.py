@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...data.errors import CacheError
+from ...data.format.commits import read_commit
 from ...data.format.layout import commit_file
+from ...data.format.opening import open_manifest
 from ...data.upkeep.repair import restore_documents, restore_tables, withdraw
-from ...data.writing.store import open_manifest, read_commit
 from ..plan import missing_shards
 from ..shard_loop.interrupts import terminated_as_interrupt
 from ..shard_loop.worker import Tally, write_columns

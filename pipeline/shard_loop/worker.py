@@ -13,7 +13,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ...data.errors import RepaError
-from ...data.writing.store import SourceWriter, ensure_cache, ensure_source
+from ...data.writing.store import ensure_cache, ensure_source
+from ...data.writing.writer import SourceWriter
 from ..lanes.batches import batches
 from ..plan import missing_shards, present_manifest, require_room_for
 from .interrupts import deferred_interrupts

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ...data.format.manifest import Manifest
-    from ...data.writing.store import ShardWriter, SourceWriter
+    from ...data.writing.writer import ShardWriter, SourceWriter
     from ..lanes.encoded import EncodedBatch, Pending
 
 _POLL_SECONDS = 0.1

@@ -17,9 +17,9 @@ from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.data.errors import RepaError
 from repa.data.format.columns import MOMENTS
 from repa.data.format.commits import committed_shards
+from repa.data.format.opening import open_manifest, read_keys, read_labels
 from repa.data.reading.reader import CacheReader
 from repa.data.testing import folder_contents
-from repa.data.writing.store import open_manifest, read_keys, read_labels
 from repa.pipeline import loading
 from repa.pipeline.demo.shapes import DemoImages
 from repa.pipeline.encoders import load_encoder

@@ -18,9 +18,9 @@ from PIL import Image
 from repa.data.errors import RepaError
 from repa.data.format.columns import MOMENTS
 from repa.data.format.commits import committed_shards, invalid_reasons
+from repa.data.format.opening import open_manifest
 from repa.data.reading.reader import CacheReader
 from repa.data.testing import folder_contents
-from repa.data.writing.store import open_manifest
 from repa.pipeline import plan as plan_module
 from repa.pipeline.demo import TEACHER_WEIGHTS
 from safetensors.torch import load_file, save_file
@@ -347,7 +347,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from repa.data.writing.writer import SourceWriter
-from repa.data.writing.store import open_manifest
+from repa.data.format.opening import open_manifest
 path = Path(sys.argv[1])
 with SourceWriter(path, open_manifest(path), "demo", [2]):
     print("held", flush=True)

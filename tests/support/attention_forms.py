@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.data.format.int8 import dequantise
+from repa.data.format.opening import open_manifest
 from repa.data.reading.reader import CacheReader
-from repa.data.writing.store import open_manifest
 from repa.pipeline.demo.shapes import DemoImages
 from repa.pipeline.encoders import load_encoder
 from repa.pipeline.images.workers import decode_row

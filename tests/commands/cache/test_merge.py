@@ -19,10 +19,10 @@ from repa.data.errors import CacheError, CorruptRowError, RepaError
 from repa.data.format.columns import source_of
 from repa.data.format.commits import committed_shards
 from repa.data.format.layout import shard_file
+from repa.data.format.opening import open_manifest, read_keys
 from repa.data.reading.reader import CacheReader
 from repa.data.testing import folder_contents
 from repa.data.upkeep.verify import verify_cache
-from repa.data.writing.store import open_manifest, read_keys
 from rich.console import Console
 
 SIDE = 16

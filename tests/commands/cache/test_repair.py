@@ -17,9 +17,9 @@ from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.data.errors import CacheError, RepaError
 from repa.data.format.columns import ColumnSpec, source_of
 from repa.data.format.layout import calibration_file, commit_file, shard_file
+from repa.data.format.opening import open_manifest
 from repa.data.testing import folder_contents
 from repa.data.upkeep.verify import verify_cache
-from repa.data.writing.store import open_manifest
 from repa.data.writing.writer import SourceWriter
 from repa.pipeline.replay.recorded import Given, recorded_config
 from repa.pipeline.replay.reencode import reencode

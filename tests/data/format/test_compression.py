@@ -24,11 +24,12 @@ from repa.data.format.columns import ColumnSpec
 from repa.data.format.compression import ChunkCodec
 from repa.data.format.layout import shard_file
 from repa.data.format.manifest import Manifest
+from repa.data.format.opening import open_manifest
 from repa.data.reading.loader import CacheLoader
 from repa.data.reading.reader import CacheReader
 from repa.data.testing import expected_row, folder_contents, synthetic_cache, synthetic_provenance
 from repa.data.upkeep.info import cache_info
-from repa.data.writing.store import ensure_source, open_manifest
+from repa.data.writing.store import ensure_source
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from repa.data.errors import CacheError, CorruptRowError, RepaError
 from repa.data.format.columns import ColumnSpec
+from repa.data.format.opening import read_keys
 from repa.data.reading.loader import CacheLoader
 from repa.data.reading.reader import CacheReader
 from repa.data.storage.bucket import Bucket, RemotePath, cache_path, is_remote
 from repa.data.testing import expected_row, synthetic_cache
 from repa.data.units import human_bytes
 from repa.data.upkeep.info import cache_info
-from repa.data.writing.store import read_keys
 from s3_server import free_port, lead_to, obstore, upload
 
 GenericError = obstore.exceptions.GenericError

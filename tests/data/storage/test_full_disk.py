@@ -14,9 +14,9 @@ import pytest
 from repa.data.errors import RepaError
 from repa.data.format.columns import ColumnSpec
 from repa.data.format.commits import committed_shards
+from repa.data.format.opening import open_manifest
 from repa.data.testing import folder_contents, synthetic_cache
 from repa.data.upkeep.verify import verify_cache
-from repa.data.writing.store import open_manifest
 
 SIZE = 2_000_000
 COLUMNS = {

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 from repa.data.errors import CacheError, RepaError
 from repa.data.format.columns import ColumnSpec
+from repa.data.format.opening import read_keys
 from repa.data.reading.loader import CacheLoader
 from repa.data.reading.reader import CacheReader
 from repa.data.storage.bucket import cache_path
 from repa.data.testing import expected_row, synthetic_cache
 from repa.data.upkeep.info import cache_info
 from repa.data.upkeep.verify import verify_cache
-from repa.data.writing.store import read_keys
 
 pytest.importorskip("obstore")
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from repa.data.errors import CacheError, RepaError
 from repa.data.format.columns import MOMENTS, ColumnSpec
+from repa.data.format.opening import open_manifest
 from repa.data.reading.reader import CacheReader
 from repa.data.tars import export
 from repa.data.tars.export import export_cache, export_pattern, import_cache
@@ -28,7 +29,7 @@ from repa.data.testing import (
 )
 from repa.data.upkeep.verify import verify_cache
 from repa.data.writing.calibrations import ensure_calibration
-from repa.data.writing.store import ensure_source, open_manifest
+from repa.data.writing.store import ensure_source
 
 ROWS = 21
 INVALID = {5: "broken", 8: "empty file (0 bytes)", 16: "broken", 17: "x", 18: "x", 19: "x", 20: "x"}

@@ -12,10 +12,10 @@ import pytest
 from repa.commands.cache.repair import repair
 from repa.data.errors import CacheError
 from repa.data.format.columns import ColumnSpec
+from repa.data.format.opening import open_manifest, read_keys, read_labels
 from repa.data.testing import SYNTHETIC_COLUMNS, folder_contents, synthetic_cache
 from repa.data.upkeep.repair import plan_repair, restore_tables
 from repa.data.upkeep.verify import verify_cache
-from repa.data.writing.store import open_manifest, read_keys, read_labels
 from rich.console import Console
 
 if TYPE_CHECKING:

@@ -16,12 +16,13 @@ from repa.data.format.columns import MOMENTS, ColumnSpec
 from repa.data.format.commits import committed_shards
 from repa.data.format.int8 import dequantise
 from repa.data.format.layout import shard_file
+from repa.data.format.opening import open_manifest
 from repa.data.reading.loader import CacheLoader
 from repa.data.reading.reader import CacheReader
 from repa.data.testing import expected_row, synthetic_cache, synthetic_provenance
 from repa.data.upkeep.info import cache_info
 from repa.data.upkeep.verify import verify_cache
-from repa.data.writing.store import ensure_source, open_manifest
+from repa.data.writing.store import ensure_source
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import pytest
 from repa.data.errors import CacheError, RepaError
 from repa.data.format.columns import ColumnSpec
+from repa.data.format.opening import open_manifest
 from repa.data.testing import SYNTHETIC_COLUMNS, synthetic_cache
 from repa.data.upkeep.verify import verify_cache
 from repa.data.writing.calibrations import ensure_calibration, read_calibration
-from repa.data.writing.store import open_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path

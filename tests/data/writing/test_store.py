@@ -14,7 +14,10 @@ import tensorstore
 import zarr
 from repa.data.errors import CacheError
 from repa.data.format.columns import MOMENTS, ColumnSpec
+from repa.data.format.commits import committed_shards, invalid_reasons, invalid_rows, read_commit
+from repa.data.format.layout import shard_file
 from repa.data.format.manifest import Manifest
+from repa.data.format.opening import open_manifest, read_keys, read_labels
 from repa.data.format.shard_index import MISSING
 from repa.data.testing import (
     SYNTHETIC_COLUMNS,
@@ -26,21 +29,8 @@ from repa.data.testing import (
 )
 from repa.data.upkeep.info import cache_info
 from repa.data.writing import writer
-from repa.data.writing.store import (
-    SourceWriter,
-    committed_shards,
-    create_cache,
-    ensure_cache,
-    ensure_source,
-    invalid_reasons,
-    invalid_rows,
-    keys_sha256,
-    open_manifest,
-    read_commit,
-    read_keys,
-    read_labels,
-    shard_file,
-)
+from repa.data.writing.store import create_cache, ensure_cache, ensure_source, keys_sha256
+from repa.data.writing.writer import SourceWriter
 from shard_files_read import read_index
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from killed_writers import finish_writers, kill_writers, start_writer
 from repa.data.format.commits import committed_shards
+from repa.data.format.opening import open_manifest
 from repa.data.testing import SYNTHETIC_COLUMNS, folder_contents, synthetic_cache
 from repa.data.upkeep.verify import verify_cache
-from repa.data.writing.store import open_manifest
 
 if TYPE_CHECKING:
     import subprocess
@@ -140,7 +140,8 @@ import sys
 from pathlib import Path
 import numpy as np
 from repa.data.writing.writer import SourceWriter
-from repa.data.writing.store import ensure_cache, ensure_source, open_manifest
+from repa.data.format.opening import open_manifest
+from repa.data.writing.store import ensure_cache, ensure_source
 from repa.data.testing import SYNTHETIC_COLUMNS, expected_row, synthetic_cache, synthetic_provenance
 
 path, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])

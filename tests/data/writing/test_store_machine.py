@@ -24,13 +24,13 @@ from repa.data.format.columns import source_of
 from repa.data.format.commits import committed_shards
 from repa.data.format.layout import zarr_documents
 from repa.data.format.manifest import Manifest
+from repa.data.format.opening import open_manifest, read_keys, read_labels
 from repa.data.reading.reader import CacheReader
 from repa.data.testing import expected_labels, expected_row
 from repa.data.upkeep import repair, verify
 from repa.data.upkeep.repair import plan_repair, restore_documents, restore_tables, withdraw
 from repa.data.upkeep.verify import verify_cache
 from repa.data.writing import store
-from repa.data.writing.store import open_manifest, read_keys, read_labels
 from store_on_disk import (
     COLUMNS,
     INVALID,

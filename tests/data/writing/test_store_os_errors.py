@@ -13,11 +13,11 @@ import pytest
 from repa.data.errors import CacheError, RepaError
 from repa.data.format.commits import read_commit
 from repa.data.format.layout import shard_file
+from repa.data.format.opening import open_manifest, read_labels
 from repa.data.storage.files import os_errors
 from repa.data.testing import expected_row, folder_contents, synthetic_cache
 from repa.data.upkeep.info import cache_info
 from repa.data.upkeep.verify import verify_cache
-from repa.data.writing.store import open_manifest, read_labels
 from repa.data.writing.writer import SourceWriter
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from repa.data.errors import CacheError
+from repa.data.format.opening import open_manifest
 from repa.data.testing import SYNTHETIC_COLUMNS, folder_contents, synthetic_cache
-from repa.data.writing.store import open_manifest
 from repa.data.writing.writer import SourceWriter
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ HOLDER = """
 import sys
 from pathlib import Path
 from repa.data.writing.writer import SourceWriter
-from repa.data.writing.store import open_manifest
+from repa.data.format.opening import open_manifest
 path = Path(sys.argv[1])
 with SourceWriter(path, open_manifest(path), "demo", [1]):
     print("held", flush=True)

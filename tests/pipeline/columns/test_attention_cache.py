@@ -11,9 +11,9 @@ import torch
 from attention_forms import ATTENTION, BLOCKS, IMAGES, demo, notes, other_weights, read
 from repa.data.errors import CacheError
 from repa.data.format.int8 import quantise
+from repa.data.format.opening import open_manifest
 from repa.data.testing import folder_contents
 from repa.data.upkeep.verify import verify_cache
-from repa.data.writing.store import open_manifest
 from repa.pipeline.encoders.timm_vit import TimmEncoder
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from repa.data.errors import RepaError
+from repa.data.format.opening import open_manifest, read_keys
 from repa.data.testing import folder_contents
-from repa.data.writing.store import open_manifest, read_keys
 from repa.pipeline.images.base import ImageSource, UndecodableImage
 from repa.pipeline.images.names import cache_for
 from repa.pipeline.images.open import open_source

@@ -16,9 +16,9 @@ from repa.data.errors import CacheError, RepaError
 from repa.data.format.commits import committed_shards
 from repa.data.format.int8 import dequantise
 from repa.data.format.manifest import Manifest
+from repa.data.format.opening import open_manifest
 from repa.data.reading.reader import CacheReader
 from repa.data.upkeep.verify import verify_cache
-from repa.data.writing.store import open_manifest
 from repa.data.writing.writer import SourceWriter
 from rich.console import Console
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.data.errors import CacheError, RepaError
+from repa.data.format.opening import open_manifest
 from repa.data.reading.reader import CacheReader
-from repa.data.writing.store import open_manifest
 from repa.pipeline.encoders import load_encoder
 from repa.pipeline.lanes.batches import batches
 from repa.pipeline.replay.live import LiveTeachers

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from repa.data.format.commits import committed_shards, invalid_reasons
+from repa.data.format.opening import open_manifest
 from repa.data.testing import folder_contents
 from repa.data.upkeep.verify import verify_cache
-from repa.data.writing.store import open_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,16 +13,11 @@ import pytest
 import torch
 from repa.data.errors import RepaError
 from repa.data.format.columns import MOMENTS, ColumnSpec
+from repa.data.format.commits import committed_shards, invalid_reasons
 from repa.data.format.manifest import Manifest
 from repa.data.testing import synthetic_provenance
-from repa.data.writing.store import (
-    SourceWriter,
-    committed_shards,
-    ensure_cache,
-    ensure_source,
-    invalid_reasons,
-    keys_sha256,
-)
+from repa.data.writing.store import ensure_cache, ensure_source, keys_sha256
+from repa.data.writing.writer import SourceWriter
 from repa.pipeline.lanes.batches import Batch, batches
 from repa.pipeline.lanes.encoded import EncodedBatch, Result
 from repa.pipeline.lanes.lanes import Task, open_lanes

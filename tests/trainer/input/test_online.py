@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from repa.data.errors import CacheError, RepaError
 from repa.data.format.columns import MOMENTS, ColumnSpec, source_of
 from repa.data.format.manifest import Provenance
+from repa.data.format.opening import open_manifest
 from repa.data.testing import SYNTHETIC_COLUMNS, expected_row, synthetic_cache
-from repa.data.writing.store import open_manifest
 from repa.trainer.config import TrainConfig
 from repa.trainer.input.datamodule import CacheData
 from repa.trainer.input.online import is_target, offer

@@ -1,0 +1,104 @@
+"""What opening a cache is: its manifest, its keys, its labels, and what binds of them.
+
+A reader needs no more than this and the commit records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from crc32c import crc32c
+
+from ..errors import CacheError
+from ..storage.files import os_errors
+from ..storage.local import CHECKSUM_BYTES
+from .group import read_group
+from .layout import KEYS_FILE, LABEL_CHUNK
+from .manifest import ATTRIBUTE, Manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from ..storage.bucket import CachePath
+    from .columns import ColumnSpec
+    from .manifest import Provenance
+
+_SHOWN = 60  # characters of a value in an error
+
+
+def open_manifest(path: CachePath) -> Manifest:
+    """The manifest of the cache at ``path``.
+
+    Raises:
+        CacheError: there is no cache, it is of another format version, or its manifest is damaged.
+        RepaError: the operating system refuses.
+    """
+    return Manifest.from_json(read_group(path)["attributes"][ATTRIBUTE], where=str(path))
+
+
+def read_keys(path: CachePath, manifest: Manifest) -> list[str]:
+    """Image key of every row.
+
+    Raises:
+        CacheError: ``keys.txt`` is missing or not the one of the manifest.
+    """
+    data = _read(path / KEYS_FILE)
+    if hashlib.sha256(data).hexdigest() != manifest.keys_sha256:
+        raise CacheError(
+            f"{path / KEYS_FILE} does not match its checksum in the manifest",
+            "restore it, or have it written again by `repa cache repair`",
+        )
+    return data.decode().split("\n")[:-1]
+
+
+def read_labels(path: CachePath, manifest: Manifest) -> NDArray[np.int32]:
+    """The label of every row, int32 ``[N]``.
+
+    Raises:
+        CacheError: the label array is missing, cut off or does not match its checksum.
+    """
+    file = path / LABEL_CHUNK
+    data = _read(file)
+    values, stored = data[:-CHECKSUM_BYTES], int.from_bytes(data[-CHECKSUM_BYTES:], "little")
+    if len(values) != 4 * manifest.num_rows or crc32c(values) != stored:
+        raise CacheError(
+            f"{file} does not match its checksum",
+            "restore it, or have it written again by `repa cache repair`",
+        )
+    return np.frombuffer(values, dtype="<i4").astype(np.int32)
+
+
+def declaration(provenance: Provenance, columns: Mapping[str, ColumnSpec]) -> dict[str, Any]:
+    """What binds of a source; notes and columns each for itself, so that the one that differs is named."""
+    values = provenance.identity()
+    notes = values.pop("notes")
+    values.update({f"notes.{name}": value for name, value in notes.items()})
+    for name, spec in columns.items():
+        compressed = f" in {spec.compressor}" if spec.compressor else ""
+        values[f"columns.{name}"] = f"{spec.dtype}{list(spec.shape)}{compressed}"
+    return values
+
+
+def differences(here: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """``field is a, not b`` of every field that differs, values that are long left out."""
+    parts = []
+    for key in dict.fromkeys([*here, *wanted]):
+        if here.get(key) != wanted.get(key):
+            a, b = str(here.get(key)), str(wanted.get(key))
+            long = len(a) > _SHOWN or len(b) > _SHOWN
+            parts.append(f"{key} differs" if long else f"{key} is {a}, not {b}")
+    return ", ".join(parts)
+
+
+def _read(file: CachePath) -> bytes:
+    with os_errors("read", file):
+        try:
+            return file.read_bytes()
+        except FileNotFoundError as error:
+            raise CacheError(
+                f"{file} is missing", "restore it, or have it written again by `repa cache repair`"
+            ) from error
