@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from ..data.errors import RepaError
+from ..data.tars.names import command_in
 from .methods import METHODS
 from .methods.base import MethodConfig  # noqa: TC001 - annotations are read when settings are typed
 from .typed import coerce, from_mapping, nearest, parse_assignment, plain
@@ -233,15 +234,17 @@ def build(
         assignments: texts ``key=value`` with dotted keys, for example ``method.weight=0.25``.
 
     Raises:
-        RepaError: an unknown key, with the nearest names, or a value of another type.
+        RepaError: an unknown key, with the nearest names, a value of another type, or a command to run that
+            is not of the command line.
     """
     values = _normalise(base or {})
     _check_sections(values)
-    for key, value in (flags or {}).items():
-        if value is not None:
-            _assign(values, key, value)
-    for text in assignments:
-        _assign(values, *parse_assignment(text))
+    given = [(key, value) for key, value in (flags or {}).items() if value is not None]
+    given += [parse_assignment(text) for text in assignments]
+    for key, value in given:
+        _assign(values, key, value)
+    if "cache" not in dict(given):
+        _refuse_command(values.get("cache"))
     settings = dict(values.pop("method", {}))
     name = settings.pop("name", "repa")
     if name not in METHODS:
@@ -263,6 +266,17 @@ def _normalise(values: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(copy.get("method"), str):
         copy["method"] = {"name": copy["method"]}
     return copy
+
+
+def _refuse_command(cache: Any) -> None:
+    """Check that a cache which a file names is data: a file may come from anybody."""
+    command = command_in(cache) if isinstance(cache, str) else None
+    if command is not None:
+        raise RepaError(
+            f"the configuration's cache is a command, {command!r}, and only the command line may run one",
+            "give it with --cache",
+            field="cache",
+        )
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:

@@ -15,7 +15,8 @@ MAX_PATTERN = 100_000  # tars that one pattern may name
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_STREAM = re.compile(r"pipe:|[a-z][a-z0-9+.-]*://")
+_PIPE = "pipe:"
+_STREAM = re.compile(rf"{_PIPE}|[a-z][a-z0-9+.-]*://")
 _WILD = "*?["
 # how the name of a compressed tar may end: told apart, not read
 _ENDINGS = ("gz", "xz", "bz2", "zst")
@@ -29,9 +30,18 @@ def is_stream(place: str) -> bool:
 def names_tars(text: str) -> bool:
     """Whether a text names tars rather than a folder."""
     if is_stream(text):
-        return text.startswith("pipe:") or ".tar" in text.rsplit("/", 1)[-1]
+        return text.startswith(_PIPE) or ".tar" in text.rsplit("/", 1)[-1]
     last = text.rstrip("/").rsplit("/", 1)[-1].lower()
     return last.endswith((".tar", ".tgz", *(f".tar.{end}" for end in _ENDINGS))) and not Path(text).is_dir()
+
+
+def command_in(text: str) -> str | None:
+    """Return the first shell command that opening a text as tars would run, None where it would run none.
+
+    Raises:
+        RepaError: the pattern names too many.
+    """
+    return next((place for place in _braces(text) if place.startswith(_PIPE)), None)
 
 
 def expand_tars(pattern: str) -> list[str]:
@@ -52,7 +62,8 @@ def expand_tars(pattern: str) -> list[str]:
         found = sorted(str(path) for path in Path(root or ".").glob(each[len(root) :]))
         if not found:
             raise RepaError(f"no tar matches {each}", "check the pattern")
-        places += found
+        # a file may be named as a pipe is written
+        places += [f"./{place}" if is_stream(place) else place for place in found]
     if len(set(places)) < len(places):
         twice = next(place for place in places if places.count(place) > 1)
         raise RepaError(f"{pattern} names {twice} twice", "name each tar once")

@@ -33,6 +33,26 @@ def test_later_sources_win() -> None:
     assert config.method == RepaConfig(weight=0.75, depth=3)
 
 
+COMMANDS = ("pipe:touch owned", "pipe://touch owned", "{pipe:touch owned;,x}.tar", "{a,{b,pipe:x}}.tar")
+
+
+@pytest.mark.parametrize("cache", COMMANDS)
+def test_a_command_is_run_from_the_command_line_alone(cache: str) -> None:
+    with pytest.raises(RepaError) as caught:
+        build({"cache": cache}, {"seed": 1}, ["lr=1e-4"])
+    assert caught.value.field == "cache"
+    assert "--cache" in caught.value.remedy
+    assert build({"cache": cache}, {"cache": "other"}).cache == "other"
+    assert build({"cache": cache}, {}, ["cache=other"]).cache == "other"
+    assert build({"cache": "a"}, {"cache": cache}).cache == cache
+    assert build({"cache": "a"}, {}, [f"cache={cache}"]).cache == cache
+
+
+def test_a_cache_that_is_no_command_may_come_from_a_file() -> None:
+    for cache in ("a/pipe:b", "t-{0..3}.tar", "s3://bucket/x", "http://host/{0..2}.tar", "pipes"):
+        assert build({"cache": cache}).cache == cache
+
+
 def test_another_method_forgets_the_settings_of_the_first() -> None:
     base = {"method": {"name": "repa", "weight": 0.25}}
     assert build(base, {"method": "none"}).method == NoneConfig()

@@ -54,13 +54,18 @@ def refuse_foreign_folder(run: Path) -> None:
 
 def _check_config(run: Path) -> None:
     try:
-        build(load_yaml(run / CONFIG_FILE))
+        _build_without_cache(run)
     except RepaError as error:
         reason = error.what
         raise RepaError(
             f"{run / CONFIG_FILE} is not of a run that this repa can read ({reason})",
             "choose another folder with --run",
         ) from error
+
+
+def _build_without_cache(run: Path) -> TrainConfig:
+    """Return a run's settings, whose cache is not looked at: a resumed run may have another."""
+    return build(load_yaml(run / CONFIG_FILE), {"cache": ""})
 
 
 def _foreign_files(run: Path) -> Iterator[Path]:
@@ -105,7 +110,7 @@ def settle_config(config: TrainConfig, run: Path) -> None:
     """
     place = run / CONFIG_FILE
     if place.exists():
-        different = differences(build(load_yaml(place)), config)
+        different = differences(_build_without_cache(run), config)
         if different:
             raise RepaError(
                 f"{run} holds a run with other settings: {', '.join(different)}",

@@ -292,6 +292,13 @@ def test_patterns_are_those_of_a_shell(tmp_path: Path) -> None:
             expand_tars(pattern)
 
 
+def test_a_file_that_is_named_as_a_pipe_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipe:touch owned;.tar").touch()
+    assert expand_tars("*.tar") == ["./pipe:touch owned;.tar"]
+    assert not is_stream(expand_tars("*.tar")[0])
+
+
 def test_what_names_tars(tmp_path: Path) -> None:
     (tmp_path / "folder.tar").mkdir()
     assert names_tars("a/train-{0..3}.tar")

@@ -9,7 +9,7 @@ from repa.data.errors import RepaError
 from repa.data.testing import folder_contents, synthetic_cache
 from repa.trainer.config import TrainConfig
 from repa.trainer.run import folder as run_folder
-from repa.trainer.run.folder import refuse_foreign_folder
+from repa.trainer.run.folder import refuse_foreign_folder, settle_config
 from repa.trainer.step.checkpoints import checkpoint_path
 
 if TYPE_CHECKING:
@@ -111,6 +111,14 @@ def test_a_run_may_hold_anything_else(tmp_path: Path) -> None:
     checkpoint_path(lost, 4).parent.mkdir(parents=True)
     checkpoint_path(lost, 4).write_bytes(b"")
     refuse_foreign_folder(lost)
+
+
+def test_a_run_that_reads_its_cache_from_a_command_is_gone_on_with(tmp_path: Path) -> None:
+    config = TrainConfig(cache="pipe:cat a.tar")
+    settle_config(config, tmp_path)
+    refuse_foreign_folder(tmp_path)
+    settle_config(config, tmp_path)
+    assert (tmp_path / "config.yaml").read_text() == config.to_yaml()
 
 
 def test_training_touches_nothing_of_a_foreign_folder(
