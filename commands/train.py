@@ -34,7 +34,12 @@ class TrainFlags:
     """The flags of `repa train`; what is None is as in the configuration file, or the default."""
 
     method: Annotated[
-        str | None, typer.Option(help="'repa', 'haste', or 'none' for plain SiT.", show_default="repa")
+        str | None,
+        typer.Option(
+            help="'repa', 'haste', 'none' for plain SiT, one that an installed package offers, or "
+            "my_module:MyMethod.",
+            show_default="repa",
+        ),
     ] = None
     model: Annotated[str | None, typer.Option(help="Backbone.", show_default="SiT-B/2")] = None
     cache: Annotated[

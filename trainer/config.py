@@ -11,13 +11,17 @@ import yaml
 
 from ..data.errors import RepaError
 from ..data.tars.names import command_in
-from .methods import METHODS
 from .methods.base import MethodConfig  # noqa: TC001 - annotations are read when settings are typed
+from .methods.outside import find_method
+from .methods.repa import RepaConfig
 from .typed import coerce, from_mapping, nearest, parse_assignment, plain
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+
+DEFAULT_METHOD = "repa"
+_METHOD_KEYS = ("method", "method.name")
 
 # what the run itself decides: setting it twice would let two values disagree
 _OWNED_TRAINER_KEYS = {
@@ -69,7 +73,8 @@ class TrainConfig:
         cache: folder of the cache, or a pattern of the tars it was exported to.
         targets: where the teachers' targets come from: the cache, or online from the teachers themselves.
         model: name of the backbone, ``SiT-<size>/<patch>``.
-        method: settings of the method; its type says which.
+        method_name: which method: a name of ours, of an installed one, or ``module:Class``.
+        method: settings of the method.
         qk_norm: LayerNorm of queries and keys.
         path: interpolant between data and noise.
         times: law of the training times, where the method has none of its own.
@@ -109,7 +114,8 @@ class TrainConfig:
     cache: str = ""
     targets: Literal["cache", "online"] = "cache"
     model: str = "SiT-B/2"
-    method: MethodConfig = field(default_factory=METHODS["repa"][0])
+    method_name: str = DEFAULT_METHOD
+    method: MethodConfig = field(default_factory=RepaConfig)
     qk_norm: bool = False
     path: Literal["linear", "cosine"] = "linear"
     times: Literal["uniform", "lognormal"] = "uniform"
@@ -176,19 +182,14 @@ class TrainConfig:
             raise RepaError(f"betas={self.betas} is not valid: expected two numbers, 0 <= beta < 1")
 
     @property
-    def method_name(self) -> str:
-        """The registry's name of the method."""
-        return next(name for name, entry in METHODS.items() if type(self.method) is entry[0])
-
-    @property
     def default_run_name(self) -> str:
         """Name of the run's folder when none is given: ``repa-SiT-B-2``."""
-        return f"{self.method_name}-{self.model.replace('/', '-')}"
+        return f"{self.method_name.rpartition(':')[2]}-{self.model.replace('/', '-')}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the method's name first among its settings."""
         values: dict[str, Any] = plain(self)
-        values["method"] = {"name": self.method_name, **values["method"]}
+        values["method"] = {"name": values.pop("method_name"), **values["method"]}
         return values
 
     def to_yaml(self) -> str:
@@ -228,14 +229,16 @@ def build(
 ) -> TrainConfig:
     """The configuration of defaults < `base` < `flags` < `assignments`.
 
+    A method from outside, ``module:Class``, is imported only if `flags` or `assignments` name it.
+
     Args:
         base: values of a configuration file.
         flags: key → value of the command line's own flags; None means not given.
         assignments: texts ``key=value`` with dotted keys, for example ``method.weight=0.25``.
 
     Raises:
-        RepaError: an unknown key, with the nearest names, a value of another type, or a command to run that
-            is not of the command line.
+        RepaError: an unknown key, with the nearest names, a value of another type, a command to run that is
+            not of the command line, or a method that cannot be had.
     """
     values = _normalise(base or {})
     _check_sections(values)
@@ -246,18 +249,18 @@ def build(
     if "cache" not in dict(given):
         _refuse_command(values.get("cache"))
     settings = dict(values.pop("method", {}))
-    name = settings.pop("name", "repa")
-    if name not in METHODS:
-        raise RepaError(f"method {name!r} is unknown", f"{nearest(str(name), METHODS)}")
-    method = from_mapping(METHODS[name][0], settings, prefix="method.")
+    name = str(settings.pop("name", DEFAULT_METHOD))
+    from_command_line = any(key in _METHOD_KEYS and value == name for key, value in given)
+    kind = find_method(name, may_import=from_command_line).config_class
+    method = from_mapping(kind, settings, prefix="method.")
     trainer = _trainer_settings(values.pop("trainer", {}))
-    names = {item.name: item for item in fields(TrainConfig)}
-    for key in values:
-        if key not in names:
-            raise RepaError(f"unknown setting {key}", f"{nearest(key, (*names, *_dotted(name)))}")
     scalars = _scalar_annotations()
+    for key in values:
+        if key not in scalars:
+            names = (*scalars, "method", "trainer", *_dotted(kind))
+            raise RepaError(f"unknown setting {key}", f"{nearest(key, names)}")
     typed = {key: coerce(value, scalars[key], key) for key, value in values.items()}
-    return TrainConfig(method=method, trainer=trainer, **typed)
+    return TrainConfig(method_name=name, method=method, trainer=trainer, **typed)
 
 
 def _normalise(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,7 +283,7 @@ def _refuse_command(cache: Any) -> None:
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:
-    if key in ("method", "method.name"):
+    if key in _METHOD_KEYS:
         # settings of another method mean nothing to this one
         if values.get("method", {}).get("name") != value:
             values["method"] = {"name": value}
@@ -292,7 +295,7 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
         values[key] = value
         return
     if section not in ("method", "trainer"):
-        raise RepaError(f"unknown setting {key}", f"{nearest(key, _all_keys(values))}")
+        raise RepaError(f"unknown setting {key}", f"{nearest(key, (*_scalar_annotations(), *_dotted()))}")
     values.setdefault(section, {})[rest] = value
 
 
@@ -306,13 +309,8 @@ def _not_a_section(section: str, value: Any) -> str:
     return f"{section}={value!s} is not valid: expected settings, for example --set {section}.key=value"
 
 
-def _all_keys(values: Mapping[str, Any]) -> list[str]:
-    name = values.get("method", {}).get("name", "repa")
-    return [item.name for item in fields(TrainConfig)] + _dotted(name)
-
-
-def _dotted(method: str) -> list[str]:
-    keys = [f"method.{item.name}" for item in fields(METHODS[method][0])] if method in METHODS else []
+def _dotted(kind: type[MethodConfig] = RepaConfig) -> list[str]:
+    keys = [f"method.{item.name}" for item in fields(kind)]
     return [*keys, "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accelerator"]
 
 
@@ -320,7 +318,9 @@ def _scalar_annotations() -> dict[str, Any]:
     from typing import get_type_hints
 
     return {
-        key: kind for key, kind in get_type_hints(TrainConfig).items() if key not in ("method", "trainer")
+        key: kind
+        for key, kind in get_type_hints(TrainConfig).items()
+        if key not in ("method_name", "method", "trainer")
     }
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from repa.data.errors import RepaError
 from repa.trainer.config import TrainConfig, build, differences, load_yaml
-from repa.trainer.methods.none import NoneConfig
+from repa.trainer.methods.base import MethodConfig
 from repa.trainer.methods.repa import RepaConfig
 from repa.trainer.typed import coerce
 
@@ -55,7 +55,7 @@ def test_a_cache_that_is_no_command_may_come_from_a_file() -> None:
 
 def test_another_method_forgets_the_settings_of_the_first() -> None:
     base = {"method": {"name": "repa", "weight": 0.25}}
-    assert build(base, {"method": "none"}).method == NoneConfig()
+    assert build(base, {"method": "none"}).method == MethodConfig()
     assert build(base, {"method": "repa"}).method == RepaConfig(weight=0.25)
     assert build({"method": "none"}).method_name == "none"
 

@@ -1,20 +1,7 @@
-"""The methods, by the name that ``--method`` takes: one line each."""
+"""What is added to the velocity loss: a file for each method, and the doors for those from outside."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from .registry import METHODS
 
-from .haste import Haste, HasteConfig
-from .none import NoAlignment, NoneConfig
-from .repa import Repa, RepaConfig
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from .base import Method, MethodConfig
-
-METHODS: Mapping[str, tuple[type[MethodConfig], type[Method]]] = {
-    "none": (NoneConfig, NoAlignment),
-    "repa": (RepaConfig, Repa),
-    "haste": (HasteConfig, Haste),
-}
+__all__ = ["METHODS"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ EmaForward: TypeAlias = Callable[[Tensor, Tensor, Capture], Captured]
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """Settings of a method; each method's are a frozen subclass."""
+    """Settings of a method; a method with settings of its own has a frozen subclass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +110,17 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Why a run cannot start, and what mends it; each one line."""
+    """Why a run cannot start, and what mends it; each one line.
+
+    Attributes:
+        what: what is wrong.
+        remedy: what to do about it.
+        field: the flag, setting or column that it is about; empty where it is about none.
+    """
 
     what: str
     remedy: str
+    field: str = ""
 
 
 class Method(nn.Module, ABC):
@@ -127,7 +134,12 @@ class Method(nn.Module, ABC):
         columns: columns of the cache, name → spec.
         grids: source → rows and columns of its tokens.
         notes: source → what its provenance notes, as `Provenance.notes`.
+
+    Attributes:
+        config_class: class of the settings: a frozen dataclass whose fields all have a default.
     """
+
+    config_class: ClassVar[type[MethodConfig]] = MethodConfig
 
     def __init__(
         self,

@@ -101,6 +101,7 @@ class Haste(Repa):
     with the first H_T of the student's, index to index.
     """
 
+    config_class = HasteConfig
     config: HasteConfig
 
     def __init__(

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from .base import Method, MethodConfig, Step, Term
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoneConfig(MethodConfig):
-    """Nothing to set."""
+from .base import Method, Step, Term
 
 
 class NoAlignment(Method):

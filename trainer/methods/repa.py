@@ -60,6 +60,7 @@ class Repa(Method):
     have one projector each and their losses are averaged, as in the released code.
     """
 
+    config_class = RepaConfig
     config: RepaConfig
 
     def __init__(

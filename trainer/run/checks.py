@@ -20,8 +20,8 @@ from ...data.units import counted
 from ..input.datamodule import columns_of_phase
 from ..input.online import live_columns, offer, read_columns
 from ..input.tar_stream import GUARANTEES
-from ..methods import METHODS
 from ..methods.base import Method, Problem
+from ..methods.outside import find_method
 from ..models.sit import SiTConfig, parse_model_name
 from ..step.randomness import derived_seed
 from .gradient_angle import angle_problems
@@ -157,7 +157,7 @@ def make_method(
         manifest: of the cache.
         live: computes the targets; None reads them.
     """
-    build: Callable[..., Method] = METHODS[config.method_name][1]
+    build: Callable[..., Method] = find_method(config.method_name)
     there = offer(manifest, live)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(config.seed, "method"))

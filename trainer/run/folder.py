@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from ...data.errors import RepaError
 from ...data.storage.files import make_folder, os_errors, write_file
 from ..config import build, differences, load_yaml
+from ..methods.outside import FLAG as METHOD_FLAG
 from ..step.checkpoints import checkpoints_of
 
 if TYPE_CHECKING:
@@ -56,9 +57,10 @@ def _check_config(run: Path) -> None:
     try:
         _build_without_cache(run)
     except RepaError as error:
-        reason = error.what
+        if error.field == METHOD_FLAG:
+            raise  # the run can be read once its method can be had
         raise RepaError(
-            f"{run / CONFIG_FILE} is not of a run that this repa can read ({reason})",
+            f"{run / CONFIG_FILE} is not of a run that this repa can read ({error.what})",
             "choose another folder with --run",
         ) from error
 

@@ -14,6 +14,7 @@ import torch
 
 from ...data.errors import RepaError
 from ...data.storage.files import os_errors, write_file
+from ..methods.outside import origin_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,6 +77,7 @@ def add_start(
         "first_step": resumed,
         "seed": config.seed,
         "commit": _commit(),
+        "method": {"name": config.method_name, **origin_of(config.method_name)},
         "cache": config.cache,
         "cache_source": None if manifest is None else manifest.source_fingerprint,
         "live": None if checked.live is None else dict(checked.live.record),

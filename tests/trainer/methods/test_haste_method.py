@@ -9,7 +9,7 @@ import torch
 from repa.data.format.int8 import dequantise, quantise
 from repa.trainer.methods import METHODS
 from repa.trainer.methods.attention import attention_alignment
-from repa.trainer.methods.base import Flags, Phase, Step
+from repa.trainer.methods.base import Flags, MethodConfig, Phase, Step
 from repa.trainer.methods.repa import Repa, RepaConfig
 from repa.trainer.models.capture import NOTHING, Capture, Captured
 from repa.trainer.models.sit import SiT
@@ -283,7 +283,7 @@ def test_the_contract() -> None:
     assert method.capture(align) == Capture(hidden=(3,), attention=(2, 3))
     assert method.flags(align) == Flags()
     # after τ it is plain SiT in every answer
-    none = METHODS["none"][1](METHODS["none"][0](), CONFIG.facts, MOMENTS, GRIDS)
+    none = METHODS["none"](MethodConfig(), CONFIG.facts, MOMENTS, GRIDS)
     assert method.columns(plain) == none.columns(plain) == ()
     assert method.capture(plain) == none.capture(plain) == NOTHING
     assert method.flags(plain) == Flags(idle=("method.",))

@@ -13,7 +13,7 @@ from repa.data.format.columns import ColumnSpec
 from repa.trainer.methods import METHODS
 from repa.trainer.methods.alignment import cosine_similarity, stored_columns, target
 from repa.trainer.methods.base import Flags, Method, MethodConfig, Phase, Step, Term
-from repa.trainer.methods.none import NoAlignment, NoneConfig
+from repa.trainer.methods.none import NoAlignment
 from repa.trainer.methods.repa import PRESET_DEPTHS, Repa, RepaConfig
 from repa.trainer.models.capture import BackboneFacts, Capture, Captured
 from repa.trainer.models.sit import SIT_SIZES, SiT, SiTConfig
@@ -273,7 +273,7 @@ def test_the_contract_of_repa() -> None:
 
 
 def test_the_contract_of_none() -> None:
-    method = NoAlignment(NoneConfig(), CONFIG.facts, MOMENTS, GRIDS)
+    method = NoAlignment(MethodConfig(), CONFIG.facts, MOMENTS, GRIDS)
     phase = method.phase_at(123)
     assert method.losses(make_step({}, Captured(velocity=torch.zeros(1)))) == {}
     assert (method.columns(phase), method.capture(phase), method.problems()) == ((), Capture(), [])
@@ -302,8 +302,8 @@ def test_phases_are_a_pure_function_of_the_step() -> None:
 
 def test_registry() -> None:
     assert list(METHODS) == ["none", "repa", "haste"]
-    for config, method in METHODS.values():
-        method(config(), CONFIG.facts, COLUMNS, GRIDS)
+    for method in METHODS.values():
+        method(method.config_class(), CONFIG.facts, COLUMNS, GRIDS)
 
 
 def test_presets() -> None:

@@ -211,7 +211,7 @@ def test_parallel_and_opposite(
     config: Any,
     cosine: int,
 ) -> None:
-    monkeypatch.setitem(METHODS, "parallel", (config, Parallel))  # type: ignore[misc]
+    monkeypatch.setitem(METHODS, "parallel", type("Chosen", (Parallel,), {"config_class": config}))  # type: ignore[misc]
     run_fit(settings(method="parallel", max_steps=3, lr=1e-2, gradient_angle_every=1))
     row = read_metrics(tmp_path / "run" / "metrics.csv")[2]
     assert row["gradient_angle"] == pytest.approx(cosine, abs=1e-6)

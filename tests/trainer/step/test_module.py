@@ -227,6 +227,8 @@ class PhasedConfig(MethodConfig):
 class Phased(Method):
     """Alignment without velocity, then both, then velocity alone: every kind of phase in three steps each."""
 
+    config_class = PhasedConfig
+
     def __init__(self, config: Any, backbone: Any, columns: Any, grids: Any, notes: Any) -> None:
         super().__init__(config, backbone, columns, grids, notes)
         self.head = torch.nn.Linear(backbone.width, 16)
@@ -277,7 +279,7 @@ class Phased(Method):
 
 @pytest.fixture
 def phased(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METHODS, "phased", (PhasedConfig, Phased))  # type: ignore[misc]
+    monkeypatch.setitem(METHODS, "phased", Phased)  # type: ignore[misc]
 
 
 @pytest.mark.usefixtures("phased")
