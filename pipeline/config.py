@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping  # noqa: TC003 — dataclasses read it
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path  # noqa: TC003 — dataclasses read it
 
 from ..data.errors import RepaError
 from ..data.format.columns import AUTOENCODER, attention_source
 from .columns.specs import INT8, AttentionSettings
 from .encoders.teachers import find_teacher
+
+# far above what any machine makes use of; beyond them memory or the system's own limits give way first
+_RANGES = (
+    ("--resolution", 1, 8192),
+    ("--devices", 1, 1024),
+    ("--limit", 1, 10**10),
+    ("--batch-size", 1, 1 << 16),
+    ("--shard-rows", 1, 1 << 22),
+    ("--workers", 0, 1024),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,25 +109,21 @@ def check_flags(config: PreprocessConfig) -> None:
     """
     twice = sorted({name for name in config.encoders if config.encoders.count(name) > 1})
     if twice:
-        raise RepaError(f"--encoder {twice[0]} is given more than once", "give each encoder once")
+        raise RepaError(
+            f"--encoder {twice[0]} is given more than once", "give each encoder once", field="--encoder"
+        )
     unasked = sorted(set(config.weights) - set(config.encoders))
     if unasked:
         raise RepaError(
-            f"--weights names {unasked[0]}, which is not asked for", f"add --encoder {unasked[0]} or drop it"
+            f"--weights names {unasked[0]}, which is not asked for",
+            f"add --encoder {unasked[0]} or drop it",
+            field="--weights",
         )
-    for flag, value in (
-        ("--resolution", config.resolution),
-        ("--devices", config.devices),
-        ("--limit", config.limit),
-        ("--batch-size", config.batch_size),
-        ("--shard-rows", config.shard_rows),
-    ):
-        if value is not None and value < 1:
-            raise RepaError(f"{flag} {value} is too small", "give at least 1")
-    if config.workers is not None and config.workers < 0:
-        raise RepaError(
-            f"--workers {config.workers} is too small", "give 0 (decode in the same process) or more"
-        )
+    for flag, least, most in _RANGES:
+        value = getattr(config, flag.removeprefix("--").replace("-", "_"))
+        if value is not None and not least <= value <= most:
+            size = "small" if value < least else "large"
+            raise RepaError(f"{flag} {value} is too {size}", f"give {least} to {most:,}", field=flag)
     _check_attention(config)
 
 
@@ -124,11 +131,21 @@ def _check_attention(config: PreprocessConfig) -> None:
     cuts = {"--attention-rank": config.attention_rank, "--attention-kl": config.attention_kl}
     given = [flag for flag, value in cuts.items() if value is not None]
     if len(given) > 1:
-        raise RepaError(f"{' and '.join(given)} exclude one another", "give the rank, or what it is to reach")
+        raise RepaError(
+            f"{' and '.join(given)} exclude one another",
+            "give the rank, or what it is to reach",
+            field=given[0],
+        )
     if given and not config.attention:
-        raise RepaError(f"{given[0]} says how attention is stored", "add --attention, or drop it")
-    if config.attention_kl is not None and not config.attention_kl > 0:
-        raise RepaError(f"--attention-kl {config.attention_kl:g} cannot be met", "give nats above 0, as 0.01")
+        raise RepaError(
+            f"{given[0]} says how attention is stored", "add --attention, or drop it", field=given[0]
+        )
+    if config.attention_kl is not None and not 0 < config.attention_kl < inf:
+        raise RepaError(
+            f"--attention-kl {config.attention_kl:g} cannot be met",
+            "give nats above 0, as 0.01",
+            field="--attention-kl",
+        )
     for name, blocks in config.attention.items():
         teacher = find_teacher(name)
         outside = [block for block in blocks if not 1 <= block <= teacher.depth]
@@ -136,6 +153,7 @@ def _check_attention(config: PreprocessConfig) -> None:
             raise RepaError(
                 f"--attention names {f'block {outside[0]}' if outside else 'no block'} of encoder {name}",
                 f"its blocks are 1 to {teacher.depth}",
+                field="--attention",
             )
         rank = config.attention_rank
         if rank is not None and not 1 <= rank <= teacher.head_width:
@@ -143,4 +161,5 @@ def _check_attention(config: PreprocessConfig) -> None:
                 f"--attention-rank {rank} is none of encoder {name}, whose heads are "
                 f"{teacher.head_width} wide",
                 f"give 1 to {teacher.head_width}",
+                field="--attention-rank",
             )

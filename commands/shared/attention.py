@@ -18,7 +18,7 @@ HASTE = "haste"
 DEMO_SIZE = "T"
 
 _MODEL = re.compile(r"SiT-([A-Z]+)(?:/\d+)?")
-_BLOCKS = re.compile(r"(\d+)(?:-(\d+))?")
+_BLOCKS = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
 
 def attention_blocks(wanted: str, encoders: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -35,15 +35,20 @@ def attention_blocks(wanted: str, encoders: Sequence[str]) -> dict[str, tuple[in
     """
     if not encoders:
         raise RepaError(
-            "--attention stores the attention of a teacher", "give --encoder one that is not 'none'"
+            "--attention stores the attention of a teacher",
+            "give --encoder one that is not 'none'",
+            field="--attention",
         )
     name, colon, model = wanted.partition(":")
     if name != HASTE or (colon and not model):
-        return dict.fromkeys(encoders, _numbers(wanted))
+        return {encoder: _numbers(wanted, encoder) for encoder in encoders}
     return {encoder: _preset(encoder, model) for encoder in encoders}
 
 
-def _numbers(wanted: str) -> tuple[int, ...]:
+def _numbers(wanted: str, encoder: str) -> tuple[int, ...]:
+    from ...pipeline.encoders import find_teacher
+
+    depth = find_teacher(encoder).depth
     blocks: set[int] = set()
     for part in wanted.split(","):
         match = _BLOCKS.fullmatch(part.strip())
@@ -52,6 +57,14 @@ def _numbers(wanted: str) -> tuple[int, ...]:
             raise RepaError(
                 f"--attention {wanted!r} is unknown",
                 f"give {HASTE}, {HASTE}:SiT-XL, or numbers of the teacher's blocks as 8,10,12 or 9-12",
+                field="--attention",
+            )
+        if not 1 <= first <= last <= depth:
+            # before the range is counted out: it may be longer than the memory
+            raise RepaError(
+                f"--attention names block {first if not 1 <= first <= depth else last} of encoder {encoder}",
+                f"its blocks are 1 to {depth}",
+                field="--attention",
             )
         blocks.update(range(first, last + 1))
     return tuple(sorted(blocks))
@@ -73,6 +86,7 @@ def _preset(encoder: str, model: str) -> tuple[int, ...]:
         raise RepaError(
             f"--attention {HASTE}:{model}: HASTE has presets for SiT-{', SiT-'.join(PRESETS)}",
             "give one of these, or the teacher's blocks as 8,10,12",
+            field="--attention",
         )
     preset = PRESETS[size]
     if preset.teacher_depth != depth:
@@ -81,5 +95,6 @@ def _preset(encoder: str, model: str) -> tuple[int, ...]:
             f"--attention {HASTE}: the preset of SiT-{size} is for a teacher of {preset.teacher_depth} "
             f"blocks, encoder {encoder} has {depth}",
             f"name its blocks, for example --attention {','.join(str(block) for block in scaled)}",
+            field="--attention",
         )
     return tuple(sorted(set(preset.teacher_blocks)))

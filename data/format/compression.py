@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # numcodecs' numbers for the two ways of blosc
 _SHUFFLE = 1
 _BITSHUFFLE = 2
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
 class ChunkCodec:
@@ -68,15 +69,62 @@ class ChunkCodec:
         Returns:
             What is wrong with the encoded bytes, or None.
         """
+        values = np.frombuffer(out, dtype=self._dtype)
         try:
-            decoded = self._codec.decode(encoded)
+            if self._compressor == "pcodec":
+                return self._decode_pcodec(encoded, values)
+            told = told_bytes(self._compressor, encoded)
+            if told is None:
+                return "it does not say how many bytes it holds"
+            if told != self._row_bytes:
+                return f"it decodes to {counted(told, 'byte')} of {self._row_bytes}"
+            # into the row itself: whatever a chunk says, no more memory than the row's is ever taken
+            self._codec.decode(encoded, out=values.view(np.uint8))
         except (RuntimeError, ValueError) as error:
             return f"it is not {self._compressor}: {error}"
-        data = memoryview(decoded).cast("B")
-        if len(data) != self._row_bytes:
-            return f"it decodes to {counted(len(data), 'byte')} of {self._row_bytes}"
-        out[:] = data
         return None
+
+    def _decode_pcodec(
+        self, encoded: bytes | bytearray | memoryview, values: NDArray[np.generic]
+    ) -> str | None:
+        # numcodecs does not pass on how many numbers were read, nor whether more are left
+        from pcodec import standalone
+
+        progress = standalone.simple_decompress_into(bytes(encoded), values)
+        if not progress.finished:
+            return f"it decodes to more than {counted(self._row_bytes, 'byte')}"
+        if progress.n_processed != len(values):
+            read = progress.n_processed * self._dtype.itemsize
+            return f"it decodes to {counted(read, 'byte')} of {self._row_bytes}"
+        return None
+
+
+def told_bytes(compressor: str, encoded: bytes | bytearray | memoryview) -> int | None:
+    """Return the decoded size that an encoded chunk states, None where it states none.
+
+    Of zstd the content size of its frame (RFC 8878, section 3.1.1.1), of blosc the first size of its header.
+
+    Args:
+        compressor: ``zstd`` or ``blosc``.
+        encoded: the stored bytes.
+
+    Raises:
+        ValueError: it begins as nothing of the compressor's.
+    """
+    head = bytes(encoded[:18])
+    if compressor == "blosc":
+        if len(head) < 16:
+            raise ValueError("it is shorter than a header")
+        return int.from_bytes(head[4:8], "little")
+    if len(head) < 6 or head[:4] != _ZSTD_MAGIC:
+        raise ValueError("it does not begin as a frame")
+    descriptor = head[4]
+    single, size = bool(descriptor & 0x20), descriptor >> 6
+    if not size and not single:
+        return None
+    first = 5 + (not single) + (0, 1, 2, 4)[descriptor & 3]  # past the window and the dictionary's number
+    stated = int.from_bytes(head[first : first + (1 << size)], "little")
+    return stated + 256 if size == 1 else stated
 
 
 def chunk_codec(spec: ColumnSpec) -> ChunkCodec | None:

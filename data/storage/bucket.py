@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from ..errors import CacheError, RepaError
+from .environment import check_environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -57,7 +58,8 @@ class Bucket:
         url: of the prefix.
 
     Raises:
-        RepaError: the package obstore is not installed, or the address is none.
+        RepaError: the package obstore is not installed, the address is none, or an environment variable that
+            leads there is malformed.
     """
 
     def __init__(self, url: str) -> None:
@@ -73,6 +75,7 @@ class Bucket:
                 f"{self.url} is in a bucket, which needs the package obstore",
                 "install it with `pip install 'repa[remote]'`",
             ) from error
+        check_environment(self.url)
         try:
             self._store = from_url(self.url, retry_config={"max_retries": _RETRIES, "backoff": _BACKOFF})
         except (BaseError, ValueError) as error:
@@ -103,6 +106,11 @@ class Bucket:
             if any(server in what for server in _METADATA_SERVERS):
                 what = f"no credentials: {_CREDENTIALS[self.url[:2]]}"
             raise OSError(errno.ECONNABORTED, what, f"{self.url}/{name}") from error
+        except BaseException as error:
+            # pyo3's own class cannot be imported, and is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise OSError(errno.ECONNABORTED, _one_line(error), f"{self.url}/{name}") from error
 
     def read(self, name: str) -> bytes:
         """The bytes of an object.

@@ -24,7 +24,8 @@ class OpenFile:
 
     def __init__(self, path: str, flags: int = 0) -> None:
         self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+        # where a FIFO lies in place of a file, it is not waited for: reading in places then fails
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)
 
     def __del__(self) -> None:
         if self.descriptor >= 0:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from pathlib import Path
 
 from ..errors import RepaError
 from ..storage.files import os_errors
+from ..storage.regular import other_kind
 from ..units import counted
 
 MAX_PATTERN = 100_000  # tars that one pattern may name
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
+_MAX_DIGITS = 18  # of an end of a range
 _PIPE = "pipe:"
 _STREAM = re.compile(rf"{_PIPE}|[a-z][a-z0-9+.-]*://")
 _WILD = "*?["
@@ -74,7 +75,7 @@ def present_tars(pattern: str) -> list[str]:
     """`expand_tars`, of tars that are there as far as can be told without opening any.
 
     Raises:
-        RepaError: as there; or one is missing, or is a folder.
+        RepaError: as there; or one is missing, or is no file.
     """
     places = expand_tars(pattern)
     missing = []
@@ -83,12 +84,16 @@ def present_tars(pattern: str) -> list[str]:
             continue
         with os_errors("read", Path(place)):
             try:
-                folder = stat.S_ISDIR(os.stat(place).st_mode)
+                kind = other_kind(os.stat(place).st_mode)
             except (FileNotFoundError, NotADirectoryError):
                 missing.append(place)
                 continue
-        if folder:
+        if kind == "a folder":
             raise _is_folder(place)
+        if kind:
+            raise RepaError(
+                f"tar {place} is {kind}, not a file", "copy what it gives into a file, and name that"
+            )
     if missing and len(places) == 1:
         raise RepaError(f"tar {missing[0]} is missing", "look at its name, or fetch it")
     if missing:
@@ -135,6 +140,8 @@ def _brace_values(inside: str, pattern: str) -> list[str] | None:
     if match is None:
         return inside.split(",") if "," in inside else None
     first, last = match.groups()
+    if max(len(first), len(last)) > _MAX_DIGITS:
+        raise RepaError(f"{pattern[:80]} counts tars by more than {_MAX_DIGITS} digits", "write fewer digits")
     padded = any(len(end) > 1 and end[0] == "0" for end in (first, last))
     width = max(len(first), len(last)) if padded else 0
     step = 1 if int(first) <= int(last) else -1

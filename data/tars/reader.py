@@ -18,6 +18,7 @@ from ..errors import RepaError
 from ..storage.bucket import is_remote
 from ..storage.files import os_errors
 from ..storage.object_file import open_object
+from ..storage.regular import open_regular
 from .names import is_stream
 
 if TYPE_CHECKING:
@@ -235,9 +236,9 @@ def open_tar(place: str, *, headers: bool = False) -> Iterator[TarReader]:
         RepaError: it cannot be opened or read, or its command failed.
     """
     if not is_stream(place):
-        with os_errors("read", Path(place)), open(place, "rb") as file:
+        with os_errors("read", Path(place)), open_regular(place) as file:
             status = os.fstat(file.fileno())
-            yield TarReader(file, place, status.st_size if file.seekable() else None)
+            yield TarReader(file, place, status.st_size)
         return
     if is_remote(place):
         with open_object(place, little=headers) as opened:

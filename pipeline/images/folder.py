@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...data.errors import RepaError
+from ...data.storage.regular import other_kind, read_regular
 from .decode import decode_image
 from .listing import fingerprint_of, spaced
 
@@ -80,7 +81,7 @@ class FolderImages:
         """Image of row ``index`` as RGB; see `ImageSource.load`."""
         path = self.root / self.keys[index]
         try:
-            content = path.read_bytes()
+            content = read_regular(path)
         except FileNotFoundError as error:
             raise RepaError(
                 f"image {path} has vanished since the folder was listed", "run the same command again"
@@ -175,10 +176,8 @@ class _Scan:
                             folders.append((entry.name, entry.path, ancestors))
                     elif not entry.name.lower().endswith(EXTENSIONS):
                         self.skipped.append((key, "not named as a JPEG, PNG or WebP image"))
-                    elif entry.is_symlink() and not entry.is_file():
-                        raise RepaError(
-                            f"image {entry.path} is a broken link", "mend or remove it and run again"
-                        )
+                    elif not entry.is_file():
+                        raise _no_file(entry)
                     else:
                         images.append(key)
         except OSError as error:
@@ -187,6 +186,15 @@ class _Scan:
                 "mend its permissions and run again",
             ) from error
         return images, folders
+
+
+def _no_file(entry: os.DirEntry[str]) -> RepaError:
+    """Say what stands in the place of an image."""
+    try:
+        kind = other_kind(entry.stat().st_mode)
+    except OSError:
+        kind = "a broken link"
+    return RepaError(f"image {entry.path} is {kind}", "mend or remove it and run again")
 
 
 def _check_name(name: str, key: str, root: Path) -> None:

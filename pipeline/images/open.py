@@ -15,9 +15,8 @@ if TYPE_CHECKING:
     from .base import ImageSource
 
 DEMO = "demo"
-
-
 DEMO_IMAGES = 2048
+MOST_DEMO_IMAGES = 1 << 20
 
 
 def open_source(
@@ -39,7 +38,7 @@ def open_source(
         RepaError: see `FolderImages`, `TarImages` and `HubImages`.
     """
     if limit is not None and limit < 1:
-        raise RepaError(f"--limit {limit} asks for no image", "give 1 or more")
+        raise RepaError(f"--limit {limit} asks for no image", "give 1 or more", field="--limit")
     if names_tars(data):
         from .tars import TarImages
 
@@ -53,5 +52,11 @@ def open_source(
     if data == DEMO:
         from ..demo.shapes import DemoImages
 
+        if limit is not None and limit > MOST_DEMO_IMAGES:
+            raise RepaError(
+                f"--limit {limit} asks for more images than the demo draws",
+                f"give at most {MOST_DEMO_IMAGES:,}",
+                field="--limit",
+            )
         return DemoImages(count=limit or DEMO_IMAGES)
     return FolderImages(data, apply_exif=apply_exif, limit=limit)

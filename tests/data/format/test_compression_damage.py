@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from compressed_cache import COLUMNS, COMPRESSED, SHARD_ROWS, VIEWS, index_of, read_one
 from crc32c import crc32c
+from hypothesis import given
+from hypothesis import strategies as st
 from killed_writers import commits_of, finish_writers, kill_writers, start_writer
 from repa.data.errors import CorruptRowError
 from repa.data.format.columns import ColumnSpec
@@ -80,10 +82,9 @@ def test_a_chunk_with_the_right_checksum_and_the_wrong_content_is_corrupt(copy: 
     whole = file.read_bytes()
     longer = ColumnSpec(shape=(17, 32), dtype=spec.dtype, compressor=spec.compressor)
     wrong = spec.row_bytes * 17 // 16
+    told = f"{wrong} bytes of" if spec.compressor != "pcodec" else "more than"
     forged = {
-        f"decodes to {wrong} bytes of {spec.row_bytes}": ChunkCodec(longer).encode(
-            expected_row(name, 0, longer)
-        ),
+        f"decodes to {told} {spec.row_bytes}": ChunkCodec(longer).encode(expected_row(name, 0, longer)),
         f"is not {spec.compressor}: ": b"no codec's",
     }
     for what, chunk in forged.items():
@@ -132,6 +133,31 @@ def test_damage_without_checksums_is_an_error_or_other_numbers_but_no_crash(copy
             file.write_bytes(data)
             with CacheReader(copy, [name], check_crc=False) as reader, suppress(CorruptRowError):
                 assert read_one(reader, name, 1).shape == COLUMNS[name].shape
+
+
+@pytest.mark.parametrize("stated", [0, 255, 1 << 40, (1 << 64) - 1])
+def test_a_chunk_that_states_an_absurd_size_takes_no_memory(stated: int) -> None:
+    codec = ChunkCodec(COLUMNS["zstd-float16/patch"])
+    out = memoryview(bytearray(COLUMNS["zstd-float16/patch"].row_bytes))
+    frame = b"\x28\xb5\x2f\xfd\xe0" + stated.to_bytes(8, "little") + b"\x01\x00\x00"
+    assert codec.decode(frame, out) is not None
+    # two megabytes of nothing but a repeated byte, in blocks, from a frame that states no size
+    blocks = b"".join((2 | (1 << 17 << 3)).to_bytes(3, "little") + b"A" for _ in range(16))
+    assert codec.decode(b"\x28\xb5\x2f\xfd\x00\x88" + blocks + b"\x01\x00\x00", out) is not None
+
+
+@given(data=st.data(), name=st.sampled_from(COMPRESSED))
+def test_hostile_chunks_end_in_no_exception_and_write_nothing_past_the_row(
+    data: st.DataObject, name: str
+) -> None:
+    spec = COLUMNS[name]
+    codec = ChunkCodec(spec)
+    chunk = bytearray(codec.encode(expected_row(name, 0, spec)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        chunk[data.draw(st.integers(0, min(40, len(chunk) - 1)))] = data.draw(st.integers(0, 255))
+    guarded = bytearray(spec.row_bytes + 64)
+    codec.decode(bytes(chunk), memoryview(guarded)[: spec.row_bytes])
+    assert not any(guarded[spec.row_bytes :])
 
 
 WRITE = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from repa.data.errors import RepaError
-from repa.data.tars.names import expand_tars, is_stream, names_tars
+from repa.data.tars.names import expand_tars, is_stream, names_tars, present_tars
 from repa.data.tars.reader import TarReader, open_tar, split_member
 
 FILES = {
@@ -320,3 +321,18 @@ def test_keys_are_those_of_webdataset() -> None:
         base, field = base_plus_ext(name)
         assert split_member(name) == (None if base is None else (base, field.lower()))
     assert split_member("__repa__/shard.json") is None
+
+
+def test_a_tar_that_is_no_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(RepaError, match="named pipe"):
+        present_tars(str(tmp_path / "a.tar"))
+    with pytest.raises(RepaError, match="named pipe"), open_tar(str(tmp_path / "a.tar")):
+        pass
+
+
+def test_ranges_that_no_number_counts() -> None:
+    for pattern in (f"a-{{0..{'9' * 5000}}}.tar", f"a-{{{'0' * 5000}1..2}}.tar", "a-{0..999999999}.tar"):
+        with pytest.raises(RepaError) as caught:
+            expand_tars(pattern)
+        assert len(str(caught.value)) < 300

@@ -110,8 +110,11 @@ def test_haste_is_what_the_method_aligns_by_default() -> None:
     assert attention_blocks("12, 8,8", ("dinov2-b",)) == {"dinov2-b": (8, 12)}
 
 
-@pytest.mark.parametrize("wanted", ["", "haste:", "haste:XXL", "8;9", "9-", "-9", "12-9", "eight"])
+@pytest.mark.parametrize(
+    "wanted", ["", "haste:", "haste:XXL", "8;9", "9-", "-9", "12-9", "eight", "1-999999999", f"1-{9:0>5000}"]
+)
 def test_words_that_mean_no_blocks(wanted: str) -> None:
     with pytest.raises(RepaError, match="--attention") as caught:
         attention_blocks(wanted, ("dinov2-b",))
+    assert caught.value.field == "--attention"
     assert "\n" not in str(caught.value)

@@ -158,9 +158,10 @@ def test_files_that_cannot_be_read_stop_the_run(tmp_path: Path, monkeypatch: pyt
     def refuse(path: Path) -> bytes:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("repa.pipeline.images.folder.read_regular", refuse)
     with pytest.raises(RepaError, match=r"1\.png cannot be read \(Permission denied\)"):
         source.load(0)
+    monkeypatch.undo()
 
     def refuse_listing(path: str) -> None:
         raise PermissionError(13, "Permission denied", path)
@@ -168,6 +169,23 @@ def test_files_that_cannot_be_read_stop_the_run(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "scandir", refuse_listing)
     with pytest.raises(RepaError, match=r"cannot be listed \(Permission denied\)"):
         FolderImages(tmp_path)
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    root = write(tmp_path / "root", {"a/1.png": png(), "a/2.png": png()})
+    source = FolderImages(root)
+    os.mkfifo(root / "a/fifo.png")
+    with pytest.raises(RepaError, match="named pipe"):
+        FolderImages(root)
+    (root / "a/fifo.png").rename(root / "a/2.png")  # after the folder was listed
+    with pytest.raises(RepaError, match="named pipe"):
+        source.load(1)
+    (root / "a/2.png").unlink()
+    (root / "a/2.png").symlink_to("/dev/zero")
+    with pytest.raises(RepaError, match="a device"):
+        FolderImages(root)
+    with pytest.raises(RepaError, match="a device"):
+        source.load(1)
 
 
 def test_sources_travel_to_other_processes(tmp_path: Path) -> None:
@@ -182,6 +200,9 @@ def test_demo_is_a_source() -> None:
     assert (len(source), source.kind, list(source.skipped)) == (24, "demo", [])
     assert source.load(0).mode == "RGB"
     assert len(open_source("demo")) == 2048
+    with pytest.raises(RepaError) as caught:
+        open_source("demo", limit=10**12)
+    assert caught.value.field == "--limit"
 
 
 def deep_png(values: np.ndarray) -> bytes:
