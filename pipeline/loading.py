@@ -8,6 +8,7 @@ import torch
 
 from ..data.format.columns import AUTOENCODER, model_of
 from .columns.models import AutoencoderModel, EncoderModel, SourceModel
+from .plan import present_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,6 +35,8 @@ def load_models(config: PreprocessConfig, sources: Iterable[str], device: str) -
     assert config.vae is not None, "the plan resolves the command"
     assert config.batch_size is not None, "the plan resolves the command"
     dtype = _DTYPES[config.compute_dtype]
+    present = present_manifest(config.cache)
+    known = {} if present is None else present.sources
     wanted: dict[str, list[str]] = {}
     for source in sources:
         wanted.setdefault(model_of(source), []).append(source)
@@ -57,6 +60,7 @@ def load_models(config: PreprocessConfig, sources: Iterable[str], device: str) -
                 own,
                 batch_size=config.batch_size,
                 dtype=config.feature_dtype,
+                recorded=[each for source, each in known.items() if model_of(source) == name],
                 attention=config.attention_settings(name),
                 compressor=config.compress,
             )

@@ -16,6 +16,8 @@ FORMAT_VERSION = 1
 ATTRIBUTE = "repa"
 DEFAULT_SHARD_ROWS = 1024
 ORIGINAL_VIEW = "original"
+LOADED_NOTE = "loaded_sha256"
+"""Note of weights that are not run as their file holds them, the sha256 of the tensors as they are run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,8 @@ class Provenance:
 
     Attributes:
         model: identity of the model, a hub id, a timm name or the folder's name.
-        weights_sha256: sha256 of the weights (of the state dict's tensors, not of the file that held them).
+        weights_sha256: sha256 of the weights, of the tensors that a file holds for the model, before any of
+            them is resampled to an input size.
         random_weights: True when the weights were drawn, not trained; training warns of it.
         input_size: side in pixels of what the model saw.
         mean: per-channel mean subtracted from pixels in [0, 1].
@@ -49,9 +52,13 @@ class Provenance:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def identity(self) -> dict[str, Any]:
-        """What two runs must share for their rows to stand in one column: all but library versions."""
+        """Return what two runs must share for their rows to stand in one column.
+
+        Library versions are left out, and the weights as they are run, which follow from those of the file.
+        """
         values: dict[str, Any] = _plain(asdict(self))
         del values["libraries"]
+        values["notes"].pop(LOADED_NOTE, None)
         return values
 
 

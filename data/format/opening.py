@@ -6,6 +6,7 @@ A reader needs no more than this and the commit records.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,10 +17,10 @@ from ..storage.files import os_errors
 from ..storage.local import CHECKSUM_BYTES
 from .group import read_group
 from .layout import KEYS_FILE, LABEL_CHUNK
-from .manifest import ATTRIBUTE, Manifest
+from .manifest import ATTRIBUTE, LOADED_NOTE, Manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from numpy.typing import NDArray
 
@@ -81,6 +82,24 @@ def declaration(provenance: Provenance, columns: Mapping[str, ColumnSpec]) -> di
         compressed = f" in {spec.compressor}" if spec.compressor else ""
         values[f"columns.{name}"] = f"{spec.dtype}{list(spec.shape)}{compressed}"
     return values
+
+
+def as_recorded(found: Provenance, recorded: Iterable[Provenance]) -> Provenance:
+    """Return a model's provenance with the kind of weights hash that a cache has of it.
+
+    Until format version 2 ``weights_sha256`` was of the tensors as they are run, a position table resampled
+    to the input size among them, so that one file had another hash at every size. Where a cache has the one
+    that this model has by that count, it is the same model.
+
+    Args:
+        found: of the model at hand.
+        recorded: of the cache's sources that came from a model of that name.
+    """
+    loaded = found.notes.get(LOADED_NOTE)
+    if loaded is None or not any(each.weights_sha256 == loaded for each in recorded):
+        return found
+    notes = {name: value for name, value in found.notes.items() if name != LOADED_NOTE}
+    return replace(found, weights_sha256=loaded, notes=notes)
 
 
 def differences(here: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

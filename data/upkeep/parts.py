@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import CacheError
 from ..format.columns import AUTOENCODER, model_of
-from ..format.opening import declaration, differences, open_manifest, read_keys, read_labels
+from ..format.opening import as_recorded, declaration, differences, open_manifest, read_keys, read_labels
 from ..units import counted
 
 if TYPE_CHECKING:
@@ -200,9 +200,11 @@ def check_source(parts: Sequence[Part], source: str, chosen: Sequence[str]) -> N
         CacheError: no one command could have written both, or each part has a calibration of its own.
     """
     first = parts[0]
-    here = declaration(first.manifest.sources[source], first.manifest.source_columns(source))
+    recorded = first.manifest.sources[source]
     for part in parts[1:]:
-        there = declaration(part.manifest.sources[source], part.manifest.source_columns(source))
+        own = part.manifest.sources[source]
+        here = declaration(as_recorded(recorded, [own]), first.manifest.source_columns(source))
+        there = declaration(as_recorded(own, [recorded]), part.manifest.source_columns(source))
         fitted = [
             name for name in ("notes.calibration", "notes.fidelity") if here.get(name) != there.get(name)
         ]

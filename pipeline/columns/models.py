@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from ...data.format.columns import AUTOENCODER, MOMENTS, ColumnSpec, attention_source
+from ...data.format.manifest import LOADED_NOTE
+from ...data.format.opening import as_recorded
 from .forms import AttentionForm, TokenForm, token_form
 from .specs import INT8
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     import torch
 
@@ -123,6 +125,7 @@ class EncoderModel:
         encoder: the teacher.
         sources: either of the two, or both.
         batch_size: images of a forward pass, for the manifest.
+        recorded: what the cache has of this teacher already.
         dtype: ``float16``, ``float32`` or ``int8``, of its tokens.
         attention: how its attention is stored, if it is.
         compressor: of the columns, see `ColumnSpec`.
@@ -135,12 +138,13 @@ class EncoderModel:
         *,
         batch_size: int,
         dtype: str,
+        recorded: Sequence[Provenance] = (),
         attention: AttentionSettings | None = None,
         compressor: str | None = None,
     ) -> None:
         self.name = encoder.name
         self.sources = tuple(sources)
-        self.provenance = encoder.provenance(batch_size)
+        self.provenance = as_recorded(encoder.provenance(batch_size), recorded)
         self.parts: Mapping[str, Part] = {}
         self._encoder = encoder
         self._settings = attention
@@ -163,6 +167,8 @@ class EncoderModel:
                 assert self._settings is not None, "an attention source has settings"
                 form, notes = calibrator.attention(self._encoder, self.provenance, self._settings)
                 self._attention, columns = form, form.columns
+                if LOADED_NOTE in self.provenance.notes:
+                    notes[LOADED_NOTE] = self.provenance.notes[LOADED_NOTE]
             part = Part(provenance=replace(self.provenance, notes=notes), columns=columns)
             self.parts = {**self.parts, source: part}
 

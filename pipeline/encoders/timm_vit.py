@@ -17,7 +17,7 @@ import timm
 import torch
 
 from ...data.errors import RepaError
-from ...data.format.manifest import Provenance
+from ...data.format.manifest import LOADED_NOTE, Provenance
 from ..images.pixels import to_teacher_input
 from .attention import AttentionCapture, use_fused_attention
 from .teachers import DEMO
@@ -82,9 +82,8 @@ class TimmEncoder:
         if path is None and not random_weights:
             path = _from_hub(teacher)  # before the model is built: an error should not take seconds
         model = build(teacher, self.input_size)
-        if path is not None:
-            load_checkpoint(model, path, teacher)
-        self._sha256 = weights_sha256(model.state_dict())
+        self._sha256 = None if path is None else load_checkpoint(model, path, teacher)
+        self._loaded_sha256 = weights_sha256(model.state_dict())
         use_fused_attention(model)
         self._model = model.eval().requires_grad_(False).to(device)
         self.depth = len(model.blocks)
@@ -129,9 +128,11 @@ class TimmEncoder:
     def provenance(self, batch_size: int) -> Provenance:
         """What the manifest keeps."""
         mean, std = self._teacher.normalisation
+        as_in_file = self._sha256 in (None, self._loaded_sha256)
+        resampled = {} if as_in_file else {LOADED_NOTE: self._loaded_sha256}
         return Provenance(
             model=DEMO if self.name == DEMO else self._teacher.timm_name,
-            weights_sha256=self._sha256,
+            weights_sha256=self._sha256 or self._loaded_sha256,
             random_weights=self.random_weights,
             input_size=self.input_size,
             mean=mean,
@@ -140,7 +141,7 @@ class TimmEncoder:
             batch_size=batch_size,
             grid=self.grid,
             libraries=library_versions("torch", "timm", "pillow"),
-            notes={"patch": "final norm", "cls": self._teacher.class_feature},
+            notes={"patch": "final norm", "cls": self._teacher.class_feature, **resampled},
         )
 
 
@@ -151,7 +152,7 @@ def build(teacher: Teacher, input_size: int) -> Any:
         return timm.create_model(teacher.timm_name, pretrained=False, **options)
 
 
-def load_checkpoint(model: Any, path: Path, teacher: Teacher) -> None:
+def load_checkpoint(model: Any, path: Path, teacher: Teacher) -> str:
     """Load a file through timm's own filter for the architecture, then strictly.
 
     The filter converts the original authors' names and resamples the position table to the model's grid; the
@@ -162,6 +163,9 @@ def load_checkpoint(model: Any, path: Path, teacher: Teacher) -> None:
         path: timm's file, or the original authors'.
         teacher: its row.
 
+    Returns:
+        `weights_sha256` of the file's tensors, those of the classifier and of other networks left out.
+
     Raises:
         RepaError: another model's file; says what differs.
     """
@@ -171,6 +175,7 @@ def load_checkpoint(model: Any, path: Path, teacher: Teacher) -> None:
     prefix = teacher.checkpoint_prefix
     if prefix and any(name.startswith(prefix) for name in state):
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    sha256 = weights_sha256({name: value for name, value in state.items() if not name.startswith(CLASSIFIER)})
     kernel = state.get(PATCH_KERNEL)
     if kernel is not None and kernel.ndim == 4 and kernel.shape[-1] != teacher.patch_size:
         # the filter would scale it, silently
@@ -186,6 +191,7 @@ def load_checkpoint(model: Any, path: Path, teacher: Teacher) -> None:
         raise RepaError(f"{what}: {one_line(error)}", f"{remedy}") from error
     state = {name: value for name, value in state.items() if not name.startswith(CLASSIFIER)}
     load_strictly(model, state, what=what, remedy=remedy)
+    return sha256
 
 
 def _shipped(teacher: Teacher) -> Path | None:

@@ -25,7 +25,8 @@ from ...data.format.columns import (
     column_name,
     split_column,
 )
-from ...data.format.opening import open_manifest
+from ...data.format.manifest import LOADED_NOTE
+from ...data.format.opening import as_recorded, open_manifest
 from ...data.reading.reader import CacheReader
 from ...data.units import counted
 from ...data.writing.store import keys_sha256
@@ -159,7 +160,7 @@ class LiveTeachers:
         for name in self._names:
             teacher = self._load(name, device, valid_rows)
             self._teachers.append(teacher)
-            provenance = teacher.encoder.provenance(teacher.batch_size)
+            provenance = _as_run(teacher.encoder.provenance(teacher.batch_size))
             provenances[name] = provenance
             if self._blocks[name]:
                 source = attention_source(name)
@@ -179,7 +180,7 @@ class LiveTeachers:
             weights=self._weights.get(name),
             random_weights=self._random_weights or any(each.random_weights for each in declared),
         )
-        found = encoder.provenance(batch_size).weights_sha256
+        found = as_recorded(encoder.provenance(batch_size), declared).weights_sha256
         for each in declared:
             if each.weights_sha256 != found:
                 raise CacheError(
@@ -306,6 +307,11 @@ class _Teacher:
         blocks = self._blocks if {"q", "k"} & set(kinds) else ()
         output = self.encoder.encode(pixels.to(self._device), attention=blocks)
         return {kind: output[kind] for kind in kinds}
+
+
+def _as_run(provenance: Provenance) -> Provenance:
+    """Return a provenance that tells weights by what is run, as runs have always recorded live teachers."""
+    return replace(provenance, weights_sha256=provenance.notes.get(LOADED_NOTE, provenance.weights_sha256))
 
 
 def _one_thread_lanes(count: int) -> ThreadPoolExecutor:

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from repa.data.errors import RepaError
+from repa.data.format.manifest import LOADED_NOTE
+from repa.data.format.opening import as_recorded
+from repa.pipeline.columns.models import EncoderModel
 from repa.pipeline.demo import TEACHER_WEIGHTS
 from repa.pipeline.encoders import load_encoder
 from repa.pipeline.encoders import teachers as table
@@ -189,7 +192,9 @@ def test_the_position_table_is_resampled_as_the_reference_does_it(
         num_classes=0,
         **ONE_BLOCK,
     )
-    assert weights_sha256(theirs.state_dict()) == encoder.provenance(1).weights_sha256
+    found = encoder.provenance(1)
+    assert found.weights_sha256 == weights_sha256(original.state_dict())
+    assert found.notes[LOADED_NOTE] == weights_sha256(theirs.state_dict()) != found.weights_sha256
     assert not encoder.random_weights
 
 
@@ -301,6 +306,29 @@ def test_a_classifier_in_the_file_is_dropped(tmp_path: Path) -> None:
     state = build(teacher, 224).state_dict()
     save_file({**state, "head.weight": torch.zeros(768, 1024)}, tmp_path / "clip.safetensors")
     assert load(teacher, tmp_path / "clip.safetensors").provenance(1).weights_sha256 == weights_sha256(state)
+
+
+def test_one_file_has_one_hash_at_every_size() -> None:
+    at = {side: load_encoder("demo", resolution=side).provenance(4) for side in (64, 128, 256)}
+    assert len({each.weights_sha256 for each in at.values()}) == 1
+    assert at[64].weights_sha256 == weights_sha256(load_file(TEACHER_WEIGHTS))
+    # what is run differs by its position table, which is said, and binds nothing
+    assert len({each.notes[LOADED_NOTE] for each in at.values()} | {at[64].weights_sha256}) == 4
+    assert LOADED_NOTE not in at[128].identity()["notes"]
+
+
+def test_a_cache_with_the_hash_of_what_was_run_goes_on() -> None:
+    encoder = load_encoder("demo", resolution=128)
+    found = encoder.provenance(4)
+    notes = {name: value for name, value in found.notes.items() if name != LOADED_NOTE}
+    before = replace(found, weights_sha256=found.notes[LOADED_NOTE], notes=notes)
+    assert as_recorded(found, [before]) == before
+    model = EncoderModel(encoder, ["demo"], batch_size=4, dtype="float16", recorded=[before])
+    assert model.parts["demo"].provenance == before
+    # another model is another model by either count
+    other = replace(before, weights_sha256="0" * 64)
+    assert as_recorded(found, [other]) == found
+    assert as_recorded(found, [found]) == found
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
