@@ -260,7 +260,7 @@ def _teacher_bytes(plan: Plan) -> int:
 
 
 def _training_rate(plan: Plan, model: str, batch_size: int) -> tuple[float, str]:
-    """Images a second of steps of plain SiT, forward, backward and AdamW, and how they were measured.
+    """Images a second of steps of the backbone alone and how they were measured: forward, backward, AdamW.
 
     No method can be faster. A CPU computes an image after the other: where a step would take long, a part of
     its images is timed, and the optimizer by itself.
@@ -268,20 +268,20 @@ def _training_rate(plan: Plan, model: str, batch_size: int) -> tuple[float, str]
     import torch
 
     from ..data.format.columns import MOMENTS
-    from ..trainer.models.sit import SiT, SiTConfig
+    from ..trainer.models.registry import build, config_of
 
     shape = next(
         spec.shape for source in plan.sources for name, spec in source.columns.items() if name == MOMENTS
     )
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    settings = SiTConfig.named(
+    settings = config_of(
         model,
         input_size=shape[1],
         in_channels=shape[0] // 2,
         num_classes=max(1, len(plan.manifest.class_names)),
     )
-    backbone = SiT(settings).to(device)
+    backbone = build(settings).to(device)
     optimizer = torch.optim.AdamW(backbone.parameters())
 
     def timed(work: Callable[[], object]) -> float:
@@ -295,8 +295,8 @@ def _training_rate(plan: Plan, model: str, batch_size: int) -> tuple[float, str]
         latent = torch.randn((images, shape[0] // 2, *shape[1:]), device=device)
         labels = torch.zeros(images, dtype=torch.int64, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-            velocity = backbone(latent, torch.rand(images, device=device), labels).velocity
-        (velocity.float() - latent).square().mean().backward()
+            prediction = backbone(latent, torch.rand(images, device=device), labels).prediction
+        (prediction.float() - latent).square().mean().backward()
 
     def update() -> None:
         optimizer.step()

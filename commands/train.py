@@ -217,7 +217,7 @@ def _print_plan(
 
 
 def _print_sizes(checked: Checked, config: TrainConfig, console: Console) -> None:
-    from ..trainer.models.sit import SiT
+    from ..trainer.models.registry import build
 
     if checked.train_rows is not None and checked.held_out_rows is not None:
         images = config.max_steps * config.batch_size
@@ -233,7 +233,7 @@ def _print_sizes(checked: Checked, config: TrainConfig, console: Console) -> Non
     import torch
 
     with torch.device("meta"):
-        backbone = sum(each.numel() for each in SiT(checked.backbone).parameters())
+        backbone = sum(each.numel() for each in build(checked.backbone).parameters())
     method = sum(each.numel() for each in checked.method.parameters())
     console.print(f"parameters: backbone {backbone:,}, method {method:,}", highlight=False, soft_wrap=True)
 

@@ -20,6 +20,7 @@ from repa.trainer.methods.base import Step
 from repa.trainer.methods.repa import Repa, RepaConfig
 from repa.trainer.models.sit import SiT, SiTConfig
 from repa.trainer.objectives import flow
+from repa.trainer.objectives.paths import interpolant
 from torch import Tensor
 
 IMAGES = 40
@@ -91,7 +92,7 @@ def losses(reader: CacheReader, moments: Tensor, targets: Tensor) -> tuple[Tenso
     noise = torch.randn(len(moments), 4, 8, 8, generator=generator)
     x0 = scale_latent(sample_posterior(moments, torch.randn(noise.shape, generator=generator)), *scale)
     t = torch.rand(len(moments), generator=generator)
-    path = flow.interpolant("linear")
+    path = interpolant("linear")
     condition = torch.arange(len(moments)) % 12
     student = backbone(path.interpolate(x0, noise, t), t, condition, method.capture(method.phases()[0]))
     step = Step(
@@ -106,7 +107,7 @@ def losses(reader: CacheReader, moments: Tensor, targets: Tensor) -> tuple[Tenso
         generator=generator,
     )
     term = method.losses(step)["repa"]
-    velocity = flow.velocity_loss(student.velocity, path.velocity(x0, noise, t)).mean()
+    velocity = flow.velocity_loss(student.prediction, path.velocity(x0, noise, t)).mean()
     (velocity + term.weight * term.value).backward()
     gradients = [p.grad for p in (*backbone.parameters(), *method.parameters()) if p.grad is not None]
     return velocity.detach(), term.value.detach(), gradients

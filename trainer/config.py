@@ -14,6 +14,10 @@ from ..data.tars.names import command_in
 from .methods.base import MethodConfig  # noqa: TC001 - annotations are read when settings are typed
 from .methods.outside import find_method
 from .methods.repa import RepaConfig
+from .models.registry import FLOW, family_of
+from .objectives import registry as objectives
+from .objectives.base import ObjectiveConfig  # noqa: TC001 - as of the method
+from .objectives.flow import FlowConfig
 from .typed import coerce, from_mapping, nearest, parse_assignment, plain
 
 if TYPE_CHECKING:
@@ -42,6 +46,10 @@ _OWNED_TRAINER_KEYS = {
     "reload_dataloaders_every_n_epochs": "max_steps",
     "default_root_dir": "--run",
 }
+_NAMED_SECTIONS = ("method", "objective")
+_SECTIONS = (*_NAMED_SECTIONS, "trainer")
+# settings of the objective that were settings of the run before there was another
+_OF_OBJECTIVE = ("path", "times")
 
 # a run may be resumed with another value of these: they change nothing that was computed
 RESUMABLE = (
@@ -75,9 +83,9 @@ class TrainConfig:
         model: name of the backbone, ``SiT-<size>/<patch>``.
         method_name: which method: a name of ours, of an installed one, or ``module:Class``.
         method: settings of the method.
+        objective: settings of what the backbone learns to predict; their type says what. ``path`` and
+            ``times`` stand for ``objective.path`` and ``objective.times``, as they were called before.
         qk_norm: LayerNorm of queries and keys.
-        path: interpolant between data and noise.
-        times: law of the training times, where the method has none of its own.
         seed: of initialisation, order and every draw.
         order: of the images: full, any at any place; or blocks, a few shards of the cache at a time, for
             disks that are slow at random places.
@@ -117,8 +125,7 @@ class TrainConfig:
     method_name: str = DEFAULT_METHOD
     method: MethodConfig = field(default_factory=RepaConfig)
     qk_norm: bool = False
-    path: Literal["linear", "cosine"] = "linear"
-    times: Literal["uniform", "lognormal"] = "uniform"
+    objective: ObjectiveConfig = field(default_factory=FlowConfig)
     seed: int = 0
     order: Literal["full", "blocks"] = "full"
     shuffle_buffer: int = 4096
@@ -190,6 +197,7 @@ class TrainConfig:
         """Plain values, the method's name first among its settings."""
         values: dict[str, Any] = plain(self)
         values["method"] = {"name": values.pop("method_name"), **values["method"]}
+        values["objective"] = objectives.to_plain(self.objective)
         return values
 
     def to_yaml(self) -> str:
@@ -253,21 +261,44 @@ def build(
     from_command_line = any(key in _METHOD_KEYS and value == name for key, value in given)
     kind = find_method(name, may_import=from_command_line).config_class
     method = from_mapping(kind, settings, prefix="method.")
+    objective = _objective(dict(values.pop("objective", {})), values.get("model", TrainConfig.model))
     trainer = _trainer_settings(values.pop("trainer", {}))
     scalars = _scalar_annotations()
     for key in values:
         if key not in scalars:
-            names = (*scalars, "method", "trainer", *_dotted(kind))
+            names = (*scalars, *_SECTIONS, *_dotted(kind))
             raise RepaError(f"unknown setting {key}", f"{nearest(key, names)}")
     typed = {key: coerce(value, scalars[key], key) for key, value in values.items()}
-    return TrainConfig(method_name=name, method=method, trainer=trainer, **typed)
+    return TrainConfig(method_name=name, method=method, objective=objective, trainer=trainer, **typed)
+
+
+def _objective(settings: dict[str, Any], model: Any) -> ObjectiveConfig:
+    """The settings of an objective; without a name it is the one of the model's family."""
+    name = settings.pop("name", None) or _objective_of(str(model))
+    if name not in objectives.OBJECTIVES:
+        raise RepaError(
+            f"objective {name!r} is unknown", nearest(str(name), objectives.OBJECTIVES), field="objective"
+        )
+    return from_mapping(objectives.OBJECTIVES[name].config_class, settings, prefix="objective.")
+
+
+def _objective_of(model: str) -> str:
+    try:
+        return family_of(model).objective
+    except RepaError:
+        # the checks report an unknown model, together with everything else
+        return FLOW
 
 
 def _normalise(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy in which ``method: repa`` is ``method: {name: repa}``."""
+    """A copy in which ``method: repa`` is ``method: {name: repa}`` and ``path`` is ``objective.path``."""
     copy = {str(key): dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
-    if isinstance(copy.get("method"), str):
-        copy["method"] = {"name": copy["method"]}
+    for section in _NAMED_SECTIONS:
+        if isinstance(copy.get(section), str):
+            copy[section] = {"name": copy[section]}
+    for key in _OF_OBJECTIVE:
+        if key in copy and isinstance(copy.get("objective", {}), Mapping):
+            copy.setdefault("objective", {}).setdefault(key, copy.pop(key))
     return copy
 
 
@@ -283,24 +314,28 @@ def _refuse_command(cache: Any) -> None:
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:
-    if key in _METHOD_KEYS:
-        # settings of another method mean nothing to this one
-        if values.get("method", {}).get("name") != value:
-            values["method"] = {"name": value}
-        return
     section, dot, rest = key.partition(".")
+    if section in _NAMED_SECTIONS and rest in ("", "name"):
+        # settings of another method or objective mean nothing to this one
+        before = values.get(section, {})
+        kept = before if section == "objective" and "name" not in before else {}
+        if before.get("name") != value:
+            values[section] = {**kept, "name": value}
+        return
+    if key in _OF_OBJECTIVE:
+        section, dot, rest = "objective", ".", key
     if not dot:
         if key == "trainer":
             raise RepaError(_not_a_section("trainer", value))
         values[key] = value
         return
-    if section not in ("method", "trainer"):
+    if section not in _SECTIONS:
         raise RepaError(f"unknown setting {key}", f"{nearest(key, (*_scalar_annotations(), *_dotted()))}")
     values.setdefault(section, {})[rest] = value
 
 
 def _check_sections(values: Mapping[str, Any]) -> None:
-    for section in ("method", "trainer"):
+    for section in _SECTIONS:
         if not isinstance(values.get(section, {}), Mapping):
             raise RepaError(_not_a_section(section, values[section]))
 
@@ -311,6 +346,7 @@ def _not_a_section(section: str, value: Any) -> str:
 
 def _dotted(kind: type[MethodConfig] = RepaConfig) -> list[str]:
     keys = [f"method.{item.name}" for item in fields(kind)]
+    keys += [f"objective.{item.name}" for item in fields(FlowConfig)]
     return [*keys, "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accelerator"]
 
 
@@ -320,7 +356,7 @@ def _scalar_annotations() -> dict[str, Any]:
     return {
         key: kind
         for key, kind in get_type_hints(TrainConfig).items()
-        if key not in ("method_name", "method", "trainer")
+        if key not in ("method_name", *_SECTIONS)
     }
 
 

@@ -118,7 +118,7 @@ def test_ema_and_model_weights(run: Path, run_sample: Run) -> None:
 
 def test_what_a_run_says_of_itself(run: Path) -> None:
     model = model_of_run(run)
-    assert (model.path.name, model.steps) == ("cosine", 3)
+    assert (model.objective.path.name, model.steps) == ("cosine", 3)
     assert model.scale == (0.18215, 0.0)
     assert (model.autoencoder, model.autoencoder_random) == ("synthetic/sd-vae", False)
     assert not model.backbone.training

@@ -11,6 +11,7 @@ from repa.data.errors import RepaError
 from repa.trainer.config import TrainConfig, build, differences, load_yaml
 from repa.trainer.methods.base import MethodConfig
 from repa.trainer.methods.repa import RepaConfig
+from repa.trainer.objectives.flow import FlowConfig
 from repa.trainer.typed import coerce
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def test_defaults_are_those_of_the_paper() -> None:
     config = TrainConfig()
     assert (config.lr, config.betas, config.weight_decay) == (1e-4, (0.9, 0.999), 0.0)
     assert (config.batch_size, config.clip, config.ema_decay) == (256, 1.0, 0.9999)
-    assert (config.max_steps, config.path, config.times) == (400_000, "linear", "uniform")
+    assert (config.max_steps, config.objective) == (400_000, FlowConfig(path="linear", times="uniform"))
     assert config.method == RepaConfig()
     assert config.default_run_name == "repa-SiT-B-2"
 
@@ -71,7 +72,10 @@ def test_another_method_forgets_the_settings_of_the_first() -> None:
         ("clip=0.5", "clip", 0.5),
         ("betas=0.9,0.95", "betas", (0.9, 0.95)),
         ("betas=[0.9, 0.95]", "betas", (0.9, 0.95)),
-        ("path=cosine", "path", "cosine"),
+        ("path=cosine", "objective", FlowConfig(path="cosine")),
+        ("times=lognormal", "objective", FlowConfig(times="lognormal")),
+        ("objective.path=cosine", "objective", FlowConfig(path="cosine")),
+        ("objective=flow", "objective", FlowConfig()),
         ("order=blocks", "order", "blocks"),
         ("direct=on", "direct", "on"),
         ("direct=auto", "direct", "auto"),
@@ -148,6 +152,21 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     file.write_text(config.to_yaml(), encoding="utf-8")
     assert build(load_yaml(file)) == config
     assert next(iter(yaml.safe_load(config.to_yaml())["method"])) == "name"
+
+
+def test_settings_of_the_objective_as_they_were_called_before() -> None:
+    assert build({"path": "cosine", "times": "lognormal"}).objective == FlowConfig(
+        path="cosine", times="lognormal"
+    )
+    # named later, it keeps them; and what the file says goes before the defaults, the flags before both
+    assert build({"path": "cosine"}, {"objective": "flow"}).objective == FlowConfig(path="cosine")
+    assert build({"path": "cosine"}, {"path": "linear"}).objective == FlowConfig()
+    assert build({"objective": "flow", "path": "cosine"}).objective == FlowConfig(path="cosine")
+    with pytest.raises(RepaError) as caught:
+        build({"objective": "ddpm"})
+    assert caught.value.field == "objective"
+    with pytest.raises(RepaError, match=r"objective\.path"):
+        build(assignments=["path=quadratic"])
 
 
 @pytest.mark.parametrize(

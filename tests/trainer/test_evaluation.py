@@ -12,7 +12,7 @@ from repa.data.reading.latents import LatentScale
 from repa.data.reading.reader import CacheReader
 from repa.trainer.evaluation.frechet import frechet_distance
 from repa.trainer.models.sit import SiT, SiTConfig
-from repa.trainer.objectives import flow
+from repa.trainer.objectives.flow import Flow, FlowConfig
 from repa.trainer.run.held_out import CHUNK, held_out_batches, held_out_sums, held_out_times
 from repa.trainer.step.randomness import generator_for
 
@@ -102,12 +102,11 @@ def test_held_out_loss_against_a_loop(cache: Path) -> None:
     networks = {"a": network(0), "b": network(1)}
     rows = np.array([3, 4, 9, 17, 30, 39])
     scale = LatentScale(0.3, 0.1)
-    path = flow.interpolant("cosine")
     with CacheReader(cache, (MOMENTS,)) as reader:
         sums, count = held_out_sums(
             networks,
             held_out_batches(reader, rows, (MOMENTS,)),
-            path=path,
+            objective=Flow(FlowConfig(path="cosine")),
             scale=scale,
             seed=5,
             device=torch.device("cpu"),
@@ -127,7 +126,7 @@ def test_held_out_loss_against_a_loop(cache: Path) -> None:
             angle = t * torch.pi / 2
             x_t = torch.cos(angle) * x0 + torch.sin(angle) * noise[i]
             target = torch.pi / 2 * (torch.cos(angle) * noise[i] - torch.sin(angle) * x0)
-            velocity = model(x_t[None], t, torch.tensor([int(labels[i])])).velocity
+            velocity = model(x_t[None], t, torch.tensor([int(labels[i])])).prediction
             total += float((velocity - target).square().mean().detach())
         assert sums[name] == pytest.approx(total, rel=1e-5)
     assert sums["a"] != pytest.approx(sums["b"], rel=1e-3)
@@ -144,7 +143,7 @@ def test_ranks_share_the_chunks(cache: Path, monkeypatch: pytest.MonkeyPatch) ->
             totals, count = held_out_sums(
                 model,
                 held_out_batches(reader, rows, (MOMENTS,), rank=rank, world=world),
-                path=flow.interpolant("linear"),
+                objective=Flow(FlowConfig()),
                 scale=LatentScale(1.0),
                 seed=0,
                 device=torch.device("cpu"),

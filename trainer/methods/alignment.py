@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...data.format.columns import AUTOENCODER, ColumnSpec, model_of, scale_column, source_of, split_column
 from ...data.format.int8 import dequantise
 from ...data.units import counted
-from ..models.sit import PATCH_SIZES, initialise_linear
+from ..models.layers import initialise_linear
 from .base import Problem
 
 if TYPE_CHECKING:
@@ -228,13 +228,8 @@ def _grid_remedy(
     backbone: BackboneFacts,
     grids: Mapping[str, tuple[int, int]],
 ) -> str:
-    """The patch size that gives the backbone the teacher's grid, or the teachers that have the backbone's."""
-    latent = tuple(side * backbone.patch_size for side in backbone.grid)
-    remedies = [
-        f"--model SiT-{backbone.size_name or '<size>'}/{patch} (patch {patch})"
-        for patch in PATCH_SIZES
-        if tuple(side * patch for side in teacher) == latent
-    ]
+    """The model that has the teacher's grid, or the teachers that have the backbone's."""
+    remedies = [f"--model {name}" for grid, name in backbone.siblings if grid == teacher]
     remedies += [
         f"--set method.encoders=[{name}], whose grid fits"
         for name, grid in grids.items()
@@ -243,6 +238,6 @@ def _grid_remedy(
     if remedies:
         return "use " + ", or ".join(remedies)
     return (
-        f"no patch size of {', '.join(map(str, PATCH_SIZES))} fits it: "
-        f"add an encoder whose grid is {student[0]}×{student[1]} with `repa preprocess --encoder`"
+        f"no model of this size fits it: add an encoder whose grid is {student[0]}×{student[1]} with "
+        "`repa preprocess --encoder`"
     )

@@ -2,7 +2,8 @@
 
 1 which phases (`phases`), 2 which columns (`columns`), 3 which activations (`capture`), 4 what conditions
 the network (`make_conditioner`), 5 at which times (`time_law`), 6 what is the loss (`losses`), 7 what else
-(`flags`). It never touches optimiser, trainer, files, ranks or logging. The velocity loss is the module's.
+(`flags`). It never touches optimiser, trainer, files, ranks or logging. The loss of the
+prediction is the objective's.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Flags:
     """What else a phase needs of the module.
 
     Attributes:
-        velocity_loss: the module adds the velocity loss; off, the backbone may stop early.
+        objective_loss: the module adds the objective's own loss; off, the backbone may stop early.
         ema_forward: `Step.ema_forward` is wanted.
         fresh_start: optimiser and averaged weights start afresh at the step that equals the phase's start
             (not "when the phase changed", which a resumed run would see at any step).
@@ -62,7 +63,7 @@ class Flags:
             the module adds 0 times their sum, so that graph, gradient buckets and optimiser stay the same.
     """
 
-    velocity_loss: bool = True
+    objective_loss: bool = True
     ema_forward: bool = False
     fresh_start: bool = False
     idle: tuple[str, ...] = ()
@@ -79,7 +80,7 @@ class Step:
         noise: ε, of the same shape.
         t: times ``[B]``.
         condition: what the network was conditioned on, ``[B, …]``.
-        student: velocity and captured activations.
+        student: prediction and captured activations.
         interpolate: t ``[B]`` → x_t for this x0 and noise.
         generator: keyed by (seed, rank, step).
         ema_forward: the averaged weights' forward pass, without gradient; None unless the flags ask for it.
@@ -200,7 +201,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def losses(self, step: Step) -> dict[str, Term]:
-        """The terms beside the velocity loss, by name."""
+        """The terms beside the objective's own, by name."""
 
     def flags(self, phase: Phase) -> Flags:
         """What else a phase needs."""

@@ -1,4 +1,4 @@
-"""What a forward pass is asked to return besides the velocity, and what it returns.
+"""What a forward pass is asked to return besides the prediction, and what it returns.
 
 Activations are asked for by explicit argument, never by hooks: a hook added after the first `torch.compile`
 is silently never called. A `Capture` is frozen and hashable, so each distinct one is one compiled graph.
@@ -15,16 +15,33 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlockFacts:
+    """What a method may know of one block.
+
+    Attributes:
+        width: channels of a token of its output.
+        heads: its attention heads; 0 without attention.
+        grid: rows and columns of the tokens of its output.
+    """
+
+    width: int
+    heads: int
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class BackboneFacts:
     """What a method may know of the backbone before it exists.
 
     Attributes:
         depth: number of blocks.
-        width: channels of a token.
-        heads: attention heads of a block.
-        grid: rows and columns of the tokens.
-        patch_size: side in latent pixels of the patch that one token stands for.
+        width: channels of a token, of most blocks.
+        heads: attention heads of a block, of most blocks; 0 without attention.
+        grid: rows and columns of the tokens, of most blocks.
+        patch_size: side in latent pixels of the patch that one token of that grid stands for.
         size_name: letter of the published size (``"B"``), None if it is none of them.
+        blocks: every block's facts where they differ, as in a U-Net; empty where all blocks are alike.
+        siblings: names of models of this size on this latent, each after the grid of its tokens.
     """
 
     depth: int
@@ -33,28 +50,42 @@ class BackboneFacts:
     grid: tuple[int, int]
     patch_size: int
     size_name: str | None = None
+    blocks: tuple[BlockFacts, ...] = ()
+    siblings: tuple[tuple[tuple[int, int], str], ...] = ()
 
     def has_block(self, block: int) -> bool:
-        """Whether the block, counted from 1, exists."""
+        """Return whether the block, counted from 1, exists."""
         return 1 <= block <= self.depth
 
     def width_of(self, block: int) -> int:
-        """Channels of the hidden state after a block.
+        """Return the channels of the hidden state after a block.
 
         Raises:
             ValueError: there is no such block.
         """
-        self._check(block)
-        return self.width
+        return self._block(block).width
+
+    def heads_of(self, block: int) -> int:
+        """Return the attention heads of a block, 0 without attention.
+
+        Raises:
+            ValueError: there is no such block.
+        """
+        return self._block(block).heads
 
     def grid_of(self, block: int) -> tuple[int, int]:
-        """Rows and columns of the tokens after a block.
+        """Return rows and columns of the tokens after a block.
 
         Raises:
             ValueError: there is no such block.
         """
+        return self._block(block).grid
+
+    def _block(self, block: int) -> BlockFacts:
         self._check(block)
-        return self.grid
+        if self.blocks:
+            return self.blocks[block - 1]
+        return BlockFacts(width=self.width, heads=self.heads, grid=self.grid)
 
     def _check(self, block: int) -> None:
         if not self.has_block(block):
@@ -68,7 +99,7 @@ class Capture:
     Attributes:
         hidden: blocks whose output tokens to return.
         attention: blocks whose queries and keys to return.
-        stop_after: last block to run; the velocity is then not computed. None runs all.
+        stop_after: last block to run; the prediction is then not made. None runs all.
     """
 
     hidden: tuple[int, ...] = ()
@@ -91,7 +122,7 @@ class Capture:
 
 
 NOTHING = Capture()
-"""Only the velocity."""
+"""Only the prediction."""
 
 
 @dataclass(kw_only=True)
@@ -99,14 +130,14 @@ class Captured:
     """What a forward pass returned.
 
     Attributes:
-        velocity: predicted velocity ``[B, C, h, w]``; None after an early stop.
+        prediction: what the objective trains ``[B, C, h, w]``; None after an early stop.
         hidden: block → its output tokens ``[B, T, D]``, row-major over the grid.
         grids: block → rows and columns of its tokens, for every block in `hidden`.
         queries: block → ``[B, H, T, D / H]``, after QK-norm if any, before the scale.
         keys: block → the same of the keys.
     """
 
-    velocity: Tensor | None
+    prediction: Tensor | None
     hidden: dict[int, Tensor] = field(default_factory=dict)
     grids: dict[int, tuple[int, int]] = field(default_factory=dict)
     queries: dict[int, Tensor] = field(default_factory=dict)

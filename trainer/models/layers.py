@@ -193,3 +193,20 @@ class FinalLayer(nn.Module):
         shift, scale = self.adaLN_modulation(embedding).chunk(2, dim=1)
         patches: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
         return patches
+
+
+def initialise_linear(linear: nn.Linear) -> None:
+    """Draw a Xavier uniform weight and a zero bias, as of every linear layer, projectors included."""
+    nn.init.xavier_uniform_(linear.weight)
+    nn.init.zeros_(bias_of(linear))
+
+
+def bias_of(layer: nn.Linear | nn.Conv2d) -> Tensor:
+    """Return the bias of a layer that must have one.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if layer.bias is None:
+        raise ValueError("the layer has no bias")
+    return layer.bias

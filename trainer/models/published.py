@@ -29,6 +29,8 @@ from .sit import SIT_SIZES, SiT, SiTConfig
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from .base import Backbone, BackboneConfig
+
 WEIGHTS = ("ema", "model")
 _PROJECTORS = "projectors."
 _LISTED = 4
@@ -40,24 +42,26 @@ class PublishedCheckpoint:
 
     Attributes:
         config: architecture, inferred from the shapes.
-        backbone: state dict of a `SiT` of that architecture.
+        network: the class of such a backbone.
+        backbone: state dict of a network of that architecture.
         projectors: state dict of the alignment's projectors, keys without ``projectors.``; may be empty.
         weights: ``ema`` or ``model``; None for a bare state dict.
-        path: the path it was trained on, ``linear`` or ``cosine``, None if the file does not say.
+        objective: settings of the family's objective that the file tells, the ``path`` or nothing.
         steps: training steps it had, None if the file does not say.
     """
 
-    config: SiTConfig
+    config: BackboneConfig
+    network: type[Backbone]
     backbone: Mapping[str, Tensor]
     projectors: Mapping[str, Tensor]
     weights: str | None
-    path: str | None
+    objective: Mapping[str, str]
     steps: int | None
 
-    def build(self) -> SiT:
-        """The model, in the dtype of the file, in eval mode."""
+    def build(self) -> Backbone:
+        """Return the model, in the dtype of the file, in eval mode."""
         with torch.device("meta"):
-            model = SiT(self.config)
+            model = self.network(self.config)
         model.load_state_dict(self.backbone, strict=True, assign=True)
         return model.eval()
 
@@ -85,12 +89,14 @@ def load_published(path: Path, *, weights: str = "ema", heads: int | None = None
     backbone = {key: value for key, value in state.items() if not key.startswith(_PROJECTORS)}
     config = _infer(backbone, path, heads)
     _check_strictly(config, backbone, path)
+    path_type = _said(content, "path_type", str)
     return PublishedCheckpoint(
         config=config,
+        network=SiT,
         backbone=backbone,
         projectors=projectors,
         weights=weights if nested else None,
-        path=_said(content, "path_type", str) if nested else None,
+        objective={} if not nested or path_type is None else {"path": path_type},
         steps=content["steps"] if nested and isinstance(content.get("steps"), int) else None,
     )
 

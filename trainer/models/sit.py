@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...data.errors import RepaError
+from .base import Backbone, BackboneConfig
 from .capture import NOTHING, BackboneFacts, Capture, Captured
 from .conditioning import EMBEDDING_STD, Conditioner, LabelConditioner
-from .layers import Block, FinalLayer, PatchEmbedding, TimestepEmbedding, position_table
+from .layers import (
+    Block,
+    FinalLayer,
+    PatchEmbedding,
+    TimestepEmbedding,
+    bias_of,
+    initialise_linear,
+    position_table,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +44,10 @@ SIT_SIZES = {
 }
 PATCH_SIZES = (1, 2, 4, 8)
 
+NAMES = (
+    f"SiT-<size>/<patch> with size {', '.join(SIT_SIZES)} and patch {', '.join(map(str, PATCH_SIZES))}, "
+    "for example SiT-B/2"
+)
 _NAME = re.compile(r"SiT-([A-Z]+)/([0-9]+)")
 
 
@@ -43,18 +57,21 @@ def parse_model_name(name: str) -> tuple[str, int]:
     Raises:
         RepaError: the name is none of them; the message lists them.
     """
+    found = _parse(name)
+    if found is None:
+        raise RepaError(f"model {name!r} is unknown", f"a name is {NAMES}", field="--model")
+    return found
+
+
+def _parse(name: str) -> tuple[str, int] | None:
     match = _NAME.fullmatch(name)
     if match and match[1] in SIT_SIZES and match[2] in map(str, PATCH_SIZES):
         return match[1], int(match[2])
-    raise RepaError(
-        f"model {name!r} is unknown",
-        f"a name is SiT-<size>/<patch> with size {', '.join(SIT_SIZES)} "
-        f"and patch {', '.join(map(str, PATCH_SIZES))}, for example SiT-B/2",
-    )
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
-class SiTConfig:
+class SiTConfig(BackboneConfig):
     """Architecture of a SiT.
 
     Attributes:
@@ -62,20 +79,16 @@ class SiTConfig:
         width: channels of a token.
         heads: attention heads.
         patch_size: side of a patch in latent pixels.
-        input_size: side of the (square) latent.
-        in_channels: channels of the latent, and of the velocity.
-        num_classes: classes, without the null class.
         qk_norm: LayerNorm of queries and keys per head.
         size_name: letter of the size, None if it is none of `SIT_SIZES`.
     """
+
+    names = NAMES
 
     depth: int
     width: int
     heads: int
     patch_size: int
-    input_size: int
-    in_channels: int = 4
-    num_classes: int = 1000
     qk_norm: bool = False
     size_name: str | None = None
 
@@ -84,19 +97,19 @@ class SiTConfig:
             raise RepaError(
                 f"patch {self.patch_size} does not divide the latent's side {self.input_size}",
                 f"choose patch {', '.join(str(p) for p in PATCH_SIZES if self.input_size % p == 0)}",
+                field="--model",
             )
 
     @classmethod
+    def knows(cls, name: str) -> bool:
+        """Return whether the name is ``SiT-<size>/<patch>`` of a size and a patch that there are."""
+        return _parse(name) is not None
+
+    @classmethod
     def named(
-        cls,
-        name: str,
-        *,
-        input_size: int,
-        in_channels: int = 4,
-        num_classes: int = 1000,
-        qk_norm: bool = False,
+        cls, name: str, *, input_size: int, in_channels: int = 4, num_classes: int = 1000, **settings: Any
     ) -> SiTConfig:
-        """The configuration of a name such as ``SiT-B/2``.
+        """Return the configuration of a name such as ``SiT-B/2``; of the settings it takes ``qk_norm``.
 
         Raises:
             RepaError: the name is unknown, or its patch does not divide the latent's side.
@@ -111,8 +124,8 @@ class SiTConfig:
             input_size=input_size,
             in_channels=in_channels,
             num_classes=num_classes,
-            qk_norm=qk_norm,
             size_name=letter,
+            **settings,
         )
 
     @property
@@ -126,11 +139,16 @@ class SiTConfig:
             grid=(side, side),
             patch_size=self.patch_size,
             size_name=self.size_name,
+            siblings=tuple(
+                ((self.input_size // patch,) * 2, f"SiT-{self.size_name or '<size>'}/{patch}")
+                for patch in PATCH_SIZES
+                if self.input_size % patch == 0
+            ),
         )
 
 
-class SiT(nn.Module):
-    """The backbone: noisy latent, time and condition to velocity, plus the activations asked for.
+class SiT(Backbone):
+    """The transformer: noisy latent, time and condition to prediction, plus the activations asked for.
 
     State dict keys are those of SiT and REPA, so published checkpoints load strictly. Parameters are drawn
     from torch's global generator.
@@ -139,6 +157,8 @@ class SiT(nn.Module):
         config: architecture.
         conditioner: embeds the condition; class labels by default.
     """
+
+    config: SiTConfig
 
     def __init__(self, config: SiTConfig, conditioner: Conditioner | None = None) -> None:
         super().__init__()
@@ -166,7 +186,7 @@ class SiT(nn.Module):
                 initialise_linear(module)
         # the patch embedding is a convolution that acts as one linear map per patch
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config.width, -1))
-        nn.init.zeros_(_bias(self.x_embedder.proj))
+        nn.init.zeros_(bias_of(self.x_embedder.proj))
         for module in self.t_embedder.mlp:
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=EMBEDDING_STD)
@@ -176,7 +196,7 @@ class SiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor, capture: Capture = NOTHING) -> Captured:
-        """Predict the velocity.
+        """Predict what the objective trains, the velocity in the published models.
 
         Args:
             x: noisy latent ``[B, C, h, w]``.
@@ -185,13 +205,13 @@ class SiT(nn.Module):
             capture: activations to return.
 
         Returns:
-            The velocity ``[B, C, h, w]`` (None after an early stop) and the activations.
+            The prediction ``[B, C, h, w]`` (None after an early stop) and the activations.
 
         Raises:
             ValueError: the capture names a block that does not run.
         """
         last = capture.last_block(self.config.depth)
-        captured = Captured(velocity=None)
+        captured = Captured(prediction=None)
         tokens = self.x_embedder(x) + self.pos_embed
         embedding = self.t_embedder(t) + self.y_embedder(condition)
         for number, block in enumerate(self.blocks[:last], start=1):
@@ -202,7 +222,7 @@ class SiT(nn.Module):
             if number in capture.attention:
                 captured.queries[number], captured.keys[number] = queries, keys
         if capture.stop_after is None:
-            captured.velocity = self._unpatchify(self.final_layer(tokens, embedding))
+            captured.prediction = self._unpatchify(self.final_layer(tokens, embedding))
         return captured
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
@@ -211,15 +231,3 @@ class SiT(nn.Module):
         p, C = self.config.patch_size, self.config.in_channels
         image = patches.reshape(len(patches), rows, columns, p, p, C).permute(0, 5, 1, 3, 2, 4)
         return image.reshape(len(patches), C, rows * p, columns * p)
-
-
-def initialise_linear(linear: nn.Linear) -> None:
-    """Xavier uniform weight, zero bias: the initialisation of every linear layer, projectors included."""
-    nn.init.xavier_uniform_(linear.weight)
-    nn.init.zeros_(_bias(linear))
-
-
-def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
-    if layer.bias is None:
-        raise ValueError("the layer has no bias")
-    return layer.bias

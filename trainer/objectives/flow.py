@@ -1,150 +1,52 @@
-"""The flow: the path between data and noise, its velocity and score, the laws of time, the velocity loss.
-
-Time runs from data (t = 0) to noise (t = 1): x_t = α(t)·x + σ(t)·ε, and the velocity is dx_t/dt = α'·x + σ'·ε
-(stochastic interpolants, arXiv 2303.08797; SiT, arXiv 2401.08740). Everything keeps the dtype it is given.
-"""
+"""Flow matching: the network predicts the velocity of the path (SiT, arXiv 2401.08740)."""
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from ...data.errors import RepaError
+from .base import Noised, Objective, ObjectiveConfig, require_prediction
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ..models.capture import Captured
 
-class Interpolant(ABC):
-    """A path x_t = α(t)·x + σ(t)·ε with α(0) = σ(1) = 1 and α(1) = σ(0) = 0.
+VELOCITY = "velocity"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig(ObjectiveConfig):
+    """Settings of flow matching; the defaults are REPA's.
 
     Attributes:
-        name: how configurations call it.
+        path: interpolant between data and noise.
+        times: law of the training times, where the method has none of its own.
     """
 
-    name: str
-
-    @abstractmethod
-    def alpha(self, t: Tensor) -> Tensor:
-        """Weight α of the data."""
-
-    @abstractmethod
-    def sigma(self, t: Tensor) -> Tensor:
-        """Weight σ of the noise."""
-
-    @abstractmethod
-    def alpha_rate(self, t: Tensor) -> Tensor:
-        """dα/dt."""
-
-    @abstractmethod
-    def sigma_rate(self, t: Tensor) -> Tensor:
-        """dσ/dt."""
-
-    @abstractmethod
-    def time_of_ratio(self, ratio: Tensor) -> Tensor:
-        """The time at which σ(t)/α(t) has the given value in [0, ∞)."""
-
-    def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t = α(t)·x + σ(t)·ε.
-
-        Args:
-            x0: data ``[B, …]``.
-            noise: ε, of the same shape.
-            t: times ``[B]``.
-        """
-        t = _like(t, x0)
-        return self.alpha(t) * x0 + self.sigma(t) * noise
-
-    def velocity(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The training target dx_t/dt = α'(t)·x + σ'(t)·ε; ε − x on the linear path."""
-        t = _like(t, x0)
-        return self.alpha_rate(t) * x0 + self.sigma_rate(t) * noise
-
-    def score(self, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """∇ log p_t(x) = −E[ε | x_t = x] / σ, from the velocity in closed form.
-
-        x = α·x₀ + σ·ε and v = α'·x₀ + σ'·ε give ε = (α'·x − α·v) / (α'·σ − α·σ'); the denominator is −1 on
-        the linear path and −π/2 on the cosine path. Singular at t = 0, where σ = 0.
-        """
-        t = _like(t, x)
-        alpha, sigma, alpha_rate, sigma_rate = (
-            self.alpha(t),
-            self.sigma(t),
-            self.alpha_rate(t),
-            self.sigma_rate(t),
-        )
-        noise = (alpha_rate * x - alpha * velocity) / (alpha_rate * sigma - alpha * sigma_rate)
-        return -noise / sigma
+    path: Literal["linear", "cosine"] = "linear"
+    times: Literal["uniform", "lognormal"] = "uniform"
 
 
-class Linear(Interpolant):
-    """α = 1 − t, σ = t."""
+class Flow(Objective):
+    """L_v = mean of (v_θ(x_t, t) − dx_t/dt)²."""
 
-    name = "linear"
+    config_class = FlowConfig
+    terms = (VELOCITY,)
+    config: FlowConfig
 
-    def alpha(self, t: Tensor) -> Tensor:
-        """1 − t."""
-        return 1 - t
+    def losses(self, captured: Captured, noised: Noised) -> Mapping[str, Tensor]:
+        """Return the velocity loss, per sample."""
+        target = self.path.velocity(noised.x0, noised.noise, noised.t)
+        return {VELOCITY: velocity_loss(require_prediction(captured), target)}
 
-    def sigma(self, t: Tensor) -> Tensor:
-        """The time itself."""
-        return t
-
-    def alpha_rate(self, t: Tensor) -> Tensor:
-        """−1."""
-        return -torch.ones_like(t)
-
-    def sigma_rate(self, t: Tensor) -> Tensor:
-        """1."""
-        return torch.ones_like(t)
-
-    def time_of_ratio(self, ratio: Tensor) -> Tensor:
-        """r / (1 + r)."""
-        return ratio / (1 + ratio)
-
-
-class Cosine(Interpolant):
-    """α = cos(πt/2), σ = sin(πt/2)."""
-
-    name = "cosine"
-
-    def alpha(self, t: Tensor) -> Tensor:
-        """cos(πt/2)."""
-        return torch.cos(t * (math.pi / 2))
-
-    def sigma(self, t: Tensor) -> Tensor:
-        """sin(πt/2)."""
-        return torch.sin(t * (math.pi / 2))
-
-    def alpha_rate(self, t: Tensor) -> Tensor:
-        """−π/2 · sin(πt/2)."""
-        return torch.sin(t * (math.pi / 2)) * (-math.pi / 2)
-
-    def sigma_rate(self, t: Tensor) -> Tensor:
-        """π/2 · cos(πt/2)."""
-        return torch.cos(t * (math.pi / 2)) * (math.pi / 2)
-
-    def time_of_ratio(self, ratio: Tensor) -> Tensor:
-        """2/π · atan(r)."""
-        return torch.atan(ratio) * (2 / math.pi)
-
-
-INTERPOLANTS: Mapping[str, Interpolant] = {path.name: path for path in (Linear(), Cosine())}
-
-
-def interpolant(name: str) -> Interpolant:
-    """The path of a name.
-
-    Raises:
-        RepaError: the name is unknown.
-    """
-    if name not in INTERPOLANTS:
-        raise RepaError(f"path {name!r} is unknown", f"the paths are {', '.join(INTERPOLANTS)}")
-    return INTERPOLANTS[name]
+    def velocity(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Return the prediction: it is the velocity."""
+        del x, t
+        return prediction
 
 
 def velocity_loss(velocity: Tensor, target: Tensor) -> Tensor:
@@ -159,8 +61,3 @@ def velocity_loss(velocity: Tensor, target: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(torch.promote_types(velocity.dtype, target.dtype), torch.float32)
     return (velocity.to(dtype) - target.to(dtype)).square().flatten(1).mean(1)
-
-
-def _like(t: Tensor, x: Tensor) -> Tensor:
-    """Times ``[B]`` with as many axes as x, for broadcasting."""
-    return t.reshape(-1, *(1,) * (x.ndim - 1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...data.errors import RepaError
-from .flow import Interpolant
+from .paths import Interpolant
 
 TimeLaw: TypeAlias = Callable[[int, Interpolant, torch.Generator], Tensor]
 """(number of samples, path, generator) → times float32 ``[B]`` in [0, 1], on the generator's device."""

@@ -22,7 +22,7 @@ from ..input.online import live_columns, offer, read_columns
 from ..input.tar_stream import GUARANTEES
 from ..methods.base import Method, Problem
 from ..methods.outside import find_method
-from ..models.sit import SiTConfig, parse_model_name
+from ..models import registry as backbones
 from ..step.randomness import derived_seed
 from .gradient_angle import angle_problems
 from .lightning_trainer import make_trainer
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ...data.format.manifest import Manifest, Provenance
     from ..config import TrainConfig
     from ..input.online import LiveTargets
+    from ..models.base import BackboneConfig
     from ..models.capture import BackboneFacts
 
 T = TypeVar("T")
@@ -83,7 +84,7 @@ class Checked:
     problems: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     manifest: Manifest | None = None
-    backbone: SiTConfig | None = None
+    backbone: BackboneConfig | None = None
     method: Method | None = None
     scale: LatentScale | None = None
     reader: CacheReader | TarCache | None = None
@@ -179,7 +180,7 @@ def attention_blocks(config: TrainConfig) -> tuple[int, ...]:
 
 
 def _check_model_name(config: TrainConfig, found: Checked) -> None:
-    found.attempt(lambda: parse_model_name(config.model))
+    found.attempt(lambda: backbones.family_of(config.model))
 
 
 def _check_devices(config: TrainConfig, found: Checked) -> None:
@@ -226,7 +227,7 @@ def _check_backbone(config: TrainConfig, manifest: Manifest, found: Checked) -> 
     if any(problem.what.startswith(f"model {config.model!r}") for problem in found.problems):
         return
     found.backbone = found.attempt(
-        lambda: SiTConfig.named(
+        lambda: backbones.config_of(
             config.model,
             input_size=shape[1],
             in_channels=shape[0] // 2,
@@ -236,7 +237,7 @@ def _check_backbone(config: TrainConfig, manifest: Manifest, found: Checked) -> 
     )
 
 
-def _check_method(config: TrainConfig, manifest: Manifest, backbone: SiTConfig, found: Checked) -> None:
+def _check_method(config: TrainConfig, manifest: Manifest, backbone: BackboneConfig, found: Checked) -> None:
     found.method = found.attempt(lambda: make_method(config, backbone.facts, manifest, found.live))
     if found.method is not None:
         for problem in (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,9 @@ from ...data.format.columns import AUTOENCODER, LABEL, MOMENTS, source_of
 from ...data.reading.reader import CacheReader
 from ...data.units import counted
 from ..input.datamodule import CacheData
-from ..step.checkpoints import checkpoint_path, checkpoints_of, load_checkpoint
+from ..models import registry as backbones
+from ..objectives import registry as objectives
+from ..step.checkpoints import checkpoint_path, checkpoints_of, load_checkpoint, objective_said
 from ..step.module import CHECKPOINT_KEY, TrainingModule, build_backbone
 from .callbacks import Clock, GracefulStop, Metrics
 from .checkpointing import Checkpoints
@@ -211,8 +213,8 @@ def identity_of(checked: Checked, config: TrainConfig) -> dict[str, Any]:
 
     return {
         "version": IDENTITY_VERSION,
-        "backbone": asdict(backbone),
-        "path": config.path,
+        "backbone": backbones.to_plain(backbone),
+        "objective": objectives.to_plain(config.objective),
         "latent": {
             "scaling_factor": scale.scaling_factor,
             "shift_factor": scale.shift_factor,
@@ -257,8 +259,10 @@ def _check_resumable(path: Path, identity: Mapping[str, Any]) -> None:
                 f"the {what} is not the one {path} was trained on ({', '.join(changed)} changed)",
                 f"restore that {what}, or start another run with --run",
             )
-    for key in ("backbone", "path"):
-        if saved[key] != identity[key]:
+    was = {"backbone": {"family": backbones.FIRST, **saved["backbone"]}, "objective": objective_said(saved)}
+    for key, before in was.items():
+        # settings that a checkpoint from before does not tell are in the configuration of its run
+        if any(identity[key].get(name) != value for name, value in before.items()):
             raise CacheError(
                 f"the {key} that this cache gives differs from that of {path}", "start another run with --run"
             )
@@ -277,7 +281,7 @@ def _held_out_evaluation(
         sums, count = held_out_sums(
             {"held_out_ema": module.ema, "held_out": module.backbone},
             held_out_batches(reader, rows, columns, rank=trainer.global_rank, world=trainer.world_size),
-            path=module.path,
+            objective=module.objective,
             scale=module.scale,
             seed=config.seed,
             device=module.device,

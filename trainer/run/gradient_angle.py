@@ -1,4 +1,4 @@
-"""The angle between what alignment and the velocity loss ask of a block (HASTE, arXiv 2505.16792).
+"""The angle between what alignment and the objective's loss ask of a block (HASTE, arXiv 2505.16792).
 
 The paper ends alignment where the cosine of the two gradients, over the parameters of one block and averaged
 over four times, falls below −0.05; all its published results use a fixed step instead, and its own curve for
@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from ..methods.base import Problem
-from ..objectives.times import uniform_times
 from ..step.draws import StepDraws
 from ..step.randomness import derived_seed
 
@@ -45,7 +44,7 @@ def angle_block(config: TrainConfig, method: Method, phase: Phase) -> int | None
     """
     capture = method.capture(phase)
     captured = (*capture.hidden, *capture.attention)
-    if not captured or not method.flags(phase).velocity_loss:
+    if not captured or not method.flags(phase).objective_loss:
         return None
     return config.gradient_angle_block or max(captured)
 
@@ -94,7 +93,7 @@ class GradientAngle(Callback):
 
 
 def gradient_angle(module: TrainingModule, batch: Batch) -> Tensor | None:
-    """Cosine between the gradients of the weighted alignment terms and of the velocity loss.
+    """Cosine between the gradients of the weighted alignment terms and of the objective's loss.
 
     Over all parameters of one block, for the images of one micro-batch, mean over `TIMES`; noise and dropped
     labels are drawn from streams of their own. Leaves nothing behind: parameters, their gradients and the
@@ -116,30 +115,33 @@ def gradient_angle(module: TrainingModule, batch: Batch) -> Tensor | None:
     draws = StepDraws(
         seed=derived_seed(module.config.seed, NAME),
         rank=module.global_rank,
-        path=module.path,
         device=module.device,
-    ).of_step(batch.step, len(batch.label), module.latent_shape, uniform_times, module.backbone.y_embedder)
+    ).of_step(
+        batch.step,
+        len(batch.label),
+        module.latent_shape,
+        module.objective.times,
+        module.backbone.y_embedder,
+    )
     half = module.config.precision == "16-mixed"
     cosines = []
     for time in TIMES:
         at_time = replace(draws, t=torch.full_like(draws.t, time))
         with nullcontext() if half else module.trainer.precision_plugin.forward_context():
             # one forward pass each: a compiled network's graph can be walked back only once
-            gradients = [
-                _gradient(module, batch, at_time, parameters, velocity=each) for each in (True, False)
-            ]
+            gradients = [_gradient(module, batch, at_time, parameters, own=each) for each in (True, False)]
         cosines.append(_cosine(*gradients))
     return torch.stack(cosines).mean()
 
 
 def _gradient(
-    module: TrainingModule, batch: Batch, draws: Draws, parameters: Sequence[Tensor], *, velocity: bool
+    module: TrainingModule, batch: Batch, draws: Draws, parameters: Sequence[Tensor], *, own: bool
 ) -> Sequence[Tensor]:
-    """Gradient of the velocity loss, or of all other weighted terms."""
+    """Gradient of the objective's loss, or of all other weighted terms."""
     weighted = [
         term.weight * term.value
         for name, term in module.terms(batch, draws).items()
-        if term.weight is not None and (name == "velocity") == velocity
+        if term.weight is not None and (name in module.objective.terms) == own
     ]
     total = torch.stack(weighted).sum()
     return torch.autograd.grad(total, parameters, materialize_grads=True)

@@ -1,4 +1,4 @@
-"""The velocity loss on rows that were held out of training, with draws that never change.
+"""The objective's loss on rows that were held out of training, with draws that never change.
 
 The same rows see the same posterior noise, ε and times at every evaluation, so two numbers of a run, or of
 two runs, differ by the weights alone.
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ...data.format.columns import LABEL, MOMENTS
 from ...data.reading.latents import LatentScale, sample_posterior, scale_latent
-from ..objectives import flow
 from ..step.randomness import generator_for
 
 if TYPE_CHECKING:
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ...data.reading.reader import CacheReader
-    from ..models.sit import SiT
+    from ..models.base import Backbone
+    from ..objectives.base import Objective
 
 CHUNK = 64
 _GOLDEN = (5**0.5 - 1) / 2
@@ -82,21 +82,21 @@ def held_out_times(first: int, count: int) -> Tensor:
 
 @torch.no_grad()
 def held_out_sums(
-    networks: Mapping[str, SiT],
+    networks: Mapping[str, Backbone],
     batches: Iterator[HeldOutBatch],
     *,
-    path: flow.Interpolant,
+    objective: Objective,
     scale: LatentScale,
     seed: int,
     device: torch.device,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> tuple[dict[str, float], int]:
-    """Sums over rows of the velocity loss of several networks on the same draws.
+    """Sums over rows of the objective's loss of several networks on the same draws.
 
     Args:
         networks: name → network; the condition is each row's own, never dropped.
         batches: the held-out rows.
-        path: between data and noise.
+        objective: what the networks predict.
         scale: from the autoencoder's latent to the network's.
         seed: of the draws.
         device: of the networks.
@@ -116,7 +116,7 @@ def held_out_sums(
         noise = torch.randn(shape, generator=generator).to(device)
         t = held_out_times(batch.first, len(moments)).to(device)
         x0 = scale_latent(sample_posterior(moments, posterior), *scale).to(device)
-        x_t, target = path.interpolate(x0, noise, t), path.velocity(x0, noise, t)
+        noised = objective.noised(x0, noise, t)
         for name, network in networks.items():
             conditioner = network.y_embedder
             values = batch.label if conditioner.column == LABEL else batch.columns[conditioner.column]
@@ -124,9 +124,8 @@ def held_out_sums(
             condition = conditioner.condition(values.to(device), keep)
             with context():
                 # not through __call__: a compiled network would compile again for this batch size
-                velocity = network.forward(x_t, t, condition).velocity
-            if velocity is None:
-                raise RuntimeError("the network returned no velocity")
-            sums[name] += flow.velocity_loss(velocity, target).double().sum().item()
+                captured = network.forward(noised.x_t, noised.t, condition)
+            for values in objective.losses(captured, noised).values():
+                sums[name] += values.double().sum().item()
         rows += len(moments)
     return sums, rows

@@ -100,12 +100,12 @@ class Previews(StepCallback):
         with trainer.precision_plugin.forward_context():
             latents = sample(
                 module.ema,
+                module.objective,
                 noise.to(module.device),
                 self._condition(conditioner, count).to(module.device),
                 solver="heun",
                 steps=self.config.preview_steps,
                 guidance=self.config.preview_guidance,
-                path=module.path,
             )
         return unscale_latent(latents.float(), *module.scale)
 

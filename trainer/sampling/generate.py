@@ -9,10 +9,10 @@ import torch
 
 from ...data.errors import RepaError
 from ...data.reading.latents import LatentScale, unscale_latent
-from ..models.published import WEIGHTS, load_published
-from ..models.sit import SiT, SiTConfig
-from ..objectives import flow
-from ..step.checkpoints import checkpoints_of, load_checkpoint
+from ..models import registry as backbones
+from ..models.published import WEIGHTS
+from ..objectives import registry as objectives
+from ..step.checkpoints import checkpoints_of, load_checkpoint, objective_said
 from ..step.module import CHECKPOINT_KEY
 from .sampler import SamplerConfig, sample, sample_noises
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+
+    from ..models.base import Backbone
+    from ..objectives.base import Objective
 
 STABLE_DIFFUSION_SCALE = LatentScale(0.18215)
 
@@ -31,7 +34,7 @@ class TrainedModel:
 
     Attributes:
         backbone: the network, in eval mode.
-        path: the interpolant that it was trained on.
+        objective: what it was trained to predict.
         scale: from the autoencoder's latent to the backbone's.
         autoencoder: name or folder of the autoencoder that made the latents; None if the file does not say.
         autoencoder_sha256: hash of its weights; None if the file does not say.
@@ -40,8 +43,8 @@ class TrainedModel:
         origin: the file, for messages.
     """
 
-    backbone: SiT
-    path: flow.Interpolant
+    backbone: Backbone
+    objective: Objective
     scale: LatentScale
     autoencoder: str | None
     autoencoder_sha256: str | None
@@ -52,8 +55,7 @@ class TrainedModel:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Shape ``(C, h, w)`` of one latent."""
-        config = self.backbone.config
-        return config.in_channels, config.input_size, config.input_size
+        return self.backbone.config.latent_shape
 
 
 def model_of_run(run: Path, *, weights: str = "ema") -> TrainedModel:
@@ -77,17 +79,17 @@ def model_of_file(file: Path, *, weights: str = "ema") -> TrainedModel:
     those of Stable Diffusion.
 
     Raises:
-        RepaError: unknown weights, or no checkpoint of a SiT.
+        RepaError: unknown weights, or no checkpoint of a backbone.
     """
     if weights not in WEIGHTS:
         raise RepaError(f"weights {weights!r} are unknown", f"choose {' or '.join(WEIGHTS)}")
     ours = _checkpoint_of_a_run(file)
     if ours is not None:
         return _model_of(ours, file, weights)
-    published = load_published(file, weights=weights)
+    objective, published = backbones.load_any_published(file, weights=weights)
     return TrainedModel(
         backbone=published.build().float(),
-        path=flow.interpolant(published.path or "linear"),
+        objective=objectives.from_plain({"name": objective, **published.objective}),
         scale=STABLE_DIFFUSION_SCALE,
         autoencoder=None,
         autoencoder_sha256=None,
@@ -122,19 +124,19 @@ def generate(
     Yields:
         float32 ``[B, C, h, w]`` on the model's device.
     """
-    device = model.backbone.pos_embed.device
+    device = next(model.backbone.parameters()).device
     for first in range(0, len(labels), batch_size):
         part = labels[first : first + batch_size]
         noises = sample_noises(seed, range(first, first + len(part)), model.latent_shape)
         latents = sample(
             model.backbone,
+            model.objective,
             next(noises).to(device),
             part.to(device),
             solver=settings.solver,
             steps=settings.steps,
             guidance=settings.guidance,
             interval=settings.interval,
-            path=model.path,
             noises=noises,
             progress=progress,
         )
@@ -154,7 +156,7 @@ def _checkpoint_of_a_run(file: Path) -> Mapping[str, Any] | None:
 def _model_of(checkpoint: Mapping[str, Any], file: Path, weights: str) -> TrainedModel:
     said = checkpoint[CHECKPOINT_KEY]
     with torch.device("meta"):
-        backbone = SiT(SiTConfig(**said["backbone"]))
+        backbone = backbones.build(backbones.from_plain(said["backbone"]))
     prefix = "ema." if weights == "ema" else "backbone."
     state = {
         key.removeprefix(prefix): value
@@ -167,7 +169,7 @@ def _model_of(checkpoint: Mapping[str, Any], file: Path, weights: str) -> Traine
     latent = said["latent"]
     return TrainedModel(
         backbone=backbone.eval().requires_grad_(False),
-        path=flow.interpolant(said["path"]),
+        objective=objectives.from_plain(objective_said(said)),
         scale=LatentScale(latent["scaling_factor"], latent["shift_factor"]),
         autoencoder=latent["autoencoder"],
         autoencoder_sha256=latent["weights_sha256"],

@@ -26,11 +26,13 @@ import torch
 from torch import Tensor
 
 from ...data.errors import RepaError
-from ..objectives.flow import Interpolant, Linear
+from ..objectives.base import require_prediction
+from ..objectives.paths import Interpolant, Linear
 
 if TYPE_CHECKING:
+    from ..models.base import Backbone
     from ..models.capture import Captured
-    from ..models.sit import SiT
+    from ..objectives.base import Objective
 
 SOLVERS = ("euler", "heun", "sde")
 LAST_NOISY_TIME = 0.04
@@ -80,15 +82,16 @@ class SamplerConfig:
         return times
 
 
-def model_velocity(backbone: SiT) -> Velocity:
-    """A backbone as a velocity: inputs in its parameters' dtype, the prediction back in float64."""
+def model_velocity(backbone: Backbone, objective: Objective) -> Velocity:
+    """Return a backbone as a velocity.
+
+    Inputs are in its parameters' dtype; the objective turns the prediction, in float64, into a velocity.
+    """
     dtype = next(backbone.parameters()).dtype
 
     def velocity(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         captured: Captured = backbone(x.to(dtype), t.to(dtype), condition)
-        if captured.velocity is None:
-            raise ValueError("the backbone stopped before its velocity")
-        return captured.velocity.double()
+        return objective.velocity(require_prediction(captured).double(), x, t)
 
     return velocity
 
@@ -115,7 +118,8 @@ def sample_noises(seed: int, samples: Sequence[int], shape: Sequence[int]) -> It
 
 
 def sample(
-    backbone: SiT,
+    backbone: Backbone,
+    objective: Objective,
     latents: Tensor,
     condition: Tensor,
     *,
@@ -123,7 +127,6 @@ def sample(
     steps: int = 50,
     guidance: float = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),
-    path: Interpolant = LINEAR,
     noises: Iterable[Tensor] | None = None,
     generator: torch.Generator | None = None,
     progress: Callable[[int], None] | None = None,
@@ -132,13 +135,13 @@ def sample(
 
     Args:
         backbone: in eval mode; its conditioner gives the null condition.
+        objective: what the backbone was trained to predict.
         latents: standard normal noise ``[B, C, h, w]`` on the backbone's device.
         condition: condition of each sample ``[B, …]``.
         solver: ``euler``, ``heun`` or ``sde``.
         steps: number of times the state is advanced.
         guidance: weight w; 1 means none.
         interval: low and high time between which guidance acts.
-        path: the path the backbone was trained on.
         noises: noises of the SDE.
         generator: draws them when none are given.
         progress: called with the number of finished steps after each.
@@ -150,12 +153,12 @@ def sample(
         RepaError: unknown solver, too few steps, or an interval outside [0, 1].
     """
     return integrate(
-        model_velocity(backbone),
+        model_velocity(backbone, objective),
         latents,
         condition,
         backbone.y_embedder.null(len(latents)),
         SamplerConfig(solver=solver, steps=steps, guidance=guidance, interval=interval),
-        path=path,
+        path=objective.path,
         noises=noises,
         generator=generator,
         progress=progress,

@@ -6,14 +6,18 @@ import os
 import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
 from ...data.errors import RepaError
 from ...data.storage.files import make_folder, os_errors, partial_path, publish
+from ..models.registry import FLOW
 from .module import CHECKPOINT_KEY
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 FOLDER = "checkpoints"
 
@@ -45,6 +49,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if CHECKPOINT_KEY not in checkpoint:
         raise RepaError(f"{path} is no checkpoint of a run", "`repa sample --ckpt` reads published ones")
     return checkpoint
+
+
+def objective_said(said: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the objective of a checkpoint, as plain values.
+
+    Before there was another it was always flow matching, and only its path was said.
+
+    Args:
+        said: what a checkpoint says of its run, under `CHECKPOINT_KEY`.
+    """
+    objective: Mapping[str, Any] = said.get("objective") or {"name": FLOW, "path": said["path"]}
+    return objective
 
 
 def _load(path: Path) -> dict[str, Any]:

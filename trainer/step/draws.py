@@ -16,9 +16,11 @@ from torch import Tensor
 from .randomness import derived_seed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..models.conditioning import Conditioner
-    from ..objectives.flow import Interpolant
-    from ..objectives.times import TimeLaw
+
+    Times = Callable[[int, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +53,12 @@ class StepDraws:
     Args:
         seed: of the run.
         rank: global rank.
-        path: interpolant, for the law of time.
         device: where to draw.
     """
 
-    def __init__(self, *, seed: int, rank: int, path: Interpolant, device: torch.device) -> None:
+    def __init__(self, *, seed: int, rank: int, device: torch.device) -> None:
         self._seed = seed
         self._rank = rank
-        self._path = path
         # one generator, seeded anew for each quantity: constructing them costs more than seeding on CUDA
         self._generator = torch.Generator(device)
         self._step = -1
@@ -69,7 +69,7 @@ class StepDraws:
         return self._generator.manual_seed(derived_seed(self._seed, name, self._rank, step))
 
     def of_step(
-        self, step: int, count: int, shape: tuple[int, ...], law: TimeLaw, conditioner: Conditioner
+        self, step: int, count: int, shape: tuple[int, ...], times: Times, conditioner: Conditioner
     ) -> Draws:
         """Draws of a step.
 
@@ -77,14 +77,14 @@ class StepDraws:
             step: the optimiser step.
             count: images of the rank's whole step.
             shape: of one latent, ``(C, h, w)``.
-            law: law of the times.
+            times: (number of samples, generator) → times ``[B]``.
             conditioner: draws which images lose their condition.
         """
         if self._draws is None or self._step != step:
             self._draws = Draws(
                 posterior=self._normal("posterior", step, (count, *shape)),
                 noise=self._normal("noise", step, (count, *shape)),
-                t=law(count, self._path, self.stream("time", step)),
+                t=times(count, self.stream("time", step)),
                 dropped=conditioner.dropped(count, self.stream("drop", step)),
             )
             self._step = step

@@ -1,4 +1,4 @@
-"""The training step: flow, backbone and method joined in a Lightning module that knows no method by name."""
+"""The training step: objective, backbone and method joined in a Lightning module that knows none by name."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from ...data.format.columns import LABEL, MOMENTS
 from ...data.reading.latents import LatentScale, sample_posterior, scale_latent
 from ..input.datamodule import columns_of_phase
 from ..methods.base import Method, Phase, Step, Term
-from ..models.sit import SiT, SiTConfig
-from ..objectives import flow
-from ..objectives.times import time_law
+from ..models import registry as backbones
+from ..objectives.registry import make_objective
 from .draws import Draws, StepDraws
 from .means import Means
 from .randomness import derived_seed
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
     from ...data.reading.loader import Batch
     from ..config import TrainConfig
+    from ..models.base import Backbone, BackboneConfig
     from ..models.capture import Captured
 
 CHECKPOINT_KEY = "repa"
@@ -45,7 +45,7 @@ class TrainingModule(LightningModule):
     Args:
         config: of the run.
         backbone: the network to train.
-        method: adds the terms beside the velocity loss.
+        method: adds the terms beside the objective's own.
         scale: from the autoencoder's latent to the backbone's.
         identity: plain values that a checkpoint must share with the run that resumes it.
     """
@@ -53,7 +53,7 @@ class TrainingModule(LightningModule):
     def __init__(
         self,
         config: TrainConfig,
-        backbone: SiT,
+        backbone: Backbone,
         method: Method,
         scale: LatentScale,
         identity: Mapping[str, Any],
@@ -65,7 +65,7 @@ class TrainingModule(LightningModule):
         self.method = method
         self.scale = scale
         self.identity = dict(identity)
-        self.path = flow.interpolant(config.path)
+        self.objective = make_objective(config.objective)
         self.means = Means()
         self._average = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
         self._averaged: tuple[list[nn.Parameter], list[nn.Parameter]] | None = None
@@ -76,8 +76,7 @@ class TrainingModule(LightningModule):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Shape ``(C, h, w)`` of one latent."""
-        shape = self.backbone.config
-        return shape.in_channels, shape.input_size, shape.input_size
+        return self.backbone.config.latent_shape
 
     def columns_at(self, step: int) -> tuple[str, ...]:
         """Columns of the cache that a step reads, without the label."""
@@ -95,7 +94,7 @@ class TrainingModule(LightningModule):
             self._start_afresh()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of a micro-batch: the velocity loss, if the phase has it, and the method's weighted terms."""
+        """Loss of a micro-batch: the objective's, if the phase has it, and the method's weighted terms."""
         del batch_idx
         total = self._total(self.terms(batch))
         if self.trainer.world_size == 1:
@@ -111,46 +110,45 @@ class TrainingModule(LightningModule):
             draws: of the micro-batch; by default those of its step.
 
         Raises:
-            RuntimeError: the phase wants the velocity loss of a backbone that it stops early.
+            RuntimeError: the phase wants the objective's loss of a backbone that it stops early.
         """
         phase = self.method.phase_at(batch.step)
         flags = self.method.flags(phase)
         draws = draws or self._draw(batch, phase)
         moments = batch.columns[MOMENTS].float()
         x0 = scale_latent(sample_posterior(moments, draws.posterior), *self.scale)
-        t = draws.t
-        x_t = self.path.interpolate(x0, draws.noise, t)
+        noised = self.objective.noised(x0, draws.noise, draws.t)
         condition = self.backbone.y_embedder.condition(self._condition_values(batch), draws.dropped)
-        student: Captured = self.backbone(x_t, t, condition, self.method.capture(phase))
+        student: Captured = self.backbone(noised.x_t, noised.t, condition, self.method.capture(phase))
 
         terms: dict[str, Term] = {}
-        if flags.velocity_loss:
-            if student.velocity is None:
-                raise RuntimeError(f"phase {phase.name} wants the velocity loss but stops the backbone early")
-            velocity = flow.velocity_loss(student.velocity, self.path.velocity(x0, draws.noise, t)).mean()
-            terms["velocity"] = Term(value=velocity, weight=1.0)
+        if flags.objective_loss:
+            if student.prediction is None:
+                raise RuntimeError(f"phase {phase.name} wants the prediction but stops the backbone early")
+            for name, values in self.objective.losses(student, noised).items():
+                terms[name] = Term(value=values.mean(), weight=1.0)
         step = Step(
             index=batch.step,
             columns=batch.columns,
-            x0=x0,
-            noise=draws.noise,
-            t=t,
+            x0=noised.x0,
+            noise=noised.noise,
+            t=noised.t,
             condition=condition,
             student=student,
-            interpolate=lambda times: self.path.interpolate(x0, draws.noise, times),
+            interpolate=lambda times: self.objective.interpolate(noised.x0, noised.noise, times),
             generator=self._seed_method(batch),
             ema_forward=self._ema_forward(condition) if flags.ema_forward else None,
         )
         return terms | self.method.losses(step)
 
     def _total(self, terms: Mapping[str, Term]) -> Tensor:
-        """Σ weight · value; the sum, every value and every weight but the velocity's are recorded."""
+        """Σ weight · value; the sum, every value and every weight but the objective's are recorded."""
         weighted = [term.weight * term.value for term in terms.values() if term.weight is not None]
         total = torch.stack(weighted).sum()
         self.means.add("loss", total)
         for name, term in terms.items():
             self.means.add(name, term.value)
-            if name != "velocity" and term.weight is not None:
+            if name not in self.objective.terms and term.weight is not None:
                 self.means.add(f"{name}_weight", term.weight)
         return total
 
@@ -232,13 +230,15 @@ class TrainingModule(LightningModule):
 
     def _draw(self, batch: Batch, phase: Phase) -> Draws:
         if self._draws is None:
-            self._draws = StepDraws(
-                seed=self.config.seed, rank=self.global_rank, path=self.path, device=self.device
-            )
+            self._draws = StepDraws(seed=self.config.seed, rank=self.global_rank, device=self.device)
         size = len(batch.label)
-        law = self.method.time_law(phase) or time_law(self.config.times)
+        law = self.method.time_law(phase)
         draws = self._draws.of_step(
-            batch.step, size * self.config.accumulate, self.latent_shape, law, self.backbone.y_embedder
+            batch.step,
+            size * self.config.accumulate,
+            self.latent_shape,
+            lambda count, generator: self.objective.times(count, generator, law),
+            self.backbone.y_embedder,
         )
         return draws.micro_batch(batch.micro, size)
 
@@ -281,10 +281,10 @@ class TrainingModule(LightningModule):
         self.ema.load_state_dict(self.backbone.state_dict())
 
 
-def build_backbone(config: SiTConfig, method: Method, seed: int) -> SiT:
+def build_backbone(config: BackboneConfig, method: Method, seed: int) -> Backbone:
     """The backbone with the method's conditioner; its weights depend on the seed, not on the method."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, "conditioner"))
         conditioner = method.make_conditioner(config.num_classes)
         torch.manual_seed(derived_seed(seed, "backbone"))
-        return SiT(config, conditioner)
+        return backbones.build(config, conditioner)

@@ -33,7 +33,7 @@ def student_of(images: int = 3, dtype: torch.dtype = torch.float64, seed: int = 
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
     return Captured(
-        velocity=None,
+        prediction=None,
         hidden={3: draw(images, TOKENS, 32)},
         grids={3: (4, 4)},
         queries={block: draw(images, 4, TOKENS, 8) for block in (2, 3)},
@@ -287,7 +287,7 @@ def test_the_contract() -> None:
     assert method.columns(plain) == none.columns(plain) == ()
     assert method.capture(plain) == none.capture(plain) == NOTHING
     assert method.flags(plain) == Flags(idle=("method.",))
-    assert set(method.losses(make_step({}, Captured(velocity=None), 10))) == set()
+    assert set(method.losses(make_step({}, Captured(prediction=None), 10))) == set()
     batch = {}
     for name, values in targets().items():
         batch[name], batch[f"{name}-scale"] = quantise(values)

@@ -153,7 +153,7 @@ def test_problem_another_grid() -> None:
     facts = SiTConfig.named("SiT-B/4", input_size=8).facts
     what, remedy = the_problem(make(backbone=facts))
     assert what == "a/patch has a 4×4 grid, the backbone 2×2 tokens"
-    assert remedy == "use --model SiT-B/2 (patch 2)"
+    assert remedy == "use --model SiT-B/2"
 
 
 def test_problem_attention_of_another_grid_than_the_tokens() -> None:

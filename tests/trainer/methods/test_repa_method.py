@@ -17,7 +17,7 @@ from repa.trainer.methods.none import NoAlignment
 from repa.trainer.methods.repa import PRESET_DEPTHS, Repa, RepaConfig
 from repa.trainer.models.capture import BackboneFacts, Capture, Captured
 from repa.trainer.models.sit import SIT_SIZES, SiT, SiTConfig
-from repa.trainer.objectives.flow import interpolant
+from repa.trainer.objectives.paths import interpolant
 from safetensors.torch import load_file
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def make_step(columns: dict[str, torch.Tensor], student: Captured) -> Step:
 
 
 def student_of(hidden: torch.Tensor, block: int = 2) -> Captured:
-    return Captured(velocity=None, hidden={block: hidden}, grids={block: (4, 4)})
+    return Captured(prediction=None, hidden={block: hidden}, grids={block: (4, 4)})
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])
@@ -275,7 +275,7 @@ def test_the_contract_of_repa() -> None:
 def test_the_contract_of_none() -> None:
     method = NoAlignment(MethodConfig(), CONFIG.facts, MOMENTS, GRIDS)
     phase = method.phase_at(123)
-    assert method.losses(make_step({}, Captured(velocity=torch.zeros(1)))) == {}
+    assert method.losses(make_step({}, Captured(prediction=torch.zeros(1)))) == {}
     assert (method.columns(phase), method.capture(phase), method.problems()) == ((), Capture(), [])
     assert not list(method.parameters())
 
@@ -363,7 +363,7 @@ def test_problem_grid_and_the_patch_size_that_fits() -> None:
     facts = SiTConfig.named("SiT-B/4", input_size=8).facts
     what, remedy = the_problem(make(backbone=facts))
     assert what == "a/patch has a 4×4 grid, the backbone 2×2 tokens"
-    assert remedy == "use --model SiT-B/2 (patch 2)"
+    assert remedy == "use --model SiT-B/2"
 
 
 def test_problem_grid_and_the_encoder_that_fits() -> None:
@@ -376,7 +376,7 @@ def test_problem_grid_and_the_encoder_that_fits() -> None:
 def test_problem_grid_that_nothing_fits() -> None:
     columns = MOMENTS | {"b/patch": ColumnSpec(shape=(9, 24), dtype="float16")}
     _, remedy = the_problem(make(columns=columns, grids={"sd-vae": (8, 8), "b": (3, 3)}))
-    assert "no patch size of 1, 2, 4, 8 fits" in remedy
+    assert "no model of this size fits" in remedy
     assert "whose grid is 4×4" in remedy
 
 

@@ -48,7 +48,7 @@ def nested(**others: Any) -> dict[str, Any]:
 def test_the_published_form(tmp_path: Path, weights: str, seed: int) -> None:
     found = load_published(save(tmp_path / "0400000.pt", nested()), weights=weights, heads=2)
     assert found.config == CONFIG
-    assert (found.weights, found.path, found.steps) == (weights, "cosine", 400_000)
+    assert (found.weights, found.objective, found.steps) == (weights, {"path": "cosine"}, 400_000)
     expected = state_of(seed=seed)
     assert set(found.projectors) == {"0.0.weight", "0.0.bias"}
     assert torch.equal(found.projectors["0.0.bias"], expected["projectors.0.0.bias"])
@@ -72,7 +72,7 @@ def test_bare_state_dicts(tmp_path: Path, name: str) -> None:
         torch.save(state, path, _use_new_zipfile_serialization=not name.startswith("old"))
     found = load_published(path, heads=2)
     assert found.config == CONFIG
-    assert (found.weights, found.path, found.steps) == (None, None, None)
+    assert (found.weights, found.objective, found.steps) == (None, {}, None)
     assert all(torch.equal(found.backbone[key], state[key]) for key in found.backbone)
 
 

@@ -56,8 +56,8 @@ def inputs(config: SiTConfig, count: int = 2, dtype: torch.dtype = torch.float64
 
 def test_golden_forward(golden: dict[str, torch.Tensor], golden_sit: SiT) -> None:
     captured = golden_sit(golden["fwd_x"], golden["t"], golden["y"])
-    assert captured.velocity is not None
-    torch.testing.assert_close(captured.velocity, golden["fwd_out"], rtol=0, atol=1e-9)
+    assert captured.prediction is not None
+    torch.testing.assert_close(captured.prediction, golden["fwd_out"], rtol=0, atol=1e-9)
 
 
 def test_golden_position_table_is_the_published_one_bit_for_bit(shared: Path) -> None:
@@ -174,7 +174,7 @@ def test_initialisation() -> None:
     for key in ("t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight", "y_embedder.embedding_table.weight"):
         assert state[key].std().item() == pytest.approx(0.02, rel=0.05)
     x, t, y = inputs(model.config, dtype=torch.float32)
-    velocity = model(x, t, y).velocity
+    velocity = model(x, t, y).prediction
     assert velocity is not None
     assert not velocity.any()
     torch.manual_seed(0)
@@ -195,7 +195,7 @@ def test_capture_returns_what_was_asked_and_changes_nothing() -> None:
     plain = model(x, t, y)
     assert (plain.hidden, plain.grids, plain.queries, plain.keys) == ({}, {}, {}, {})
     captured = model(x, t, y, Capture(hidden=(1, 3), attention=(2,)))
-    assert torch.equal(captured.velocity, plain.velocity)
+    assert torch.equal(captured.prediction, plain.prediction)
     assert set(captured.hidden) == {1, 3}
     assert captured.grids == {1: (4, 4), 3: (4, 4)}
     assert captured.hidden[1].shape == (2, 16, 32)
@@ -207,14 +207,14 @@ def test_capture_returns_what_was_asked_and_changes_nothing() -> None:
     assert torch.equal(captured.keys[2], keys)
     assert queries.shape == (2, 2, 16, 16)
     last = model._unpatchify(model.final_layer(captured.hidden[3], embedding))
-    assert torch.equal(last, plain.velocity)
+    assert torch.equal(last, plain.prediction)
 
 
 def test_stop_after_runs_no_later_block() -> None:
     model = randomised(SMALL)
     x, t, y = inputs(SMALL)
     stopped = model(x, t, y, Capture(hidden=(2,), stop_after=2))
-    assert stopped.velocity is None
+    assert stopped.prediction is None
     assert torch.equal(stopped.hidden[2], model(x, t, y, Capture(hidden=(2,))).hidden[2])
     stopped.hidden[2].sum().backward()
     assert all(parameter.grad is None for parameter in model.blocks[2].parameters())
@@ -249,9 +249,9 @@ def test_half_precision_attention_under_autocast_with_qk_norm() -> None:
     config = SiTConfig(depth=1, width=32, heads=2, patch_size=2, input_size=8, num_classes=5, qk_norm=True)
     model = randomised(config, torch.float32)
     x, t, y = inputs(config, dtype=torch.float32)
-    full = model(x, t, y).velocity
+    full = model(x, t, y).prediction
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = model(x, t, y).velocity
+        half = model(x, t, y).prediction
     assert full is not None
     assert half is not None
     assert half.dtype == torch.bfloat16
@@ -274,7 +274,7 @@ def test_compiled_forward_is_one_graph_per_distinct_capture() -> None:
         for _ in range(captures):
             capture = Capture(hidden=(2,), attention=(1,)) if expected == 1 else Capture()
             ours, theirs = compiled(x, t, y, capture), model(x, t, y, capture)
-            torch.testing.assert_close(ours.velocity, theirs.velocity)
+            torch.testing.assert_close(ours.prediction, theirs.prediction)
             assert set(ours.hidden) == set(theirs.hidden)
             assert ours.grids == theirs.grids
             assert set(ours.queries) == set(theirs.queries)
@@ -302,9 +302,21 @@ def test_label_conditioner() -> None:
 def test_facts() -> None:
     config = SiTConfig.named("SiT-B/2", input_size=32)
     assert config.facts == BackboneFacts(
-        depth=12, width=768, heads=12, grid=(16, 16), patch_size=2, size_name="B"
+        depth=12,
+        width=768,
+        heads=12,
+        grid=(16, 16),
+        patch_size=2,
+        size_name="B",
+        siblings=(
+            ((32, 32), "SiT-B/1"),
+            ((16, 16), "SiT-B/2"),
+            ((8, 8), "SiT-B/4"),
+            ((4, 4), "SiT-B/8"),
+        ),
     )
-    assert (config.facts.width_of(12), config.facts.grid_of(1)) == (768, (16, 16))
+    facts = config.facts
+    assert (facts.width_of(12), facts.heads_of(1), facts.grid_of(1)) == (768, 12, (16, 16))
     for block in (0, 13):
         with pytest.raises(ValueError, match="blocks 1 to 12"):
             config.facts.grid_of(block)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from repa.data.errors import RepaError
 from repa.trainer.models.sit import SiT, SiTConfig
-from repa.trainer.objectives.flow import INTERPOLANTS, interpolant, velocity_loss
+from repa.trainer.objectives.flow import velocity_loss
+from repa.trainer.objectives.paths import INTERPOLANTS, interpolant
 from repa.trainer.objectives.times import TIME_LAWS, time_law
 from safetensors.torch import load_file
 
@@ -31,7 +32,7 @@ def test_golden_velocity_loss(shared: Path, name: str) -> None:
     x = path.interpolate(golden["x0"], golden["noise"], t)
     if name == "linear":
         torch.testing.assert_close(x, golden["fwd_x"], rtol=0, atol=1e-12)
-    velocity = model(x, t, golden["y"]).velocity
+    velocity = model(x, t, golden["y"]).prediction
     loss = velocity_loss(velocity, path.velocity(golden["x0"], golden["noise"], t))
     torch.testing.assert_close(loss, golden[f"loss_{name}_denoise"], rtol=0, atol=1e-9)
 

@@ -19,7 +19,6 @@ from PIL import Image
 from repa.data.errors import CacheError, CorruptRowError, RepaError
 from repa.data.testing import synthetic_cache
 from repa.trainer.config import build, load_yaml
-from repa.trainer.objectives.times import uniform_times
 from repa.trainer.run.checks import ProblemsError, check
 from repa.trainer.run.fit import assemble, fit, identity_of
 from repa.trainer.run.lightning_trainer import is_leader
@@ -364,10 +363,10 @@ def rank_loss(module: Any, checked: Any, rank: int) -> float:
     )
     batch = next(iter(loader))
     loader.close()
-    made = StepDraws(seed=0, rank=rank, path=module.path, device=torch.device("cpu"))
-    draws = made.of_step(0, 4, (4, 4, 4), uniform_times, module.backbone.y_embedder)
+    made = StepDraws(seed=0, rank=rank, device=torch.device("cpu"))
+    draws = made.of_step(0, 4, (4, 4, 4), module.objective.times, module.backbone.y_embedder)
     x0 = scale_latent(sample_posterior(batch.columns["sd-vae/moments"], draws.posterior), *module.scale)
-    x_t = module.path.interpolate(x0, draws.noise, draws.t)
+    x_t = module.objective.interpolate(x0, draws.noise, draws.t)
     condition = module.backbone.y_embedder.condition(batch.label, draws.dropped)
-    velocity = module.backbone(x_t, draws.t, condition).velocity
+    velocity = module.backbone(x_t, draws.t, condition).prediction
     return float((velocity - (draws.noise - x0)).square().mean())

@@ -14,7 +14,6 @@ from repa.trainer.methods import METHODS
 from repa.trainer.methods.base import Method, MethodConfig, Step, Term
 from repa.trainer.models.capture import Capture
 from repa.trainer.models.sit import SiT
-from repa.trainer.objectives.times import uniform_times
 from repa.trainer.run.checks import check
 from repa.trainer.run.fit import assemble, identity_of
 from repa.trainer.run.gradient_angle import gradient_angle
@@ -51,8 +50,8 @@ def train(config: TrainConfig, look: Callable[[TrainingModule, Any], None]) -> T
 def by_hand(module: TrainingModule, batch: Any, block: int) -> float:
     """With `Tensor.backward` on the parameters' own gradients, and the flow written out."""
     seed = derived_seed(0, "gradient_angle")
-    draws = StepDraws(seed=seed, rank=0, path=module.path, device=torch.device("cpu")).of_step(
-        batch.step, 8, (4, 4, 4), uniform_times, module.backbone.y_embedder
+    draws = StepDraws(seed=seed, rank=0, device=torch.device("cpu")).of_step(
+        batch.step, 8, (4, 4, 4), module.objective.times, module.backbone.y_embedder
     )
     mean, std = batch.columns["sd-vae/moments"].chunk(2, dim=1)
     x0 = (mean + std * draws.posterior) * 0.18215
@@ -67,7 +66,7 @@ def by_hand(module: TrainingModule, batch: Any, block: int) -> float:
             t = torch.full((8,), time)
             student = module.backbone((1 - time) * x0 + time * draws.noise, t, labels, capture)
             if velocity:
-                loss = (student.velocity - (draws.noise - x0)).square().mean()
+                loss = (student.prediction - (draws.noise - x0)).square().mean()
             else:
                 step = Step(
                     index=batch.step,
@@ -189,8 +188,8 @@ class Parallel(Method):
         return Capture(hidden=(1,))
 
     def losses(self, step: Step) -> dict[str, Term]:
-        assert step.student.velocity is not None
-        value: Tensor = (step.student.velocity - (step.noise - step.x0)).square().mean()
+        assert step.student.prediction is not None
+        value: Tensor = (step.student.prediction - (step.noise - step.x0)).square().mean()
         return {"same": Term(value=value, weight=self.config.weight)}
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from repa.data.errors import RepaError
 from repa.trainer.models.sit import SiT, SiTConfig
-from repa.trainer.objectives.flow import INTERPOLANTS, interpolant
+from repa.trainer.objectives.flow import Flow, FlowConfig
+from repa.trainer.objectives.paths import INTERPOLANTS, interpolant
 from repa.trainer.sampling.sampler import SamplerConfig, integrate, model_velocity, sample, sample_noises
 from safetensors.torch import load_file
 
@@ -25,6 +26,9 @@ GOLDEN_INTERVAL = (0.0, 0.7)
 def golden(shared: Path) -> dict[str, torch.Tensor]:
     with np.load(shared / "golden" / "repa.npz") as file:
         return {key: torch.from_numpy(file[key]) for key in file}
+
+
+FLOW = Flow(FlowConfig())
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +46,7 @@ def test_golden_ode(
 ) -> None:
     samples = sample(
         backbone,
+        FLOW,
         golden["sample_latents"],
         golden["sample_y"],
         solver=solver,
@@ -55,6 +60,7 @@ def test_golden_ode(
 def test_golden_sde(golden: dict[str, torch.Tensor], backbone: SiT) -> None:
     samples = sample(
         backbone,
+        FLOW,
         golden["sample_latents"],
         golden["sample_y"],
         solver="sde",
@@ -195,11 +201,11 @@ def test_the_state_is_float64_and_the_model_sees_its_own_dtype() -> None:
         return forward(x, t, condition)
 
     model.forward = spy  # type: ignore[method-assign]
-    out = sample(model, torch.randn(2, 4, 4, 4), torch.tensor([0, 1]), steps=2)
+    out = sample(model, FLOW, torch.randn(2, 4, 4, 4), torch.tensor([0, 1]), steps=2)
     assert out.dtype == torch.float64
     assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
     assert (
-        model_velocity(model)(torch.randn(1, 4, 4, 4), torch.ones(1), torch.tensor([0])).dtype
+        model_velocity(model, FLOW)(torch.randn(1, 4, 4, 4), torch.ones(1), torch.tensor([0])).dtype
         == torch.float64
     )
 

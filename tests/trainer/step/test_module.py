@@ -15,8 +15,7 @@ from repa.trainer.methods.base import Flags, Method, MethodConfig, Phase, Step, 
 from repa.trainer.models.capture import Capture
 from repa.trainer.models.conditioning import LabelConditioner
 from repa.trainer.models.sit import SiT
-from repa.trainer.objectives import flow
-from repa.trainer.objectives.times import TimeLaw, lognormal_times, uniform_times
+from repa.trainer.objectives.flow import Flow, FlowConfig
 from repa.trainer.run.checks import check
 from repa.trainer.run.fit import assemble, identity_of
 from repa.trainer.run.lightning_trainer import make_trainer, quiet_lightning
@@ -90,7 +89,7 @@ def test_loss_written_out(settings: Settings) -> None:
     with torch.no_grad():
         student = module.backbone(x_t, t, labels, Capture(hidden=(1,)))
         projected = module.method.projectors[0](student.hidden[1])
-    velocity = (student.velocity - (noise - x0)).square().mean()
+    velocity = (student.prediction - (noise - x0)).square().mean()
     cosine = torch.nn.functional.cosine_similarity(projected, batch.columns["demo/patch"].float(), dim=-1)
     found = watch.means[0]
     assert found["velocity"] == pytest.approx(velocity.item(), rel=1e-5)
@@ -111,8 +110,8 @@ def test_one_batch_of_eight_is_two_of_four(settings: Settings) -> None:
 
 def test_draws_are_sliced_not_drawn_again() -> None:
     def draws(rank: int = 0, seed: int = 0, step: int = 0) -> Any:
-        made = StepDraws(seed=seed, rank=rank, path=flow.interpolant("linear"), device=torch.device("cpu"))
-        return made.of_step(step, 8, (2, 3, 3), uniform_times, LabelConditioner(3, 4))
+        made = StepDraws(seed=seed, rank=rank, device=torch.device("cpu"))
+        return made.of_step(step, 8, (2, 3, 3), Flow(FlowConfig()).times, LabelConditioner(3, 4))
 
     whole = draws()
     for name in ("posterior", "noise", "t", "dropped"):
@@ -128,11 +127,13 @@ def test_draws_are_sliced_not_drawn_again() -> None:
 def test_streams_do_not_shift_each_other() -> None:
     """Another law of time, or no label dropout, leaves the noise as it was."""
 
-    def draws(law: TimeLaw, drop: float) -> Any:
-        made = StepDraws(seed=0, rank=0, path=flow.interpolant("linear"), device=torch.device("cpu"))
-        return made.of_step(5, 4, (2, 3, 3), law, LabelConditioner(3, 4, drop))
+    def draws(times: str, drop: float) -> Any:
+        made = StepDraws(seed=0, rank=0, device=torch.device("cpu"))
+        return made.of_step(
+            5, 4, (2, 3, 3), Flow(FlowConfig(times=times)).times, LabelConditioner(3, 4, drop)
+        )
 
-    first, second = draws(uniform_times, 0.1), draws(lognormal_times, 0.0)
+    first, second = draws("uniform", 0.1), draws("lognormal", 0.0)
     assert torch.equal(first.noise, second.noise)
     assert not torch.equal(first.t, second.t)
 
@@ -255,7 +256,7 @@ class Phased(Method):
             "free": ("method.",),
         }
         return Flags(
-            velocity_loss=phase.name != "warm",
+            objective_loss=phase.name != "warm",
             fresh_start=phase.name == "align",
             ema_forward=phase.name == "align",
             idle=idle[phase.name],
@@ -269,7 +270,7 @@ class Phased(Method):
         terms = {"distance": Term(value=distance, weight=0.5)}
         if step.ema_forward is not None:
             teacher = step.ema_forward(step.interpolate(step.t), step.t, Capture(hidden=(2,), stop_after=2))
-            assert teacher.velocity is None
+            assert teacher.prediction is None
             assert not teacher.hidden[2].requires_grad
             terms["self"] = Term(
                 value=(step.student.hidden[1] - teacher.hidden[2]).square().mean(), weight=0.1

@@ -1,0 +1,105 @@
+"""The backbone contract: an architecture whose facts methods may know, and a network they may look into.
+
+A backbone is one file with a `BackboneConfig` and a `Backbone`, and one line in `registry`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from .capture import NOTHING, BackboneFacts, Capture, Captured
+from .conditioning import Conditioner
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig(ABC):
+    """Architecture of a backbone: plain values, which checkpoints keep.
+
+    Attributes:
+        names: what a name of the family looks like, for errors: ``"SiT-<size>/<patch> with …"``.
+        input_size: side of the (square) latent.
+        in_channels: channels of the latent, and of the prediction.
+        num_classes: classes, without the null class.
+    """
+
+    names: ClassVar[str]
+
+    input_size: int
+    in_channels: int = 4
+    num_classes: int = 1000
+
+    @classmethod
+    @abstractmethod
+    def knows(cls, name: str) -> bool:
+        """Return whether a name, as of ``--model``, is one of the family's."""
+
+    @classmethod
+    @abstractmethod
+    def named(
+        cls, name: str, *, input_size: int, in_channels: int = 4, num_classes: int = 1000, **settings: Any
+    ) -> Self:
+        """Return the architecture of a name such as ``SiT-B/2``.
+
+        Args:
+            name: of ``--model``.
+            input_size: side of the latent.
+            in_channels: its channels.
+            num_classes: classes, without the null class.
+            settings: settings of the run that are fields of this class, ``qk_norm``.
+
+        Raises:
+            RepaError: the latent does not fit it.
+        """
+
+    @property
+    @abstractmethod
+    def facts(self) -> BackboneFacts:
+        """What methods may know."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape ``(C, h, w)`` of one latent."""
+        return self.in_channels, self.input_size, self.input_size
+
+
+class Backbone(nn.Module, ABC):
+    """The network: noisy latent, time and condition to a prediction, plus the activations asked for.
+
+    A subclass is constructed from its config and, optionally, a conditioner; None stands for class labels.
+    Its parameters are drawn from torch's global generator.
+
+    Attributes:
+        config: architecture.
+        facts: what methods may know.
+        y_embedder: the conditioner.
+        blocks: the blocks, counted from 1 by all others.
+    """
+
+    config: BackboneConfig
+    facts: BackboneFacts
+    y_embedder: Conditioner
+    blocks: nn.ModuleList
+
+    @abstractmethod
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor, capture: Capture = NOTHING) -> Captured:
+        """Predict what the objective trains.
+
+        Args:
+            x: noisy latent ``[B, C, h, w]``.
+            t: times ``[B]`` in [0, 1]; data at 0, noise at 1.
+            condition: what the conditioner embeds; labels int64 ``[B]`` by default.
+            capture: activations to return.
+
+        Returns:
+            The prediction ``[B, C, h, w]`` (None after an early stop) and the activations.
+
+        Raises:
+            ValueError: the capture names a block that does not run.
+        """

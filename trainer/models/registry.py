@@ -1,0 +1,149 @@
+"""The backbones, by family: one line each.
+
+Nothing else in the package names a family: who trains, samples, plans or checks a model asks here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from ...data.errors import RepaError
+from ..typed import from_mapping
+from .published import PublishedCheckpoint, load_published
+from .sit import SiT, SiTConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from .base import Backbone, BackboneConfig
+
+FLOW = "flow"
+FIRST = "SiT"
+"""Family of the checkpoints that were written before there was another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What makes a family of backbones.
+
+    Attributes:
+        config: its architecture; knows the family's names.
+        build: its network.
+        objective: name of what it learns to predict where the run does not say.
+        published: reads a published checkpoint, given the file and which weights; None if there is none.
+    """
+
+    config: type[BackboneConfig]
+    build: type[Backbone]
+    objective: str = FLOW
+    published: Callable[..., PublishedCheckpoint] | None = None
+
+
+BACKBONES: dict[str, Family] = {
+    FIRST: Family(config=SiTConfig, build=SiT, published=load_published),
+}
+
+
+def family_of(model: str) -> Family:
+    """Return the family that a model's name belongs to.
+
+    Raises:
+        RepaError: none knows the name; the remedy says what each family's names look like.
+    """
+    for family in BACKBONES.values():
+        if family.config.knows(model):
+            return family
+    names = "; or ".join(family.config.names for family in BACKBONES.values())
+    raise RepaError(f"model {model!r} is unknown", f"a name is {names}", field="--model")
+
+
+def config_of(
+    model: str, *, input_size: int, in_channels: int, num_classes: int, qk_norm: bool = False
+) -> BackboneConfig:
+    """Return the architecture of a model's name.
+
+    Args:
+        model: name, as ``SiT-B/2``.
+        input_size: side of the latent.
+        in_channels: channels of the latent.
+        num_classes: classes, without the null class.
+        qk_norm: LayerNorm of queries and keys.
+
+    Raises:
+        RepaError: the name is unknown, the latent does not fit it, or it has no such norm.
+    """
+    config = family_of(model).config
+    settings = {"qk_norm": True} if qk_norm else {}
+    if settings.keys() - {item.name for item in fields(config)}:
+        raise RepaError(
+            f"model {model} has no queries and keys to normalise", "leave qk_norm off", field="qk_norm"
+        )
+    return config.named(
+        model, input_size=input_size, in_channels=in_channels, num_classes=num_classes, **settings
+    )
+
+
+def build(config: BackboneConfig, conditioner: Any = None) -> Backbone:
+    """Return a network of an architecture.
+
+    Args:
+        config: architecture.
+        conditioner: embeds the condition; None for class labels.
+    """
+    return _family(config)[1].build(config, conditioner)
+
+
+def to_plain(config: BackboneConfig) -> dict[str, Any]:
+    """Return plain values from which `from_plain` makes the architecture again, for checkpoints."""
+    return {"family": _family(config)[0], **asdict(config)}
+
+
+def from_plain(values: Mapping[str, Any]) -> BackboneConfig:
+    """Return the architecture of `to_plain`, or of a checkpoint from before there were families.
+
+    Raises:
+        RepaError: the family is unknown, or its architecture is incomplete or has other fields.
+    """
+    settings = dict(values)
+    name = settings.pop("family", FIRST)
+    if name not in BACKBONES:
+        raise RepaError(f"backbone {name!r} is unknown", f"this repa has {', '.join(BACKBONES)}")
+    config = BACKBONES[name].config
+    needed = {item.name for item in fields(config) if item.default is MISSING}
+    if needed - settings.keys():
+        missing = ", ".join(sorted(needed - settings.keys()))
+        raise RepaError(f"the backbone {name} lacks {missing}", "take another checkpoint", field="backbone")
+    return from_mapping(config, settings, prefix="backbone.")
+
+
+def load_any_published(path: Path, *, weights: str) -> tuple[str, PublishedCheckpoint]:
+    """Read a published checkpoint of whichever family it is of.
+
+    Args:
+        path: the file.
+        weights: which of its weights, ``ema`` or ``model``.
+
+    Returns:
+        Name of the family's objective, and the checkpoint.
+
+    Raises:
+        RepaError: it is of none of them.
+    """
+    refusals: list[RepaError] = []
+    for family in BACKBONES.values():
+        if family.published is None:
+            continue
+        try:
+            return family.objective, family.published(path, weights=weights)
+        except RepaError as error:
+            refusals.append(error)
+    if len(refusals) == 1:
+        raise refusals[0]
+    reasons = "; ".join(dict.fromkeys(each.what for each in refusals))
+    raise RepaError(f"{path} is of no known backbone: {reasons}", "give a published checkpoint")
+
+
+def _family(config: BackboneConfig) -> tuple[str, Family]:
+    return next(item for item in BACKBONES.items() if type(config) is item[1].config)

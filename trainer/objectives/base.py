@@ -1,0 +1,122 @@
+"""The objective contract: what the network learns to predict, along which path, at which times.
+
+An objective is one file with an `ObjectiveConfig` and an `Objective`, and one line in `registry`. No other
+file knows what a prediction means: the training step asks for its loss, the sampler for its velocity.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .paths import interpolant
+from .times import time_law
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from torch import Tensor
+
+    from ..models.capture import Captured
+    from .times import TimeLaw
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Settings of an objective; each objective's are a frozen subclass.
+
+    Attributes:
+        path: name of the path between data and noise.
+        times: name of the law of the training times, where the method has none of its own.
+    """
+
+    path: str = "linear"
+    times: str = "uniform"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noised:
+    """What the network is given, and what it was made from.
+
+    Attributes:
+        x0: scaled latent ``[B, C, h, w]``.
+        noise: ε, of the same shape.
+        t: times ``[B]`` in [0, 1]; data at 0, noise at 1.
+        x_t: the noisy latent, of x0's shape.
+    """
+
+    x0: Tensor
+    noise: Tensor
+    t: Tensor
+    x_t: Tensor
+
+
+class Objective(ABC):
+    """Base of all objectives.
+
+    Attributes:
+        config_class: its settings.
+        terms: names of the loss terms, as metrics.csv calls them.
+        config: settings.
+        path: the path of those settings.
+
+    Args:
+        config: settings.
+    """
+
+    config_class: ClassVar[type[ObjectiveConfig]]
+    terms: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.path = interpolant(config.path)
+
+    def times(self, count: int, generator: torch.Generator, law: TimeLaw | None = None) -> Tensor:
+        """Return training times float32 ``[B]``, on the generator's device.
+
+        Args:
+            count: B.
+            generator: to draw from.
+            law: of the method; None for the configured one.
+        """
+        return (law or time_law(self.config.times))(count, self.path, generator)
+
+    def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return x_t of latents ``[B, C, h, w]``, noise and times ``[B]``."""
+        return self.path.interpolate(x0, noise, t)
+
+    def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Noised:
+        """Return what the network is given of latents ``[B, C, h, w]``, noise and times ``[B]``."""
+        return Noised(x0=x0, noise=noise, t=t, x_t=self.interpolate(x0, noise, t))
+
+    @abstractmethod
+    def losses(self, captured: Captured, noised: Noised) -> Mapping[str, Tensor]:
+        """Return each of `terms` per sample, ``[B]``; the loss is the sum of their means.
+
+        Args:
+            captured: what the network returned.
+            noised: what it was given.
+        """
+
+    @abstractmethod
+    def velocity(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Return dx_t/dt, which the samplers integrate.
+
+        Args:
+            prediction: of the network ``[B, C, h, w]``, float64.
+            x: the state it was given, of that shape.
+            t: its times ``[B]`` in (0, 1], float64.
+        """
+
+
+def require_prediction(captured: Captured) -> Tensor:
+    """Return the prediction of a forward pass.
+
+    Raises:
+        ValueError: the backbone stopped before it.
+    """
+    if captured.prediction is None:
+        raise ValueError("the backbone stopped before its prediction")
+    return captured.prediction
