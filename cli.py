@@ -38,7 +38,7 @@ app.add_typer(cache_app, name="cache")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a user's mistake is a message on standard error and exit status 1.
+    """Run the command line. A user's mistake is a message on standard error and exit status 1.
 
     Args:
         arguments: the words after ``repa``; those of the process by default.
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run_command(arguments: Sequence[str]) -> None:
-    """Run one command within another: returns when it is done, raises what it raises.
+    """Run one command within another. It returns when it is done and raises what it raises.
 
     Args:
         arguments: the words after ``repa``.
@@ -101,7 +101,9 @@ def _preprocess(flags: PreprocessFlags) -> None:
 @app.command("plan")
 @takes_flags(PlanFlags)
 def _plan(flags: PlanFlags) -> None:
-    """What a cache will take and give: bytes, hours, MB/s needed and there, and when it has paid for itself.
+    """Measure what a cache will take and give.
+
+    Said are bytes, hours, MB/s needed and there, and when it has paid for itself.
 
     Encodes a few batches in memory and writes a scratch file beside the cache, which it removes.
     """
@@ -118,7 +120,10 @@ def _train(flags: TrainFlags) -> None:
 @app.command("parity")
 @takes_flags(ParityFlags)
 def _parity(flags: ParityFlags) -> None:
-    """The losses from the cache beside those with the teacher called live: what storing costs."""
+    """Compare the losses from the cache with those of a live teacher.
+
+    The difference is what storing costs.
+    """
     parity(flags)
 
 
@@ -135,7 +140,10 @@ def _demo(
     steps: Annotated[int, typer.Option(help="Training steps of each method.")] = DEFAULT_STEPS,
     images: Annotated[int, typer.Option(help="Images to encode; 256 of them are held out.")] = IMAGES,
 ) -> None:
-    """The main job on what the package carries: no download, no GPU, at most 8 minutes on 2 cores."""
+    """Do the main job on what the package carries.
+
+    It needs no download and no GPU, and at most 8 minutes on 2 cores.
+    """
     from .commands.demo.run import demo
 
     demo(run_command, out=out, steps=steps, images=images)
@@ -161,7 +169,7 @@ def _bench(
         Path | None, typer.Option(help="Where the temporary caches go: the disk to measure.")
     ] = None,
 ) -> None:
-    """Loader, writer, preprocess and training step against their limits, side by side in one run."""
+    """Measure loader, writer, preprocess and training step against their limits, side by side in one run."""
     from .commands.bench.measured import BenchSettings
     from .commands.bench.run import bench
 

@@ -58,7 +58,10 @@ def batches_of(count: int) -> Iterator[NDArray[np.int64]]:
 
 
 def row_values(row: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The values of a row: its number at the first place of either array, else bits that do not compress."""
+    """Make the values of a row.
+
+    Its number comes first in either array, the rest are bits that do not compress.
+    """
     generator = np.random.default_rng(row)
     latent = generator.standard_normal(LATENT[0], dtype=np.float32)
     tokens = generator.integers(0, 2**10, TOKENS[0], dtype=np.uint16).view(np.float16)
@@ -84,7 +87,7 @@ def check(batch: Pair) -> None:
 
 
 def write_plain(folder: Path, count: int) -> None:
-    """All rows in one file, latent and tokens together."""
+    """Write all rows in one file, latent and tokens together."""
     with open(folder / "rows.bin", "wb") as file:
         for row in range(count):
             for part in row_values(row):
@@ -92,7 +95,7 @@ def write_plain(folder: Path, count: int) -> None:
 
 
 def read_plain(folder: Path, count: int) -> Iterator[Pair]:
-    """One thread that copies from a memory map into one reused buffer."""
+    """Read by one thread that copies from a memory map into one reused buffer."""
     plain = np.memmap(folder / "rows.bin", dtype=np.uint8, mode="r", shape=(count, ROW_BYTES))
     buffer = np.ones((BATCH_SIZE, ROW_BYTES), dtype=np.uint8)
     for rows in batches_of(count):
@@ -105,7 +108,7 @@ def read_plain(folder: Path, count: int) -> Iterator[Pair]:
 
 
 def write_cache(folder: Path, count: int) -> None:
-    """A cache of repa."""
+    """Write a cache of repa."""
     from repa.data.format.columns import MOMENTS, ColumnSpec
     from repa.data.testing import synthetic_cache
     from repa.data.writing.writer import SourceWriter
@@ -126,7 +129,7 @@ def write_cache(folder: Path, count: int) -> None:
 
 
 def read_cache(folder: Path, count: int, *, check_crc: bool, direct: str = "auto") -> Iterator[Pair]:
-    """The loader of repa, two threads."""
+    """Read by the loader of repa, with two threads."""
     from repa.data.format.columns import MOMENTS
     from repa.data.reading.loader import CacheLoader
     from repa.data.reading.reader import CacheReader
@@ -145,7 +148,7 @@ def read_cache(folder: Path, count: int, *, check_crc: bool, direct: str = "auto
 
 
 def read_zarr(folder: Path, count: int, *, pipeline: str = "") -> Iterator[Pair]:
-    """zarr-python's arrays row by row, by its own codecs or another pipeline's."""
+    """Read zarr-python's arrays row by row, by its own codecs or another pipeline's."""
     import zarr
 
     if pipeline:
@@ -161,7 +164,7 @@ def read_zarr(folder: Path, count: int, *, pipeline: str = "") -> Iterator[Pair]
 
 
 def read_tensorstore(folder: Path, count: int) -> Iterator[Pair]:
-    """TensorStore, batches of rows into given buffers."""
+    """Read by TensorStore, batches of rows into given buffers."""
     import tensorstore
 
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
@@ -203,14 +206,14 @@ class FileDataset:
 
 
 def write_files(folder: Path, count: int) -> None:
-    """Two .npy files per sample."""
+    """Write two .npy files per sample."""
     for row in range(count):
         for name, part in zip(("latent", "tokens"), row_values(row), strict=True):
             np.save(folder / f"{row}.{name}.npy", part)
 
 
 def read_files(folder: Path, count: int, *, workers: int) -> Iterator[Pair]:
-    """torch's DataLoader, shuffled."""
+    """Read by torch's DataLoader, shuffled."""
     from torch.utils.data import DataLoader
 
     dataset: Any = FileDataset(folder, count)
@@ -218,7 +221,7 @@ def read_files(folder: Path, count: int, *, workers: int) -> Iterator[Pair]:
 
 
 def write_tars(folder: Path, count: int) -> None:
-    """Tars of 512 samples, raw bytes."""
+    """Write tars of 512 samples, raw bytes."""
     import webdataset
 
     for start in range(0, count, 512):
@@ -231,7 +234,7 @@ def write_tars(folder: Path, count: int) -> None:
 
 
 def from_tar(sample: dict[str, Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The arrays of a sample; torch wants memory it may write to."""
+    """Return the arrays of a sample. Torch wants memory it may write to."""
     return (
         np.frombuffer(bytearray(sample["latent.bin"]), np.float32).reshape(LATENT[0]),
         np.frombuffer(bytearray(sample["tokens.bin"]), np.float16).reshape(TOKENS[0]),
@@ -239,7 +242,7 @@ def from_tar(sample: dict[str, Any]) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def read_tars(folder: Path, count: int, *, workers: int) -> Iterator[Pair]:
-    """WebDataset in sequence, without a shuffle buffer."""
+    """Read by WebDataset in sequence, without a shuffle buffer."""
     import webdataset
 
     tars = sorted(str(path) for path in folder.glob("*.tar"))
@@ -251,7 +254,10 @@ def read_tars(folder: Path, count: int, *, workers: int) -> Iterator[Pair]:
 
 
 def write_litdata(folder: Path, count: int) -> None:
-    """LitData's chunks of 64 MB; `litdata.optimize` waits minutes for a network that it does not need."""
+    """Write LitData's chunks of 64 MB.
+
+    `litdata.optimize` waits minutes for a network that it does not need.
+    """
     from litdata.streaming import Cache
 
     cache = Cache(str(folder / "data"), chunk_bytes="64MB")
@@ -262,7 +268,7 @@ def write_litdata(folder: Path, count: int) -> None:
 
 
 def litdata_row(row: int) -> dict[str, Any]:
-    """A sample, as LitData wants it."""
+    """Return a sample as LitData wants it."""
     import torch
 
     latent, tokens = row_values(row)
@@ -270,7 +276,7 @@ def litdata_row(row: int) -> dict[str, Any]:
 
 
 def read_litdata(folder: Path, count: int, *, workers: int) -> Iterator[Pair]:
-    """LitData's loader, shuffled."""
+    """Read by LitData's loader, shuffled."""
     from litdata import StreamingDataLoader, StreamingDataset
 
     dataset = StreamingDataset(str(folder / "data"), shuffle=True, drop_last=True)
@@ -279,7 +285,7 @@ def read_litdata(folder: Path, count: int, *, workers: int) -> Iterator[Pair]:
 
 
 def write_mds(folder: Path, count: int) -> None:
-    """MDS shards of 64 MiB."""
+    """Write MDS shards of 64 MiB."""
     from streaming import MDSWriter
 
     columns = {"latent": "ndarray:float32:8,32,32", "tokens": "ndarray:float16:256,768"}
@@ -290,7 +296,7 @@ def write_mds(folder: Path, count: int) -> None:
 
 
 def read_mds(folder: Path, count: int, *, workers: int) -> Iterator[Pair]:
-    """MosaicML Streaming's dataset, shuffled, in torch's DataLoader."""
+    """Read by MosaicML Streaming's dataset, shuffled, in torch's DataLoader."""
     from streaming import StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
     from torch.utils.data import DataLoader

@@ -34,14 +34,14 @@ _TIMEOUT = 1800
 
 
 class Round(NamedTuple):
-    """What one process measured: rows and CPU seconds a second and a thousand rows."""
+    """What one process measured, as rows a second and CPU seconds a thousand rows."""
 
     rate: float
     cpu_per_1000: float
 
 
 def measure(name: str, root: Path, rows: int, *, cold: bool) -> Round:
-    """Read epochs in this process; see the module."""
+    """Read epochs in this process, see the module."""
     peer = PEERS[name]
     folder, count = root / peer.store, min(rows, FEW) if peer.few else rows
     if not cold:
@@ -75,7 +75,7 @@ def drop_page_cache(folder: Path) -> None:
 
 
 def _in_a_process(name: str, root: Path, rows: int, *, cold: bool) -> Round | None:
-    """`measure` in a new process; None, with the last line of its errors, if it fails."""
+    """Run `measure` in a new process. It is None, with the last line of its errors, if that fails."""
     command = [sys.executable, __file__, "--folder", str(root), "--rows", str(rows), "--one", name]
     try:
         done = subprocess.run(
@@ -95,7 +95,7 @@ def _in_a_process(name: str, root: Path, rows: int, *, cold: bool) -> Round | No
 
 
 def run(root: Path, rows: int, rounds: int, names: Sequence[str], *, cold: bool) -> Mapping[str, list[Round]]:
-    """Write what is to be read, then measure all in turn; the first turn is one more and does not count."""
+    """Write what is to be read, then measure all in turn. The first turn is one more and does not count."""
     for store in dict.fromkeys(PEERS[name].store for name in names):
         folder = root / store
         folder.mkdir()
@@ -141,7 +141,7 @@ def show(found: Mapping[str, list[Round]]) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

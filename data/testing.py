@@ -48,7 +48,7 @@ _STEPS = 32  # int8 steps of a standard deviation
 def expected_row(
     column: str, row: int, spec: ColumnSpec, seed: int = 0, *, view: int = 0
 ) -> NDArray[np.generic]:
-    """What `synthetic_cache` stores: a function of these arguments alone.
+    """Compute what `synthetic_cache` stores as a function of these arguments alone.
 
     Args:
         column: name of the column.
@@ -78,7 +78,7 @@ def expected_row(
 
 
 def expected_labels(num_rows: int, num_classes: int, seed: int = 0) -> NDArray[np.int32]:
-    """The labels of a `synthetic_cache`: int32 ``[N]``, even classes in an order drawn from the seed."""
+    """Draw the labels of a `synthetic_cache`, int32 ``[N]``, even classes in an order drawn from the seed."""
     labels = np.arange(num_rows, dtype=np.int32) % num_classes
     return np.random.Generator(np.random.Philox(key=seed)).permutation(labels)
 
@@ -165,7 +165,7 @@ def synthetic_provenance(
     random_weights: bool = False,
     notes: Mapping[str, Any] | None = None,
 ) -> Provenance:
-    """The provenance a `synthetic_cache` gives a source.
+    """Make the provenance that a `synthetic_cache` gives a source.
 
     Args:
         source: name of the source.
@@ -198,7 +198,9 @@ def synthetic_provenance(
 
 
 def synthetic_notes(source: str, columns: Mapping[str, ColumnSpec]) -> dict[str, Any]:
-    """What is said of a source besides: an autoencoder's factors; what an attention source's q and k are.
+    """Make the notes of a source.
+
+    They are an autoencoder's factors, or what an attention source's q and k are.
 
     Args:
         source: name of the source.

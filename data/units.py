@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def counted(count: int, what: str, form: str = "") -> str:
-    """So many of something: ``0 shards``, ``1 shard``, ``1,024 images``.
+    """Say a number of something, for example ``0 shards``, ``1 shard``, ``1,024 images``.
 
     Args:
         count: how many.
@@ -17,7 +17,7 @@ def counted(count: int, what: str, form: str = "") -> str:
 
 
 def human_bytes(count: float) -> str:
-    """A number of bytes in decimal units, three digits: ``1.23 GB``."""
+    """Say a number of bytes in decimal units with three digits, for example ``1.23 GB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"
@@ -26,13 +26,13 @@ def human_bytes(count: float) -> str:
 
 
 def human_rate(rate: float, what: str = "images") -> str:
-    """So many a second: ``0.21 images/s``, ``35.6 images/s``, ``1204 images/s``."""
+    """Say a rate a second, for example ``0.21 images/s``, ``35.6 images/s``, ``1204 images/s``."""
     digits = 2 if rate < 9.995 else 1 if rate < 999.5 else 0
     return f"{rate:.{digits}f} {what}/s"
 
 
 def human_seconds(seconds: float) -> str:
-    """A duration: ``8.2 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    """Say a duration, for example ``8.2 s``, ``3 min 20 s``, ``2 h 5 min``."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

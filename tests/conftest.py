@@ -1,4 +1,4 @@
-"""Fixtures every test may use."""
+"""Fixtures every test may use, and how the tests are shared out among processes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,32 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, settings
 
-# before anything imports torch; see repa.cli.main
+# before anything imports torch, and for the processes that tests start: see repa.cli.main for the first; the
+# matrices of the tests are so small that a second thread costs more than it gives
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# each process holds about a gigabyte
+MOST_PROCESSES = 8
+
+# these files take longest (`pytest --durations 40`) and are begun first, so that none is left at the end
+LONGEST = (
+    "trainer/input/test_tar_ranks.py",
+    "pipeline/shard_loop/test_kill_resume.py",
+    "trainer/run/test_haste_runs.py",
+    "trainer/run/test_fit.py",
+    "trainer/run/test_resume.py",
+    "commands/bench/test_bench_command.py",
+    "commands/demo/test_demo_command.py",
+    "data/writing/test_store_crash.py",
+    "data/reading/test_reading_cold.py",
+    "data/writing/test_store_machine.py",
+)
 
 # what a script starts in the background ignores Ctrl-C, and so would all processes that tests send it to
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -30,8 +49,34 @@ settings.register_profile(
 settings.load_profile("repa")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Share all tests out among the processors, file by file; files that are named run in this process."""
+    # one of the processes that share them comes here too, and must start none
+    if "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist"):
+        return
+    asked = config.option
+    asked.loadscopereorder = False  # but the order of `pytest_collection_modifyitems`
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if whole and asked.numprocesses is None and not (asked.tx or asked.usepdb or asked.collectonly):
+        asked.numprocesses = min(os.cpu_count() or 1, MOST_PROCESSES)
+        asked.dist = "loadfile"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, and leave out what is thorough unless it is asked for."""
+    rank = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
+    if config.option.markexpr:
+        return
+    thorough = [item for item in items if item.get_closest_marker("thorough")]
+    if thorough:
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=thorough)
+
+
 def pytest_collection_finish() -> None:
-    """What the tests import lives to the end: no collection need walk through it again, 0.4 seconds each."""
+    """Keep what the tests import out of garbage collection, which would walk through it each time."""
     gc.collect()
     gc.freeze()
 
@@ -43,7 +88,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of reference numbers and sample images beside the checkout; tests skip without it."""
+    """Return the folder of reference numbers and sample images beside the checkout; tests skip without it."""
     folder = ROOT.parent / "shared"
     if not (folder / "golden" / "repa.npz").exists():
         pytest.skip("the reference numbers and sample images (../shared) are not here")
@@ -52,7 +97,7 @@ def shared() -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_fsync() -> Iterator[None]:
-    """No test outlives a power cut, and each fsync costs milliseconds; their order has its own test."""
+    """Skip fsync: no test outlives a power cut, each costs milliseconds, and their order has its own test."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield

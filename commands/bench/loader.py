@@ -41,7 +41,7 @@ _BLOCK = 4 << 20
 
 
 class _Pass(NamedTuple):
-    """One measurement: rows read, and the seconds and CPU seconds they took."""
+    """One measurement, as rows read and the seconds and CPU seconds they took."""
 
     rows: int
     seconds: float
@@ -49,7 +49,9 @@ class _Pass(NamedTuple):
 
 
 def bench_loader(settings: BenchSettings, room: Path) -> Iterator[tuple[str, str, list[Measured]]]:
-    """Rows per second of 256² latents and DINOv2-B tokens, random rows, batch 64: a table a form and state.
+    """Measure random rows per second of 256² latents and DINOv2-B tokens in batches of 64.
+
+    There is a table for each form and state.
 
     Warm, the limit is one thread copying whole rows, latents and tokens together, from a memory map into one
     reused batch buffer; cold, one thread reading the shards in sequence past the page cache.
@@ -107,7 +109,7 @@ class _Bench:
         ]
 
     def warm(self) -> dict[str, Callable[[], _Pass]]:
-        """What is measured out of the page cache."""
+        """Measure what is read out of the page cache."""
         variants: dict[str, Callable[[], _Pass]] = {"copy from a memory map (limit)": self._copy}
         for threads in THREADS:
             for check_crc in (False, True):
@@ -116,7 +118,7 @@ class _Bench:
         return {**variants, **self._others()}
 
     def cold(self) -> dict[str, Callable[[], _Pass]]:
-        """What is measured from the disk."""
+        """Measure what is read from the disk."""
         variants: dict[str, Callable[[], _Pass]] = {"sequential O_DIRECT reads (limit)": self._sequential}
         for threads in THREADS:
             for direct in ("on", "off"):
@@ -126,7 +128,10 @@ class _Bench:
         return {name: partial(self._dropped, action) for name, action in variants.items()}
 
     def can_drop(self) -> bool:
-        """Whether the page cache lets go of the shards when told to: a byte of each is looked for in it."""
+        """Tell whether the page cache lets go of the shards when told to.
+
+        A byte of each is looked for in it.
+        """
         self._drop()
         buffer = bytearray(1)
         for path in self._shards:

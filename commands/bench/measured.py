@@ -50,7 +50,7 @@ class BenchSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One line of a table: the rate of every round, and what it is compared with.
+    """One line of a table, with the rate of every round and what it is compared with.
 
     Attributes:
         name: what was measured.
@@ -79,7 +79,7 @@ class Measured:
 
 
 def interleaved(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, tuple[float, ...]]:
-    """Rates of every variant, measured in turn A B C, A B C …, after one uncounted turn."""
+    """Measure the rates of every variant in turn A B C, A B C …, after one uncounted turn."""
     rates: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):
         for name, measure in variants.items():
@@ -91,7 +91,7 @@ def interleaved(variants: Mapping[str, Callable[[], float]], rounds: int) -> dic
 
 
 def describe_machine() -> str:
-    """Processor, cores, device and versions: what a figure needs beside it."""
+    """Name the processor, cores, device and versions that a figure needs beside it."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"

@@ -37,7 +37,7 @@ ATTENTION_RANK = 16
 
 
 def bench_preprocess(settings: BenchSettings, room: Path) -> tuple[str, str, list[Measured]]:
-    """Images per second of the bare forward passes, and of the whole shard loop from image file to commit.
+    """Measure images per second of the bare forward passes and of the whole shard loop.
 
     Both run the same autoencoder and teacher in the same batch size; the bare passes use torch's own threads.
     The demo's teacher encodes the demo's drawn images; any other encodes JPEG files the size of photographs.
@@ -97,7 +97,7 @@ def _whole(config: PreprocessConfig, cache: Path) -> float:
 
 
 def _photographs(folder: Path, images: int) -> Path:
-    """Smooth noise as JPEG files: as costly to decode as photographs are."""
+    """Write smooth noise as JPEG files, which are as costly to decode as photographs."""
     generator = np.random.Generator(np.random.Philox(0))
     (folder / "noise").mkdir(parents=True)
     for number in range(images):

@@ -40,7 +40,9 @@ CONSTANT = "constant targets"
 
 
 def bench_train(settings: BenchSettings, room: Path) -> tuple[str, str, list[Measured]]:
-    """Images per second of whole training steps under Lightning: loader, step, optimiser, EMA.
+    """Measure images per second of whole training steps under Lightning.
+
+    A step is loader, forward and backward pass, optimiser and EMA.
 
     The lines with constant targets compute what the cached ones do, on targets that stay on the device: what
     a cached line has less is what reading its targets costs. The live teacher sees uint8 images that are
@@ -119,7 +121,7 @@ class _Bench:
         return build(flags=flags, assignments=assignments)
 
     def _write_cache(self) -> Manifest:
-        """Latents, tokens in float16, and the attention that haste would have of this teacher."""
+        """Write latents, tokens in float16, and the attention that haste would have of this teacher."""
         teacher, side = self._teacher, self._settings.resolution // 8
         tokens = teacher.grid[0] * teacher.grid[1]
         columns = {
@@ -184,7 +186,7 @@ class _StepClock(Callback):
 
 
 class _Targets:
-    """What the two stand-ins for `LiveTargets` have in common: the targets of the cache, by name."""
+    """What the two stand-ins for `LiveTargets` have in common, which is the targets of the cache by name."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.columns = {name: spec for name, spec in manifest.columns.items() if is_target(name)}
@@ -199,7 +201,7 @@ class _Targets:
         return self.sources
 
     def prepare(self, rows: NDArray[np.int64]) -> None:
-        """There is nothing to decode."""
+        """Do nothing, as there is nothing to decode."""
 
 
 class _Constant(_Targets):
@@ -220,7 +222,7 @@ class _Constant(_Targets):
 
 
 class _Live(_Targets):
-    """The teacher on the same images in every batch; they are on the device already."""
+    """The teacher on the same images in every batch. They are on the device already."""
 
     def __init__(self, manifest: Manifest, settings: BenchSettings, teacher: Encoder) -> None:
         super().__init__(manifest)

@@ -30,7 +30,9 @@ SHARD_ROWS = 1024
 
 
 def bench_writer(settings: BenchSettings, room: Path) -> Iterator[tuple[str, str, list[Measured]]]:
-    """Rows per second of 256² latents and DINOv2-B tokens onto the disk, by one thread: a table a form.
+    """Measure rows per second of 256² latents and DINOv2-B tokens onto the disk by one thread.
+
+    There is a table for each form.
 
     The limit writes row after row into one file and synchronises it once; a cache is shards of 1,024 rows,
     each with its checksums, synchronised, renamed and recorded before the next begins.
@@ -76,7 +78,7 @@ class _Bench:
         }
 
     def on_disk(self, write: Callable[[], None]) -> float:
-        """Rows per second of writing into an empty folder, the disk being idle before."""
+        """Measure rows per second of writing into an empty folder, the disk being idle before."""
         shutil.rmtree(self._room, ignore_errors=True)
         self._room.mkdir()
         os.sync()
@@ -85,7 +87,7 @@ class _Bench:
         return self.count / (time.perf_counter() - started)
 
     def plain(self) -> None:
-        """All rows into one file."""
+        """Write all rows into one file."""
         parts = [array.reshape(-1).view(np.uint8).data for array in self._row.values()]
         with open(self._room / "rows.bin", "wb", buffering=0) as file:
             for _ in range(self.count):
@@ -93,7 +95,7 @@ class _Bench:
             os.fsync(file.fileno())
 
     def repa(self) -> None:
-        """A cache, source after source."""
+        """Write a cache, source after source."""
         cache, manifest = self._declared()
         for source in manifest.sources:
             columns = list(manifest.source_columns(source))
@@ -106,7 +108,7 @@ class _Bench:
                         shard.commit()
 
     def zarr(self) -> None:
-        """The same arrays, given whole shards, which is where zarr-python is fastest."""
+        """Write the same arrays with zarr-python, given whole shards, which is where it is fastest."""
         import zarr
 
         group: Any = zarr.open_group(self._declared()[0], mode="r+")
@@ -117,7 +119,7 @@ class _Bench:
         os.sync()
 
     def _declared(self) -> tuple[Path, Manifest]:
-        """A cache without rows."""
+        """Make a cache without rows."""
         cache = self._room / "cache"
         return cache, synthetic_cache(
             cache, num_rows=self.count, columns=self._columns, shard_rows=self.shard_rows, written=False

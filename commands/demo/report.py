@@ -58,7 +58,7 @@ class DemoRow:
 
 
 def report(cache: Path, runs: Sequence[DemoRun], out: Path) -> list[DemoRow]:
-    """Compare the runs: print the table, write ``demo.json`` and ``demo.png``.
+    """Compare the runs in a printed table, ``demo.json`` and ``demo.png``.
 
     Args:
         cache: the demo's cache.
@@ -107,7 +107,7 @@ def _cached_class_vectors(cache: Path) -> NDArray[np.float32]:
 
 
 def _bytes_per_image(run: DemoRun) -> tuple[int, ...]:
-    """Bytes that each phase of a run reads for an image."""
+    """Count the bytes that each phase of a run reads for an image."""
     config = build(load_yaml(run.folder / CONFIG_FILE))
     phases = describe_phases(check(config), config)
     return tuple(int(phase["step_bytes"]) // config.batch_size for phase in phases)
@@ -120,13 +120,13 @@ def _images_per_second(run: DemoRun) -> float:
 
 
 def _samples(run: DemoRun) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images uint8 ``[N, R, R, 3]`` and labels int64 ``[N]``."""
+    """Read the images uint8 ``[N, R, R, 3]`` and labels int64 ``[N]`` of a sampling."""
     with np.load(run.samples / ARRAY_FILE) as arrays:
         return arrays["arr_0"], arrays["arr_1"]
 
 
 def _curve(run: DemoRun, name: str) -> list[tuple[float, float]]:
-    """(step, value) of a metric of a run."""
+    """Read the pairs (step, value) of a metric of a run."""
     rows = read_metrics(run.folder / METRICS_FILE)
     return [(row["step"], row[name]) for row in rows if name in row]
 
@@ -164,7 +164,7 @@ def _print_table(rows: Sequence[DemoRow], floor: float, unseen: int) -> None:
 
 
 def _draw(runs: Sequence[DemoRun], path: Path) -> None:
-    """Samples of the runs side by side, the same noise and labels in the same places, over the curves."""
+    """Draw samples of the runs over the curves, the same noise and labels in the same positions."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -189,7 +189,7 @@ def _draw(runs: Sequence[DemoRun], path: Path) -> None:
 
 
 def _grid(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """One column a class, `PER_CLASS` rows: uint8 ``[PER_CLASS·R, classes·R, 3]``."""
+    """Arrange a column for each class and `PER_CLASS` rows, uint8 ``[PER_CLASS·R, classes·R, 3]``."""
     columns = [np.concatenate(images[labels == label][:PER_CLASS]) for label in np.unique(labels)]
     return np.concatenate(columns, axis=1)
 

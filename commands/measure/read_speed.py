@@ -72,7 +72,7 @@ def measure_read_speed(path: CachePath, column: str) -> ReadSpeed | None:
 
 
 def _speed(reader: CacheReader, column: str, rows: NDArray[np.int64], out: NDArray[Any]) -> float:
-    """Bytes of data a second."""
+    """Measure bytes of data a second."""
     seconds = []
     for _ in range(2):
         started = time.perf_counter()
@@ -82,7 +82,7 @@ def _speed(reader: CacheReader, column: str, rows: NDArray[np.int64], out: NDArr
 
 
 def _write_plain(reader: CacheReader, path: Path, column: str, values: NDArray[Any]) -> None:
-    """A cache of one column and one view, uncompressed, with these rows ``[n, *shape]``."""
+    """Write a cache of one column and one view, uncompressed, with these rows ``[n, *shape]``."""
     count, source = len(values), source_of(column)
     keys = [str(row) for row in range(count)]
     empty = replace(

@@ -54,7 +54,7 @@ class Place(NamedTuple):
 
 
 def place_of(images_seen: int, *, batch_size: int, count: int) -> Place:
-    """The place of the batch that comes after ``images_seen`` images.
+    """Compute the position in the epochs of the batch that comes after ``images_seen`` images.
 
     Args:
         images_seen: images of all global batches before it.
@@ -80,19 +80,22 @@ def place_of(images_seen: int, *, batch_size: int, count: int) -> Place:
 
 
 def permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """The full order of an epoch, ``int64 [count]``: every position once."""
+    """Compute the full order of an epoch, ``int64 [count]``, with every position once."""
     return _full(seed, epoch, count).slice(0, count)
 
 
 def batch_views(*, seed: int, step: int, batch_size: int, views: int) -> NDArray[np.int64]:
-    """The view of each image of a global batch, ``int64 [batch_size]``: one draw for all its columns."""
+    """Draw the view of each image of a global batch, ``int64 [batch_size]``.
+
+    One draw serves all its columns.
+    """
     if views == 1:
         return np.zeros(batch_size, dtype=np.int64)
     return (philox_words(seed, step, VIEW_STREAM, batch_size) % np.uint64(views)).astype(np.int64)
 
 
 class EpochOrder:
-    """The global batches of a run; keeps the permutation of the epoch it was last asked for.
+    """The global batches of a run. It keeps the permutation of the epoch it was last asked for.
 
     Args:
         seed: seed of the run, 0 … 2⁶⁴−1.
@@ -109,7 +112,7 @@ class EpochOrder:
         self._permutation: Permutation | None = None
 
     def batch(self, images_seen: int, batch_size: int) -> NDArray[np.int64]:
-        """Positions of the global batch that comes after ``images_seen`` images, ``int64 [batch_size]``.
+        """Return positions of the global batch that follows ``images_seen`` images, ``int64 [batch_size]``.
 
         A function of the arguments and of nothing that was asked for before.
 
@@ -131,7 +134,7 @@ class EpochOrder:
 
 
 def block_starts(rows: NDArray[np.int64], shard_rows: int) -> NDArray[np.int64]:
-    """Where the positions of each shard begin, and how many there are: ``int64 [shards+1]``.
+    """Count where the positions of each shard begin, and how many there are, ``int64 [shards+1]``.
 
     Args:
         rows: rows to train on, ascending.
@@ -142,7 +145,9 @@ def block_starts(rows: NDArray[np.int64], shard_rows: int) -> NDArray[np.int64]:
 
 
 def rank_slice(batch: NDArray[np.int64], rank: int, world: int) -> NDArray[np.int64]:
-    """The part of a global batch that one of ``world`` equal ranks takes: consecutive, in order of the ranks.
+    """Take the part of a global batch that belongs to one of ``world`` equal ranks.
+
+    Parts are consecutive, in order of the ranks.
 
     Raises:
         RepaError: the batch is no multiple of the ranks.
@@ -159,7 +164,7 @@ def rank_slice(batch: NDArray[np.int64], rank: int, world: int) -> NDArray[np.in
 
 
 def split_holdout(valid_rows: NDArray[np.int64], holdout: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows to train on and rows held out of training, both in the order given.
+    """Split rows into those to train on and those held out of training, both in the order given.
 
     The held-out rows lie evenly: number i is row ``(2i+1)·n // 2h`` of n rows for h held out. A source is
     sorted by class, so each class gives its share.

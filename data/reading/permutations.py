@@ -34,12 +34,14 @@ class Permutation(Protocol):
     """An order of ``0 … count−1``."""
 
     def slice(self, start: int, stop: int) -> NDArray[np.int64]:
-        """What comes at places ``start … stop−1``, ``int64 [stop−start]``."""
+        """Return what comes at positions ``start … stop−1``, ``int64 [stop−start]``."""
         ...
 
 
 class SortedPermutation:
-    """The places sorted by words of Philox, stably, so that equal words have one order: 8 bytes an image.
+    """The positions sorted by words of Philox, at 8 bytes an image.
+
+    The sort is stable, so that equal words have one order.
 
     Args:
         seed: seed of the run, 0 … 2⁶⁴−1.
@@ -54,12 +56,12 @@ class SortedPermutation:
         self.order = sorted_order(philox_words(seed, epoch, ORDER_STREAM, count))
 
     def slice(self, start: int, stop: int) -> NDArray[np.int64]:
-        """What comes at places ``start … stop−1``, ``int64 [stop−start]``."""
+        """Return what comes at positions ``start … stop−1``, ``int64 [stop−start]``."""
         return self.order[start:stop]
 
 
 class FeistelPermutation:
-    """A pseudo-random permutation that is computed where it is read: the same small memory for any count.
+    """A pseudo-random permutation that is computed where it is read, in the same small memory for any count.
 
     A place is a pair of digits (x mod a, x div a) with a·b ≥ count, both about √count; each of eight rounds
     adds a hash of one digit to the other, which can be undone. What falls outside ``0 … count−1`` is permuted
@@ -85,7 +87,7 @@ class FeistelPermutation:
         self._keys = philox_words(seed, epoch, ROUND_STREAM, _ROUNDS)
 
     def slice(self, start: int, stop: int) -> NDArray[np.int64]:
-        """What comes at places ``start … stop−1``, ``int64 [stop−start]``."""
+        """Return what comes at positions ``start … stop−1``, ``int64 [stop−start]``."""
         values = self._rounds(np.arange(start, stop, dtype=np.uint64))
         outside = np.flatnonzero(values >= self.count)
         while len(outside):
@@ -131,7 +133,7 @@ class BlockPermutation:
         self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     def slice(self, start: int, stop: int) -> NDArray[np.int64]:
-        """What comes at places ``start … stop−1``, ``int64 [stop−start]``."""
+        """Return what comes at positions ``start … stop−1``, ``int64 [stop−start]``."""
         parts = []
         while start < stop:
             window = int(np.searchsorted(self._before, start, side="right")) - 1
@@ -152,7 +154,7 @@ class BlockPermutation:
 
 
 def philox_words(seed: int, key: int, stream: int, count: int, *, substream: int = 0) -> NDArray[np.uint64]:
-    """``count`` words of Philox with key (seed, key), of one of its streams.
+    """Draw ``count`` words of Philox with key (seed, key), of one of its streams.
 
     Raises:
         RepaError: the seed is out of range.
@@ -167,12 +169,12 @@ def philox_words(seed: int, key: int, stream: int, count: int, *, substream: int
 
 
 def sorted_order(words: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """The places of words in ascending order, equal words as they come."""
+    """Return the positions of words in ascending order, equal words as they come."""
     return np.argsort(words, kind="stable").astype(np.int64, copy=False)
 
 
 def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64, modulo 2⁶⁴."""
+    """Apply the finaliser of SplitMix64, modulo 2⁶⁴."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

@@ -51,7 +51,7 @@ class Calibration:
     projections: tuple[Tensor, Tensor] | None = field(default=None, compare=False)
 
     def encode(self) -> bytes:
-        """The bytes of the file; equal for equal content."""
+        """Write the bytes of the file, equal for equal content."""
         tensors: dict[str, Tensor] = {}
         if self.projections is not None:
             tensors = {name: each.contiguous() for name, each in zip("qk", self.projections, strict=True)}
@@ -66,7 +66,7 @@ class Calibration:
 
     @classmethod
     def decode(cls, data: bytes) -> Calibration:
-        """The calibration in a file's bytes.
+        """Parse the calibration in a file's bytes.
 
         Raises:
             ValueError: not what `encode` wrote.
@@ -96,7 +96,9 @@ class ChosenImages:
 
 
 def choose_images(images: ImageSource, resolution: int) -> ChosenImages:
-    """Pick images evenly spaced over a set: up to 128 to fit to, and up to 64 others, every third, held out.
+    """Pick images evenly spaced over a set.
+
+    Up to 128 are to fit to, and up to 64 others, every third, are held out.
 
     The first images would be of one class where a folder is sorted by class. One that cannot be decoded gives
     its place to the next that can, as far as the next place.

@@ -58,7 +58,7 @@ class Calibrator:
     def attention(
         self, encoder: Encoder, provenance: Provenance, settings: AttentionSettings
     ) -> tuple[AttentionForm, dict[str, Any]]:
-        """The form of an encoder's attention, and the notes of its source.
+        """Settle the form of an encoder's attention and the notes of its source.
 
         Args:
             encoder: the teacher.
@@ -101,7 +101,7 @@ class Calibrator:
         return form, {**form.notes, **own, "calibration": note, "fidelity": made.fidelity}
 
     def tokens(self, encoder: Encoder, provenance: Provenance, form: TokenForm) -> dict[str, Any]:
-        """What the notes of an encoder's source say beside those of ``provenance``, of a form that rounds.
+        """Measure what a form that rounds changes, as notes of an encoder's source beside ``provenance``.
 
         Raises:
             RepaError: fewer than two images; values that are not finite.
@@ -131,7 +131,7 @@ class Calibrator:
         return made, {"images": made.images, "sha256": hashlib.sha256(data).hexdigest()}
 
     def _settings(self, provenance: Provenance, **form: Any) -> dict[str, Any]:
-        """Everything that the numbers depend on, as plain JSON values."""
+        """Collect everything that the numbers depend on, as plain JSON values."""
         return {
             "teacher": provenance.identity(),
             "resolution": self._resolution,

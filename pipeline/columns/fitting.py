@@ -50,7 +50,7 @@ class Passes:
         self._batch_size = batch_size
 
     def over(self, pixels: Pixels, compute: Compute) -> Iterator[dict[str, NDArray[Any]]]:
-        """What ``compute`` makes of each batch ``[B, 3, R, R]`` of the images, in their order.
+        """Apply ``compute`` to each batch ``[B, 3, R, R]`` of the images, in their order.
 
         Args:
             pixels: row → uint8 ``[3, R, R]``.
@@ -72,7 +72,7 @@ class Passes:
 def fit_attention(
     encoder: Encoder, blocks: tuple[int, ...], pixels: Pixels, passes: Passes
 ) -> tuple[Tensor, Tensor]:
-    """Projections of queries and centred keys for all ranks; see `balanced_projections`.
+    """Fit the projections of queries and centred keys for all ranks, see `balanced_projections`.
 
     Args:
         encoder: the teacher.
@@ -107,7 +107,7 @@ def fit_attention(
 def attention_fidelity(
     encoder: Encoder, forms: Sequence[AttentionForm], pixels: Pixels, passes: Passes
 ) -> list[dict[str, Any]]:
-    """What storing attention in each of several forms changes, measured in one pass.
+    """Measure in one pass what storing attention in each of several forms changes.
 
     Args:
         encoder: the teacher.
@@ -140,7 +140,7 @@ def attention_fidelity(
 
 
 def attention_summary(form: AttentionForm, divergence: NDArray[np.float64]) -> dict[str, Any]:
-    """The fidelity that is recorded of divergences ``[N, L, H, T]``; see `attention_fidelity`.
+    """Summarise divergences ``[N, L, H, T]`` as the fidelity that is recorded, see `attention_fidelity`.
 
     Raises:
         RepaError: a divergence is not finite.
@@ -175,7 +175,7 @@ def attention_summary(form: AttentionForm, divergence: NDArray[np.float64]) -> d
 def choose_rank(
     encoder: Encoder, settings: AttentionSettings, chosen: ChosenImages, passes: Passes
 ) -> tuple[AttentionForm, dict[str, Any]]:
-    """The form that settings ask for, calibrated and measured.
+    """Choose the form that settings ask for, calibrated and measured.
 
     Args:
         encoder: the teacher.
@@ -212,7 +212,7 @@ def choose_rank(
 
 
 def token_fidelity(encoder: Encoder, form: TokenForm, pixels: Pixels, passes: Passes) -> dict[str, Any]:
-    """What storing tokens changes; see `TokenErrors`.
+    """Measure what storing tokens changes, see `TokenErrors`.
 
     Args:
         encoder: the teacher.
@@ -246,7 +246,7 @@ def _token_errors(
 
 
 def token_summary(form: TokenForm, error: NDArray[np.float64], change: NDArray[np.float64]) -> dict[str, Any]:
-    """The fidelity that is recorded of token errors, each ``[N, T]``; see `token_fidelity`.
+    """Summarise token errors, each ``[N, T]``, as the fidelity that is recorded, see `token_fidelity`.
 
     Raises:
         RepaError: an error is not finite.
@@ -267,5 +267,5 @@ def token_summary(form: TokenForm, error: NDArray[np.float64], change: NDArray[n
 
 
 def rounded(value: float | np.float64) -> float:
-    """To six digits, as it is recorded and compared."""
+    """Round to six digits, as numbers are recorded and compared."""
     return float(f"{value:.{_DIGITS}g}")

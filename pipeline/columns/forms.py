@@ -23,7 +23,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 def _store(model: str, kind: str, values: Tensor, dtype: str) -> dict[str, Tensor]:
-    """A column's values in its dtype, and those of its scales."""
+    """Cast a column's values to its dtype, and compute those of its scales."""
     name = column_name(model, kind)
     if dtype != INT8:
         return {name: values.to(_DTYPES[dtype]).contiguous()}
@@ -32,7 +32,7 @@ def _store(model: str, kind: str, values: Tensor, dtype: str) -> dict[str, Tenso
 
 
 def restore(model: str, kind: str, columns: Mapping[str, Tensor]) -> Tensor:
-    """The float32 numbers that a column stands for.
+    """Compute the float32 numbers that a column stands for.
 
     Args:
         model: name of the teacher.
@@ -70,11 +70,11 @@ class TokenForm:
         )
 
     def exact(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What columns are rounded from: ``patch`` float32 ``[B, T, D]`` and ``cls`` float32 ``[B, D]``."""
+        """Return what columns are rounded from, ``patch`` float32 ``[B, T, D]`` and ``cls`` ``[B, D]``."""
         return {column_name(self.model, kind): features[kind] for kind in ("patch", "cls")}
 
     def encode(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Columns of ``patch`` float32 ``[B, T, D]`` and ``cls`` float32 ``[B, D]``."""
+        """Encode ``patch`` float32 ``[B, T, D]`` and ``cls`` float32 ``[B, D]`` as columns."""
         whole = "float16" if self.dtype == INT8 else self.dtype
         return {
             **_store(self.model, "patch", features["patch"], self.dtype),
@@ -112,7 +112,7 @@ class AttentionForm:
 
     @property
     def rank(self) -> int:
-        """Numbers of a head: r."""
+        """Numbers of a head, r."""
         return self.head_width if self.projections is None else self.projections[0].shape[2]
 
     @property
@@ -140,7 +140,7 @@ class AttentionForm:
         }
 
     def exact(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What columns are rounded from, float32 ``[B, L, H, T, r]``: centred and cut, as the form has it."""
+        """Compute what columns are rounded from, float32 ``[B, L, H, T, r]``, centred and cut."""
         queries, keys = features["q"], features["k"]
         if self.dtype == INT8:
             keys = centred(keys)
@@ -150,7 +150,7 @@ class AttentionForm:
         return {column_name(self.model, "q"): queries, column_name(self.model, "k"): keys}
 
     def encode(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Columns of ``q`` and ``k``, each float32 ``[B, L, H, T, Dh]``."""
+        """Encode ``q`` and ``k``, each float32 ``[B, L, H, T, Dh]``, as columns."""
         exact = self.exact(features)
         stored: dict[str, Tensor] = {}
         for kind in ("q", "k"):
@@ -158,12 +158,12 @@ class AttentionForm:
         return stored
 
     def decode(self, columns: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Queries and keys, each float32 ``[B, L, H, T, r]``, as a reader has them."""
+        """Decode queries and keys, each float32 ``[B, L, H, T, r]``, as a reader has them."""
         return restore(self.model, "q", columns), restore(self.model, "k", columns)
 
 
 def token_form(encoder: Encoder, dtype: str, compressor: str | None) -> TokenForm:
-    """The form of an encoder's tokens."""
+    """Make the form of an encoder's tokens."""
     return TokenForm(
         model=encoder.name,
         tokens=encoder.grid[0] * encoder.grid[1],
@@ -176,7 +176,7 @@ def token_form(encoder: Encoder, dtype: str, compressor: str | None) -> TokenFor
 def attention_form(
     encoder: Encoder, settings: AttentionSettings, projections: tuple[Tensor, Tensor] | None
 ) -> AttentionForm:
-    """The form of an encoder's attention.
+    """Make the form of an encoder's attention.
 
     Args:
         encoder: the teacher.

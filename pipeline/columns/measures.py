@@ -13,7 +13,7 @@ PREDICTION_SEED = 0
 def attention_divergence(
     exact: tuple[Tensor, Tensor], stored: tuple[Tensor, Tensor], logit_scale: float
 ) -> Tensor:
-    """KL(teacher ‖ stored) of each query's attention over the patch keys, in nats, computed in float64.
+    """Compute KL(teacher ‖ stored) of each query's attention over the patch keys, in nats and in float64.
 
     Args:
         exact: queries and keys as computed, each float32 ``[B, L, H, T, Dh]``.
@@ -38,7 +38,7 @@ def attention_divergence(
 
 
 class TokenErrors:
-    """What storing tokens changes: their direction, and the loss of REPA.
+    """What storing tokens changes in their direction and in the loss of REPA.
 
     The loss is measured on predictions at cosine 0.5 to the exact tokens, in directions drawn once: as far as
     a trained projector comes, roughly. What a prediction p loses or gains is
@@ -54,7 +54,7 @@ class TokenErrors:
         self._drawn = torch.randn((tokens, width), dtype=torch.float64, generator=generator)
 
     def __call__(self, exact: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
-        """Errors of each token.
+        """Compute the errors of each token.
 
         Args:
             exact: tokens as computed, float32 ``[B, T, D]``.

@@ -60,7 +60,7 @@ class SourceModel(Protocol):
         ...
 
     def encode(self, images: torch.Tensor, sources: Collection[str]) -> dict[str, torch.Tensor]:
-        """Columns ``[B, *shape]`` in storage dtype, from one forward pass.
+        """Compute columns ``[B, *shape]`` in storage dtype, from one forward pass.
 
         Args:
             images: uint8 ``[B, 3, R, R]``, on the device.
@@ -71,7 +71,7 @@ class SourceModel(Protocol):
     def encode_exactly(
         self, images: torch.Tensor, sources: Collection[str]
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """The same columns, and the float32 numbers that they were rounded from, but for those of scales.
+        """Compute the same columns, and the float32 numbers they were rounded from, but for those of scales.
 
         Args:
             images: uint8 ``[B, 3, R, R]``, on the device.
@@ -81,7 +81,9 @@ class SourceModel(Protocol):
 
 
 class AutoencoderModel:
-    """``sd-vae/moments``: posterior mean and standard deviation, float32. See `SourceModel`.
+    """The autoencoder's source ``sd-vae``, with ``sd-vae/moments`` in float32.
+
+    Moments are posterior mean and standard deviation. See `SourceModel`.
 
     Args:
         autoencoder: the model.
@@ -100,24 +102,26 @@ class AutoencoderModel:
         self.parts: Mapping[str, Part] = {AUTOENCODER: Part(provenance=self.provenance, columns=columns)}
 
     def prepare(self, calibrator: Calibrator) -> None:
-        """Moments are stored as they are."""
+        """Do nothing, as moments are stored as they are."""
         del calibrator
 
     def encode(self, images: torch.Tensor, sources: Collection[str]) -> dict[str, torch.Tensor]:
-        """Moments ``[B, 2C, h, w]`` of uint8 images ``[B, 3, R, R]``."""
+        """Compute moments ``[B, 2C, h, w]`` of uint8 images ``[B, 3, R, R]``."""
         del sources
         return {MOMENTS: self._autoencoder.encode_moments(images)}
 
     def encode_exactly(
         self, images: torch.Tensor, sources: Collection[str]
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Moments are stored as they are."""
+        """Compute moments, which are stored as they are."""
         columns = self.encode(images, sources)
         return columns, columns
 
 
 class EncoderModel:
-    """A teacher: ``<encoder>`` with its tokens, ``<encoder>+attention`` with queries and keys of blocks.
+    """A teacher's sources.
+
+    ``<encoder>`` has its tokens, ``<encoder>+attention`` the queries and keys of blocks.
 
     See `SourceModel`.
 
@@ -173,7 +177,7 @@ class EncoderModel:
             self.parts = {**self.parts, source: part}
 
     def encode(self, images: torch.Tensor, sources: Collection[str]) -> dict[str, torch.Tensor]:
-        """Columns of the sources asked for, from one pass over uint8 images ``[B, 3, R, R]``."""
+        """Compute columns of the sources asked for, from one pass over uint8 images ``[B, 3, R, R]``."""
         columns: dict[str, torch.Tensor] = {}
         forms, features = self._run(images, sources)
         for form in forms:
@@ -183,7 +187,7 @@ class EncoderModel:
     def encode_exactly(
         self, images: torch.Tensor, sources: Collection[str]
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Columns of the sources asked for, and what they were rounded from."""
+        """Compute columns of the sources asked for, and what they were rounded from."""
         columns: dict[str, torch.Tensor] = {}
         exact: dict[str, torch.Tensor] = {}
         forms, features = self._run(images, sources)
@@ -195,7 +199,7 @@ class EncoderModel:
     def _run(
         self, images: torch.Tensor, sources: Collection[str]
     ) -> tuple[list[TokenForm | AttentionForm], dict[str, torch.Tensor]]:
-        """The forms of the sources asked for, and what the teacher says that they store."""
+        """Return the forms of the sources asked for, and what the teacher says that they store."""
         attention = self._attention if attention_source(self.name) in sources else None
         features = self._encoder.encode(images, attention.blocks if attention is not None else ())
         tokens = self._tokens if self.name in sources else None

@@ -38,7 +38,7 @@ class AttentionSettings:
             raise ValueError("a rank and a tolerance exclude one another")
 
     def ranks(self, head_width: int) -> tuple[int, ...]:
-        """Candidates for the rank, best first: a single one unless there is a tolerance."""
+        """List candidates for the rank, best first. It is a single one unless there is a tolerance."""
         if self.tolerance is None:
             return (head_width if self.rank is None else self.rank,)
         return (*range(RANK_STEP, head_width, RANK_STEP), head_width)
@@ -49,12 +49,12 @@ class AttentionSettings:
         return self.dtype if self.rank is None and self.tolerance is None else INT8
 
     def describe(self) -> str:
-        """In words, but for the blocks; see `describe_attention`."""
+        """Say the settings in words, but for the blocks, see `describe_attention`."""
         return _describe(self.stored_dtype, self.rank, self.tolerance)
 
 
 def describe_attention(notes: Mapping[str, Any], columns: Mapping[str, ColumnSpec]) -> str:
-    """How stored attention was asked for, in the words of `AttentionSettings.describe`.
+    """Say how stored attention was asked for, in the words of `AttentionSettings.describe`.
 
     Args:
         notes: of the source.
@@ -73,7 +73,7 @@ def _describe(dtype: str, rank: int | None, tolerance: float | None) -> str:
 def token_columns(
     model: str, *, tokens: int, width: int, dtype: str, compressor: str | None = None
 ) -> dict[str, ColumnSpec]:
-    """Columns of a teacher's tokens, name → spec.
+    """Return the columns of a teacher's tokens, name → spec.
 
     The class vector has no scales of its own: beside int8 tokens it is float16.
 
@@ -104,7 +104,7 @@ def attention_columns(
     dtype: str,
     compressor: str | None = None,
 ) -> dict[str, ColumnSpec]:
-    """Columns of a teacher's queries and keys, name → spec.
+    """Return the columns of a teacher's queries and keys, name → spec.
 
     Args:
         model: name of the teacher.
@@ -127,5 +127,5 @@ def attention_columns(
 
 
 def bytes_per_image(columns: Mapping[str, ColumnSpec]) -> int:
-    """Bytes of one image and view in all of these columns, checksums not counted, before compression."""
+    """Count the bytes of one image and view in all of these columns, uncompressed, without checksums."""
     return sum(spec.row_bytes for spec in columns.values())

@@ -30,12 +30,12 @@ _FLOOR = 1e-12
 
 
 def centred(keys: Tensor) -> Tensor:
-    """Keys less their mean over the tokens, ``[..., T, Dh]``: attention does not change."""
+    """Subtract from keys ``[..., T, Dh]`` their mean over the tokens, which does not change attention."""
     return keys - keys.mean(dim=-2, keepdim=True)
 
 
 def second_moment(values: Tensor) -> Tensor:
-    """Mean of v vᵀ over the tokens.
+    """Compute the mean of v vᵀ over the tokens.
 
     Args:
         values: ``[..., T, Dh]``.
@@ -48,7 +48,7 @@ def second_moment(values: Tensor) -> Tensor:
 
 
 def balanced_projections(query_moment: Tensor, key_moment: Tensor) -> tuple[Tensor, Tensor]:
-    """The projections of all ranks at once, not turned yet: the first r rows are those of rank r.
+    """Compute the projections of all ranks at once, not turned yet. The first r rows are those of rank r.
 
     Directions without queries, or without keys, have no part in any logit of the calibration set; they get
     rows of zeros.
@@ -73,7 +73,7 @@ def balanced_projections(query_moment: Tensor, key_moment: Tensor) -> tuple[Tens
 
 
 def truncated(balanced: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
-    """The projections to a rank, turned so that the components are alike.
+    """Cut projections to a rank, turned so that the components are alike.
 
     Args:
         balanced: from `balanced_projections`.
@@ -88,7 +88,7 @@ def truncated(balanced: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tenso
 
 
 def hartley(size: int) -> Tensor:
-    """The matrix of the discrete Hartley transform: (cos + sin)(2πij/n)/√n.
+    """Return the matrix of the discrete Hartley transform, (cos + sin)(2πij/n)/√n.
 
     It is orthogonal and symmetric, there is one of every size, and all of its numbers are of like magnitude.
 

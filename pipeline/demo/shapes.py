@@ -33,25 +33,28 @@ Polygon = list[Point]
 
 
 def _box(left: float, top: float, width: float, height: float) -> Polygon:
-    """Corners of an upright rectangle."""
+    """Return the corners of an upright rectangle."""
     return [(left, top), (left + width, top), (left + width, top + height), (left, top + height)]
 
 
 def _circle(x: float, radius: float) -> Polygon:
-    """A circle around `(x, 0)` as a polygon of 72 corners."""
+    """Return a circle around `(x, 0)` as a polygon of 72 corners."""
     turns = [2.0 * math.pi * step / 72 for step in range(72)]
     return [(x + radius * math.cos(turn), radius * math.sin(turn)) for turn in turns]
 
 
 def _regular(corners: int, radii: list[float]) -> Polygon:
-    """Corners at equal angles, the first on top; their distances from the middle run through `radii`."""
+    """Return corners at equal angles, the first on top.
+
+    Their distances from the middle run through `radii`.
+    """
     turns = [2.0 * math.pi * step / corners - math.pi / 2 for step in range(corners)]
     lengths = [radii[step % len(radii)] for step in range(corners)]
     return [(r * math.cos(turn), r * math.sin(turn)) for r, turn in zip(lengths, turns, strict=True)]
 
 
 def _heart() -> Polygon:
-    """The common heart curve, x = 16 sin³t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, scaled down."""
+    """Return the heart curve x = 16 sin³t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, made small."""
     points: Polygon = []
     for step in range(72):
         t = 2.0 * math.pi * step / 72
@@ -80,7 +83,10 @@ CLASS_NAMES: Final = tuple(sorted(OUTLINES))
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """All that is random about one image; lengths in pixels, the angle in radians, colours RGB in [0, 1]."""
+    """All that is random about one image.
+
+    Lengths are in pixels, the angle in radians, colours RGB in [0, 1].
+    """
 
     label: int
     centre: Point
@@ -121,7 +127,7 @@ def scene(index: int, seed: int) -> Scene:
 
 
 def coverage(index: int, seed: int) -> NDArray[np.float32]:
-    """Fraction of each pixel that the shape covers, float32 `[64, 64]` in [0, 1]."""
+    """Compute the fraction of each pixel that the shape covers, float32 `[64, 64]` in [0, 1]."""
     return _coverage(scene(index, seed))
 
 
@@ -136,7 +142,9 @@ def render(index: int, seed: int) -> NDArray[np.uint8]:
 
 
 class DemoImages:
-    """Image source over the drawn set: `count` images, rows sorted by key and therefore grouped by class.
+    """Image source over the drawn set of `count` images.
+
+    Rows are sorted by key and therefore grouped by class.
 
     Attributes:
         keys: `"<class>/<number>.png"`, ascending.

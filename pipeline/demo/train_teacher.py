@@ -38,7 +38,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def build_teacher() -> Any:
-    """Build the untrained backbone: normalised image `[B, 3, 64, 64]` to tokens `[B, 1 + 64, 128]`."""
+    """Build the untrained backbone from normalised image `[B, 3, 64, 64]` to tokens `[B, 1 + 64, 128]`."""
     options: dict[str, Any] = {**TEACHER_OPTIONS}
     return timm.create_model(TEACHER_ARCHITECTURE, **options)
 
@@ -92,7 +92,7 @@ def teacher_loss(
     labels: torch.Tensor,
     covered: torch.Tensor,
 ) -> torch.Tensor:
-    """Sum the three terms: image class, soft class of every patch, colour of every patch.
+    """Sum the three terms, which are image class, soft class of every patch and colour of every patch.
 
     `images` are normalised `[B, 3, 64, 64]`, `labels` `[B]`, `covered` `[B, 64]`.
     """
@@ -137,7 +137,7 @@ def train(steps: int, batch: int, peak: float, count: int, seed: int) -> Supervi
 
 @torch.no_grad()
 def held_out_accuracy(model: SupervisedTeacher, count: int = 480) -> tuple[float, float]:
-    """Return, on the held-out seed, the share of right image classes and of right patch classes.
+    """Return the shares of right image classes and of right patch classes on the held-out seed.
 
     A patch counts as the shape's where more than half of it is covered and as background elsewhere.
     """

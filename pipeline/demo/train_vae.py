@@ -34,7 +34,7 @@ AUTOENCODER: Any = AutoencoderKL  # diffusers carries no types that a checker ac
 
 
 def build_vae() -> Any:
-    """Build it untrained: image `[B, 3, 64, 64]` in [-1, 1] to latent `[B, 4, 8, 8]` and back."""
+    """Build it untrained, from image `[B, 3, 64, 64]` in [-1, 1] to latent `[B, 4, 8, 8]` and back."""
     return AUTOENCODER(
         in_channels=3,
         out_channels=3,
@@ -66,7 +66,7 @@ def to_unit_range(images: torch.Tensor) -> torch.Tensor:
 
 
 def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Squared error, absolute error, and absolute error of the differences to the right and below.
+    """Sum squared error, absolute error, and absolute error of the differences to the right and below.
 
     Both `[B, 3, H, W]`. With absolute errors alone our first run gave every shape one of only two colours,
     and did not leave that state in 900 steps; the squared error cures it. The differences are zero away

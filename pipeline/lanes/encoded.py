@@ -52,9 +52,9 @@ class Pending(Protocol):
     """A batch that is being computed."""
 
     def ready(self, timeout: float) -> bool:
-        """Whether it is computed; waits for so many seconds at most."""
+        """Tell whether it is computed, after waiting for so many seconds at most."""
         ...
 
     def result(self) -> Result:
-        """The computed batch; waits for it, and raises what went wrong."""
+        """Return the computed batch. It waits for it, and raises what went wrong."""
         ...

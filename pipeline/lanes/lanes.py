@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What one network computes of a batch: one forward pass, whatever number of sources it is for.
+    """What one network computes of a batch in one forward pass, whatever number of sources it is for.
 
     Attributes:
         model: name of the network, by which its time is booked.
@@ -66,7 +66,7 @@ class Lanes(Protocol):
 
 
 def usable_cores() -> int:
-    """Cores this process may run on (a scheduler's or a container's binding counts)."""
+    """Count the cores this process may run on (a scheduler's or a container's binding counts)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -97,7 +97,7 @@ _FINITE = ":finite"
 
 
 def _with_finite(columns: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The columns and, for each, bool ``[B]``: are all values of the row finite in the storage dtype."""
+    """Return the columns, and for each, bool ``[B]``, whether the row is finite in the storage dtype."""
     finite = {f"{name}{_FINITE}": values.isfinite().flatten(1).all(dim=1) for name, values in columns.items()}
     return {**columns, **finite}
 
@@ -170,7 +170,7 @@ class _CudaLane:
 
 
 def _mark() -> Any:
-    """An event that notes the device's time when it comes to here."""
+    """Record an event that notes the device's time when it comes to here."""
     make: Any = torch.cuda.Event
     event = make(enable_timing=True)
     event.record()
@@ -198,7 +198,7 @@ class _CudaPending:
 
 @contextmanager
 def open_lanes(device: str, threads: int) -> Iterator[Lanes]:
-    """The lanes of a device.
+    """Open the lanes of a device.
 
     Args:
         device: ``cpu`` or ``cuda:<index>``.

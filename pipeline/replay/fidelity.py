@@ -45,7 +45,7 @@ _ROUNDING = {"float16": 2.0**-11, "float32": 2.0**-24}
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One number measured now: of tokens 1 − cosine, of attention KL(teacher ‖ stored) in nats.
+    """One number measured now. Of tokens it is 1 − cosine, of attention KL(teacher ‖ stored) in nats.
 
     Attributes:
         source: the source.
@@ -159,7 +159,7 @@ class _Check:
     def _batches(
         self, rows: int, seed: int, blocks: tuple[int, ...]
     ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-        """Columns of random rows as the teacher gives them now, and as stored."""
+        """Yield columns of random rows as the teacher gives them now, and as stored."""
         names = [name for name in self._columns if not name.endswith(scale_column(""))]
         own = {name: path for name, path in self._weights.items() if name == self._model}
         live = LiveTeachers(
@@ -225,7 +225,7 @@ class _Check:
 def _random_rows(
     valid: NDArray[np.int64], count: int, seed: int, batch_size: int
 ) -> Sequence[NDArray[np.int64]]:
-    """So many of the valid rows, ascending, in batches."""
+    """Draw so many of the valid rows, ascending, in batches."""
     drawn = np.random.Generator(np.random.Philox(key=seed)).permutation(valid)[:count]
     rows = np.sort(drawn)
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]

@@ -58,7 +58,7 @@ _NO_WEIGHTS: Mapping[str, Path] = {}
 
 
 class LiveTeachers:
-    """Computes ``<teacher>/patch``, ``/q`` and ``/k`` of rows of a cache; the trainer's `LiveTargets`.
+    """Computes ``<teacher>/patch``, ``/q`` and ``/k`` of rows of a cache. It is the trainer's `LiveTargets`.
 
     Args:
         cache: the cache: which images, how cropped, and by what its columns were made.
@@ -115,7 +115,7 @@ class LiveTeachers:
             )
 
     def _declare(self, name: str, blocks: tuple[int, ...]) -> tuple[int, ...]:
-        """Say what a teacher computes; from the table alone, nothing is loaded."""
+        """Say what a teacher computes. The table alone tells it, and nothing is loaded."""
         teacher = find_teacher(name)
         grid = teacher.grid(self._manifest.resolution)
         tokens = grid[0] * grid[1]
@@ -203,7 +203,7 @@ class LiveTeachers:
             self._ahead[key] = self._decode(rows)
 
     def __call__(self, rows: NDArray[np.int64], names: Sequence[str]) -> dict[str, Tensor]:
-        """Columns of some rows, see `LiveTargets`.
+        """Compute columns of some rows, see `LiveTargets`.
 
         Args:
             rows: valid rows, int64 ``[B]``.
@@ -278,7 +278,7 @@ class _Teacher:
         *,
         exact: bool,
     ) -> dict[str, Tensor]:
-        """Features float32 ``[B, …]`` of some kinds, of images uint8 ``[3, R, R]`` of rows ``[B]``."""
+        """Compute features float32 ``[B, …]`` of some kinds, of images uint8 ``[3, R, R]`` of rows."""
         passes = list(self._places.passes(rows, exact=exact or self._lanes is not None))
         run = map if self._lanes is None else self._lanes.map
         outputs = run(lambda each: self._encode(each, images, kinds), passes)
@@ -315,7 +315,7 @@ def _as_run(provenance: Provenance) -> Provenance:
 
 
 def _one_thread_lanes(count: int) -> ThreadPoolExecutor:
-    """Threads that compute with one thread each; the number of threads of everybody else stays."""
+    """Start threads that compute with one thread each. The number of threads of everybody else stays."""
     before = torch.get_num_threads()
     lanes = ThreadPoolExecutor(count, "repa-live", initializer=_compute_with_one_thread)
     # all begin now: what a thread sets is also the default of threads that have not begun
@@ -333,7 +333,7 @@ def _compute_with_one_thread() -> None:
 
 
 def images_of(manifest: Manifest, data: str, cache: CachePath) -> ImageSource:
-    """The images of a cache, opened as it was written.
+    """Open the images of a cache as it was written.
 
     Args:
         manifest: of the cache.

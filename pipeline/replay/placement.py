@@ -36,7 +36,7 @@ class Pass:
 
 
 class Places:
-    """Where each row of a cache stood when it was computed; the counterpart of `batches.batches`.
+    """Where each row of a cache stood when it was computed. It is the counterpart of `batches.batches`.
 
     Args:
         valid_rows: rows that could be decoded, int64, ascending.
@@ -50,7 +50,7 @@ class Places:
         self._batch_size = batch_size
 
     def of(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Size of the batch that each row was in, and the row's place in it."""
+        """Return the size of the batch that each row was in, and the row's position in it."""
         shards = rows // self._shard_rows
         first, stop = np.searchsorted(
             self._rows, (shards * self._shard_rows, (shards + 1) * self._shard_rows)

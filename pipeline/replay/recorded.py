@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What a manifest does not say: where images and weights lie.
+    """Where images and weights lie, which a manifest does not say.
 
     Attributes:
         data: the images, see `open_source`; None: ``images``, of a cache of the demo ``demo``.
@@ -45,7 +45,7 @@ class Given:
 
 
 def recorded_images(cache: Path, manifest: Manifest, given: Given) -> ImageSource:
-    """The images of a cache.
+    """Open the images of a cache.
 
     Raises:
         RepaError: they cannot be listed.
@@ -56,7 +56,7 @@ def recorded_images(cache: Path, manifest: Manifest, given: Given) -> ImageSourc
 
 
 def recorded_config(cache: Path, manifest: Manifest, source: str, given: Given) -> PreprocessConfig:
-    """The command that would write a source as it was written.
+    """Return the configuration that would write a source as it was written.
 
     Args:
         cache: folder of the cache.
@@ -100,13 +100,13 @@ def recorded_config(cache: Path, manifest: Manifest, source: str, given: Given) 
 
 
 def _location(manifest: Manifest) -> str:
-    """Where the autoencoder lay; any name will do for a cache without latents."""
+    """Return where the autoencoder lay. Any name will do for a cache without latents."""
     known = manifest.sources.get(AUTOENCODER)
     return DEMO_DATA if known is None else str(known.notes["location"])
 
 
 def recorded_job(config: PreprocessConfig, manifest: Manifest, images: ImageSource) -> Job:
-    """The one process that encodes: on the first GPU, or with all cores."""
+    """Make the job of the one process that encodes, on the first GPU or with all cores."""
     bare = replace(manifest, columns={}, sources={})
     plan = Plan(config=config, images=images, manifest=bare, sources=(), free_bytes=0)
     return share_out(plan, Rank())[0]

@@ -131,7 +131,7 @@ def _compute(
     rows: NDArray[np.int64],
     images: ImageSource,
 ) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]]:
-    """Columns of some rows, and what they were rounded from, pass by pass."""
+    """Compute columns of some rows, and what they were rounded from, pass by pass."""
     assert job.config.batch_size is not None, "recorded"
     places = Places(valid, job.manifest.shard_rows, job.config.batch_size)
     task = Task(model=model.name, sources=(source,), compute=partial(_encode, model, source))
@@ -205,7 +205,7 @@ class _SourceCheck:
 def _excess(
     stored: NDArray[Any], scale: NDArray[Any] | None, exact: NDArray[np.float64], noise: float
 ) -> float:
-    """The largest |s − x| of a row in units of what is allowed; 0 where nothing differs."""
+    """Compute the largest |s − x| of a row in units of what is allowed. It is 0 where nothing differs."""
     if scale is not None:
         steps = scale.astype(np.float64)[..., None, :]
         values, rounding = stored * steps, np.broadcast_to(steps / 2, exact.shape)

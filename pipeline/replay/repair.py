@@ -119,7 +119,7 @@ def _repair_source(
 
 
 def _record(cache: Path, source: str, shard: int) -> bytes | None:
-    """The bytes of a commit record that is intact: they say what the shard's files hold."""
+    """Return the bytes of a commit record that is intact. They say what the shard's files hold."""
     try:
         known = read_commit(cache, source, shard)
     except CacheError:

@@ -19,12 +19,12 @@ NEAR_TIES = (12, 106)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``x · (1 + scale) + shift`` with x ``[B, T, D]``, shift and scale ``[B, D]``."""
+    """Compute ``x · (1 + scale) + shift`` with x ``[B, T, D]``, shift and scale ``[B, D]``."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 def position_table(width: int, grid: tuple[int, int]) -> Tensor:
-    """The fixed 2-D sine-cosine table of DiT.
+    """Compute the fixed 2-D sine-cosine table of DiT.
 
     The first half of the channels encodes the column (w comes first in the mesh), the second half the row;
     in each half the sines come before the cosines, with frequencies 10000^(−i / (D/4)).
@@ -54,7 +54,7 @@ def position_table(width: int, grid: tuple[int, int]) -> Tensor:
 
 
 def time_frequencies(device: torch.device) -> Tensor:
-    """The frequencies of the time embedding, 10000^(−i/128) for i < 128: the same numbers on every machine.
+    """Compute the frequencies of the time embedding, 10000^(−i/128) for i < 128, alike on every machine.
 
     The published code takes the float32 `exp` of float32 exponents, which one processor rounds up and another
     down; a float64 velocity moves by 1e-7. Here the exponential is taken in float64 and rounded once. Two
@@ -76,14 +76,14 @@ def time_frequencies(device: torch.device) -> Tensor:
 
 
 class PatchEmbedding(nn.Module):
-    """Non-overlapping patches, each mapped linearly to one token: ``[B, C, h, w]`` → ``[B, T, D]``."""
+    """Non-overlapping patches, each mapped linearly to one token, ``[B, C, h, w]`` → ``[B, T, D]``."""
 
     def __init__(self, channels: int, patch_size: int, width: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens ``[B, T, D]``, row-major."""
+        """Return tokens ``[B, T, D]``, row-major."""
         tokens: Tensor = self.proj(x)
         return tokens.flatten(2).transpose(1, 2)
 
@@ -96,7 +96,7 @@ class TimestepEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        """``[B]`` → ``[B, D]``."""
+        """Embed times ``[B]`` as ``[B, D]``."""
         # float32 even for float64 times: the published models have it so
         angles = t.float()[:, None] * time_frequencies(t.device)
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -145,13 +145,16 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(MLP_RATIO * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, T, D]`` → ``[B, T, D]``."""
+        """Map ``[B, T, D]`` to ``[B, T, D]``."""
         output: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
         return output
 
 
 class Block(nn.Module):
-    """Transformer block with adaLN-zero: six chunks, shift, scale and gate of attention, then of the MLP."""
+    """Transformer block with adaLN-zero.
+
+    Its six chunks are shift, scale and gate of attention, then of the MLP.
+    """
 
     def __init__(self, width: int, heads: int, *, qk_norm: bool) -> None:
         super().__init__()
@@ -162,7 +165,7 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One block.
+        """Compute one block.
 
         Args:
             x: tokens ``[B, T, D]``.
@@ -180,7 +183,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """adaLN and a linear map of each token to its patch: ``[B, T, D]`` → ``[B, T, p · p · C]``."""
+    """adaLN and a linear map of each token to its patch, ``[B, T, D]`` → ``[B, T, p · p · C]``."""
 
     def __init__(self, width: int, patch_size: int, channels: int) -> None:
         super().__init__()
@@ -189,7 +192,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Patches ``[B, T, p · p · C]``, channels last."""
+        """Return patches ``[B, T, p · p · C]``, channels last."""
         shift, scale = self.adaLN_modulation(embedding).chunk(2, dim=1)
         patches: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
         return patches
