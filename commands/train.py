@@ -107,14 +107,10 @@ def train(flags: TrainFlags, *, console: Console | None = None) -> None:
     """
     from rich.console import Console
 
-    from ..trainer.config import build, load_yaml
     from ..trainer.run.folder import refuse_foreign_folder
 
     console = console or Console()
-    given = {name: getattr(flags, name) for name in _SETTINGS}
-    base = None if flags.config is None else load_yaml(flags.config)
-    settings = build(base, given, flags.assignments or ())
-    folder = flags.run or RUNS / settings.default_run_name
+    settings, folder = _settings(flags)
     refuse_foreign_folder(folder)
     if not settings.cache:
         settings = replace(settings, cache=_cache_of_run(folder) or str(default_cache()))
@@ -164,10 +160,34 @@ def _live(config: TrainConfig, flags: TrainFlags, folder: Path) -> LiveTeachers 
     return live_teachers(config, flags, before=starts[-1].get("live") if starts else None)
 
 
+def _settings(flags: TrainFlags) -> tuple[TrainConfig, Path]:
+    """The settings that the flags ask for, and the folder of the run.
+
+    A run that is there already goes on with its own configuration, where the flags name no other.
+
+    Raises:
+        RepaError: an unknown setting, or a value of another type.
+    """
+    from ..trainer.config import build
+    from ..trainer.run.folder import CONFIG_FILE
+    from ..trainer.settings_file import load_yaml
+
+    given = {name: getattr(flags, name) for name in _SETTINGS}
+    assignments = flags.assignments or ()
+    base = None if flags.config is None else load_yaml(flags.config)
+    settings = build(base, given, assignments)
+    folder = flags.run or RUNS / settings.default_run_name
+    own = folder / CONFIG_FILE
+    if base is None and own.exists():
+        settings = build(load_yaml(own), given, assignments)
+    return settings, folder
+
+
 def _cache_of_run(folder: Path) -> str | None:
     """The cache that a run was begun with."""
-    from ..trainer.config import build, load_yaml
+    from ..trainer.config import build
     from ..trainer.run.folder import CONFIG_FILE
+    from ..trainer.settings_file import load_yaml
 
     file = folder / CONFIG_FILE
     return build(load_yaml(file)).cache if file.exists() else None

@@ -5,24 +5,25 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cache
+from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
 
 import yaml
+from annotated_types import Ge, Gt, Le, Lt
 
+from ..data.edge import shortened
 from ..data.errors import RepaError
 from ..data.tars.names import command_in
 from .methods.base import MethodConfig  # noqa: TC001 - annotations are read when settings are typed
 from .methods.outside import find_method
 from .methods.repa import RepaConfig
+from .models.conditioning import DROP_PROBABILITY
 from .models.registry import FLOW, family_of
 from .objectives import registry as objectives
 from .objectives.base import ObjectiveConfig  # noqa: TC001 - as of the method
 from .objectives.flow import FlowConfig
-from .typed import coerce, from_mapping, nearest, parse_assignment, plain
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
+from .settings_file import parse_yaml
+from .typed import check_fields, coerce, from_mapping, nearest, parse_assignment, plain, unknown_setting
 
 DEFAULT_METHOD = "repa"
 _METHOD_KEYS = ("method", "method.name")
@@ -51,26 +52,59 @@ _SECTIONS = (*_NAMED_SECTIONS, "trainer")
 # settings of the objective that were settings of the run before there was another
 _OF_OBJECTIVE = ("path", "times")
 
-# a run may be resumed with another value of these: they change nothing that was computed
-RESUMABLE = (
-    "cache",
-    "max_steps",
-    "checkpoint_every",
-    "keep_last",
-    "keep_every",
-    "log_every",
-    "eval_every",
-    "preview_every",
-    "preview_count",
-    "preview_steps",
-    "preview_guidance",
-    "gradient_angle_every",
-    "gradient_angle_block",
-    "threads",
-    "check_crc",
-    "direct",
-    "trainer",
-)
+OnResume: TypeAlias = Literal["free", "recorded", "bound"]
+
+# what a run that is resumed does with another value of a setting:
+#   free      take it, for nothing that is computed depends on it
+#   recorded  take it from that step on, and say so in run.json
+#   bound     refuse it, for the steps before would not be of the same run
+ON_RESUME: Mapping[str, OnResume] = {
+    "cache": "free",  # another place; that it holds the same rows, the checkpoint checks
+    "targets": "bound",
+    "model": "bound",
+    "method": "bound",
+    "qk_norm": "bound",
+    "objective": "bound",
+    "latent_scale": "bound",
+    "latent_shift": "bound",
+    "seed": "bound",
+    "order": "bound",
+    "shuffle_buffer": "bound",
+    "batch_size": "bound",
+    "accumulate": "bound",
+    "max_steps": "free",
+    "lr": "recorded",
+    "lr_warmup": "recorded",
+    "lr_schedule": "recorded",
+    "betas": "recorded",
+    "weight_decay": "recorded",
+    "ema_decay": "recorded",
+    "clip": "recorded",
+    "label_dropout": "recorded",
+    "precision": "bound",
+    "compile": "bound",
+    "holdout": "bound",
+    "eval_every": "free",
+    "checkpoint_every": "free",
+    "keep_last": "free",
+    "keep_every": "free",
+    "preview_every": "free",
+    "preview_count": "free",
+    "preview_steps": "free",
+    "preview_guidance": "free",
+    "gradient_angle_every": "free",
+    "gradient_angle_block": "free",
+    "log_every": "free",
+    "threads": "free",
+    "check_crc": "free",
+    "direct": "free",
+    "trainer": "free",
+}
+
+# no quantity here is larger in earnest, and what is would end in an overflow deep inside a library
+_MOST = 10**12
+_Count: TypeAlias = Annotated[int, Ge(0), Le(_MOST)]
+_Positive: TypeAlias = Annotated[int, Ge(1), Le(_MOST)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +120,8 @@ class TrainConfig:
         objective: settings of what the backbone learns to predict; their type says what. ``path`` and
             ``times`` stand for ``objective.path`` and ``objective.times``, as they were called before.
         qk_norm: LayerNorm of queries and keys.
+        latent_scale: what latents are multiplied by; none takes the autoencoder's own factor.
+        latent_shift: what is subtracted from latents first; none takes the autoencoder's own.
         seed: of initialisation, order and every draw.
         order: of the images: full, any at any place; or blocks, a few shards of the cache at a time, for
             disks that are slow at random places.
@@ -93,11 +129,15 @@ class TrainConfig:
         batch_size: images of an optimiser step, over all devices and accumulated micro-batches.
         accumulate: micro-batches of a step.
         max_steps: optimiser steps of the run.
-        lr: learning rate, constant.
+        lr: learning rate; the highest, where it warms up or falls.
+        lr_warmup: steps over which the learning rate rises from 0, on a line.
+        lr_schedule: of the learning rate after that: constant, or falling to 0 at max_steps, on a line or
+            half a cosine.
         betas: of AdamW.
         weight_decay: of AdamW.
         ema_decay: of the averaged weights, every step from a copy of the initial ones.
         clip: largest norm of the gradient; none leaves it.
+        label_dropout: how often a label is replaced by the null class, which guidance needs.
         precision: of Lightning; auto is bf16-mixed on a CUDA device that computes it, else 32-true.
         compile: torch.compile the backbone.
         holdout: rows of the cache that are never trained on, evenly spaced; the held-out loss is theirs.
@@ -126,67 +166,43 @@ class TrainConfig:
     method: MethodConfig = field(default_factory=RepaConfig)
     qk_norm: bool = False
     objective: ObjectiveConfig = field(default_factory=FlowConfig)
-    seed: int = 0
+    latent_scale: Annotated[float, Gt(0)] | None = None
+    latent_shift: float | None = None
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     order: Literal["full", "blocks"] = "full"
-    shuffle_buffer: int = 4096
-    batch_size: int = 256
-    accumulate: int = 1
-    max_steps: int = 400_000
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    ema_decay: float = 0.9999
-    clip: float | None = 1.0
+    shuffle_buffer: _Positive = 4096
+    batch_size: _Positive = 256
+    accumulate: _Positive = 1
+    max_steps: _Positive = 400_000
+    lr: Annotated[float, Gt(0)] = 1e-4
+    lr_warmup: _Count = 0
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.999)
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.9999
+    clip: Annotated[float, Gt(0)] | None = 1.0
+    label_dropout: Annotated[float, Ge(0), Le(1)] = DROP_PROBABILITY
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     compile: bool = False
-    holdout: int = 0
-    eval_every: int = 5_000
-    checkpoint_every: int = 2_000
-    keep_last: int = 2
-    keep_every: int = 50_000
-    preview_every: int = 10_000
-    preview_count: int = 16
-    preview_steps: int = 25
+    holdout: _Count = 0
+    eval_every: _Positive = 5_000
+    checkpoint_every: _Positive = 2_000
+    keep_last: _Positive = 2
+    keep_every: _Count = 50_000
+    preview_every: _Count = 10_000
+    preview_count: Annotated[int, Ge(1), Le(4096)] = 16
+    preview_steps: _Positive = 25
     preview_guidance: float = 1.0
-    gradient_angle_every: int = 0
+    gradient_angle_every: _Count = 0
     gradient_angle_block: int | None = None
-    log_every: int = 50
-    threads: int = 2
+    log_every: _Positive = 50
+    threads: Annotated[int, Ge(1), Le(1024)] = 2
     check_crc: bool = True
     direct: Literal["auto", "on", "off"] = "auto"
     trainer: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        least = {
-            "batch_size": 1,
-            "accumulate": 1,
-            "max_steps": 1,
-            "eval_every": 1,
-            "checkpoint_every": 1,
-            "keep_last": 1,
-            "log_every": 1,
-            "threads": 1,
-            "preview_count": 1,
-            "preview_steps": 1,
-            "shuffle_buffer": 1,
-            "seed": 0,
-            "holdout": 0,
-            "keep_every": 0,
-            "preview_every": 0,
-            "gradient_angle_every": 0,
-            "weight_decay": 0,
-        }
-        for key, minimum in least.items():
-            if not getattr(self, key) >= minimum:
-                raise RepaError(f"{key}={getattr(self, key)} is too small: expected at least {minimum}")
-        if not self.lr > 0:
-            raise RepaError(f"lr={self.lr} is not valid: expected a number above 0")
-        if not 0 <= self.ema_decay < 1:
-            raise RepaError(f"ema_decay={self.ema_decay} is not valid: expected 0 <= ema_decay < 1")
-        if self.clip is not None and not self.clip > 0:
-            raise RepaError(f"clip={self.clip} is not valid: expected a number above 0, or none")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise RepaError(f"betas={self.betas} is not valid: expected two numbers, 0 <= beta < 1")
+        check_fields(self, leave_out=_SECTIONS)
 
     @property
     def default_run_name(self) -> str:
@@ -206,36 +222,12 @@ class TrainConfig:
         return text
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
-    """Values of a configuration file, as ``--config`` takes it.
-
-    Raises:
-        RepaError: the file cannot be read or is no YAML mapping.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RepaError(
-            f"cannot read the configuration {path}: {error.strerror}", "name one that can be read"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = " ".join(str(error).split())
-        raise RepaError(
-            f"the configuration {path} is not YAML: {line}", "mend it, or name another"
-        ) from error
-    if not isinstance(values, dict):
-        raise RepaError(
-            f"the configuration {path} is not a mapping of settings", "see config.yaml of any run"
-        )
-    return values
-
-
 def build(
     base: Mapping[str, Any] | None = None,
     flags: Mapping[str, Any] | None = None,
     assignments: Iterable[str] = (),
 ) -> TrainConfig:
-    """The configuration of defaults < `base` < `flags` < `assignments`.
+    """Return the configuration of defaults < `base` < `flags` < `assignments`.
 
     A method from outside, ``module:Class``, is imported only if `flags` or `assignments` name it.
 
@@ -246,7 +238,7 @@ def build(
 
     Raises:
         RepaError: an unknown key, with the nearest names, a value of another type, a command to run that is
-            not of the command line, or a method that cannot be had.
+            not of the command line, or a method that cannot be had; ``field`` is the key.
     """
     values = _normalise(base or {})
     _check_sections(values)
@@ -257,27 +249,29 @@ def build(
     if "cache" not in dict(given):
         _refuse_command(values.get("cache"))
     settings = dict(values.pop("method", {}))
-    name = str(settings.pop("name", DEFAULT_METHOD))
+    name = settings.pop("name", DEFAULT_METHOD)
+    if not isinstance(name, str):
+        raise RepaError(f"method.name={shortened(name)} is not valid", "expected text", field="method")
     from_command_line = any(key in _METHOD_KEYS and value == name for key, value in given)
     kind = find_method(name, may_import=from_command_line).config_class
     method = from_mapping(kind, settings, prefix="method.")
     objective = _objective(dict(values.pop("objective", {})), values.get("model", TrainConfig.model))
     trainer = _trainer_settings(values.pop("trainer", {}))
-    scalars = _scalar_annotations()
+    annotations = _annotations()
     for key in values:
-        if key not in scalars:
-            names = (*scalars, *_SECTIONS, *_dotted(kind))
-            raise RepaError(f"unknown setting {key}", f"{nearest(key, names)}")
-    typed = {key: coerce(value, scalars[key], key) for key, value in values.items()}
+        if key not in annotations:
+            raise unknown_setting(key, (*annotations, *_SECTIONS, *_dotted(kind)))
+    typed = {key: coerce(value, annotations[key], key) for key, value in values.items()}
     return TrainConfig(method_name=name, method=method, objective=objective, trainer=trainer, **typed)
 
 
 def _objective(settings: dict[str, Any], model: Any) -> ObjectiveConfig:
     """The settings of an objective; without a name it is the one of the model's family."""
     name = settings.pop("name", None) or _objective_of(str(model))
-    if name not in objectives.OBJECTIVES:
+    if not isinstance(name, str) or name not in objectives.OBJECTIVES:
+        shown = shortened(name)
         raise RepaError(
-            f"objective {name!r} is unknown", nearest(str(name), objectives.OBJECTIVES), field="objective"
+            f"objective {shown} is unknown", nearest(shown, objectives.OBJECTIVES), field="objective"
         )
     return from_mapping(objectives.OBJECTIVES[name].config_class, settings, prefix="objective.")
 
@@ -326,22 +320,29 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
         section, dot, rest = "objective", ".", key
     if not dot:
         if key == "trainer":
-            raise RepaError(_not_a_section("trainer", value))
+            raise _not_a_section("trainer", value)
         values[key] = value
         return
     if section not in _SECTIONS:
-        raise RepaError(f"unknown setting {key}", f"{nearest(key, (*_scalar_annotations(), *_dotted()))}")
+        raise unknown_setting(key, (*_annotations(), *_dotted()))
     values.setdefault(section, {})[rest] = value
 
 
 def _check_sections(values: Mapping[str, Any]) -> None:
     for section in _SECTIONS:
-        if not isinstance(values.get(section, {}), Mapping):
-            raise RepaError(_not_a_section(section, values[section]))
+        given = values.get(section, {})
+        if not isinstance(given, Mapping):
+            raise _not_a_section(section, given)
+        if wrong := [key for key in given if not isinstance(key, str)]:
+            raise unknown_setting(f"{section}.{shortened(wrong[0])}", _dotted())
 
 
-def _not_a_section(section: str, value: Any) -> str:
-    return f"{section}={value!s} is not valid: expected settings, for example --set {section}.key=value"
+def _not_a_section(section: str, value: Any) -> RepaError:
+    return RepaError(
+        f"{section}={shortened(value)} is not valid",
+        f"expected settings, for example --set {section}.key=value",
+        field=section,
+    )
 
 
 def _dotted(kind: type[MethodConfig] = RepaConfig) -> list[str]:
@@ -350,14 +351,11 @@ def _dotted(kind: type[MethodConfig] = RepaConfig) -> list[str]:
     return [*keys, "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accelerator"]
 
 
-def _scalar_annotations() -> dict[str, Any]:
-    from typing import get_type_hints
-
-    return {
-        key: kind
-        for key, kind in get_type_hints(TrainConfig).items()
-        if key not in ("method_name", *_SECTIONS)
-    }
+@cache
+def _annotations() -> dict[str, Any]:
+    """Key → type and bounds, of the settings that are no sections."""
+    found = get_type_hints(TrainConfig, include_extras=True)
+    return {key: kind for key, kind in found.items() if key not in (*_SECTIONS, "method_name")}
 
 
 def _trainer_settings(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -366,26 +364,76 @@ def _trainer_settings(values: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     from lightning.pytorch import Trainer
 
+    hints = get_type_hints(Trainer.__init__)
     known = [key for key in inspect.signature(Trainer.__init__).parameters if key not in ("self", "kwargs")]
     settings = {}
-    for key, value in values.items():
-        if key in _OWNED_TRAINER_KEYS:
-            raise RepaError(f"trainer.{key} is decided by the run", f"set {_OWNED_TRAINER_KEYS[key]} instead")
-        if key not in known:
-            names = [f"trainer.{each}" for each in known]
-            raise RepaError(f"unknown setting trainer.{key}", f"{nearest(f'trainer.{key}', names)}")
-        settings[key] = yaml.safe_load(value) if isinstance(value, str) else value
+    for name, value in values.items():
+        key = f"trainer.{name}"
+        if name in _OWNED_TRAINER_KEYS:
+            instead = f"set {_OWNED_TRAINER_KEYS[name]} instead"
+            raise RepaError(f"{key} is decided by the run", instead, field=key)
+        if name not in known:
+            raise unknown_setting(key, [f"trainer.{each}" for each in known])
+        settings[name] = value
+        if isinstance(value, str):
+            remedy = f"give {key} a value as YAML writes it"
+            settings[name] = parse_yaml(value, where=key, remedy=remedy, field=key)
+        # what Lightning takes in many forms it checks itself
+        if hints.get(name) in (bool, bool | None):
+            settings[name] = coerce(settings[name], bool | None, key)
     return settings
 
 
-def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """Keys that a resumed run may not change and that differ, as ``key (old → new)``."""
-    before, after = _flat(old.to_dict()), _flat(new.to_dict())
-    return [
-        f"{key} ({before.get(key, 'absent')} → {after.get(key, 'absent')})"
-        for key in dict.fromkeys((*before, *after))
-        if key.split(".")[0] not in RESUMABLE and before.get(key) != after.get(key)
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A setting that a run goes on with at another value.
+
+    Attributes:
+        key: dotted key.
+        before: the value so far; None where there was none.
+        now: the value from here on; None where there is none.
+    """
+
+    key: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} ({_shown(self.before)} → {_shown(self.now)})"
+
+
+def changes(before: Mapping[str, Any], now: TrainConfig) -> list[Change]:
+    """Return what differs from the settings that a run had and is not free to.
+
+    Args:
+        before: `TrainConfig.to_dict` of the run; a key that was not there yet had its default.
+        now: settings to go on with.
+
+    Raises:
+        RepaError: a setting that the run is bound to differs; ``field`` is the first one's key.
+    """
+    defaults = _flat(TrainConfig().to_dict())
+    old, new = _flat(before), _flat(now.to_dict())
+    found = [
+        Change(key=key, before=then, now=new.get(key))
+        for key in dict.fromkeys((*old, *new))
+        if (then := old.get(key, None if key.startswith("method.") else defaults.get(key))) != new.get(key)
     ]
+    bound = [each for each in found if on_resume(each.key, now) == "bound"]
+    if bound:
+        raise RepaError(
+            f"the run has other settings: {', '.join(map(str, bound))}",
+            "give the settings it has, or begin another run with --run, from these weights with --init",
+            field=bound[0].key,
+        )
+    return [each for each in found if on_resume(each.key, now) == "recorded"]
+
+
+def on_resume(key: str, config: TrainConfig) -> OnResume:
+    """Return what a resumed run does with another value of a setting, see `ON_RESUME`."""
+    if key == "max_steps" and config.lr_schedule != "constant":
+        return "recorded"  # the learning rate falls towards it
+    return ON_RESUME.get(key.partition(".")[0], "bound")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -396,3 +444,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else shortened(value)

@@ -1,34 +1,48 @@
 """Dataclasses from text: dotted keys and YAML values, typed from the annotations of the fields.
 
-Every mistake is one line that says the key, the value and what was expected.
+pydantic types and bounds a value. What is ours is what a text may mean: on a command line ``none`` is no text
+where a number may be absent, ``4e5`` is an integer, and ``8,10`` a list.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from functools import cache
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
+from ..data.edge import printable, shortened
 from ..data.errors import RepaError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 T = TypeVar("T")
 
-_TRUE = ("true", "yes", "on", "1")
-_FALSE = ("false", "no", "off", "0")
 _LIKE = 0.6
 _NONE = ("none", "null", "~", "")
-
-
-class _MismatchError(Exception):
-    """The value is not of the annotation; turned into a line with the key where the key is known."""
+_BOUNDS = {"ge": "from", "gt": "above", "le": "to", "lt": "below"}
 
 
 def describe(annotation: Any) -> str:
-    """An annotation in words, for errors: ``integer``, ``number or none``, ``one of linear, cosine``."""
+    """Return an annotation in words, as ``integer from 1`` or ``one of linear, cosine``."""
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        said = " and ".join(bound for limit in arguments[1:] for bound in _bounds_of(limit))
+        return f"{describe(arguments[0])} {said}"
     if origin is Literal:
         return "one of " + ", ".join(str(choice) for choice in arguments)
     if origin in (Union, types.UnionType):
@@ -41,109 +55,107 @@ def describe(annotation: Any) -> str:
     return names.get(annotation, str(annotation))
 
 
+def _bounds_of(limit: Any) -> Iterator[str]:
+    return (f"{word} {getattr(limit, name):,}" for name, word in _BOUNDS.items() if hasattr(limit, name))
+
+
 def coerce(value: Any, annotation: Any, key: str) -> Any:
-    """A value as its annotation wants it.
+    """Return a value as its annotation wants it.
 
     Args:
         value: text of ``--set key=value``, or what YAML made of it.
-        annotation: ``int``, ``float``, ``bool``, ``str``, ``Literal``, ``tuple``, or an optional one of them.
+        annotation: any type that pydantic knows, with bounds of ``annotated_types`` where it has some.
         key: dotted key, for the error.
 
     Raises:
-        RepaError: the value is not of the type; names key, value and expected type.
+        RepaError: the value is not of the type or out of its bounds; ``field`` is the key.
     """
-    try:
-        return _coerce(value, annotation)
-    except (_MismatchError, ValueError):
-        raise RepaError(f"{key}={value!s} is not valid: expected {describe(annotation)}") from None
+    from pydantic import ValidationError
 
-
-def _coerce(value: Any, annotation: Any) -> Any:  # noqa: PLR0911 - one return per kind of annotation
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return _choice(value, arguments)
-    if origin in (Union, types.UnionType):
-        return _first_fit(value, arguments)
-    if origin is tuple:
-        return _tuple(value, arguments)
-    if annotation is bool:
-        return _bool(value)
-    if annotation is int:
-        return _int(value)
-    if annotation is float:
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise _MismatchError
-        if not math.isfinite(float(value)):
-            raise _MismatchError
-        return float(value)
-    if annotation is str:
-        if not isinstance(value, str):
-            raise _MismatchError
-        return value
-    raise _MismatchError
-
-
-def _choice(value: Any, choices: tuple[Any, ...]) -> Any:
-    if isinstance(value, bool):
-        value = "on" if value else "off"  # what YAML makes of these words
-    for choice in choices:
-        if value == choice or str(value) == str(choice):
-            return choice
-    raise _MismatchError
-
-
-def _first_fit(value: Any, annotations: Iterable[Any]) -> Any:
-    for annotation in annotations:
-        if annotation is type(None):
-            if value is None or (isinstance(value, str) and value.lower() in _NONE):
-                return None
-            continue
+    adapter = _adapter(annotation)
+    for reading in _readings(value):
         try:
-            return _coerce(value, annotation)
-        except (_MismatchError, ValueError):
-            continue
-    raise _MismatchError
+            found = adapter.validate_python(reading)
+        except (ValidationError, ValueError):
+            continue  # ValueError: an integer of thousands of digits, which Python prints for nobody
+        if not (_has_nul(found) or _is_truth_as_number(reading, found)):
+            return found
+    raise RepaError(
+        f"{printable(key)}={shortened(value)} is not valid",
+        f"expected {describe(annotation)}",
+        field=printable(key),
+    )
 
 
-def _tuple(value: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    if isinstance(value, str):
-        text = value.strip().removeprefix("[").removesuffix("]").removeprefix("(").removesuffix(")")
-        value = [item.strip() for item in text.split(",") if item.strip()]
-    if not isinstance(value, (list, tuple)):
-        raise _MismatchError
-    if len(arguments) == 2 and arguments[1] is Ellipsis:
-        return tuple(_coerce(item, arguments[0]) for item in value)
-    if len(value) != len(arguments):
-        raise _MismatchError
-    return tuple(_coerce(item, argument) for item, argument in zip(value, arguments, strict=True))
+@cache
+def _hints(kind: type) -> Mapping[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
 
-def _bool(value: Any) -> bool:
+@cache
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
+
+
+def _readings(value: Any) -> Iterator[Any]:
+    """What a value may mean, the most literal first."""
+    yield value
     if isinstance(value, bool):
-        return value
-    text = str(value).lower()
-    if text in _TRUE:
-        return True
-    if text in _FALSE:
-        return False
-    raise _MismatchError
+        yield "on" if value else "off"  # what YAML makes of these words
+    if not isinstance(value, str):
+        return
+    text = value.strip()
+    if text.lower() in _NONE:
+        yield None
+    with suppress(ValueError):
+        yield float(text)  # 4e5 is how steps are written in papers
+    inside = text.removeprefix("[").removesuffix("]").removeprefix("(").removesuffix(")")
+    yield [item.strip() for item in inside.split(",") if item.strip()]
 
 
-def _int(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise _MismatchError
-    if isinstance(value, str):
-        try:
-            return int(value)
-        except ValueError:
-            value = float(value)  # 4e5 is how steps are written in papers
-    if not math.isfinite(value) or value != int(value):
-        raise _MismatchError
-    return int(value)
+def _is_truth_as_number(value: Any, found: Any) -> bool:
+    """Whether a truth value became a number, which no setting means."""
+    if isinstance(value, (list, tuple)) and isinstance(found, (list, tuple)):
+        return any(_is_truth_as_number(*pair) for pair in zip(value, found, strict=True))
+    return isinstance(value, bool) and isinstance(found, (int, float)) and not isinstance(found, bool)
+
+
+def _has_nul(found: Any) -> bool:
+    """Whether a text holds the character that ends a path for the operating system."""
+    if isinstance(found, (list, tuple)):
+        return any(_has_nul(item) for item in found)
+    return isinstance(found, str) and "\0" in found
+
+
+def check_fields(settings: Any, *, prefix: str = "", leave_out: Iterable[str] = ()) -> None:
+    """Hold the fields of a dataclass that was made in code to their annotations.
+
+    Args:
+        settings: instance of a dataclass.
+        prefix: as of `from_mapping`.
+        leave_out: names of fields that have checks of their own.
+
+    Raises:
+        RepaError: a value of another type or out of its bounds.
+    """
+    kind: Any = type(settings)
+    annotations = _hints(kind)
+    for item in fields(settings):
+        if item.name in leave_out:
+            continue
+        value, key = getattr(settings, item.name), prefix + item.name
+        if coerce(value, annotations[item.name], key) != value:
+            raise RepaError(
+                f"{key}={shortened(value)} is not valid",
+                f"expected {describe(annotations[item.name])}",
+                field=key,
+            )
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """A clause that names the known keys closest to a mistyped one."""
+    """Return a clause that names the known keys closest to a mistyped one."""
     known = list(known)
     if not known:
         return "there are none to set"
@@ -160,10 +172,10 @@ def _likeness(first: str, second: str) -> float:
 
 
 def from_mapping(kind: type[T], values: Mapping[str, Any], *, prefix: str = "") -> T:
-    """A dataclass from plain values.
+    """Return a dataclass made of plain values.
 
     Args:
-        kind: the dataclass; its annotations give the types.
+        kind: the dataclass; its annotations give the types and the bounds.
         values: field → value, as text or as YAML read it.
         prefix: what stands before the field's name in errors, for example ``method.``.
 
@@ -172,19 +184,22 @@ def from_mapping(kind: type[T], values: Mapping[str, Any], *, prefix: str = "") 
     """
     if not is_dataclass(kind):
         raise TypeError(f"{kind} is not a dataclass")
-    annotations = get_type_hints(kind)
+    annotations = _hints(kind)
     names = [item.name for item in fields(kind) if item.init]
     for key in values:
         if key not in names:
-            raise RepaError(
-                f"unknown setting {prefix}{key}",
-                f"{nearest(prefix + key, [prefix + name for name in names])}",
-            )
+            raise unknown_setting(prefix + key, [prefix + name for name in names])
     return kind(**{key: coerce(value, annotations[key], prefix + key) for key, value in values.items()})
 
 
+def unknown_setting(key: str, known: Iterable[str]) -> RepaError:
+    """Return the error of a key that is none, with the keys that come nearest."""
+    shown = shortened(key)
+    return RepaError(f"unknown setting {shown}", nearest(shown, known), field=printable(key))
+
+
 def plain(value: Any) -> Any:
-    """Dataclasses as dicts and tuples as lists: what YAML and JSON can hold."""
+    """Return dataclasses as dicts and tuples as lists: what YAML and JSON can hold."""
     if is_dataclass(value) and not isinstance(value, type):
         return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):
@@ -195,12 +210,14 @@ def plain(value: Any) -> Any:
 
 
 def parse_assignment(text: str) -> tuple[str, str]:
-    """``(key, value)`` of ``key=value``.
+    """Return ``(key, value)`` of ``key=value``.
 
     Raises:
         RepaError: there is no ``=`` or no key.
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise RepaError(f"--set {text!r} is not of the form key=value, for example --set lr=2e-4")
+        raise RepaError(
+            f"--set {text!r} is not of the form key=value", "write for example --set lr=2e-4", field="--set"
+        )
     return key.strip(), value.strip()

@@ -14,12 +14,13 @@ from ...data.reading.reader import CacheReader
 from ...pipeline.demo import RESOLUTION
 from ...pipeline.demo.shapes import CLASS_NAMES, DemoImages
 from ...pipeline.encoders import load_encoder
-from ...trainer.config import build, load_yaml
+from ...trainer.config import build
 from ...trainer.evaluation.frechet import frechet_distance
 from ...trainer.run.callbacks import METRICS_FILE, TIMING_FILE
 from ...trainer.run.checks import check, describe_phases
 from ...trainer.run.folder import CONFIG_FILE
 from ...trainer.run.metrics import read_metrics
+from ...trainer.settings_file import load_yaml
 from ..sample import ARRAY_FILE
 
 if TYPE_CHECKING:

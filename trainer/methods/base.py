@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.capture import NOTHING, BackboneFacts, Capture, Captured
+from ..typed import check_fields
 
 if TYPE_CHECKING:
     from ...data.format.columns import ColumnSpec
@@ -30,6 +31,9 @@ EmaForward: TypeAlias = Callable[[Tensor, Tensor, Capture], Captured]
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """Settings of a method; a method with settings of its own has a frozen subclass."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, prefix="method.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from annotated_types import Ge, Le
 from torch import nn
 
 from ...data.format.columns import ColumnSpec, column_name
@@ -50,7 +51,7 @@ class RepaConfig(MethodConfig):
     weight: float = 0.5
     depth: int | None = None
     encoders: tuple[str, ...] = ()
-    projector_width: int = 2048
+    projector_width: Annotated[int, Ge(1), Le(65_536)] = 2048
 
 
 class Repa(Method):

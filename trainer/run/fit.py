@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ...data.format.manifest import Provenance
-    from ..config import TrainConfig
+    from ..config import Change, TrainConfig
     from ..input.online import LiveTargets
 
 IDENTITY_VERSION = 1
@@ -98,19 +98,30 @@ def fit(
         raise ProblemsError(checked.problems)
     load_live(checked, say)
     with locked_run(run, leader=leader):
-        if leader:
-            settle_config(config, run)
         identity = identity_of(checked, config)
         newest = max(checkpoints_of(run).items(), default=None)
         if newest is not None:
             _check_resumable(newest[1], identity)
-            if newest[0] >= config.max_steps:
-                done = counted(newest[0], "step", ",")
-                say(f"{run} is finished: {done}; for more, set a larger --max-steps")
-                return Outcome(step=newest[0], finished=True, resumed_from=newest[0], trained=False)
+        changed: list[Change] = []
+        if leader:
+            changed = settle_config(config, run, None if newest is None else newest[1])
+        if newest is not None and newest[0] >= config.max_steps:
+            done = counted(newest[0], "step", ",")
+            say(f"{run} is finished: {done}; for more, set a larger --max-steps")
+            return Outcome(step=newest[0], finished=True, resumed_from=newest[0], trained=False)
         resumed = 0 if newest is None else newest[0]
+        for change in changed:
+            say(f"{change} from step {resumed:,} on")
         return _train(
-            config, run, checked, identity, console=console, decoder=decoder, command=command, resumed=resumed
+            config,
+            run,
+            checked,
+            identity,
+            console=console,
+            decoder=decoder,
+            command=command,
+            resumed=resumed,
+            changed=changed,
         )
 
 
@@ -124,6 +135,7 @@ def _train(
     decoder: LatentDecoder | None,
     command: Sequence[str],
     resumed: int,
+    changed: Sequence[Change],
 ) -> Outcome:
     leader = is_leader()
     say = _printer(console, leader=leader)
@@ -142,7 +154,7 @@ def _train(
     ]
     trainer = make_trainer(config, run=run, callbacks=callbacks)
     if leader:
-        add_start(run, config, checked, trainer, command=command, resumed=resumed)
+        add_start(run, config, checked, trainer, command=command, resumed=resumed, changed=changed)
     if resumed:
         say(f"resuming {run} at step {resumed:,}")
     if config.compile:
@@ -215,6 +227,8 @@ def identity_of(checked: Checked, config: TrainConfig) -> dict[str, Any]:
         "version": IDENTITY_VERSION,
         "backbone": backbones.to_plain(backbone),
         "objective": objectives.to_plain(config.objective),
+        "settings": config.to_dict(),
+        "class_names": list(manifest.class_names),
         "latent": {
             "scaling_factor": scale.scaling_factor,
             "shift_factor": scale.shift_factor,

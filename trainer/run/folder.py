@@ -12,18 +12,20 @@ import os
 import re
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...data.errors import RepaError
 from ...data.storage.files import make_folder, os_errors, write_file
-from ..config import build, differences, load_yaml
+from ..config import build, changes
 from ..methods.outside import FLAG as METHOD_FLAG
-from ..step.checkpoints import checkpoints_of
+from ..settings_file import load_yaml
+from ..step.checkpoints import checkpoints_of, load_checkpoint
+from ..step.module import CHECKPOINT_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ..config import TrainConfig
+    from ..config import Change, TrainConfig
 
 CONFIG_FILE = "config.yaml"
 
@@ -104,21 +106,44 @@ def locked_run(run: Path, *, leader: bool) -> Iterator[None]:
         os.close(descriptor)
 
 
-def settle_config(config: TrainConfig, run: Path) -> None:
-    """Write the configuration, or check that it is the one that is there but for what may change.
+def settle_config(config: TrainConfig, run: Path, newest: Path | None = None) -> list[Change]:
+    """Write the configuration, if it is the run's but for what may change.
+
+    Args:
+        config: settings to go on with.
+        run: its folder.
+        newest: the checkpoint to go on from; it says what the run was trained with, whoever has edited the
+            configuration since.
+
+    Returns:
+        What goes on at another value from here on, for the record.
 
     Raises:
         RepaError: the folder holds another run, or checkpoints without a configuration.
     """
     place = run / CONFIG_FILE
+    changed: list[Change] = []
     if place.exists():
-        different = differences(_build_without_cache(run), config)
-        if different:
-            raise RepaError(
-                f"{run} holds a run with other settings: {', '.join(different)}",
-                "start another run with --run, or give the settings it has",
-            )
+        before = _build_without_cache(run).to_dict()
+        changed = changes(before if newest is None else _trained_with(newest, before), config)
     elif checkpoints_of(run):
-        raise RepaError(f"{run} has checkpoints but no {CONFIG_FILE}", "start another run with --run")
+        raise RepaError(
+            f"{run} has checkpoints but no {CONFIG_FILE}", "start another run with --run", field="--run"
+        )
     with os_errors("write", place):
         write_file(place, config.to_yaml().encode(), run)
+    return changed
+
+
+def _trained_with(checkpoint: Path, configuration: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a checkpoint was trained with.
+
+    One of before settings were kept in it has those of the optimiser alone; the rest is as the configuration
+    says.
+    """
+    saved = load_checkpoint(checkpoint)
+    if "settings" in saved[CHECKPOINT_KEY]:
+        return dict(saved[CHECKPOINT_KEY]["settings"])
+    group = saved["optimizer_states"][0]["param_groups"][0]
+    optimiser = {"lr": group["lr"], "betas": list(group["betas"]), "weight_decay": group["weight_decay"]}
+    return {**configuration, **optimiser}

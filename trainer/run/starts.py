@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import time
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import Trainer
 
-    from ..config import TrainConfig
+    from ..config import Change, TrainConfig
     from .checks import Checked
 
 RECORD_FILE = "run.json"
@@ -55,6 +56,7 @@ def add_start(
     *,
     command: Sequence[str],
     resumed: int,
+    changed: Sequence[Change] = (),
 ) -> None:
     """Add a start.
 
@@ -65,6 +67,7 @@ def add_start(
         trainer: that will train.
         command: the command line.
         resumed: step of the checkpoint that it goes on from, 0 without.
+        changed: settings that it goes on with at another value.
 
     Raises:
         RepaError: the file is damaged or cannot be written.
@@ -75,6 +78,7 @@ def add_start(
         "command": list(command),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "first_step": resumed,
+        "changed": [asdict(each) for each in changed],
         "seed": config.seed,
         "commit": _commit(),
         "method": {"name": config.method_name, **origin_of(config.method_name)},

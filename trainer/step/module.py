@@ -15,10 +15,12 @@ from ...data.reading.latents import LatentScale, sample_posterior, scale_latent
 from ..input.datamodule import columns_of_phase
 from ..methods.base import Method, Phase, Step, Term
 from ..models import registry as backbones
+from ..models.conditioning import LabelConditioner
 from ..objectives.registry import make_objective
 from .draws import Draws, StepDraws
 from .means import Means
 from .randomness import derived_seed
+from .schedule import is_constant, learning_rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -61,6 +63,8 @@ class TrainingModule(LightningModule):
         super().__init__()
         self.config = config
         self.backbone = backbone
+        if isinstance(backbone.y_embedder, LabelConditioner):
+            backbone.y_embedder.drop_probability = config.label_dropout
         self.ema = copy.deepcopy(backbone).requires_grad_(False)
         self.method = method
         self.scale = scale
@@ -81,6 +85,12 @@ class TrainingModule(LightningModule):
     def columns_at(self, step: int) -> tuple[str, ...]:
         """Columns of the cache that a step reads, without the label."""
         return columns_of_phase(self.method, self.method.phase_at(step), self.backbone.y_embedder.column)
+
+    def on_train_start(self) -> None:
+        """Give the optimiser the configuration's settings, in place of those that a checkpoint brings."""
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group |= {"betas": self.config.betas, "weight_decay": self.config.weight_decay}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Start afresh at the first step of a phase that asks for it."""
@@ -190,8 +200,13 @@ class TrainingModule(LightningModule):
         optimizer: Any,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Step, then average the weights once."""
+        """Step at the step's learning rate, then average the weights once."""
+        rate = learning_rate(self.config, self.global_step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if not is_constant(self.config):
+            self.means.add("lr", rate)
         self.update_ema()
 
     @torch.no_grad()

@@ -18,12 +18,13 @@ import torch
 from PIL import Image
 from repa.data.errors import CacheError, CorruptRowError, RepaError
 from repa.data.testing import synthetic_cache
-from repa.trainer.config import build, load_yaml
+from repa.trainer.config import build
 from repa.trainer.run.checks import ProblemsError, check
 from repa.trainer.run.fit import assemble, fit, identity_of
 from repa.trainer.run.lightning_trainer import is_leader
 from repa.trainer.run.metrics import read_metrics
 from repa.trainer.run.previews import balanced_labels
+from repa.trainer.settings_file import load_yaml
 from repa.trainer.step.checkpoints import checkpoints_of, load_checkpoint
 from repa.trainer.step.draws import StepDraws
 from rich.console import Console
@@ -118,8 +119,9 @@ def test_more_steps_go_on(settings: Settings, run_fit: Fit, tmp_path: Path) -> N
 
 def test_other_settings_are_refused(settings: Settings, run_fit: Fit) -> None:
     run_fit(settings(max_steps=1))
-    with pytest.raises(RepaError, match=r"seed \(0 → 1\), .*lr \(0.0001 → 0.001\).*--run"):
+    with pytest.raises(RepaError) as caught:
         run_fit(settings(max_steps=1, seed=1, lr=1e-3))
+    assert caught.value.field == "seed"
 
 
 def test_another_cache_is_refused(settings: Settings, run_fit: Fit, tmp_path: Path) -> None:

@@ -279,7 +279,8 @@ from pathlib import Path
 from rich.console import Console
 import torch
 torch.set_num_threads(1)
-from repa.trainer.config import build, load_yaml
+from repa.trainer.config import build
+from repa.trainer.settings_file import load_yaml
 from repa.trainer.run.fit import fit
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
 
