@@ -17,7 +17,7 @@ from math import prod
 
 import numpy as np
 
-from ..errors import RepaError
+from ..errors import CacheError, RepaError
 
 LABEL = "label"
 AUTOENCODER = "sd-vae"
@@ -25,18 +25,53 @@ MOMENTS = f"{AUTOENCODER}/moments"
 SCALE_SUFFIX = "-scale"
 ATTENTION_SUFFIX = "+attention"
 ATTENTION_KINDS = ("q", "k")
-KINDS = (
-    "moments",
-    "patch",
-    "cls",
-    *ATTENTION_KINDS,
-    *(f"{kind}{SCALE_SUFFIX}" for kind in ("patch", "q", "k")),
-)
 FLOAT_DTYPES = ("float16", "float32")
 STORED_DTYPES = (*FLOAT_DTYPES, "int8")
 COMPRESSORS = ("zstd", "blosc", "pcodec")
 
 _MODEL = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnKind:
+    """What the columns of a kind hold of one image and view.
+
+    Attributes:
+        axes: names of the axes of a row, for example ``("T", "D")``; one that begins with a 2 is even.
+        dtypes: stored dtypes it may have.
+    """
+
+    axes: tuple[str, ...]
+    dtypes: tuple[str, ...] = FLOAT_DTYPES
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Return whether a row may have that shape."""
+        return len(shape) == len(self.axes) and not any(
+            size % 2 for size, axis in zip(shape, self.axes, strict=True) if axis.startswith("2")
+        )
+
+
+KINDS: dict[str, ColumnKind] = {
+    "moments": ColumnKind(axes=("2C", "h", "w")),
+    "patch": ColumnKind(axes=("T", "D"), dtypes=STORED_DTYPES),
+    "cls": ColumnKind(axes=("D",)),
+    "q": ColumnKind(axes=("L", "H", "T", "r"), dtypes=STORED_DTYPES),
+    "k": ColumnKind(axes=("L", "H", "T", "r"), dtypes=STORED_DTYPES),
+}
+"""The kinds of columns: one line each. One that may be int8 has a kind of scales beside it."""
+
+
+def find_kind(name: str) -> ColumnKind | None:
+    """Return the kind of a name, or of the scales of one, ``patch-scale``; None if there is none.
+
+    Scales have no token axis, the last but one: see `int8`.
+    """
+    kind = KINDS.get(name.removesuffix(SCALE_SUFFIX))
+    if kind is None or not name.endswith(SCALE_SUFFIX):
+        return kind
+    if "int8" not in kind.dtypes:
+        return None
+    return ColumnKind(axes=(*kind.axes[:-2], kind.axes[-1]), dtypes=("float32",))
 
 
 def column_name(model: str, kind: str) -> str:
@@ -47,7 +82,7 @@ def column_name(model: str, kind: str) -> str:
     """
     if not _MODEL.fullmatch(model):
         raise RepaError(f"model name {model!r} is not of the form [a-z0-9][a-z0-9._-]*", "rename it")
-    if kind not in KINDS:
+    if find_kind(kind) is None:
         raise RepaError(f"column kind {kind!r} of {model!r} is unknown", f"the kinds are {', '.join(KINDS)}")
     return f"{model}/{kind}"
 
@@ -126,3 +161,26 @@ class ColumnSpec:
     def row_bytes(self) -> int:
         """Bytes of one row and view, not compressed and without its checksum."""
         return prod(self.shape) * self.numpy_dtype.itemsize
+
+
+def check_column(column: str, spec: ColumnSpec, *, where: str) -> None:
+    """Check that a column's rows are of its kind.
+
+    Args:
+        column: its name.
+        spec: what the manifest says of it.
+        where: path of the cache, for the error.
+
+    Raises:
+        CacheError: another number of axes or another dtype than its kind has.
+        RepaError: the name is not of the grammar.
+    """
+    kind = find_kind(split_column(column)[1])
+    if kind is None or (kind.fits(spec.shape) and spec.dtype in kind.dtypes):
+        return
+    raise CacheError(
+        f"column {column} of {where} has rows {spec.dtype}{list(spec.shape)}, where its kind has "
+        f"{' or '.join(kind.dtypes)} [{', '.join(kind.axes)}]",
+        "write the cache again with `repa preprocess`",
+        field=column,
+    )

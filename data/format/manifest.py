@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..errors import CacheError
-from .columns import AUTOENCODER, LABEL, ColumnSpec, model_of, source_of
+from .columns import AUTOENCODER, LABEL, ColumnSpec, check_column, model_of, source_of
 
 FORMAT_VERSION = 1
 ATTRIBUTE = "repa"
@@ -162,10 +162,11 @@ class Manifest:
             ) from error
 
     def require(self, columns: tuple[str, ...], *, where: str) -> None:
-        """Check that columns were declared.
+        """Check that columns were declared, and that their rows are of their kinds.
 
         Raises:
-            CacheError: names every missing column and the command that adds it.
+            CacheError: names every missing column and the command that adds it; or a shape or dtype that the
+                kind of the column does not have.
         """
         missing = [name for name in columns if name != LABEL and name not in self.columns]
         if missing:
@@ -179,6 +180,9 @@ class Manifest:
                 f"(it has {', '.join(self.columns) or 'none'})",
                 f"add it with `repa preprocess --cache {where}{flags}` and the --data it was made from",
             )
+        for name in columns:
+            if name != LABEL:
+                check_column(name, self.columns[name], where=where)
 
 
 def _plain(value: Any) -> Any:

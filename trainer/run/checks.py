@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from ...data.errors import RepaError
-from ...data.format.columns import LABEL, MOMENTS, source_of
+from ...data.format.columns import KINDS, LABEL, MOMENTS, source_of
 from ...data.format.manifest import ORIGINAL_VIEW
 from ...data.reading.latents import LatentScale, latent_scale
 from ...data.reading.order import split_holdout
@@ -215,16 +215,16 @@ def _check_backbone(config: TrainConfig, manifest: Manifest, found: Checked) -> 
         found.add(f"cache {config.cache} has no classes", "write it again with `repa preprocess`")
     found.attempt(lambda: manifest.require((MOMENTS,), where=config.cache))
     found.scale = found.attempt(lambda: latent_scale(manifest, where=config.cache))
-    if MOMENTS not in manifest.columns:
+    shape = manifest.columns[MOMENTS].shape if MOMENTS in manifest.columns else ()
+    if not KINDS["moments"].fits(shape):
         return
-    shape = manifest.columns[MOMENTS].shape
-    if len(shape) != 3 or shape[0] % 2 or shape[1] != shape[2]:
+    if shape[1] != shape[2]:
         found.add(
-            f"column {MOMENTS} has rows of shape {shape}, not (2C, side, side)",
+            f"column {MOMENTS} has latents of {shape[1]}×{shape[2]}, and the backbones take square ones",
             "write the cache again with `repa preprocess`",
         )
         return
-    if any(problem.what.startswith(f"model {config.model!r}") for problem in found.problems):
+    if found.attempt(lambda: backbones.family_of(config.model)) is None:
         return
     found.backbone = found.attempt(
         lambda: backbones.config_of(

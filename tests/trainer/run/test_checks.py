@@ -96,7 +96,7 @@ def test_grid_of_the_teacher_must_fit(settings: Settings) -> None:
 def test_latents_must_be_square(settings: Settings, tmp_path: Path) -> None:
     path = tmp_path / "wide"
     synthetic_cache(path, num_rows=16, columns={MOMENTS: ColumnSpec(shape=(8, 4, 8), dtype="float32")})
-    assert "not (2C, side, side)" in whats(settings(cache=str(path), method="none"))[0]
+    assert "4×8" in whats(settings(cache=str(path), method="none"))[0]
 
 
 def test_random_weights_are_warned_of(settings: Settings, tmp_path: Path) -> None:
