@@ -53,9 +53,13 @@ class TrainFlags:
     run: Annotated[
         Path | None,
         typer.Option(
+            # torchrun takes --run for a short form of its own --run-path, wherever it stands
+            "--run",
+            "--run-folder",
             parser=local_folder,
             metavar="<path>",
-            help="Folder of the run: a new or empty one, or that of the run to go on with.",
+            help="Folder of the run: a new or empty one, or that of the run to go on with. Write --run-folder "
+            "behind torchrun.",
             show_default="runs/<method>-<model>",
         ),
     ] = None
@@ -103,7 +107,7 @@ def train(flags: TrainFlags, *, console: Console | None = None) -> None:
 
     Raises:
         RepaError: a mistake the user can mend.
-        SystemExit: with status 130, after Ctrl-C or SIGTERM ended the run early and it was saved.
+        SystemExit: with status 130, after a signal or ``trainer.max_time`` ended the run and it was saved.
     """
     from rich.console import Console
 
@@ -132,6 +136,8 @@ def train(flags: TrainFlags, *, console: Console | None = None) -> None:
     finally:
         if teachers is not None:
             teachers.close()
+    if not outcome.leader:
+        return  # with another status than 0, Lightning would kill the leader before it is done
     if not outcome.finished:
         raise SystemExit(STOPPED_STATUS)
     if outcome.trained:

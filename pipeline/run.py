@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..data.errors import CacheError, RepaError
 from ..data.format.columns import AUTOENCODER, model_of
 from ..data.format.commits import committed_shards
+from ..data.launchers import tasks_without_srun
 from ..data.units import counted
 from ..data.writing.store import ensure_source
 from .plan import make_plan, present_manifest
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 MAX_LANES = 16  # batches at a time in one process; more cores are better used with --devices
 MAX_DECODERS = 16
+MOST_PROCESSES_A_CORE = 4  # a little more than one each does no harm while they wait for the disk
 
 
 class StoppedError(Exception):
@@ -55,6 +57,9 @@ def run(config: PreprocessConfig, console: Console, *, dry_run: bool = False) ->
     plan = make_plan(config)
     if rank.rank == 0:
         show_plan(plan, rank, console)
+        if tasks := tasks_without_srun():
+            note = f"this job has {tasks} tasks and runs without srun: one process does all of it"
+            say(console, f"note: {note}", style="yellow")
     if plan.rows:
         plan.require_room()
     if dry_run:
@@ -88,10 +93,12 @@ def saved(plan: Plan) -> str:
 
 
 def share_out(plan: Plan, rank: Rank) -> list[Job]:
-    """The jobs of this process, one a device: its own, or those of the processes it is to start.
+    """Return the jobs of this process, its own or those of the processes it is to start.
+
+    A process whose shards are all there is not started.
 
     Raises:
-        RepaError: more devices than there are.
+        RepaError: more devices than there are, or than the cores can serve.
     """
     import torch
 
@@ -100,10 +107,8 @@ def share_out(plan: Plan, rank: Rank) -> list[Job]:
     config = plan.config
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     here = config.devices if rank.world == 1 else rank.local_world
-    if gpus and (config.devices > gpus or rank.local_rank >= gpus):
-        wanted = f"--devices {config.devices}" if rank.world == 1 else f"local rank {rank.local_rank}"
-        raise RepaError(f"{wanted}: this machine shows {counted(gpus, 'GPU')}", "start fewer processes")
     cores = usable_cores()
+    _check_devices(config.devices if rank.world == 1 else rank.local_rank + 1, gpus, cores)
     if rank.launcher != "SLURM" or cores == os.cpu_count():
         # SLURM usually binds each task to cores of its own; others share the machine's
         cores = max(1, cores // here)
@@ -125,7 +130,29 @@ def share_out(plan: Plan, rank: Rank) -> list[Job]:
 
     if rank.world > 1:
         return [job(rank.rank, rank.world, rank.local_rank)]
-    return [job(number, config.devices, number) for number in range(config.devices)]
+    missing = set[int]().union(*(source.missing for source in plan.sources))
+    busy = sorted({shard % config.devices for shard in missing})
+    return [job(number, config.devices, number) for number in busy]
+
+
+def _check_devices(processes: int, gpus: int, cores: int) -> None:
+    """Refuse processes that would stand in one another's way.
+
+    Raises:
+        RepaError: more than there are GPUs, or than the cores can serve where there is none.
+    """
+    if gpus and processes > gpus:
+        raise RepaError(
+            f"{counted(processes, 'process')} of this machine, which shows {counted(gpus, 'GPU')}",
+            "start fewer",
+            field="--devices",
+        )
+    if not gpus and processes > MOST_PROCESSES_A_CORE * cores:
+        raise RepaError(
+            f"{counted(processes, 'process')} would share {counted(cores, 'core')}",
+            f"start at most as many as there are cores, {cores}",
+            field="--devices",
+        )
 
 
 def _work(plan: Plan, rank: Rank, jobs: list[Job], console: Console) -> list[Tally]:
@@ -138,6 +165,9 @@ def _work(plan: Plan, rank: Rank, jobs: list[Job], console: Console) -> list[Tal
 
     totals = {source.source: rows(frozenset(source.missing)) for source in plan.sources}
     images = rows(frozenset[int]().union(*(source.missing for source in plan.sources)))
+    if len(jobs) < plan.config.devices:
+        idle = counted(plan.config.devices - len(jobs), "process")
+        say(console, f"note: {idle} fewer than --devices: what is left to do are shards of {len(jobs)}")
     with ProgressView(console, totals, images) as view:
         if len(jobs) == 1:
             return [work(jobs[0], plan.images, view.advance)]

@@ -6,18 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...data.errors import RepaError
+from ...data.launchers import launched_world
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-# launcher → variables of rank, number of processes, rank on this machine
-# torchrun: https://docs.pytorch.org/docs/stable/elastic/run.html "Environment Variables"
-# SLURM: srun(1) "OUTPUT ENVIRONMENT VARIABLES"
-_LAUNCHERS = {
-    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    "SLURM": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-}
-_LOCAL_WORLD = {"torchrun": "LOCAL_WORLD_SIZE", "SLURM": "SLURM_NTASKS_PER_NODE"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +32,7 @@ class Rank:
 
 
 def detect_rank(environment: Mapping[str, str], devices: int) -> Rank:
-    """The rank a launcher gave this process; alone, if none or only one process was started.
+    """Return the rank a launcher gave this process, that of one alone if none started several.
 
     Args:
         environment: variables of the process.
@@ -49,27 +41,19 @@ def detect_rank(environment: Mapping[str, str], devices: int) -> Rank:
     Raises:
         RepaError: a launcher's variables are incomplete or no numbers, or ``--devices`` is given as well.
     """
-    for launcher, names in _LAUNCHERS.items():
-        # a shell within an allocation knows the number of tasks, but is none of them
-        if names[0] not in environment or environment.get(names[1], "1") == "1":
-            continue
-        try:
-            rank, world, local_rank = (int(environment[name]) for name in names)
-            local_world = int(environment.get(_LOCAL_WORLD[launcher], world))
-        except (KeyError, ValueError) as error:
-            raise RepaError(
-                f"{launcher} sets {names[1]}={environment.get(names[1])}, but {', '.join(names)} are not all "
-                f"there as numbers ({error})",
-                f"start every process by {launcher}, or unset them",
-            ) from error
-        if not 0 <= rank < world or local_rank < 0 or local_world < 1:
-            raise RepaError(
-                f"{names[0]}={rank} is not a rank of {names[1]}={world}", "unset them, or mend them"
-            )
-        if devices != 1:
-            raise RepaError(
-                f"--devices {devices} within process {rank} of {world} that {launcher} started: "
-                f"leave --devices out, {launcher} splits the work already"
-            )
-        return Rank(rank=rank, world=world, local_rank=local_rank, local_world=local_world, launcher=launcher)
-    return Rank()
+    world = launched_world(environment)
+    if world is None:
+        return Rank()
+    if devices != 1:
+        raise RepaError(
+            f"--devices {devices} within process {world.rank} of {world.size} that {world.launcher} started",
+            f"leave --devices out, {world.launcher} splits the work already",
+            field="--devices",
+        )
+    return Rank(
+        rank=world.rank,
+        world=world.size,
+        local_rank=world.local_rank,
+        local_world=world.local_size,
+        launcher=world.launcher,
+    )

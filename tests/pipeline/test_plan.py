@@ -137,7 +137,19 @@ def test_more_devices_than_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "cuda:0",
         "cuda:1",
     ]
-    with pytest.raises(RepaError, match="--devices 3: this machine shows 2 GPUs"):
+    with pytest.raises(RepaError) as caught:
         share_out(make_plan(config(tmp_path, devices=3)), Rank())
-    with pytest.raises(RepaError, match="local rank 2"):
+    assert caught.value.field == "--devices"
+    with pytest.raises(RepaError) as caught:
         share_out(make_plan(config(tmp_path)), Rank(rank=2, world=4, local_rank=2, local_world=4))
+    assert caught.value.field == "--devices"
+
+
+def test_more_processes_than_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("repa.pipeline.lanes.lanes.usable_cores", lambda: 1)
+    # three shards: a fourth process would have nothing to do
+    jobs = share_out(make_plan(config(tmp_path, devices=4)), Rank())
+    assert [(job.rank, job.world) for job in jobs] == [(0, 4), (1, 4), (2, 4)]
+    with pytest.raises(RepaError) as caught:
+        share_out(make_plan(config(tmp_path, devices=5)), Rank())
+    assert caught.value.field == "--devices"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
@@ -226,53 +224,3 @@ class Pause:
 
     def __exit__(self, *_: object) -> None:
         self._clock._start += time.perf_counter() - self._entered
-
-
-class GracefulStop(StepCallback):
-    """Ctrl-C or SIGTERM: finish the step, save, stop; a second Ctrl-C stops at once.
-
-    Only for a run of one process: several would have to agree on the step, which costs each of them.
-    Must stand before the checkpoints.
-    """
-
-    def __init__(self, config: TrainConfig) -> None:
-        super().__init__(config)
-        self._asked = False
-        self._handlers: dict[int, Any] = {}
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a signal ended the run."""
-        return self._asked
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen."""
-        del pl_module
-        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._ask)
-
-    def on_step(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
-        """Stop if somebody asked."""
-        del module, step
-        if self._asked:
-            trainer.should_stop = True
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen no more."""
-        self._restore()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Listen no more."""
-        self._restore()
-
-    def _ask(self, number: int, frame: Any) -> None:
-        del frame
-        if self._asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._asked = True
-
-    def _restore(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +19,17 @@ from ..models import registry as backbones
 from ..objectives import registry as objectives
 from ..step.checkpoints import checkpoint_path, checkpoints_of, load_checkpoint, objective_said
 from ..step.module import CHECKPOINT_KEY, TrainingModule, build_backbone
-from .callbacks import Clock, GracefulStop, Metrics
+from .callbacks import Clock, Metrics
 from .checkpointing import Checkpoints
 from .checks import RANDOM_WEIGHTS, Checked, ProblemsError, check
 from .folder import locked_run, refuse_foreign_folder, settle_config
 from .gradient_angle import GradientAngle
 from .held_out import held_out_batches, held_out_sums
-from .lightning_trainer import is_leader, make_trainer, other_ranks, quiet_lightning, resolve_precision
+from .launch import is_leader
+from .lightning_trainer import at_once, make_trainer, other_ranks, quiet_lightning, resolve_precision
 from .previews import LatentDecoder, Previews
 from .starts import add_start
+from .stop import Stop, requeue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -49,15 +52,17 @@ class Outcome:
 
     Attributes:
         step: steps that are done.
-        finished: whether all were; False after Ctrl-C or SIGTERM.
+        finished: whether all were; False for a run that was stopped and saved.
         resumed_from: step of the checkpoint that it went on from, 0 without.
         trained: whether any step was made by this call.
+        leader: whether this process is rank 0, which speaks for all.
     """
 
     step: int
     finished: bool
     resumed_from: int
     trained: bool
+    leader: bool = True
 
 
 def fit(
@@ -88,6 +93,8 @@ def fit(
             teacher, that teacher cannot be had, training diverged, or another rank has ended.
     """
     refuse_foreign_folder(run)
+    # its time runs from here: the teachers' loading is part of what a scheduler counts
+    stop = Stop(config)
     config = replace(config, precision=resolve_precision(config))
     leader = is_leader()
     say = _printer(console, leader=leader)
@@ -108,7 +115,9 @@ def fit(
         if newest is not None and newest[0] >= config.max_steps:
             done = counted(newest[0], "step", ",")
             say(f"{run} is finished: {done}; for more, set a larger --max-steps")
-            return Outcome(step=newest[0], finished=True, resumed_from=newest[0], trained=False)
+            return Outcome(
+                step=newest[0], finished=True, resumed_from=newest[0], trained=False, leader=leader
+            )
         resumed = 0 if newest is None else newest[0]
         for change in changed:
             say(f"{change} from step {resumed:,} on")
@@ -117,6 +126,7 @@ def fit(
             run,
             checked,
             identity,
+            stop,
             console=console,
             decoder=decoder,
             command=command,
@@ -130,6 +140,7 @@ def _train(
     run: Path,
     checked: Checked,
     identity: Mapping[str, Any],
+    stop: Stop,
     *,
     console: Console,
     decoder: LatentDecoder | None,
@@ -141,7 +152,6 @@ def _train(
     say = _printer(console, leader=leader)
     module, data = assemble(config, checked, identity)
     clock = Clock()
-    stop = GracefulStop(config)
     held_out = _held_out_evaluation(config, checked)
     if decoder is None and config.preview_every:
         say("no previews: no decoder was given")
@@ -160,16 +170,37 @@ def _train(
     if config.compile:
         # in place, so that the state dict's keys stay as they are
         module.backbone.compile()
-    with quiet_lightning(), other_ranks():
+    with quiet_lightning(), other_ranks(), at_once(trainer):
         trainer.fit(
             module,
             datamodule=data,
             ckpt_path=checkpoint_path(run, resumed) if resumed else None,
         )
     step = trainer.global_step
-    if step < config.max_steps:
-        say(f"stopped at step {step:,} of {config.max_steps:,}, saved; the same command goes on from there")
-    return Outcome(step=step, finished=step >= config.max_steps, resumed_from=resumed, trained=True)
+    if step < config.max_steps and leader:
+        _say_stopped(config, run, step, stop.reason, say)
+    return Outcome(
+        step=step, finished=step >= config.max_steps, resumed_from=resumed, trained=True, leader=leader
+    )
+
+
+def _say_stopped(
+    config: TrainConfig, run: Path, step: int, reason: str | None, say: Callable[[str], None]
+) -> None:
+    """Say where a run stopped and that it goes on, and have its job of SLURM do so.
+
+    Raises:
+        RepaError: something that is no stop of ours ended it, and nothing was saved.
+    """
+    if not checkpoint_path(run, step).exists():
+        raise RepaError(
+            f"the run ended at step {step:,} of {config.max_steps:,} and nothing was saved",
+            "leave out the setting trainer.… that ended it; trainer.max_time saves",
+            field="trainer",
+        )
+    by = f" by {reason}" if reason else ""
+    say(f"stopped{by} at step {step:,} of {config.max_steps:,}, saved; the same command goes on from there")
+    requeue(reason, os.environ, say)
 
 
 def assemble(

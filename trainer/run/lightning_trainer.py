@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
+import signal
 import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
@@ -14,7 +14,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
 from ...data.errors import RepaError
-from ..step.checkpoints import AtomicCheckpointIO
+from ...data.launchers import launched_world
+from ..step.checkpoints import FOLDER, AtomicCheckpointIO
+from .launch import environments, launched_devices
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -49,31 +51,27 @@ def _device_kind(config: TrainConfig) -> str:
     return "cpu"
 
 
-def is_leader() -> bool:
-    """Whether this process is rank 0 of the run, as torchrun, SLURM and Lightning's launcher tell it."""
-    for name in ("RANK", "SLURM_PROCID"):
-        if name in os.environ:
-            return int(os.environ[name]) == 0
-    return all(int(os.environ.get(name, "0")) == 0 for name in ("NODE_RANK", "GROUP_RANK", "LOCAL_RANK"))
-
-
 def make_trainer(
     config: TrainConfig,
     *,
     run: Path | None = None,
     callbacks: Iterable[Callback] = (),
 ) -> Trainer:
-    """The trainer of a run; one device unless ``trainer.devices`` says more.
+    """Return the trainer of a run, on the launcher's processes, else on ``trainer.devices`` or one device.
 
     Raises:
-        RepaError: Lightning refuses the devices, the strategy or the precision.
+        RepaError: Lightning refuses the devices, the strategy or the precision, or the launcher has started
+            other processes than the settings say.
     """
-    settings = {"devices": 1, **config.trainer}
+    world = launched_world()
+    settings = {**config.trainer, **launched_devices(config.trainer, world)}
     plugins = settings.pop("plugins", None) or []
+    # `Stop` minds the time: Lightning's timer asks all ranks in every step, and saves nothing
+    settings.pop("max_time", None)
     _check_precision(config)
     try:
         with quiet_lightning():
-            return Trainer(
+            trainer = Trainer(
                 **settings,
                 precision=resolve_precision(config),
                 max_epochs=-1,
@@ -81,8 +79,9 @@ def make_trainer(
                 accumulate_grad_batches=config.accumulate,
                 callbacks=list(callbacks),
                 logger=False,
-                plugins=[*plugins, AtomicCheckpointIO()],
-                default_root_dir=run,
+                plugins=[*plugins, AtomicCheckpointIO(), *environments(world)],
+                # where Lightning would look for a checkpoint of its own
+                default_root_dir=None if run is None else run / FOLDER,
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
@@ -90,7 +89,17 @@ def make_trainer(
             )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         line = " ".join(str(error).split())
-        raise RepaError(f"Lightning refuses these settings: {line}", "change --set trainer.…") from error
+        raise RepaError(
+            f"Lightning refuses these settings: {line}", "change --set trainer.…", field="trainer"
+        ) from error
+    if world is not None and trainer.world_size != world.size:
+        raise RepaError(
+            f"{world.launcher} started {world.size} processes, and with these settings {trainer.world_size} "
+            "would train together",
+            "change --set trainer.…, or start as many",
+            field="trainer",
+        )
+    return trainer
 
 
 def _check_precision(config: TrainConfig) -> None:
@@ -116,6 +125,10 @@ def quiet_lightning() -> Iterator[None]:
             for message in (
                 r"(GPU|MPS|TPU) available but not used",
                 r"The '?\w*_dataloader'? does not have many workers",
+                # of a batch script or a login node that trains in one process
+                r"The `srun` command is available on your system but is not used",
+                # the timer's of a run by a version that left the time to Lightning
+                r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
                 # Lightning's own use of torch's pytree
                 r"`isinstance\(treespec, LeafSpec\)` is deprecated",
             ):
@@ -143,3 +156,22 @@ def other_ranks() -> Iterator[None]:
             f"another process of this run has ended ({found.group()})",
             "mend what it printed, then the same command goes on",
         ) from error
+
+
+@contextmanager
+def at_once(trainer: Trainer) -> Iterator[None]:
+    """End the processes that Lightning started when this one ends on an error, and pass Ctrl-C on as it is.
+
+    Lightning makes an exit with status 1 of Ctrl-C, and lets its other processes wait for this one on errors.
+
+    Raises:
+        KeyboardInterrupt: in place of that exit.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGKILL)
+        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise

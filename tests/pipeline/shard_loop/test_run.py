@@ -293,7 +293,14 @@ def test_a_batch_without_images_is_computed_without_the_model() -> None:
 
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-SLURM = {"SLURM_PROCID": "2", "SLURM_NTASKS": "3", "SLURM_LOCALID": "0"}
+SLURM = {
+    "SLURM_PROCID": "2",
+    "SLURM_NTASKS": "3",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_TASKS_PER_NODE": "2,1",
+}
 
 
 @pytest.mark.parametrize(
@@ -301,7 +308,10 @@ SLURM = {"SLURM_PROCID": "2", "SLURM_NTASKS": "3", "SLURM_LOCALID": "0"}
     [
         ({}, Rank()),
         (TORCHRUN, Rank(rank=5, world=8, local_rank=1, local_world=4, launcher="torchrun")),
-        (SLURM, Rank(rank=2, world=3, local_rank=0, local_world=3, launcher="SLURM")),
+        (SLURM, Rank(rank=2, world=3, local_rank=0, local_world=1, launcher="SLURM")),
+        # what sbatch gives a batch script: it is nobody's task
+        ({name: value for name, value in SLURM.items() if "STEP" not in name}, Rank()),
+        ({**SLURM, "SLURM_STEP_ID": "4294967290"}, Rank()),  # the interactive shell of salloc
         ({**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, Rank()),
         ({"SLURM_NTASKS": "4"}, Rank()),  # a shell within an allocation
         ({**SLURM, **TORCHRUN}, Rank(rank=5, world=8, local_rank=1, local_world=4, launcher="torchrun")),
@@ -316,11 +326,13 @@ def test_ranks(environment: dict[str, str], expected: Rank) -> None:
     [
         (TORCHRUN, 2, "--devices"),
         (SLURM, 2, "--devices"),
-        ({**TORCHRUN, "LOCAL_RANK": "x"}, 1, "LOCAL_RANK"),
-        ({"RANK": "1", "WORLD_SIZE": "2"}, 1, "LOCAL_RANK"),
-        ({**TORCHRUN, "RANK": "8"}, 1, "RANK=8"),
+        ({**TORCHRUN, "LOCAL_RANK": "x"}, 1, "WORLD_SIZE"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, 1, "WORLD_SIZE"),
+        ({**TORCHRUN, "RANK": "8"}, 1, "RANK"),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2"}, 1, "SLURM_NTASKS"),
     ],
 )
 def test_ranks_that_contradict(environment: dict[str, str], devices: int, expected: str) -> None:
-    with pytest.raises(RepaError, match=expected):
+    with pytest.raises(RepaError) as caught:
         detect_rank(environment, devices)
+    assert caught.value.field == expected

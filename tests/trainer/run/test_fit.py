@@ -21,7 +21,7 @@ from repa.data.testing import synthetic_cache
 from repa.trainer.config import build
 from repa.trainer.run.checks import ProblemsError, check
 from repa.trainer.run.fit import assemble, fit, identity_of
-from repa.trainer.run.lightning_trainer import is_leader
+from repa.trainer.run.launch import is_leader
 from repa.trainer.run.metrics import read_metrics
 from repa.trainer.run.previews import balanced_labels
 from repa.trainer.settings_file import load_yaml
@@ -274,6 +274,9 @@ def test_the_bar_of_a_terminal(settings: Settings, tmp_path: Path) -> None:
     assert "images/s" in printed.getvalue()
 
 
+SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "3", "SLURM_STEP_ID": "0"}
+
+
 @pytest.mark.parametrize(
     ("variables", "leads"),
     [
@@ -281,13 +284,14 @@ def test_the_bar_of_a_terminal(settings: Settings, tmp_path: Path) -> None:
         ({"LOCAL_RANK": "1"}, False),
         ({"NODE_RANK": "1"}, False),
         ({"RANK": "0", "LOCAL_RANK": "0"}, True),
-        ({"RANK": "8", "LOCAL_RANK": "0"}, False),
-        ({"SLURM_PROCID": "3"}, False),
+        ({"RANK": "8", "WORLD_SIZE": "16", "LOCAL_RANK": "0"}, False),
+        (SRUN, False),
+        ({**SRUN, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, True),
+        # Lightning's child in a batch script: SLURM_PROCID is that of the script
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "LOCAL_RANK": "1"}, False),
     ],
 )
 def test_the_leader(variables: dict[str, str], leads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"):
-        monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert is_leader() == leads
