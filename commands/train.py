@@ -58,8 +58,8 @@ class TrainFlags:
             "--run-folder",
             parser=local_folder,
             metavar="<path>",
-            help="Folder of the run: a new or empty one, or that of the run to go on with. Write --run-folder "
-            "behind torchrun.",
+            help="Folder of the run: a new or empty one, or that of the run to go on with. "
+            "Write --run-folder behind torchrun.",
             show_default="runs/<method>-<model>",
         ),
     ] = None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import pickle
 import re
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
@@ -75,6 +76,30 @@ def _load(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+class _WatchedFile:
+    """A file that remembers why a write failed, because torch's archive writer makes other errors of it.
+
+    Args:
+        file: open for writing.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write bytes and return how many."""
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
+
+    def flush(self) -> None:
+        """Hand what is buffered to the operating system."""
+        self._file.flush()
+
+
 class AtomicCheckpointIO(CheckpointIO):
     """Writes beside the place, syncs and renames, so that a kill at any moment leaves only whole checkpoints.
 
@@ -96,14 +121,16 @@ class AtomicCheckpointIO(CheckpointIO):
             partial = partial_path(place)
             try:
                 with partial.open("wb") as file:
-                    torch.save(checkpoint, file)
+                    _save(checkpoint, file)
                     file.flush()
                     os.fsync(file.fileno())
+                # up to the folder of the run's folder: the run itself must be there after a power cut
+                publish(partial, place, place.parent.parent)
             except OSError:
                 # half a checkpoint on a full disk helps nobody
-                partial.unlink(missing_ok=True)
+                with suppress(OSError):
+                    partial.unlink()
                 raise
-            publish(partial, place, place.parent)
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any | None = None, weights_only: bool | None = None
@@ -115,3 +142,19 @@ class AtomicCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Delete a checkpoint."""
         Path(path).unlink(missing_ok=True)
+
+
+def _save(checkpoint: Mapping[str, Any], file: BinaryIO) -> None:
+    """Write a checkpoint to a file.
+
+    Raises:
+        OSError: the operating system refuses.
+    """
+    watched = _WatchedFile(file)
+    try:
+        torch.save(checkpoint, watched)
+    except RuntimeError as error:
+        if watched.failure is None:
+            raise
+        # the archive's writer says where it stood, not that the disk is full
+        raise watched.failure from error
