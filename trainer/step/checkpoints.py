@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
@@ -76,28 +77,18 @@ def _load(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-class _WatchedFile:
-    """A file that remembers why a write failed, because torch's archive writer makes other errors of it.
+class _WatchedFile(io.BufferedWriter):
+    """A file that remembers why a write failed, because torch's archive writer makes other errors of it."""
 
-    Args:
-        file: open for writing.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.failure: OSError | None = None
+    failure: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Write bytes and return how many."""
         try:
-            return self._file.write(data)
+            return super().write(data)
         except OSError as error:
             self.failure = self.failure or error
             raise
-
-    def flush(self) -> None:
-        """Hand what is buffered to the operating system."""
-        self._file.flush()
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -120,7 +111,7 @@ class AtomicCheckpointIO(CheckpointIO):
             make_folder(place.parent)
             partial = partial_path(place)
             try:
-                with partial.open("wb") as file:
+                with _WatchedFile(io.FileIO(partial, "wb")) as file:
                     _save(checkpoint, file)
                     file.flush()
                     os.fsync(file.fileno())
@@ -144,17 +135,16 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def _save(checkpoint: Mapping[str, Any], file: BinaryIO) -> None:
+def _save(checkpoint: Mapping[str, Any], file: _WatchedFile) -> None:
     """Write a checkpoint to a file.
 
     Raises:
         OSError: the operating system refuses.
     """
-    watched = _WatchedFile(file)
     try:
-        torch.save(checkpoint, watched)
+        torch.save(checkpoint, file)
     except RuntimeError as error:
-        if watched.failure is None:
+        if file.failure is None:
             raise
         # the archive's writer says where it stood, not that the disk is full
-        raise watched.failure from error
+        raise file.failure from error
