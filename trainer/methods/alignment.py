@@ -1,4 +1,4 @@
-"""What the methods share: projectors, cosine alignment, the choice of teachers, problems that recur."""
+"""What the methods share: projectors, cosine alignment, the choice of teachers."""
 
 from __future__ import annotations
 
@@ -7,16 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ...data.format.columns import AUTOENCODER, ColumnSpec, model_of, scale_column, source_of, split_column
+from ...data.format.columns import ColumnSpec, column_name, scale_column, split_column
 from ...data.format.int8 import dequantise
-from ...data.units import counted
 from ..models.layers import initialise_linear
-from .base import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    from ..models.capture import BackboneFacts
 
 NORM_FLOOR = 1e-12
 """Below this norm a token has no direction."""
@@ -107,137 +103,24 @@ def target(
     return dequantise(values, *scale) if scale else values
 
 
-def choose_teachers(
-    asked: Sequence[str], columns: Mapping[str, ColumnSpec], kind: str
-) -> tuple[tuple[str, ...], list[Problem]]:
-    """The teachers a method takes its targets from.
+def choose_teachers(asked: Sequence[str], columns: Mapping[str, ColumnSpec], *kinds: str) -> tuple[str, ...]:
+    """Return the teachers that a method takes its targets from.
 
     Args:
         asked: the configured ones; none means the cache's only one.
         columns: columns of the cache.
-        kind: kind of the column that is needed, ``patch``.
+        kinds: kinds of the columns that are needed, as ``patch``.
 
     Returns:
-        Teachers that have the column, and the problems of the others or of the choice.
+        Each of those that has all the columns, once; none where nothing was asked and several could be meant.
     """
-    present = tuple(source for source, have in map(split_column, _of_sources(columns)) if have == kind)
-    if not asked and len(present) == 1:
-        return present, []
-    if not asked and not present:
-        return (), [
-            Problem(
-                what=f"the cache has no teacher with a {kind} column (it has {', '.join(columns) or 'none'})",
-                remedy="add one with `repa preprocess --encoder dinov2-b` on this cache",
-            )
-        ]
-    if not asked:
-        return (), [
-            Problem(
-                what=f"the cache has {len(present)} teachers ({', '.join(present)}) and none was chosen",
-                remedy=f"choose with `--set method.encoders=[{present[0]}]`; several are averaged",
-            )
-        ]
-    problems = [
-        Problem(
-            what=f"the cache has no column {name}/{kind} (teachers it has: {', '.join(present) or 'none'})",
-            remedy=f"add it with `repa preprocess --encoder {name}` on this cache",
-        )
-        for name in dict.fromkeys(asked)
-        if name not in present
-    ]
-    if len(set(asked)) < len(asked):
-        problems.append(
-            Problem(
-                what=f"method.encoders names a teacher twice ({', '.join(asked)})", remedy="name each once"
-            )
-        )
-    return tuple(name for name in dict.fromkeys(asked) if name in present), problems
+    present = teachers_with(columns, *kinds)
+    if asked:
+        return tuple(name for name in dict.fromkeys(asked) if name in present)
+    return present if len(present) == 1 else ()
 
 
-def _of_sources(columns: Mapping[str, ColumnSpec]) -> list[str]:
-    return [name for name in columns if "/" in name]
-
-
-def block_problems(setting: str, block: int | None, backbone: BackboneFacts) -> list[Problem]:
-    """Whether a configured block, counted from 1, exists.
-
-    Args:
-        setting: dotted name of the setting, for the remedy.
-        block: the block; None when the size has no preset.
-        backbone: the backbone's facts.
-    """
-    remedy = (
-        f"set a block from 1 to {backbone.depth}, for example `--set {setting}={max(1, backbone.depth // 3)}`"
-    )
-    if block is None:
-        return [
-            Problem(what=f"{setting} has no preset for a backbone of depth {backbone.depth}", remedy=remedy)
-        ]
-    if not backbone.has_block(block):
-        return [
-            Problem(
-                what=f"{setting} is {block}, the backbone has blocks 1 to {backbone.depth}", remedy=remedy
-            )
-        ]
-    return []
-
-
-def grid_problems(
-    columns: Sequence[str],
-    block: int,
-    backbone: BackboneFacts,
-    specs: Mapping[str, ColumnSpec],
-    grids: Mapping[str, tuple[int, int]],
-) -> list[Problem]:
-    """Whether the tokens of targets lie on the grid of the backbone's tokens in a block.
-
-    Args:
-        columns: columns that are targets, the last axis but one of each its tokens.
-        block: the block whose tokens are aligned.
-        backbone: the backbone's facts.
-        specs: columns of the cache.
-        grids: source → rows and columns of its tokens.
-    """
-    problems = []
-    grid = backbone.grid_of(block)
-    for column in columns:
-        source = source_of(column)
-        rows, cols = grids[source]
-        tokens = specs[column].shape[-2]
-        if rows * cols != tokens:
-            problems.append(
-                Problem(
-                    what=f"{column} has {counted(tokens, 'token')} a row, its grid {rows}×{cols} has "
-                    f"{rows * cols}",
-                    remedy=f"the cache's manifest is damaged: write {source} again",
-                )
-            )
-        elif (rows, cols) != grid:
-            problems.append(
-                Problem(
-                    what=f"{column} has a {rows}×{cols} grid, the backbone {grid[0]}×{grid[1]} tokens",
-                    remedy=_grid_remedy((rows, cols), grid, backbone, grids),
-                )
-            )
-    return problems
-
-
-def _grid_remedy(
-    teacher: tuple[int, int],
-    student: tuple[int, int],
-    backbone: BackboneFacts,
-    grids: Mapping[str, tuple[int, int]],
-) -> str:
-    """The model that has the teacher's grid, or the teachers that have the backbone's."""
-    remedies = [f"--model {name}" for grid, name in backbone.siblings if grid == teacher]
-    remedies += [
-        f"--set method.encoders=[{name}], whose grid fits"
-        for name, grid in grids.items()
-        if grid == student and name != AUTOENCODER and name == model_of(name)
-    ]
-    if remedies:
-        return "use " + ", or ".join(remedies)
-    return (
-        f"no model of this size fits it: add an encoder whose grid is {student[0]}×{student[1]} with "
-        "`repa preprocess --encoder`"
-    )
+def teachers_with(columns: Mapping[str, ColumnSpec], *kinds: str) -> tuple[str, ...]:
+    """Return the teachers of a cache that have columns of all these kinds."""
+    sources = dict.fromkeys(split_column(name)[0] for name in columns if "/" in name)
+    return tuple(source for source in sources if all(column_name(source, kind) in columns for kind in kinds))

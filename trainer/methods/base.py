@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from ..models.capture import NOTHING, BackboneFacts, Capture, Captured
 from ..typed import check_fields
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ...data.format.columns import ColumnSpec
     from ..models.conditioning import Conditioner
     from ..objectives.times import TimeLaw
@@ -128,10 +130,31 @@ class Problem:
     field: str = ""
 
 
+class Requirement(ABC):
+    """What a method needs of its settings, the backbone or the cache, declared in `Method.requires`."""
+
+    @abstractmethod
+    def problems(self, method: Method) -> Iterable[Problem]:
+        """Say what is missing, and the remedy; nothing where the need is met.
+
+        Args:
+            method: freshly constructed.
+        """
+
+
+C = TypeVar("C", bound=MethodConfig)
+
+
+def filled(config: C, preset: MethodConfig | None) -> C:
+    """Return settings with the preset's where nothing was set, which is where they are None or empty."""
+    unset = [item.name for item in fields(config) if getattr(config, item.name) in (None, ())]
+    return replace(config, **{name: getattr(preset, name) for name in unset if hasattr(preset, name)})
+
+
 class Method(nn.Module, ABC):
     """Base of all methods; the defaults are plain SiT in one phase.
 
-    A constructor must not fail on what `problems` reports: the checks before step 0 collect all of them.
+    A constructor must not fail where a requirement is not met: the checks before step 0 collect all problems.
 
     Args:
         config: the method's settings.
@@ -141,10 +164,16 @@ class Method(nn.Module, ABC):
         notes: source → what its provenance notes, as `Provenance.notes`.
 
     Attributes:
-        config_class: class of the settings: a frozen dataclass whose fields all have a default.
+        config_class: class of the settings, a frozen dataclass whose fields all have a default.
+        presets: size of backbone (``"B"``) → what the settings are that nobody has set.
+        requires: what the method needs; the checks before step 0 look at all of it.
+        config: the settings, the preset's where nothing was set.
+        asked: the settings as they were given.
     """
 
     config_class: ClassVar[type[MethodConfig]] = MethodConfig
+    presets: ClassVar[Mapping[str, MethodConfig]] = {}
+    requires: ClassVar[tuple[Requirement, ...]] = ()
 
     def __init__(
         self,
@@ -155,11 +184,17 @@ class Method(nn.Module, ABC):
         notes: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.asked = config
+        self.config = filled(config, self.preset_of(backbone))
         self.backbone = backbone
         self.specs = dict(columns)
         self.grids = dict(grids)
         self.notes = dict(notes or {})
+
+    @classmethod
+    def preset_of(cls, backbone: BackboneFacts) -> MethodConfig | None:
+        """Return the preset of a backbone's size, None without one."""
+        return cls.presets.get(backbone.size_name or "")
 
     def phases(self) -> tuple[Phase, ...]:
         """The phases in order; the first starts at 0, each next one where the one before stops."""
@@ -213,5 +248,6 @@ class Method(nn.Module, ABC):
         return Flags()
 
     def problems(self) -> list[Problem]:
-        """Everything that keeps the method from running on this backbone and cache."""
-        return []
+        """Return everything that keeps the method from running on this backbone and cache, each once."""
+        found = (problem for requirement in self.requires for problem in requirement.problems(self))
+        return list(dict.fromkeys(found))

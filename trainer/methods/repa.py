@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Ge, Le
@@ -11,30 +11,12 @@ from torch import nn
 
 from ...data.format.columns import ColumnSpec, column_name
 from ..models.capture import NOTHING, BackboneFacts, Capture
-from .alignment import (
-    block_problems,
-    choose_teachers,
-    cosine_similarity,
-    grid_problems,
-    projector,
-    stored_columns,
-    target,
-)
-from .base import Method, MethodConfig, Phase, Problem, Step, Term
+from .alignment import choose_teachers, cosine_similarity, projector, stored_columns, target
+from .base import Method, MethodConfig, Phase, Requirement, Step, Term
+from .requirements import DepthWithin, HasPreset, NeedsColumn, SameGrid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-PRESET_DEPTHS = {
-    # ours: two thirds of the depth, as the paper's 8 of 12 in SiT-B
-    "T": 4,
-    # the paper gives no S; the released code's default
-    "S": 8,
-    # paper, table 2; for B the authors later found 4 better
-    "B": 8,
-    "L": 8,
-    "XL": 8,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +30,22 @@ class RepaConfig(MethodConfig):
         projector_width: channels of the projector's hidden layers (paper: 2,048).
     """
 
-    weight: float = 0.5
+    weight: Annotated[float, Ge(0)] = 0.5
     depth: int | None = None
     encoders: tuple[str, ...] = ()
     projector_width: Annotated[int, Ge(1), Le(65_536)] = 2048
+
+
+PRESETS: Mapping[str, RepaConfig] = {
+    # ours: two thirds of the depth, as the paper's 8 of 12 in SiT-B
+    "T": RepaConfig(depth=4),
+    # the paper gives no S; the released code's default
+    "S": RepaConfig(depth=8),
+    # paper, table 2; for B the authors later found 4 better
+    "B": RepaConfig(depth=8),
+    "L": RepaConfig(depth=8),
+    "XL": RepaConfig(depth=8),
+}
 
 
 class Repa(Method):
@@ -61,8 +55,15 @@ class Repa(Method):
     have one projector each and their losses are averaged, as in the released code.
     """
 
-    config_class = RepaConfig
     config: RepaConfig
+    config_class = RepaConfig
+    presets = PRESETS
+    requires: ClassVar[tuple[Requirement, ...]] = (
+        NeedsColumn("patch"),
+        HasPreset("depth"),
+        DepthWithin("depth"),
+        SameGrid(patch="depth"),
+    )
 
     def __init__(
         self,
@@ -73,45 +74,30 @@ class Repa(Method):
         notes: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__(config, backbone, columns, grids, notes)
-        self.depth = self.preset_depth() if config.depth is None else config.depth
-        self.teachers, self._teacher_problems = choose_teachers(config.encoders, columns, "patch")
+        self.teachers = choose_teachers(config.encoders, columns, "patch")
         self._targets = tuple(column_name(name, "patch") for name in self.teachers)
+        depth = self.config.depth or 0
+        width = backbone.width_of(depth) if backbone.has_block(depth) else backbone.width
         self.projectors = nn.ModuleList(
-            projector(backbone.width, config.projector_width, columns[name].shape[-1])
-            for name in self._targets
+            projector(width, config.projector_width, columns[name].shape[-1]) for name in self._targets
         )
 
-    def preset_depth(self) -> int | None:
-        """The block whose output is aligned in a backbone of this size; None without a preset."""
-        return PRESET_DEPTHS.get(self.backbone.size_name or "")
-
     def columns(self, phase: Phase) -> tuple[str, ...]:
-        """The patch tokens of every teacher, with their scales where they are stored as int8."""
+        """Return the patch tokens of every teacher, with their scales where they are stored as int8."""
         del phase
         return tuple(each for name in self._targets for each in stored_columns(name, self.specs))
 
     def capture(self, phase: Phase) -> Capture:
-        """The output of block `depth`."""
+        """Ask for the output of block `depth`."""
         del phase
-        return NOTHING if self.depth is None else Capture(hidden=(self.depth,))
+        return NOTHING if self.config.depth is None else Capture(hidden=(self.config.depth,))
 
     def losses(self, step: Step) -> dict[str, Term]:
-        """One term, ``repa``: −1 when the projected tokens point where the targets point."""
-        assert self.depth is not None, "problems() reports a missing depth before step 0"
-        hidden = step.student.hidden[self.depth]
+        """Return one term, ``repa``: −1 when the projected tokens point where the targets point."""
+        assert self.config.depth is not None, "a missing depth is reported before step 0"
+        hidden = step.student.hidden[self.config.depth]
         similarities = [
             cosine_similarity(project(hidden), target(step.columns, name, self.specs)).mean()
             for project, name in zip(self.projectors, self._targets, strict=True)
         ]
         return {"repa": Term(value=-torch.stack(similarities).mean(), weight=self.config.weight)}
-
-    def problems(self) -> list[Problem]:
-        """Teachers missing or ambiguous, a depth outside the backbone, a grid that is not the backbone's."""
-        problems = [*self._teacher_problems, *self.depth_problems()]
-        if self.depth is not None and self.backbone.has_block(self.depth):
-            problems += grid_problems(self._targets, self.depth, self.backbone, self.specs, self.grids)
-        return problems
-
-    def depth_problems(self) -> list[Problem]:
-        """What is wrong with the depth."""
-        return block_problems("method.depth", self.depth, self.backbone)

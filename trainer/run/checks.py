@@ -95,9 +95,9 @@ class Checked:
     world_size: int | None = None
     device: torch.device | None = None
 
-    def add(self, what: str, remedy: str) -> None:
+    def add(self, what: str, remedy: str, *, field: str = "") -> None:
         """Add a problem, once."""
-        problem = Problem(what=what, remedy=remedy)
+        problem = Problem(what=what, remedy=remedy, field=field)
         if problem not in self.problems:
             self.problems.append(problem)
 
@@ -106,7 +106,7 @@ class Checked:
         try:
             return action()
         except RepaError as error:
-            self.add(error.what, error.remedy)
+            self.add(error.what, error.remedy, field=error.field)
             return None
 
 
@@ -244,7 +244,7 @@ def _check_method(config: TrainConfig, manifest: Manifest, backbone: BackboneCon
             *found.method.problems(),
             *angle_problems(config, found.method, backbone.facts),
         ):
-            found.add(problem.what, problem.remedy)
+            found.add(problem.what, problem.remedy, field=problem.field)
 
 
 def _check_columns(config: TrainConfig, manifest: Manifest, method: Method, found: Checked) -> None:

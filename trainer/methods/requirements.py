@@ -1,0 +1,382 @@
+"""What a method may need, and what is said when it is not there.
+
+A method declares its needs in `Method.requires`, in the order in which they are reported, and phrases no
+refusal itself. Settings are named as in its class of settings; their values are the preset's where nobody
+set them. A new need is one class here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ...data.format.columns import AUTOENCODER, model_of, source_of
+from ...data.units import counted
+from .alignment import teachers_with
+from .base import Problem, Requirement
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from ...data.format.columns import ColumnSpec
+    from .base import Method, MethodConfig
+
+
+class NeedsColumn(Requirement):
+    """Targets of a teacher: one that was chosen by the setting ``encoders``, or the cache's only one.
+
+    Args:
+        kinds: kinds of the columns that each teacher must have, as ``patch``.
+    """
+
+    def __init__(self, *kinds: str) -> None:
+        self._kinds = kinds
+
+    def problems(self, method: Method) -> Iterator[Problem]:
+        """Report a teacher that is missing, named twice, or not chosen among several."""
+        field, asked = "method.encoders", method.config.encoders
+        present = teachers_with(method.specs, *self._kinds)
+        if not asked and not present:
+            yield Problem(
+                what=f"the cache has no teacher with a {' and a '.join(self._kinds)} column (it has "
+                f"{', '.join(method.specs) or 'none'})",
+                remedy="add one with `repa preprocess --encoder dinov2-b` on this cache",
+                field=field,
+            )
+        elif not asked and len(present) > 1:
+            yield Problem(
+                what=f"the cache has {len(present)} teachers ({', '.join(present)}) and none was chosen",
+                remedy=f"choose with `--set {field}=[{present[0]}]`; several are averaged",
+                field=field,
+            )
+        for name in dict.fromkeys(asked):
+            for column in (f"{name}/{kind}" for kind in self._kinds):
+                if column not in method.specs:
+                    yield Problem(
+                        what=f"the cache has no column {column} (teachers it has: "
+                        f"{', '.join(present) or 'none'})",
+                        remedy=f"add it with `repa preprocess --encoder {name}` on this cache",
+                        field=field,
+                    )
+        if len(set(asked)) < len(asked):
+            yield Problem(
+                what=f"{field} names a teacher twice ({', '.join(asked)})",
+                remedy="name each once",
+                field=field,
+            )
+
+
+class HasPreset(Requirement):
+    """Settings that somebody chose: the user, or the preset of the backbone's size.
+
+    Args:
+        settings: names of the settings.
+    """
+
+    def __init__(self, *settings: str) -> None:
+        self._settings = settings
+
+    def problems(self, method: Method) -> Iterator[Problem]:
+        """Report all settings without a value together."""
+        missing = [f"method.{name}" for name in self._settings if not _is_set(method, name)]
+        if not missing:
+            return
+        size = method.backbone.size_name or f"a backbone of depth {method.backbone.depth}"
+        example = _example(method)
+        values = [f"--set {key}={_written(getattr(example, key.partition('.')[2], '…'))}" for key in missing]
+        yield Problem(
+            what=f"{type(method).__name__} has no preset for {size} (it has for "
+            f"{', '.join(method.presets) or 'none'}), and nothing says {', '.join(missing)}",
+            remedy=f"set what is missing, for example `{' '.join(values)}`",
+            field=missing[0],
+        )
+
+
+class DepthWithin(Requirement):
+    """Blocks of the backbone that there are.
+
+    Args:
+        settings: names of the settings, each a block counted from 1 or several of them.
+    """
+
+    def __init__(self, *settings: str) -> None:
+        self._settings = settings
+
+    def problems(self, method: Method) -> Iterator[Problem]:
+        """Report each setting that names a block outside the backbone."""
+        for name in self._settings:
+            outside = [block for block in _blocks(method, name) if not method.backbone.has_block(block)]
+            if outside:
+                depth = method.backbone.depth
+                yield Problem(
+                    what=f"method.{name} is {_listed(outside)}, the backbone has blocks 1 to {depth}",
+                    remedy=f"set a block from 1 to {depth}, for example "
+                    f"`--set method.{name}={max(1, depth // 3)}`",
+                    field=f"method.{name}",
+                )
+
+    def fits(self, preset: MethodConfig, depth: int) -> bool:
+        """Return whether the blocks of a preset lie in a backbone of some depth."""
+        blocks = [block for name in self._settings for block in _as_blocks(getattr(preset, name))]
+        return max(blocks, default=0) <= depth
+
+
+class Paired(Requirement):
+    """Two lists of blocks, paired in order.
+
+    Args:
+        first: name of a setting.
+        second: name of another.
+    """
+
+    def __init__(self, first: str, second: str) -> None:
+        self._names = first, second
+
+    def problems(self, method: Method) -> Iterator[Problem]:
+        """Report lists of different lengths."""
+        first, second = (_blocks(method, name) for name in self._names)
+        if first and second and len(first) != len(second):
+            yield Problem(
+                what=f"method.{self._names[0]} has {counted(len(first), 'block')} ({_listed(first)}), "
+                f"method.{self._names[1]} {len(second)} ({_listed(second)})",
+                remedy="name as many of the one as of the other: they are paired in order",
+                field=f"method.{self._names[0]}",
+            )
+
+
+class AlignsFirst(Requirement):
+    """Alignment in the first step at least.
+
+    Args:
+        stop: name of the setting that says the first step without.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self._stop = stop
+
+    def problems(self, method: Method) -> Iterator[Problem]:
+        """Report an end before the first step."""
+        stop = getattr(method.config, self._stop)
+        if stop is not None and stop < 1:
+            yield Problem(
+                what=f"method.{self._stop} is {stop}: the alignment would end before the first step",
+                remedy=f"set method.{self._stop} to a later step, or train without alignment: --method none",
+                field=f"method.{self._stop}",
+            )
+
+
+class SameGrid(Requirement):
+    """Targets that lie on the grid of the backbone's tokens.
+
+    Args:
+        blocks: kind of the columns, whose last axis but one is their tokens → name of the setting that says
+            with which blocks they are compared.
+    """
+
+    def __init__(self, **blocks: str) -> None:
+        self._blocks = blocks
+
+    def problems(self, method: Method) -> Iterator[Problem]:
+        """Report columns on another grid; what lies on one grid of one teacher is reported once."""
+        reported = set()
+        for kind, setting in self._blocks.items():
+            grids = [
+                method.backbone.grid_of(block)
+                for block in _blocks(method, setting)
+                if method.backbone.has_block(block)
+            ]
+            for column in _columns(method, kind):
+                for grid in dict.fromkeys(grids):
+                    fault = (
+                        column.partition("/")[0],
+                        method.specs[column].shape[-2],
+                        _grid(method, column),
+                        grid,
+                    )
+                    if fault not in reported:
+                        reported.add(fault)
+                        yield from self._compare(method, column, grid)
+
+    @staticmethod
+    def _compare(method: Method, column: str, grid: tuple[int, int]) -> Iterator[Problem]:
+        rows, columns = _grid(method, column)
+        tokens = method.specs[column].shape[-2]
+        if rows * columns != tokens:
+            yield Problem(
+                what=f"{column} has {counted(tokens, 'token')} a row, its grid {rows}×{columns} has "
+                f"{rows * columns}",
+                remedy=f"the cache's manifest is damaged: write {source_of(column)} again",
+                field=column,
+            )
+        elif (rows, columns) != grid:
+            yield Problem(
+                what=f"{column} has a {rows}×{columns} grid, the backbone {grid[0]}×{grid[1]} tokens",
+                remedy=_grid_remedy(method, (rows, columns), grid),
+                field=column,
+            )
+
+
+class HeadsFit(Requirement):
+    """A head of the student for each of the teacher's.
+
+    Args:
+        kind: kind of the teacher's column, whose second axis is its heads.
+        blocks: name of the setting that says with which blocks it is compared.
+    """
+
+    def __init__(self, kind: str, blocks: str) -> None:
+        self._kind, self._blocks = kind, blocks
+
+    def problems(self, method: Method) -> Iterator[Problem]:
+        """Report a teacher with more heads than the student has."""
+        blocks = [block for block in _blocks(method, self._blocks) if method.backbone.has_block(block)]
+        if not blocks:
+            return
+        mine = min(method.backbone.heads_of(block) for block in blocks)
+        for column in _columns(method, self._kind):
+            teacher, heads = column.partition("/")[0], method.specs[column].shape[1]
+            if heads > mine:
+                yield Problem(
+                    what=f"{teacher} has {heads} attention heads, the backbone {mine}: each of the "
+                    "teacher's needs one",
+                    remedy=f"use a --model with at least {heads} heads, or an encoder with at most {mine}",
+                    field=column,
+                )
+
+
+class StoredAttention(Requirement):
+    """Queries and keys of a teacher's blocks, those that the method reads as columns of the kinds q and k.
+
+    Args:
+        blocks: name of the setting that says which of the teacher's blocks.
+        teacher_depth: attribute of the presets that says how many blocks the teacher has whose blocks they
+            name.
+    """
+
+    def __init__(self, blocks: str, *, teacher_depth: str) -> None:
+        self._blocks, self._teacher_depth = blocks, teacher_depth
+
+    def problems(self, method: Method) -> Iterator[Problem]:
+        """Report what is not in the cache, or is not described there, or is of another teacher than meant."""
+        for teacher in _teachers_read(method, "q"):
+            names = f"{teacher}/q", f"{teacher}/k"
+            missing = [name for name in names if name not in method.specs]
+            if missing:
+                blocks = _listed(_blocks(method, self._blocks), ",") or "haste"
+                yield Problem(
+                    what=f"the cache has no attention targets of {teacher} ({', '.join(missing)})",
+                    remedy=f"add them with `repa preprocess --encoder {teacher} --attention {blocks}` on "
+                    "this cache",
+                    field=missing[0],
+                )
+                continue
+            source = source_of(names[0])
+            noted = method.notes.get(source, {})
+            if not _describes(noted, [method.specs[name] for name in names]):
+                yield Problem(
+                    what=f"the manifest does not say of {source} which blocks and logits {names[0]} and "
+                    f"{names[1]} hold",
+                    remedy=f"the cache's manifest is damaged: write {source} again",
+                    field=names[0],
+                )
+                continue
+            yield from self._stored(method, teacher, noted["blocks"], noted.get("depth"))
+
+    def _stored(
+        self, method: Method, teacher: str, stored: Sequence[int], depth: int | None
+    ) -> Iterator[Problem]:
+        """Whether the blocks are there, and are meant: a preset's numbers are for a teacher of its depth."""
+        setting = f"method.{self._blocks}"
+        preset = method.preset_of(method.backbone)
+        for_depth = getattr(preset, self._teacher_depth, None)
+        absent = [block for block in _blocks(method, self._blocks) if block not in stored]
+        if preset and not getattr(method.asked, self._blocks) and depth not in (None, for_depth):
+            yield Problem(
+                what=f"{teacher} has {counted(depth or 0, 'block')}, the preset of "
+                f"{method.backbone.size_name} is for a teacher of {for_depth}",
+                remedy=f"choose of the cached blocks {_listed(stored)} with `--set {setting}=[…]`",
+                field=setting,
+            )
+        elif absent:
+            blocks = _listed(_blocks(method, self._blocks), ",")
+            yield Problem(
+                what=f"the cache has the attention of blocks {_listed(stored)} of {teacher}, not of "
+                f"{_listed(absent)}",
+                remedy=f"choose of those with `--set {setting}=[…]`, or write another cache with "
+                f"`repa preprocess --encoder {teacher} --attention {blocks}`",
+                field=setting,
+            )
+
+
+def _is_set(method: Method, name: str) -> bool:
+    return getattr(method.config, name) not in (None, ())
+
+
+def _blocks(method: Method, setting: str) -> tuple[int, ...]:
+    return _as_blocks(getattr(method.config, setting))
+
+
+def _as_blocks(value: Any) -> tuple[int, ...]:
+    """The blocks that a setting names: one, several, or none."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _listed(values: Iterable[object], separator: str = ", ") -> str:
+    return separator.join(map(str, values))
+
+
+def _written(value: Any) -> str:
+    """A value as ``--set`` reads it."""
+    return f"[{_listed(value, ',')}]" if isinstance(value, tuple) else str(value)
+
+
+def _example(method: Method) -> MethodConfig | None:
+    """The preset to show: that of B if its blocks lie in this backbone, else the first in the table."""
+    blocks = [each for each in method.requires if isinstance(each, DepthWithin)]
+    common = method.presets.get("B")
+    if common is not None and all(each.fits(common, method.backbone.depth) for each in blocks):
+        return common
+    return next(iter(method.presets.values()), None)
+
+
+def _read(method: Method, kind: str) -> list[str]:
+    """Columns of a kind that the losses read in some phase, in the cache or not."""
+    names = (column for phase in method.phases() for column in method.columns(phase))
+    return [name for name in dict.fromkeys(names) if name.rpartition("/")[2] == kind]
+
+
+def _columns(method: Method, kind: str) -> list[str]:
+    return [name for name in _read(method, kind) if name in method.specs]
+
+
+def _teachers_read(method: Method, kind: str) -> list[str]:
+    return [name.rpartition("/")[0] for name in _read(method, kind)]
+
+
+def _grid(method: Method, column: str) -> tuple[int, int]:
+    return method.grids[source_of(column)]
+
+
+def _describes(noted: Mapping[str, Any], specs: Sequence[ColumnSpec]) -> bool:
+    """Whether what the manifest notes of attention fits the shapes of queries and keys."""
+    blocks, scale = noted.get("blocks"), noted.get("logit_scale")
+    if not isinstance(blocks, list | tuple) or not isinstance(scale, float | int):
+        return False
+    return specs[0].shape == specs[1].shape and specs[0].shape[:1] == (len(blocks),)
+
+
+def _grid_remedy(method: Method, teacher: tuple[int, int], student: tuple[int, int]) -> str:
+    """The model that has the teacher's grid, or the teachers that have the backbone's."""
+    remedies = [f"--model {name}" for grid, name in method.backbone.siblings if grid == teacher]
+    remedies += [
+        f"--set method.encoders=[{name}], whose grid fits"
+        for name, grid in method.grids.items()
+        if grid == student and name != AUTOENCODER and name == model_of(name)
+    ]
+    if remedies:
+        return "use " + ", or ".join(remedies)
+    return (
+        f"no model of this size fits it: add an encoder whose grid is {student[0]}×{student[1]} with "
+        "`repa preprocess --encoder`"
+    )
