@@ -31,11 +31,16 @@ PlaceArgument = Annotated[
 
 
 @cache_app.command("info")
-def _cache_info(cache: PlaceArgument = None) -> None:
+def _cache_info(
+    cache: PlaceArgument = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print all of it as one JSON document, for programs.")
+    ] = False,
+) -> None:
     """What a cache holds: columns, sizes, progress, and which models wrote them."""
     from .info import info
 
-    info(cache=cache)
+    info(cache=cache, as_json=as_json)
 
 
 @cache_app.command("verify")

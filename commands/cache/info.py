@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 _SHOWN = 20
 
 
-def info(*, cache: Path | str | None = None, console: Console | None = None) -> None:
+def info(*, cache: Path | str | None = None, as_json: bool = False, console: Console | None = None) -> None:
     """Print what a cache holds: columns, sizes, progress, where they come from and how faithful they are.
 
     Random rows of compressed columns are read, to say how fast that goes.
 
     Args:
         cache: the cache, or its address in a bucket; by default the only one under ``caches/``.
+        as_json: print one JSON document of it, and nothing else.
         console: where to print; standard output by default.
 
     Raises:
@@ -45,6 +46,12 @@ def info(*, cache: Path | str | None = None, console: Console | None = None) -> 
 
     console = console or Console()
     found = cache_info(cache_path(cache or default_cache()))
+    if as_json:
+        from .document import info_document
+
+        # as it is: no colours, no markup, no line broken where the terminal ends
+        console.file.write(f"{info_document(found)}\n")
+        return
     manifest = found.manifest
     console.print(f"[bold]{escape(str(found.path))}[/bold]  {human_bytes(found.total_bytes)} {found.where}")
     console.print(
