@@ -115,6 +115,22 @@ def _cache_repair(
     repair(cache=cache, data=data, vae=vae, weights=weights or ())
 
 
+@cache_app.command("drop")
+def _cache_drop(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="What to remove: dinov2-b, or dinov2-b+attention.")
+    ],
+    cache: CacheArgument = None,
+    autoencoder: Annotated[
+        bool, typer.Option("--autoencoder", help="Remove the latents, if SOURCE is the autoencoder's.")
+    ] = False,
+) -> None:
+    """Remove a source with its columns; the rest of the cache stays as it is."""
+    from .drop import drop
+
+    drop(source=source, cache=cache, autoencoder=autoencoder)
+
+
 @cache_app.command("merge")
 def _cache_merge(
     parts: Annotated[

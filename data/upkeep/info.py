@@ -129,7 +129,7 @@ def cache_info(path: CachePath) -> CacheInfo:
         resolution=manifest.resolution,
         num_shards=manifest.num_shards,
         sources=tuple(_source_info(found, manifest, source) for source in manifest.sources),
-        total_bytes=_folder_bytes(path),
+        total_bytes=folder_bytes(path),
     )
 
 
@@ -165,7 +165,12 @@ def _source_info(found: Survey, manifest: Manifest, source: str) -> SourceInfo:
     )
 
 
-def _folder_bytes(path: CachePath) -> int:
+def folder_bytes(path: CachePath) -> int:
+    """Return the bytes of all files in a cache, unfinished ones included.
+
+    Raises:
+        RepaError: they cannot be listed.
+    """
     total = 0
     if isinstance(path, RemotePath):
         with os_errors("list", path):

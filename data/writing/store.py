@@ -21,6 +21,7 @@ from ..format.layout import (
     GROUP_FILE,
     KEYS_FILE,
     LOCK_FILE,
+    commit_folder,
     group_attributes,
     zarr_documents,
 )
@@ -61,7 +62,7 @@ def create_cache(path: Path, manifest: Manifest, keys: Sequence[str], labels: ND
         RepaError: the operating system refuses.
         ValueError: manifest, keys and labels contradict one another.
     """
-    with _cache_lock(path):
+    with cache_lock(path):
         if (path / GROUP_FILE).exists():
             raise CacheError(f"{path} is a cache already", "choose another folder with --cache, or delete it")
         _create(path, manifest, keys, labels)
@@ -82,7 +83,7 @@ def ensure_cache(path: Path, manifest: Manifest, keys: Sequence[str], labels: ND
         ValueError: manifest, keys and labels contradict one another.
     """
     if not (path / GROUP_FILE).exists():
-        with _cache_lock(path):
+        with cache_lock(path):
             if not (path / GROUP_FILE).exists():
                 _create(path, manifest, keys, labels)
     present = open_manifest(path)
@@ -120,9 +121,10 @@ def ensure_source(
             raise ValueError(f"column {column} is not of source {source}")
     manifest = open_manifest(path)
     if source not in manifest.sources:
-        with _cache_lock(path):
+        with cache_lock(path):
             manifest = open_manifest(path)
             if source not in manifest.sources:
+                _forget_records(path, source)
                 return _declare(path, manifest.with_source(source, provenance, columns), source)
     different = differences(
         declaration(manifest.sources[source], manifest.source_columns(source)),
@@ -130,7 +132,7 @@ def ensure_source(
     )
     if different and not committed_shards(path, manifest, source):
         # nobody may be about to commit by the old declaration
-        with SourceWriter(path, manifest, source, range(manifest.num_shards)), _cache_lock(path):
+        with SourceWriter(path, manifest, source, range(manifest.num_shards)), cache_lock(path):
             if not committed_shards(path, manifest, source):
                 replaced = open_manifest(path).with_source(source, provenance, columns)
                 return _declare(path, replaced, source)
@@ -169,8 +171,16 @@ def refuse_foreign_folder(path: Path) -> None:
 
 
 @contextmanager
-def _cache_lock(path: Path) -> Iterator[None]:
-    """Hold the cache's lock; refuse a folder with something else in it before touching it."""
+def cache_lock(path: Path) -> Iterator[None]:
+    """Hold the cache's lock, which declares sources and changes the manifest one process at a time.
+
+    Args:
+        path: folder of the cache; made if it is not there.
+
+    Raises:
+        CacheError: the folder holds something else, and is left as it is.
+        RepaError: the operating system refuses.
+    """
     refuse_foreign_folder(path)
     with os_errors("write", path):
         make_folder(path)
@@ -200,6 +210,17 @@ def _create(path: Path, manifest: Manifest, keys: Sequence[str], labels: NDArray
     sync_folders(path.parent, path.parent)
 
 
+def _forget_records(path: Path, source: str) -> None:
+    """Remove records that a drop has left: they stand for what was declared before."""
+    folder = commit_folder(path, source)
+    with os_errors("remove", folder):
+        left = sorted(folder.glob("*.json"))
+        for record in left:
+            record.unlink()
+        if left:
+            sync_folders(folder, path)
+
+
 def _declare(path: Path, manifest: Manifest, source: str) -> Manifest:
     documents = metadata_documents(path, manifest)
     own = {f"{name}/{GROUP_FILE}" for name in manifest.source_columns(source)}
@@ -209,6 +230,20 @@ def _declare(path: Path, manifest: Manifest, source: str) -> Manifest:
             write_file(path / name, content, path)
     write_file(path / GROUP_FILE, documents[GROUP_FILE], path)
     return manifest
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Put another manifest into the group of a cache, whose lock the caller holds.
+
+    Args:
+        path: folder of the cache.
+        manifest: the manifest.
+
+    Raises:
+        CacheError: the group's document, whose other attributes are kept, is damaged.
+        OSError: the operating system refuses.
+    """
+    write_file(path / GROUP_FILE, metadata_documents(path, manifest)[GROUP_FILE], path)
 
 
 def encode_keys(keys: Sequence[str]) -> bytes:

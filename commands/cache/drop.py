@@ -1,0 +1,47 @@
+"""`repa cache drop`: a source and its columns leave a cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...pipeline.images.names import default_cache
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.console import Console
+
+
+def drop(
+    *,
+    source: str,
+    cache: Path | None = None,
+    autoencoder: bool = False,
+    console: Console | None = None,
+) -> None:
+    """Remove a source; the same command again finishes what was killed.
+
+    Args:
+        source: name of the source.
+        cache: folder of the cache; by default the only one under ``caches/``.
+        autoencoder: whether the autoencoder's may be removed.
+        console: where to print; standard output by default.
+
+    Raises:
+        CacheError: there is no such source, it is the autoencoder's, or a process is writing it.
+        RepaError: the operating system refuses.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    from ...data.units import human_bytes
+    from ...data.upkeep.drop import drop_source
+    from ...data.upkeep.info import folder_bytes
+
+    console = console or Console()
+    path = cache or default_cache()
+    before = folder_bytes(path)
+    manifest = drop_source(path, source, autoencoder=autoencoder)
+    freed = human_bytes(before - folder_bytes(path))
+    left = ", ".join(manifest.sources) or "no source"
+    console.print(Text(f"{path}: {source} is gone, {freed} are free again; it has {left}"), soft_wrap=True)

@@ -1,0 +1,120 @@
+"""Taking a source out of a cache: afterwards it is as if it had never been added.
+
+The manifest goes first, in one rename. From then on nothing of the source counts, and what is left of it is
+removed; a drop that was killed is finished by the same call. A source that is declared again meanwhile
+begins without the records that were left (`store.ensure_source`).
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..errors import CacheError, RepaError
+from ..format.columns import AUTOENCODER, LABEL, column_name, model_of, source_of
+from ..format.layout import (
+    CALIBRATION_FOLDER,
+    COMMITS_FOLDER,
+    GROUP_FILE,
+    calibration_file,
+    calibration_lock,
+    commit_folder,
+)
+from ..format.opening import open_manifest
+from ..storage.files import os_errors, sync_folders
+from ..writing.store import cache_lock, write_manifest
+from ..writing.writer import SourceWriter
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..format.manifest import Manifest
+
+
+def drop_source(path: Path, source: str, *, autoencoder: bool = False) -> Manifest:
+    """Remove a source's columns, commit records and calibration.
+
+    Args:
+        path: folder of the cache.
+        source: name of the source.
+        autoencoder: whether the autoencoder's may be removed, without whose latents nothing is trained.
+
+    Returns:
+        The manifest without it.
+
+    Raises:
+        RepaError: that is no name of a source, or the operating system refuses.
+        CacheError: there is no such source, it is the autoencoder's, or a process is writing it.
+    """
+    manifest = open_manifest(path)
+    if source == AUTOENCODER and not autoencoder:
+        raise CacheError(
+            f"{AUTOENCODER} holds the latents of {path}, without which no run can use it",
+            "say --autoencoder if that is meant",
+            field="SOURCE",
+        )
+    _check_name(source)
+    if source not in manifest.sources and not _left_of(path, source, manifest):
+        raise CacheError(
+            f"cache {path} has no source {source}",
+            f"it has {', '.join(manifest.sources) or 'none'}",
+            field="SOURCE",
+        )
+    declared = manifest if source in manifest.sources else None
+    if declared is not None:
+        with SourceWriter(path, declared, source, range(declared.num_shards)), cache_lock(path):
+            manifest = _drop(path, source)
+    else:
+        with cache_lock(path):
+            manifest = _drop(path, source)
+    return manifest
+
+
+def _drop(path: Path, source: str) -> Manifest:
+    """Do it, with the locks held."""
+    with os_errors("remove", path):
+        manifest = open_manifest(path)
+        if source in manifest.sources:
+            manifest = replace(
+                manifest,
+                columns={name: spec for name, spec in manifest.columns.items() if source_of(name) != source},
+                sources={name: each for name, each in manifest.sources.items() if name != source},
+            )
+            write_manifest(path, manifest)
+        for place in _left_of(path, source, manifest):
+            if place.is_dir() and not place.is_symlink():
+                shutil.rmtree(place)
+            else:
+                place.unlink(missing_ok=True)
+        for folder in (path / model_of(source), path / CALIBRATION_FOLDER):
+            with suppress(OSError):  # what others have put there is theirs
+                folder.rmdir()
+        sync_folders(path, path)
+    return manifest
+
+
+def _check_name(source: str) -> None:
+    """Keep what is no name from becoming a path, and what is in every cache from being removed."""
+    column_name(model_of(source), "cls")
+    if source in (LABEL, COMMITS_FOLDER, CALIBRATION_FOLDER):
+        raise CacheError(f"{source} is no source", "name one that `repa cache info` shows", field="SOURCE")
+
+
+def _left_of(path: Path, source: str, manifest: Manifest) -> list[Path]:
+    """Return what of a source lies in the cache's folder, whether the manifest still has it or not."""
+    model = model_of(source)
+    places = [commit_folder(path, source), calibration_file(path, source), calibration_lock(path, source)]
+    with suppress(OSError):
+        places += [each for each in (path / model).iterdir() if _is_of(each.name, source)]
+    if all(model_of(other) != model for other in manifest.sources if other != source):
+        places.append(path / model / GROUP_FILE)
+    return [place for place in places if place.is_symlink() or place.exists()]
+
+
+def _is_of(kind: str, source: str) -> bool:
+    try:
+        return source_of(f"{model_of(source)}/{kind}") == source
+    except RepaError:
+        return False
