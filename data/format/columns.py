@@ -14,10 +14,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from math import prod
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from annotated_types import Len
 
+from ..edge import shortened
 from ..errors import CacheError, RepaError
+from .bounds import Axis  # noqa: TC001 - annotations are read when manifests are parsed
+from .grammar import is_name
 
 LABEL = "label"
 AUTOENCODER = "sd-vae"
@@ -80,10 +85,15 @@ def column_name(model: str, kind: str) -> str:
     Raises:
         RepaError: the model or the kind is not of the grammar.
     """
-    if not _MODEL.fullmatch(model):
-        raise RepaError(f"model name {model!r} is not of the form [a-z0-9][a-z0-9._-]*", "rename it")
+    if not _MODEL.fullmatch(model) or not is_name(model):
+        raise RepaError(
+            f"model name {shortened(model)!r} is not of the form [a-z0-9][a-z0-9._-]*, or is taken",
+            "rename it",
+        )
     if find_kind(kind) is None:
-        raise RepaError(f"column kind {kind!r} of {model!r} is unknown", f"the kinds are {', '.join(KINDS)}")
+        raise RepaError(
+            f"column kind {shortened(kind)!r} of {model!r} is unknown", f"the kinds are {', '.join(KINDS)}"
+        )
     return f"{model}/{kind}"
 
 
@@ -134,20 +144,22 @@ class ColumnSpec:
             (see `compression`).
     """
 
-    shape: tuple[int, ...]
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    shape: Annotated[tuple[Axis, ...], Len(1, 8)]
     dtype: str
     compressor: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in STORED_DTYPES:
             raise RepaError(
-                f"column dtype {self.dtype!r} is unknown", f"there are {', '.join(STORED_DTYPES)}"
+                f"column dtype {shortened(self.dtype)!r} is unknown", f"there are {', '.join(STORED_DTYPES)}"
             )
         if not self.shape or any(size < 1 for size in self.shape):
             raise RepaError(f"column shape {self.shape} has an empty axis")
         if self.compressor is not None and self.compressor not in COMPRESSORS:
             raise RepaError(
-                f"compressor {self.compressor!r} is unknown", f"there are {', '.join(COMPRESSORS)}"
+                f"compressor {shortened(self.compressor)!r} is unknown", f"there are {', '.join(COMPRESSORS)}"
             )
         if self.compressor == "pcodec" and self.dtype == "int8":
             raise RepaError("pcodec compresses floats only, no int8 columns", "use zstd or blosc for them")

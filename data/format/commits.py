@@ -8,26 +8,33 @@ checksum.
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Mapping  # noqa: TC003 - annotations are read when records are parsed
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
+from annotated_types import Len
 
+from ..edge import MOST_BYTES, parse_json
 from ..errors import CacheError
 from ..storage.bucket import CachePath, file_bytes, map_files
-from ..storage.files import os_errors
+from ..storage.files import os_errors, read_file
+from ..storage.local import CHECKSUM_BYTES
 from ..units import counted
+from .bounds import MOST_COLUMNS, Bytes, Count, Rows, Sha256, Text
 from .layout import canonical_json, commit_file, shard_file
+from .shard_index import index_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
+    from .columns import ColumnSpec
     from .manifest import Manifest
 
 _CHECKSUM = "sha256"
+_REDO = "delete it and run the same `repa preprocess` again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,24 +94,39 @@ class CommitRecord:
             CacheError: any byte is not what `encode` wrote.
         """
         try:
-            values = json.loads(data)
+            stored = parse_json(_Stored, data, where=where)
             record = cls(
-                shard=values["shard"],
-                rows=(values["rows"][0], values["rows"][1]),
+                shard=stored.shard,
+                rows=stored.rows,
                 columns={
-                    name: ColumnRecord(file_bytes=column["bytes"], chunks_sha256=column["chunks_sha256"])
-                    for name, column in values["columns"].items()
+                    name: ColumnRecord(file_bytes=column.bytes, chunks_sha256=column.chunks_sha256)
+                    for name, column in stored.columns.items()
                 },
-                invalid={int(row): reason for row, reason in values["invalid"].items()},
+                invalid=stored.invalid,
             )
-            intact = record.encode() == data
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            intact = record.encode() == data and all(row in range(*record.rows) for row in record.invalid)
+        except CacheError:
             intact = False
         if not intact:
-            raise CacheError(
-                f"commit record {where} is damaged", "delete it and run the same `repa preprocess` again"
-            )
+            raise CacheError(f"commit record {where} is damaged", _REDO)
         return record
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StoredColumn:
+    bytes: Bytes
+    chunks_sha256: Sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """A commit record as it is in its file."""
+
+    shard: Count
+    rows: tuple[Count, Rows]
+    columns: Annotated[Mapping[str, _StoredColumn], Len(0, MOST_COLUMNS)]
+    invalid: Mapping[int, Text]
+    sha256: Sha256
 
 
 def read_commit(path: CachePath, source: str, shard: int) -> CommitRecord | None:
@@ -121,19 +143,50 @@ def read_commit(path: CachePath, source: str, shard: int) -> CommitRecord | None
     file = commit_file(path, source, shard)
     with os_errors("read", file):
         try:
-            data = file.read_bytes()
+            data = read_file(file, MOST_BYTES)
         except FileNotFoundError:
             return None
     record = CommitRecord.decode(data, where=str(file))
     if record.shard != shard:
         raise CacheError(
             f"commit record {file} is the one of shard {record.shard}",
-            "delete it and run the same `repa preprocess` again",
+            _REDO,
         )
     return record
 
 
-def record_problem(path: CachePath, manifest: Manifest, source: str, record: CommitRecord) -> str | None:
+def record_misfit(manifest: Manifest, columns: Mapping[str, ColumnSpec], record: CommitRecord) -> str | None:
+    """Return what keeps an intact record from being of a cache at all, None where nothing does.
+
+    Its shard must be one of the cache's, its rows that shard's, its columns the source's, and its files as
+    large as their rows, where those are not compressed.
+
+    Args:
+        manifest: of the cache.
+        columns: of the record's source, name → spec.
+        record: the record.
+    """
+    rows = manifest.shard_range(record.shard)
+    if record.rows != (rows.start, rows.stop) or not rows:
+        return f"its rows are {record.rows}, the shard's are {(rows.start, rows.stop)}"
+    if record.columns.keys() != columns.keys():
+        return f"it has columns {sorted(record.columns)}, the source has {sorted(columns)}"
+    views = len(manifest.views)
+    chunks = views * (len(rows) - len(record.invalid))
+    for name, spec in columns.items():
+        expected = chunks * (spec.row_bytes + CHECKSUM_BYTES) + index_bytes(manifest.shard_rows, views)
+        if spec.compressor is None and record.columns[name].file_bytes != expected:
+            return f"its {name} has {record.columns[name].file_bytes:,} bytes, its rows take {expected:,}"
+    return None
+
+
+def record_problem(
+    path: CachePath,
+    manifest: Manifest,
+    source: str,
+    record: CommitRecord,
+    columns: Mapping[str, ColumnSpec] | None = None,
+) -> str | None:
     """What keeps a record from standing for its shard, or None: rows, columns, or a file's presence and size.
 
     Args:
@@ -141,13 +194,11 @@ def record_problem(path: CachePath, manifest: Manifest, source: str, record: Com
         manifest: its manifest.
         source: name of the source.
         record: the record, itself intact.
+        columns: of the source, where they are at hand.
     """
-    rows = manifest.shard_range(record.shard)
-    columns = manifest.source_columns(source)
-    if record.rows != (rows.start, rows.stop):
-        return f"its rows are {record.rows}, the shard's are {(rows.start, rows.stop)}"
-    if record.columns.keys() != columns.keys():
-        return f"it has columns {sorted(record.columns)}, the source has {sorted(columns)}"
+    columns = manifest.source_columns(source) if columns is None else columns
+    if problem := record_misfit(manifest, columns, record):
+        return problem
     for name, column in record.columns.items():
         file = shard_file(path, name, columns[name], record.shard)
         with os_errors("read", file):
@@ -200,7 +251,7 @@ class Survey:
     """What the commit records of a cache say, each read once.
 
     Attributes:
-        records: source → the intact record of every shard that has one, ascending.
+        records: source → the intact record of every shard that has one of this cache, ascending.
         absent: source → shards that are not committed (see `is_committed`), ascending.
         damaged: what is wrong with records that are not intact.
         file_bytes: column → bytes of its recorded shards.
@@ -247,13 +298,18 @@ def survey(path: CachePath, manifest: Manifest) -> Survey:
     sizes = dict.fromkeys(manifest.columns, 0)
 
     for source in manifest.sources:
+        columns = manifest.source_columns(source)
 
-        def look(shard: int, source: str = source) -> tuple[CommitRecord | CacheError | None, bool]:
+        def look(
+            shard: int, source: str = source, columns: Mapping[str, ColumnSpec] = columns
+        ) -> tuple[CommitRecord | CacheError | None, bool]:
             try:
                 record = read_commit(path, source, shard)
             except CacheError as error:
                 return error, False
-            return record, record is not None and record_problem(path, manifest, source, record) is None
+            if record is None or record_misfit(manifest, columns, record):
+                return None, False
+            return record, record_problem(path, manifest, source, record, columns) is None
 
         found = map_files(look, range(manifest.num_shards), path)
         absent[source] = [shard for shard, (_, committed) in enumerate(found) if not committed]
@@ -261,5 +317,5 @@ def survey(path: CachePath, manifest: Manifest) -> Survey:
         records[source] = [record for record, _ in found if isinstance(record, CommitRecord)]
         for record in records[source]:
             for name, column in record.columns.items():
-                sizes[name] = sizes.get(name, 0) + column.file_bytes
+                sizes[name] += column.file_bytes
     return Survey(records=records, absent=absent, damaged=damaged, file_bytes=sizes)

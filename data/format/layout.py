@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..storage.bucket import CachePath, RemotePath
+from .bounds import MOST_COLUMNS
 from .columns import LABEL, ColumnSpec, split_column
+from .grammar import checked_name
 from .manifest import ATTRIBUTE
 
 if TYPE_CHECKING:
@@ -43,28 +46,53 @@ def shard_file(path: PathT, column: str, spec: ColumnSpec, shard: int) -> PathT:
         column: name of the column.
         spec: its spec, for the number of axes.
         shard: index of the shard.
+
+    Raises:
+        RepaError: the column's name is not of the grammar.
     """
-    return path.joinpath(*column.split("/"), "c", str(shard), *["0"] * (1 + len(spec.shape)))
+    return path.joinpath(*_column_parts(column), "c", f"{shard:d}", *["0"] * (1 + len(spec.shape)))
+
+
+@lru_cache(maxsize=MOST_COLUMNS)
+def _column_parts(column: str) -> tuple[str, str]:
+    """The components of a column's path, each of the grammar: the column's name is checked to be one."""
+    return split_column(column)
 
 
 def commit_folder(path: PathT, source: str) -> PathT:
-    """The folder of a source's commit records and of its writers' lock."""
-    return path / COMMITS_FOLDER / source
+    """The folder of a source's commit records and of its writers' lock.
+
+    Raises:
+        CacheError: the source's name is not of the grammar.
+    """
+    return path / COMMITS_FOLDER / checked_name(source)
 
 
 def commit_file(path: PathT, source: str, shard: int) -> PathT:
-    """The commit record of one shard of a source."""
-    return commit_folder(path, source) / f"{shard}.json"
+    """The commit record of one shard of a source.
+
+    Raises:
+        CacheError: the source's name is not of the grammar.
+    """
+    return commit_folder(path, source) / f"{shard:d}.json"
 
 
 def calibration_file(path: PathT, source: str) -> PathT:
-    """What was fitted to some images before a source was written (`calibrations`)."""
-    return path / CALIBRATION_FOLDER / f"{source}.safetensors"
+    """What was fitted to some images before a source was written (`calibrations`).
+
+    Raises:
+        CacheError: the source's name is not of the grammar.
+    """
+    return path / CALIBRATION_FOLDER / f"{checked_name(source)}.safetensors"
 
 
 def calibration_lock(path: PathT, source: str) -> PathT:
-    """The lock under which that file is made."""
-    return path / CALIBRATION_FOLDER / f".{source}{LOCK_FILE}"
+    """The lock under which that file is made.
+
+    Raises:
+        CacheError: the source's name is not of the grammar.
+    """
+    return path / CALIBRATION_FOLDER / f".{checked_name(source)}{LOCK_FILE}"
 
 
 def canonical_json(values: Mapping[str, Any]) -> bytes:

@@ -7,10 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-from ..errors import CacheError
+from annotated_types import Len, Predicate
+
+from ..edge import parse, shortened
+from ..errors import CacheError, RepaError
+from .bounds import (
+    MOST_COLUMNS,
+    MOST_ROW_BYTES,
+    MOST_SOURCES,
+    Number,
+    Rows,
+    Sha256,
+    ShardRows,
+    Side,
+    Text,
+    Word,
+)
 from .columns import AUTOENCODER, LABEL, ColumnSpec, check_column, model_of, source_of
+from .grammar import checked_name
+from .notes import check_notes
 
 FORMAT_VERSION = 1
 ATTRIBUTE = "repa"
@@ -18,6 +35,10 @@ DEFAULT_SHARD_ROWS = 1024
 ORIGINAL_VIEW = "original"
 LOADED_NOTE = "loaded_sha256"
 """Note of weights that are not run as their file holds them, the sha256 of the tensors as they are run."""
+
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+
+_AGAIN = "restore it, or write the cache again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +60,18 @@ class Provenance:
         notes: what else the kind of model needs said, for example ``{"scaling_factor": 0.18215}``.
     """
 
-    model: str
-    weights_sha256: str
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    model: Text
+    weights_sha256: Text
     random_weights: bool
-    input_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    compute_dtype: str
-    batch_size: int
-    grid: tuple[int, int]
-    libraries: Mapping[str, str]
+    input_size: Side
+    mean: Annotated[tuple[Number, ...], Len(0, 64)]
+    std: Annotated[tuple[Number, ...], Len(0, 64)]
+    compute_dtype: Annotated[str, Predicate(COMPUTE_DTYPES.__contains__)]
+    batch_size: Rows
+    grid: tuple[Side, Side]
+    libraries: Mapping[Word, Text]
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def identity(self) -> dict[str, Any]:
@@ -81,18 +104,20 @@ class Manifest:
         sources: source → provenance.
     """
 
-    num_rows: int
-    views: tuple[str, ...] = (ORIGINAL_VIEW,)
-    shard_rows: int = DEFAULT_SHARD_ROWS
-    resolution: int
-    crop: str
-    exif_orientation: str
-    source_kind: str
-    source_fingerprint: str
-    keys_sha256: str
-    class_names: tuple[str, ...]
-    columns: Mapping[str, ColumnSpec] = field(default_factory=dict)
-    sources: Mapping[str, Provenance] = field(default_factory=dict)
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    num_rows: Rows
+    views: Annotated[tuple[Word, ...], Len(1, 8)] = (ORIGINAL_VIEW,)
+    shard_rows: ShardRows = DEFAULT_SHARD_ROWS
+    resolution: Side
+    crop: Text
+    exif_orientation: Text
+    source_kind: Text
+    source_fingerprint: Text
+    keys_sha256: Sha256
+    class_names: tuple[Text, ...]
+    columns: Annotated[Mapping[str, ColumnSpec], Len(0, MOST_COLUMNS)] = field(default_factory=dict)
+    sources: Annotated[Mapping[str, Provenance], Len(0, MOST_SOURCES)] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property
@@ -124,7 +149,7 @@ class Manifest:
         return values
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any], *, where: str) -> Manifest:
+    def from_json(cls, values: Any, *, where: str) -> Manifest:
         """The manifest of a group's attributes.
 
         Args:
@@ -132,34 +157,47 @@ class Manifest:
             where: path of the cache, for the errors.
 
         Raises:
-            CacheError: another format version, or a field missing or unknown.
+            CacheError: another format version; a field that is missing, unknown or of another type; a number
+                or a name that no cache has.
         """
-        version = values.get("format_version")
-        if version != FORMAT_VERSION:
+        version = values.get("format_version") if isinstance(values, Mapping) else None
+        if version != FORMAT_VERSION or isinstance(version, bool):
             raise CacheError(
-                f"{where} is a cache of format version {version}",
+                f"{where} is a cache of format version {shortened(version)}",
                 f"this repa reads version {FORMAT_VERSION}: "
                 "write it again with `repa preprocess`, or use the repa that wrote it",
+                field="format_version",
             )
-        fields = dict(values)
-        try:
-            fields["columns"] = {
-                name: ColumnSpec(
-                    shape=tuple(spec["shape"]), dtype=spec["dtype"], compressor=spec.get("compressor")
+        manifest = parse(cls, values, where=f"the manifest of {where}", remedy=_AGAIN)
+        manifest._check_names(where)
+        for source, provenance in manifest.sources.items():
+            check_notes(source, provenance.notes, where=f"the manifest of {where}", remedy=_AGAIN)
+        return manifest
+
+    def _check_names(self, where: str) -> None:
+        """Check what the types of the fields do not say: names, and what they have to do with one another."""
+        for source in self.sources:
+            checked_name(source)
+        if len(set(self.views)) < len(self.views):
+            raise CacheError(f"the manifest of {where} names a view twice", _AGAIN, field="views")
+        for name, spec in self.columns.items():
+            try:
+                source = source_of(name)
+            except RepaError as error:
+                raise CacheError(f"the manifest of {where}: {error.what}", _AGAIN, field="columns") from None
+            if source not in self.sources:
+                raise CacheError(
+                    f"the manifest of {where} says nothing of {source}, the source of {name}",
+                    _AGAIN,
+                    field="sources",
                 )
-                for name, spec in fields["columns"].items()
-            }
-            fields["sources"] = {
-                name: Provenance(**{**spec, **{key: tuple(spec[key]) for key in ("mean", "std", "grid")}})
-                for name, spec in fields["sources"].items()
-            }
-            for key in ("views", "class_names"):
-                fields[key] = tuple(fields[key])
-            return cls(**fields)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CacheError(
-                f"the manifest of {where} is damaged or not ours ({error})", "write the cache again"
-            ) from error
+            if spec.row_bytes * len(self.views) > MOST_ROW_BYTES:
+                size = spec.row_bytes * len(self.views)
+                raise CacheError(
+                    f"the manifest of {where} gives a row of {name} {size:,} bytes",
+                    _AGAIN,
+                    field=f"columns.{name}.shape",
+                )
 
     def require(self, columns: tuple[str, ...], *, where: str) -> None:
         """Check that columns were declared, and that their rows are of their kinds.

@@ -5,7 +5,9 @@ A reader needs no more than this and the commit records.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +15,10 @@ import numpy as np
 from crc32c import crc32c
 
 from ..errors import CacheError
-from ..storage.files import os_errors
+from ..storage.bucket import file_bytes
+from ..storage.files import os_errors, read_file
 from ..storage.local import CHECKSUM_BYTES
+from ..units import counted
 from .group import read_group
 from .layout import KEYS_FILE, LABEL_CHUNK
 from .manifest import ATTRIBUTE, LOADED_NOTE, Manifest
@@ -29,6 +33,9 @@ if TYPE_CHECKING:
     from .manifest import Provenance
 
 _SHOWN = 60  # characters of a value in an error
+_RESTORE = "restore it, or have it written again by `repa cache repair`"
+_MOST_KEY = 4096 * 2  # bytes of a line of keys.txt: longer than any path
+_UNPROVED_ROWS = 2**16
 
 
 def open_manifest(path: CachePath) -> Manifest:
@@ -38,7 +45,31 @@ def open_manifest(path: CachePath) -> Manifest:
         CacheError: there is no cache, it is of another format version, or its manifest is damaged.
         RepaError: the operating system refuses.
     """
-    return Manifest.from_json(read_group(path)["attributes"][ATTRIBUTE], where=str(path))
+    manifest = Manifest.from_json(read_group(path)["attributes"][ATTRIBUTE], where=str(path))
+    if manifest.num_rows > _UNPROVED_ROWS:
+        _check_rows(path, manifest)
+    return manifest
+
+
+def _check_rows(path: CachePath, manifest: Manifest) -> None:
+    """Check that a cache is as large as it says, before anything is made in that size.
+
+    Keys or labels alone prove it: a cache that has lost one of them can be repaired.
+
+    Raises:
+        CacheError: neither has as many bytes as so many rows need.
+    """
+    found = {KEYS_FILE: 0, LABEL_CHUNK: 0}
+    for name in found:
+        with os_errors("read", path / name), suppress(FileNotFoundError):
+            found[name] = file_bytes(path / name)
+    if manifest.num_rows > max(found[KEYS_FILE], found[LABEL_CHUNK] // 4):
+        raise CacheError(
+            f"the manifest of {path} has {manifest.num_rows:,} rows, and neither {KEYS_FILE} nor the labels "
+            "have as many",
+            _RESTORE,
+            field="num_rows",
+        )
 
 
 def read_keys(path: CachePath, manifest: Manifest) -> list[str]:
@@ -47,13 +78,23 @@ def read_keys(path: CachePath, manifest: Manifest) -> list[str]:
     Raises:
         CacheError: ``keys.txt`` is missing or not the one of the manifest.
     """
-    data = _read(path / KEYS_FILE)
+    data = _read(path / KEYS_FILE, _MOST_KEY * manifest.num_rows)
     if hashlib.sha256(data).hexdigest() != manifest.keys_sha256:
         raise CacheError(
             f"{path / KEYS_FILE} does not match its checksum in the manifest",
-            "restore it, or have it written again by `repa cache repair`",
+            _RESTORE,
         )
-    return data.decode().split("\n")[:-1]
+    try:
+        keys = data.decode().split("\n")[:-1]
+    except UnicodeDecodeError as error:
+        raise CacheError(f"{path / KEYS_FILE} is not UTF-8 ({error})", _RESTORE) from error
+    if len(keys) != manifest.num_rows:
+        raise CacheError(
+            f"{path / KEYS_FILE} has {counted(len(keys), 'key')} for {counted(manifest.num_rows, 'row')}",
+            _RESTORE,
+            field="keys_sha256",
+        )
+    return keys
 
 
 def read_labels(path: CachePath, manifest: Manifest) -> NDArray[np.int32]:
@@ -63,12 +104,12 @@ def read_labels(path: CachePath, manifest: Manifest) -> NDArray[np.int32]:
         CacheError: the label array is missing, cut off or does not match its checksum.
     """
     file = path / LABEL_CHUNK
-    data = _read(file)
+    data = _read(file, 4 * manifest.num_rows + CHECKSUM_BYTES)
     values, stored = data[:-CHECKSUM_BYTES], int.from_bytes(data[-CHECKSUM_BYTES:], "little")
     if len(values) != 4 * manifest.num_rows or crc32c(values) != stored:
         raise CacheError(
             f"{file} does not match its checksum",
-            "restore it, or have it written again by `repa cache repair`",
+            _RESTORE,
         )
     return np.frombuffer(values, dtype="<i4").astype(np.int32)
 
@@ -113,11 +154,13 @@ def differences(here: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _read(file: CachePath) -> bytes:
+def _read(file: CachePath, most_bytes: int) -> bytes:
     with os_errors("read", file):
         try:
-            return file.read_bytes()
+            return read_file(file, most_bytes)
         except FileNotFoundError as error:
-            raise CacheError(
-                f"{file} is missing", "restore it, or have it written again by `repa cache repair`"
-            ) from error
+            raise CacheError(f"{file} is missing", _RESTORE) from error
+        except OSError as error:
+            if error.errno != errno.EFBIG:
+                raise
+            raise CacheError(f"{file} does not match its checksum, {error.strerror}", _RESTORE) from error

@@ -12,13 +12,14 @@ import os
 import threading
 from collections import defaultdict
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import RepaError
+from .regular import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from .bucket import CachePath
 
@@ -31,6 +32,7 @@ _REMEDIES = {
     errno.EPERM: "choose a folder you have the rights to, or have them granted",
     errno.ENOTDIR: "a file stands where a folder is needed; choose another folder",
     errno.EISDIR: "a folder stands where a file is needed; name a file",
+    errno.EFBIG: "restore it, or delete it",
     errno.EMFILE: "raise the limit of open files, `ulimit -n`",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EIO: "the disk or its connection fails; choose another",
@@ -66,6 +68,26 @@ def os_errors(doing: str, path: CachePath) -> Iterator[None]:
 def remedy_of(error: OSError) -> str:
     """Say what to do about an error of the operating system."""
     return _REMEDIES.get(error.errno or 0, _ANY_REMEDY)
+
+
+def read_file(path: CachePath, most_bytes: int) -> bytes:
+    """Return the bytes of a file that others may have put there.
+
+    Args:
+        path: of the file, or of an object of a bucket.
+        most_bytes: largest file that is read.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be read, is no file, or is larger than any of its kind.
+    """
+    if not isinstance(path, Path):
+        return path.read_bytes()
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most_bytes:
+            raise OSError(errno.EFBIG, f"its {size:,} bytes are more than any such file has", str(path))
+        return file.read()
 
 
 def partial_path(path: Path) -> Path:

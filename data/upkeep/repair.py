@@ -23,7 +23,7 @@ import numpy as np
 
 from ..errors import CacheError
 from ..format.columns import LABEL
-from ..format.commits import CommitRecord
+from ..format.commits import CommitRecord, record_misfit
 from ..format.group import rescued_manifest
 from ..format.layout import (
     CALIBRATION_FOLDER,
@@ -39,9 +39,7 @@ from ..format.layout import (
     zarr_documents,
 )
 from ..format.opening import open_manifest, read_keys, read_labels
-from ..format.shard_index import index_bytes
 from ..storage.files import locked, os_errors, partial_path, sync_folders, write_file
-from ..storage.local import CHECKSUM_BYTES
 from ..writing.store import encode_keys, keys_sha256, metadata_documents
 from ..writing.writer import SourceWriter
 
@@ -203,17 +201,7 @@ def _intact_records(path: Path) -> list[tuple[str, CommitRecord]]:
 
 def _fits(record: CommitRecord, source: str, manifest: Manifest) -> bool:
     """Whether a record may be of the cache that the manifest describes."""
-    columns = manifest.source_columns(source)
-    rows = manifest.shard_range(record.shard)
-    if record.columns.keys() != columns.keys() or record.rows != (rows.start, rows.stop):
-        return False
-    chunks = len(manifest.views) * (len(rows) - len(record.invalid))
-    index = index_bytes(manifest.shard_rows, len(manifest.views))
-    return all(
-        spec.compressor is not None
-        or record.columns[name].file_bytes == chunks * (spec.row_bytes + CHECKSUM_BYTES) + index
-        for name, spec in columns.items()
-    )
+    return record_misfit(manifest, manifest.source_columns(source), record) is None
 
 
 def _keys_misfit(path: Path, manifest: Manifest) -> list[str]:

@@ -1,0 +1,130 @@
+"""What a manifest notes of a source beside its provenance, typed as far as repa reads it.
+
+Notes are free: what is not named here is kept as it is, and read by nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping  # noqa: TC003 - annotations are read when notes are parsed
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from annotated_types import Len
+
+from ..edge import parse
+from ..errors import CacheError
+from .bounds import Axis, Bytes, Count, Number, Positive, Sha256, Text  # noqa: TC001 - as above
+from .columns import ATTENTION_SUFFIX
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationNote:
+    """Which calibration a source was written with.
+
+    Attributes:
+        sha256: of its file.
+        images: that it was fitted to.
+    """
+
+    sha256: Sha256
+    images: Count = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadFidelity:
+    """How far the stored attention of one head is from the teacher's.
+
+    Attributes:
+        block: of the teacher, counted from 1.
+        head: of the block, counted from 1.
+        mean: Kullback-Leibler divergence in nats, over images and queries.
+        p99: its 99th percentile.
+    """
+
+    block: Axis
+    head: Axis
+    mean: Number
+    p99: Number
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionFidelity:
+    """How well stored queries and keys stand for the teacher's, measured on held-out images."""
+
+    images: Count
+    bytes_per_image: Bytes
+    kl: Annotated[tuple[HeadFidelity, ...], Len(1)]
+    kl_mean: Number
+    kl_worst_head: Number
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFidelity:
+    """How well stored tokens stand for the teacher's, measured on held-out images."""
+
+    images: Count
+    bytes_per_image: Bytes
+    cosine_error_mean: Number
+    cosine_error_max: Number
+    repa_loss_change: Number
+    repa_loss_change_bound: Number | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notes:
+    """Notes of any source."""
+
+    location: Text | None = None
+    scaling_factor: Number | None = None
+    shift_factor: Number | None = None
+    calibration: CalibrationNote | None = None
+    fidelity: TokenFidelity | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionNotes:
+    """Notes of a source of queries and keys.
+
+    Attributes:
+        blocks: of the teacher, counted from 1, axis L of the columns.
+        logit_scale: factor of a query's product with a key.
+        head_width: of the teacher.
+        rank: of what is stored, axis r of the columns.
+        form: ``exact`` or ``truncated``.
+        keys: ``as computed`` or ``centred``.
+        depth: blocks of the teacher.
+        tolerance: divergence that the rank was chosen for.
+        calibration: of the source.
+        fidelity: of the source.
+    """
+
+    blocks: Annotated[tuple[Axis, ...], Len(1, 256)]
+    logit_scale: Positive
+    head_width: Axis
+    rank: Axis
+    form: Text
+    keys: Text
+    depth: Axis | None = None
+    tolerance: Number | None = None
+    calibration: CalibrationNote | None = None
+    fidelity: AttentionFidelity | None = None
+
+
+def check_notes(source: str, notes: Mapping[str, Any], *, where: str, remedy: str) -> None:
+    """Check the notes of a source as far as anybody reads them.
+
+    Args:
+        source: its name, which says whether it holds attention.
+        notes: of its provenance.
+        where: the manifest, for the error.
+        remedy: what to do about notes that are wrong.
+
+    Raises:
+        CacheError: a note that is missing or of another type.
+    """
+    model: type[Any] = AttentionNotes if source.endswith(ATTENTION_SUFFIX) else Notes
+    try:
+        parse(model, notes, where=where, remedy=remedy)
+    except CacheError as error:
+        field = f"sources.{source}.notes.{error.field}"
+        raise CacheError(f"{error.what} in the notes of {source}", remedy, field=field) from None
