@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from ..data.errors import RepaError
+from ..pipeline.images.base import AUTO_LABELS
 from ..pipeline.images.names import DEFAULT_DATA, DEFAULT_RESOLUTION, DEMO_DATA, DEMO_RESOLUTION, cache_for
 from .shared.attention import attention_blocks
 from .shared.encoders import DEFAULT_ENCODER, parse_weights
@@ -37,9 +38,9 @@ class EncodingFlags:
     data: Annotated[
         str,
         typer.Option(
-            help="Folder of images, a sub-folder per class; tars 'train-{0000..0146}.tar', here or in a "
-            "bucket, s3://… or gs://…; "
-            "'hf:NAME[:SPLIT]'; 'demo': the drawn images."
+            help="Folder of images, a sub-folder per class or a dataset.json; ZIP file; tars "
+            "'train-{0000..0146}.tar', here or in a bucket, s3://… or gs://…; 'hf:NAME[:SPLIT]'; 'demo': the "
+            "drawn images; 'my_module:MySource?PLACE'."
         ),
     ] = DEFAULT_DATA
     cache: Annotated[
@@ -101,8 +102,15 @@ class EncodingFlags:
     )
     apply_exif: Annotated[bool, typer.Option("--exif", help="Turn images by their EXIF orientation.")] = False
     class_names: Annotated[
-        Path | None, typer.Option(help="Of tars: file with the name of a class in each line.")
+        Path | None, typer.Option(help="Of numbered classes: file with the name of one in each line.")
     ] = None
+    labels: Annotated[
+        str,
+        typer.Option(
+            help="Where labels come from: 'folders', 'dataset.json', 'none': all images are one class. "
+            "Default: what there is."
+        ),
+    ] = AUTO_LABELS
     workers: Annotated[int | None, typer.Option(help="Decoding processes for each device.")] = None
     shard_rows: Annotated[int | None, typer.Option(help="Images of a shard; default 1024.")] = None
 

@@ -11,6 +11,7 @@ from ..data.errors import RepaError
 from ..data.format.columns import AUTOENCODER, attention_source
 from .columns.specs import INT8, AttentionSettings
 from .encoders.teachers import find_teacher
+from .images.base import AUTO_LABELS
 
 # far above what any machine makes use of; beyond them memory or the system's own limits give way first
 _RANGES = (
@@ -28,8 +29,9 @@ class PreprocessConfig:
     """A `repa preprocess`, as asked for; `resolve` fills in what was left open.
 
     Attributes:
-        data: image folder; WebDataset tars, as ``shards/train-{0000..0146}.tar``; a Hugging Face data set,
-            ``hf:NAME[:SPLIT]`` or ``hf:FOLDER`` of `save_to_disk`; ``demo`` names the drawn images.
+        data: image folder or ZIP file; WebDataset tars, as ``shards/train-{0000..0146}.tar``; a Hugging Face
+            data set, ``hf:NAME[:SPLIT]`` or ``hf:FOLDER`` of `save_to_disk`; a source from outside, see
+            `open_source`; ``demo`` names the drawn images.
         cache: folder of the cache.
         encoders: teachers to run, by name; none writes latents only.
         vae: hub name or folder of an ``AutoencoderKL``, or ``demo``; None: the one the cache was made with,
@@ -53,7 +55,8 @@ class PreprocessConfig:
             or its local copy.
         random_weights: draw the weights of every model, for trying things out.
         apply_exif: turn images by their EXIF orientation.
-        class_names: file with the name of a class in each line, for tars, whose classes are numbers.
+        class_names: file with the name of a class in each line, where classes are numbers, as of tars.
+        labels: where labels come from, see `SourceOptions`.
         shard_rows: rows of a shard; None: as the cache has it, else 1,024.
         workers: processes a device that decode images; None: by the number of cores, 0 on a CPU.
     """
@@ -76,6 +79,7 @@ class PreprocessConfig:
     random_weights: bool = False
     apply_exif: bool = False
     class_names: Path | None = None
+    labels: str = AUTO_LABELS
     shard_rows: int | None = None
     workers: int | None = None
 

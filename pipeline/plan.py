@@ -162,7 +162,12 @@ def make_plan(config: PreprocessConfig) -> Plan:
         refuse_foreign_folder(config.cache)
     config = _resolve(config, present)
     images = open_source(
-        config.data, limit=config.limit, apply_exif=config.apply_exif, class_names=config.class_names
+        config.data,
+        limit=config.limit,
+        apply_exif=config.apply_exif,
+        class_names=config.class_names,
+        labels=config.labels,
+        may_import=True,
     )
     manifest = Manifest(
         num_rows=len(images),
@@ -173,7 +178,7 @@ def make_plan(config: PreprocessConfig) -> Plan:
         source_kind=images.kind,
         source_fingerprint=images.fingerprint,
         keys_sha256=keys_sha256(images.keys),
-        class_names=tuple(images.class_names),
+        class_names=_class_names(images, present),
     )
     if present is not None:
         # nothing is written for a cache that is there: this only compares
@@ -181,6 +186,18 @@ def make_plan(config: PreprocessConfig) -> Plan:
     sources = tuple(_plan_source(config, manifest, present, source) for source in config.sources)
     free = shutil.disk_usage(nearest_folder(config.cache)).free
     return Plan(config=config, images=images, manifest=manifest, sources=sources, free_bytes=free)
+
+
+def _class_names(images: ImageSource, present: Manifest | None) -> tuple[str, ...]:
+    """The names of the classes, those of the cache where only a folder's own name is another.
+
+    The one class of a flat folder is called after the folder, which may have been renamed since.
+    """
+    names = tuple(images.class_names)
+    if present is not None and images.kind == present.source_kind == "folder":
+        flat = len(names) == len(present.class_names) == 1 and not any("/" in key for key in images.keys)
+        return present.class_names if flat else names
+    return names
 
 
 def present_manifest(cache: Path) -> Manifest | None:

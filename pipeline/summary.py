@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
+from ..data.edge import printable
 from ..data.format.columns import SCALE_SUFFIX, scale_column, source_of, split_column
 from ..data.format.commits import invalid_reasons
 from ..data.format.opening import open_manifest
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from .shard_loop.worker import Tally
 
 _SHOWN = 10
+_ENDINGS = 4  # shown of what was passed over
+_PICTURES = frozenset((".tif", ".tiff", ".bmp", ".gif", ".heic", ".avif", ".jp2", ".ppm", ".jfif", ".jpe"))
 
 
 def say(console: Console, line: str, *, style: str = "") -> None:
@@ -35,13 +39,12 @@ def show_plan(plan: Plan, rank: Rank, console: Console) -> None:
     images, config = plan.images, plan.config
     say(
         console,
-        f"images  {images.name}: {len(images)} in {counted(len(images.class_names), 'class')}"
-        + (
-            f", {counted(len(images.skipped), 'other file')} passed over ({_first(images.skipped)})"
-            if images.skipped
-            else ""
-        ),
+        f"images  {printable(images.name)}: {len(images)} in {counted(len(images.class_names), 'class')}",
     )
+    for line in passed_over(images.skipped):
+        say(console, f"        passed over: {line}")
+    for remark in images.remarks:
+        say(console, f"        note: {printable(remark)}", style="yellow")
     share = f" · process {rank.rank} of {rank.world} ({rank.launcher})" if rank.world > 1 else ""
     say(
         console,
@@ -83,9 +86,26 @@ def _most(source: SourcePlan) -> str:
     return "≤ " if source.at_most and source.rows else ""
 
 
-def _first(skipped: Sequence[tuple[str, str]]) -> str:
-    path, why = skipped[0]
-    return f"first: {path}, {why}"
+def passed_over(skipped: Sequence[tuple[str, str]]) -> list[str]:
+    """Say what was passed over: a line for each reason, with its count, endings and an example.
+
+    Args:
+        skipped: (path, why) of every file.
+    """
+    reasons: defaultdict[str, list[str]] = defaultdict(list)
+    for path, why in skipped:
+        reasons[why].append(path)
+    lines = []
+    for why, paths in reasons.items():
+        endings = Counter(PurePosixPath(path).suffix.lower() or "no ending" for path in paths)
+        kinds = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(_ENDINGS))
+        more = ", …" if len(endings) > _ENDINGS else ""
+        advice = "; convert them to PNG to have them encoded" if _PICTURES.intersection(endings) else ""
+        lines.append(
+            f"{counted(len(paths), 'file')} {why} ({printable(kinds)}{more}; first {printable(paths[0])})"
+            f"{advice}"
+        )
+    return lines
 
 
 def _state(plan: Plan, source: SourcePlan) -> str:
@@ -158,7 +178,7 @@ def _show_invalid(plan: Plan, console: Console) -> None:
         style="yellow",
     )
     for row, reason in list(reasons.items())[:_SHOWN]:
-        say(console, f"    {plan.images.keys[row]} (row {row}): {reason}")
+        say(console, f"    {printable(plan.images.keys[row])} (row {row}): {printable(reason)}")
     if len(reasons) > _SHOWN:
         say(console, f"    and {len(reasons) - _SHOWN} more, see `repa cache info {plan.config.cache}`")
 

@@ -88,11 +88,17 @@ def _images_of(parts: Sequence[Part], data: str) -> ImageSet:
         RepaError: the images cannot be listed.
         CacheError: they are of another kind, or a file has another size than when its part was made.
     """
+    from ...pipeline.images.base import AUTO_LABELS, NO_LABELS, ONLY_CLASS
     from ...pipeline.images.folder import FolderImages
     from ...pipeline.images.open import open_source
 
     first = parts[0].manifest
-    images = open_source(data, apply_exif=first.exif_orientation == "applied")
+    images = open_source(
+        data,
+        apply_exif=first.exif_orientation == "applied",
+        labels=NO_LABELS if first.class_names == (ONLY_CLASS,) else AUTO_LABELS,
+        may_import=True,
+    )
     if images.kind != first.source_kind:
         raise CacheError(
             f"{data} is of kind {images.kind}, the parts were made from {first.source_kind}",

@@ -155,6 +155,7 @@ class DemoImages:
     name = "demo"
     kind = "demo"
     skipped: tuple[tuple[str, str], ...] = ()
+    remarks: tuple[str, ...] = ()
     resolution = RESOLUTION
 
     def __init__(self, count: int = 2048, seed: int = 0) -> None:

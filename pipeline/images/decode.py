@@ -16,6 +16,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
 MAX_REASON = 160
+MAX_BYTES = 1 << 30  # more than Pillow's limit of pixels takes in any format
 
 
 def decode_image(content: bytes, *, apply_exif: bool = False) -> Image.Image:
@@ -37,9 +38,11 @@ def decode_image(content: bytes, *, apply_exif: bool = False) -> Image.Image:
         apply_exif: turn the image by its EXIF orientation.
 
     Raises:
-        UndecodableImage: not an image, truncated, or larger than Pillow's limit against decompression bombs
-            (89 million pixels).
+        UndecodableImage: not an image, truncated, too many bytes, or larger than Pillow's limit against
+            decompression bombs (89 million pixels).
     """
+    if len(content) > MAX_BYTES:
+        raise UndecodableImage(f"more than {MAX_BYTES:,} bytes")
     if not content:
         raise UndecodableImage("empty file (0 bytes)")
     try:

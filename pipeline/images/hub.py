@@ -10,6 +10,7 @@ import numpy as np
 
 from ...data.errors import RepaError
 from ...data.units import counted
+from .base import AUTO_LABELS, NO_LABELS, ONLY_CLASS
 from .decode import decode_image
 from .listing import fingerprint_of, numbered_classes, spaced
 from .names import HUGGING_FACE
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
     from PIL import Image
+
+    from .base import SourceOptions
 
 DEFAULT_SPLIT = "train"
 LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target")
@@ -40,6 +43,7 @@ class HubImages:
             ``train`` by default, and in a folder without splits there is none.
         apply_exif: turn images by their EXIF orientation.
         limit: number of images to take at most.
+        labels: ``none`` makes all images one class, whether the set has labels or not.
 
     Raises:
         RepaError: the package datasets is not installed, the set or split cannot be had, its features are
@@ -48,26 +52,39 @@ class HubImages:
 
     kind = "hf"
 
-    def __init__(self, name: str, *, apply_exif: bool = False, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        apply_exif: bool = False,
+        limit: int | None = None,
+        labels: str = AUTO_LABELS,
+    ) -> None:
+        self.remarks: tuple[str, ...] = ()
         self.name = f"{HUGGING_FACE}{name}"
         self.apply_exif = apply_exif
         self.skipped: Sequence[tuple[str, str]] = ()
         data, split = _open(name)
-        image, label, names = _features(data, self.name)
-        labels = _labels(data, label, self.name)
-        if not len(labels):
-            raise RepaError(f"{self.name} has no rows", "choose another data set or split")
-        self.class_names = tuple(names or numbered_classes(labels, where=self.name))
-        if int(labels.max()) >= len(self.class_names):
+        image = _image_of(data, self.name)
+        if not len(data):
+            raise RepaError(f"{self.name} has no rows", "choose another data set or split", field="--data")
+        if labels == NO_LABELS:
+            values = np.zeros(len(data), dtype=np.int64)
+            self.class_names: tuple[str, ...] = (ONLY_CLASS,)
+        else:
+            label, names = _label_of(data, self.name)
+            values = _labels(data, label, self.name)
+            self.class_names = tuple(names or numbered_classes(values, where=self.name))
+        if int(values.max()) >= len(self.class_names):
             raise RepaError(
-                f"{self.name} has the label {labels.max()}, but names "
+                f"{self.name} has the label {values.max()}, but names "
                 f"{counted(len(self.class_names), 'class')}",
                 "give each label a name in its ClassLabel",
             )
-        chosen = spaced(len(labels), limit)
+        chosen = spaced(len(values), limit)
         prefix = f"{split}/" if split else ""
         self.keys: Sequence[str] = [f"{prefix}{row:08d}" for row in chosen.tolist()]
-        self.labels: NDArray[np.int32] = labels[chosen].astype(np.int32)
+        self.labels: NDArray[np.int32] = values[chosen].astype(np.int32)
         self._rows = chosen
         self._image = image
         # encoded as they are: decoding is ours, the same for every source
@@ -91,6 +108,16 @@ class HubImages:
                 f"image {self.keys[index]} of {self.name} cannot be read ({error})", "mend the file"
             ) from error
         return decode_image(content, apply_exif=self.apply_exif)
+
+
+def open_images(data: str, options: SourceOptions) -> HubImages:
+    """Return the images of a data set; see `HubImages`."""
+    return HubImages(
+        data.removeprefix(HUGGING_FACE),
+        apply_exif=options.apply_exif,
+        limit=options.limit,
+        labels=options.labels,
+    )
 
 
 def _image_feature() -> Any:
@@ -138,12 +165,23 @@ def _open(name: str) -> tuple[Any, str]:
     return data, ""
 
 
-def _features(data: Any, name: str) -> tuple[str, str, Sequence[str] | None]:
-    """Names of the image and the label feature, and of the classes."""
-    from datasets import ClassLabel, Value
+def _image_of(data: Any, name: str) -> str:
+    """Name of the image feature."""
     from datasets import Image as ImageFeature
 
-    images = [key for key, feature in data.features.items() if isinstance(feature, ImageFeature)]
+    return _only(
+        [key for key, feature in data.features.items() if isinstance(feature, ImageFeature)],
+        "image",
+        data,
+        name,
+        "give a data set with one (select_columns and save_to_disk make one)",
+    )
+
+
+def _label_of(data: Any, name: str) -> tuple[str, Sequence[str] | None]:
+    """Name of the label feature, and of the classes."""
+    from datasets import ClassLabel, Value
+
     labels = [key for key, feature in data.features.items() if isinstance(feature, ClassLabel)]
     if not labels:
         labels = [
@@ -151,26 +189,40 @@ def _features(data: Any, name: str) -> tuple[str, str, Sequence[str] | None]:
             for key in LABEL_NAMES
             if isinstance(feature := data.features.get(key), Value) and "int" in feature.dtype
         ][:1]
-    for what, found in (("image", images), ("label", labels)):
-        if len(found) != 1:
-            raise RepaError(
-                f"{name} has {len(found) or 'no'} {what} features among {', '.join(data.features)}",
-                "give a data set with one (select_columns and save_to_disk make one)",
-            )
-    return images[0], labels[0], getattr(data.features[labels[0]], "names", None)
+    remedy = (
+        "give a data set with one (select_columns and save_to_disk make one)"
+        if labels
+        else f"give `--labels none` for one class of all, or name one of the features as in {LABEL_NAMES[0]}"
+    )
+    label = _only(labels, "label", data, name, remedy)
+    return label, getattr(data.features[label], "names", None)
+
+
+def _only(found: list[str], what: str, data: Any, name: str, remedy: str) -> str:
+    if len(found) != 1:
+        raise RepaError(
+            f"{name} has {len(found) or 'no'} {what} features among {', '.join(data.features)}",
+            remedy,
+            field="--data" if found or what == "image" else "--labels",
+        )
+    return found[0]
 
 
 def _labels(data: Any, label: str, name: str) -> NDArray[np.int64]:
     values = data.select_columns([label]).with_format("arrow")[:][label]
     if values.null_count:
         raise RepaError(
-            f"{name} has {counted(values.null_count, 'row')} without a {label}", "filter them out first"
+            f"{name} has {counted(values.null_count, 'row')} without a {label}",
+            "filter them out first, or give `--labels none`",
+            field="--labels",
         )
     labels: NDArray[np.int64] = values.to_numpy().astype(np.int64)
     if len(labels) and int(labels.min()) < 0:
         row = int(np.flatnonzero(labels < 0)[0])
         raise RepaError(
-            f"row {row} of {name} has the {label} {labels[row]}: the split has no labels", "choose another"
+            f"row {row} of {name} has the {label} {labels[row]}: the split has no labels",
+            "choose another, or give `--labels none`",
+            field="--labels",
         )
     return labels
 

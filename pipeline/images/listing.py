@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,11 +53,28 @@ def numbered_classes(labels: NDArray[np.integer[Any]], *, where: str) -> tuple[s
     return tuple(map(str, range(largest + 1)))
 
 
-def class_names_of(labels: NDArray[np.int32], file: Path | None, *, where: str) -> tuple[str, ...]:
+def check_key(key: str, where: str) -> None:
+    """Refuse a key that keys.txt cannot hold.
+
+    Raises:
+        RepaError: names the key and where it is.
+    """
+    if key and key.isascii() and key.isprintable():
+        return
+    if not key or "\n" in key or "\r" in key:
+        what = "holds a line break" if key else "is empty"
+        raise RepaError(f"the name {key!r} in {where} {what}, which keys.txt cannot hold", "rename it")
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        raise RepaError(f"the name {os.fsencode(key)!r} in {where} is not UTF-8", "rename it") from None
+
+
+def class_names_of(labels: NDArray[np.integer[Any]], file: Path | None, *, where: str) -> tuple[str, ...]:
     """The names of the classes that labels count.
 
     Args:
-        labels: int32 ``[N]``, from 0.
+        labels: ``[N]``, from 0.
         file: has a name in each line; None names them ``0`` to ``K-1``, K one more than the largest.
         where: the images' name, for the errors.
 
@@ -71,13 +89,22 @@ def class_names_of(labels: NDArray[np.int32], file: Path | None, *, where: str) 
         try:
             names = tuple(file.read_text(encoding="utf-8").splitlines())
         except UnicodeDecodeError:
-            raise RepaError(f"--class-names {file} is not UTF-8", "give a text file, a name a line") from None
+            raise RepaError(
+                f"--class-names {file} is not UTF-8",
+                "give a text file, a name a line",
+                field="--class-names",
+            ) from None
     if largest >= len(names):
         raise RepaError(
             f"--class-names {file} names {counted(len(names), 'class')}, {where} has labels up to {largest}",
             "give a name for each, the first line for class 0",
+            field="--class-names",
         )
     blank = next((number for number, name in enumerate(names, 1) if not name.strip()), None)
     if blank is not None:
-        raise RepaError(f"--class-names {file} has no name in line {blank}", "give one for each class")
+        raise RepaError(
+            f"--class-names {file} has no name in line {blank}",
+            "give one for each class",
+            field="--class-names",
+        )
     return names

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from ...data.errors import CacheError
+from ...data.outside import entry_names, names_object
 from ...data.tars.names import names_tars
 
 DEFAULT_DATA = "images"
@@ -19,6 +20,8 @@ DEMO_RESOLUTION = 64
 CACHES = Path("caches")
 HUGGING_FACE = "hf:"
 """What the name of a Hugging Face data set begins with where images are named."""
+GROUP = "repa.sources"
+"""Entry points of image sources from outside."""
 
 _GROUP_FILE = "zarr.json"
 _WILD = re.compile(r"\{[^{}]*\}|\[[^]]*\]|[*?]")
@@ -42,6 +45,26 @@ def cache_for(data: str, resolution: int, *, root: Path = CACHES) -> Path:
     return root / f"{DEMO_DATA if data == DEMO_DATA else name}-{resolution}"
 
 
+def names_zip(data: str) -> bool:
+    """Whether a text names a ZIP file rather than a folder."""
+    return data.lower().endswith(".zip") and not Path(data).is_dir()
+
+
+def split_outside(data: str) -> tuple[str, str] | None:
+    """Return name and place of an image source from outside the package; None where a text names none.
+
+    Args:
+        data: ``NAME:PLACE`` or ``NAME`` of an entry point, ``module:Class?PLACE`` or ``module:Class``.
+    """
+    if Path(data).exists():
+        return None
+    name, _, place = data.partition(":")
+    if name in entry_names(GROUP):
+        return name, place
+    name, _, place = data.partition("?")
+    return (name, place) if names_object(name) else None
+
+
 def _set_name(data: str) -> str:
     if names_tars(data):
         path = Path(data).absolute()
@@ -54,7 +77,12 @@ def _set_name(data: str) -> str:
             return re.sub(r"[^A-Za-z0-9._-]+", "-", data).strip("-.") or "hf"
         data, _, split = data.partition(":")
         return "-".join(filter(None, (Path(data).resolve().name, split)))
-    return Path(data).resolve().name or "root"
+    if (outside := split_outside(data)) is not None:
+        name, place = outside
+        last = Path(place).name if place else name.rpartition(":")[2]
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-.") or "images"
+    name = Path(data).resolve().name
+    return (name[: -len(".zip")] if names_zip(data) else name) or "root"
 
 
 def default_cache(*, root: Path = CACHES) -> Path:

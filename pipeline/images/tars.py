@@ -26,8 +26,10 @@ from ...data.storage.files import os_errors
 from ...data.storage.object_file import Objects
 from ...data.tars.names import is_stream, present_tars
 from ...data.tars.reader import open_tar, split_member
-from .decode import decode_image
-from .listing import class_names_of, fingerprint_of, spaced
+from ...data.units import counted
+from .base import AUTO_LABELS, NO_LABELS, ONLY_CLASS, UndecodableImage
+from .decode import MAX_BYTES, decode_image
+from .listing import check_key, class_names_of, fingerprint_of, spaced
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ...data.tars.reader import TarReader
+    from .base import SourceOptions
 
     # of a file its size and when it was written; of an object what the store tells it by
     Stamp = tuple[int, int] | str | None
@@ -46,6 +49,7 @@ JSON_FIELD = "json"
 JSON_LABELS = ("label", "cls")
 _OPEN_TARS = 16
 _LABEL_BYTES = 1 << 20
+_NO_LABEL = -1
 
 
 class TarImages:
@@ -64,6 +68,7 @@ class TarImages:
         apply_exif: turn images by their EXIF orientation.
         limit: number of images to take at most.
         class_names: file with the name of a class in each line; by default they are ``0`` to ``K-1``.
+        labels: ``none`` makes all images one class, whether labels lie beside them or not.
 
     Raises:
         RepaError: no such tars, one that is damaged or cut off, a sample without a label or with two images,
@@ -79,8 +84,10 @@ class TarImages:
         apply_exif: bool = False,
         limit: int | None = None,
         class_names: Path | None = None,
+        labels: str = AUTO_LABELS,
     ) -> None:
         self.name = pattern
+        self.remarks: tuple[str, ...] = ()
         self.apply_exif = apply_exif
         self._tars = present_tars(pattern)
         self._open()
@@ -92,17 +99,36 @@ class TarImages:
                 f"{pattern} has no images (.jpg .jpeg .png .webp from the first dot of a name on)",
                 "give WebDataset tars of images",
             )
-        labels = np.frombuffer(index.labels, dtype=np.int32)
-        self.class_names = class_names_of(labels, class_names, where=pattern)
-        chosen = spaced(len(labels), limit)
+        found = np.frombuffer(index.labels, dtype=np.int32)
+        if labels == NO_LABELS:
+            found = np.zeros_like(found)
+            self.class_names: tuple[str, ...] = (ONLY_CLASS,)
+        else:
+            self._require_labels(index, found)
+            self.class_names = class_names_of(found, class_names, where=pattern)
+        chosen = spaced(len(found), limit)
         self.keys: Sequence[str] = [index.keys[row] for row in chosen]
-        self.labels: NDArray[np.int32] = labels[chosen]
+        self.labels: NDArray[np.int32] = found[chosen]
         self._tar = np.frombuffer(index.tars, dtype=np.int32)[chosen]
         self._offset = np.frombuffer(index.offsets, dtype=np.int64)[chosen]
         self._size = np.frombuffer(index.sizes, dtype=np.int64)[chosen]
         self.skipped = index.skipped
         names = (f"{index.keys[row]}.{FIELDS[index.fields[row]]}" for row in chosen)
         self.fingerprint = fingerprint_of(names, self.labels, self._size)
+
+    def _require_labels(self, index: _Index, labels: NDArray[np.int32]) -> None:
+        missing = np.flatnonzero(labels == _NO_LABEL)
+        if not len(missing):
+            return
+        first = int(missing[0])
+        key, tar = index.keys[first], self._tars[index.tars[first]]
+        raise RepaError(
+            f"{counted(len(missing), 'image')} of {len(labels)} in {self.name} have no label beside them, "
+            f"first sample {key} in {tar}",
+            f"add a member {key}.cls with its class as a number, or .json with a field 'label' "
+            "(tar --sort=name keeps them together); or give `--labels none` to encode all as one class",
+            field="--labels",
+        )
 
     def _open(self) -> None:
         self._files = DescriptorCache(_OPEN_TARS)
@@ -170,6 +196,8 @@ class TarImages:
         """Image of row ``index`` as RGB; see `ImageSource.load`."""
         number, size = int(self._tar[index]), int(self._size[index])
         tar = self._tars[number]
+        if size > MAX_BYTES:
+            raise UndecodableImage(f"more than {MAX_BYTES:,} bytes")
         content = self._read(number, size, int(self._offset[index])) if size else b""
         if content is None or len(content) < size:
             raise RepaError(
@@ -190,6 +218,17 @@ class TarImages:
             file = self._files.open(tar)
             same = _stamp(os.fstat(file.descriptor)) == stamp
             return _read(file.descriptor, size, offset) if same else None
+
+
+def open_images(data: str, options: SourceOptions) -> TarImages:
+    """Return the images of tars; see `TarImages`."""
+    return TarImages(
+        data,
+        apply_exif=options.apply_exif,
+        limit=options.limit,
+        class_names=options.class_names,
+        labels=options.labels,
+    )
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
@@ -265,19 +304,12 @@ class _Index:
             if sample.key:
                 self.skipped.append((f"{sample.where}:{sample.key}", "a sample without an image"))
             return
-        if sample.label is None:
-            raise RepaError(
-                f"sample {sample.key} in {sample.where} has no label beside it",
-                f"add a member "
-                f"{sample.key}.cls with its class as a number, or .json with a field 'label' "
-                "(tar --sort=name keeps them together)",
-            )
         self._see(sample.key, sample.where)
-        _check_key(sample.key, sample.where)
+        check_key(sample.key, sample.where)
         kind, offset, size = sample.image
         self.keys.append(sample.key)
         self.fields.append(FIELDS.index(kind))
-        self.labels.append(sample.label)
+        self.labels.append(_NO_LABEL if sample.label is None else sample.label)
         self.tars.append(number)
         self.offsets.append(offset)
         self.sizes.append(size)
@@ -322,14 +354,3 @@ def _json_label(values: Any) -> int | None:
         if values is None:
             return None
     return values if isinstance(values, int) and not isinstance(values, bool) else -1
-
-
-def _check_key(key: str, where: str) -> None:
-    if "\n" in key or "\r" in key:
-        raise RepaError(
-            f"the key {key!r} in {where} holds a line break, which keys.txt cannot hold", "rename it"
-        )
-    try:
-        key.encode()
-    except UnicodeEncodeError:
-        raise RepaError(f"the key {os.fsencode(key)!r} in {where} is not UTF-8", "rename it") from None

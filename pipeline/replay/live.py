@@ -31,6 +31,7 @@ from ...data.reading.reader import CacheReader
 from ...data.units import counted
 from ...data.writing.store import keys_sha256
 from ..encoders import find_teacher, load_encoder
+from ..images.base import AUTO_LABELS, FOLDER_LABELS, NO_LABELS, ONLY_CLASS
 from ..images.open import open_source
 from ..images.workers import decode_row
 from ..lanes.lanes import usable_cores
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
 
     Decoded = NDArray[np.uint8] | str
 
+# kinds of sources that may have labels of two sorts
+_FOLDERS = ("folder", "zip")
 MAX_DECODERS = 8
 MAX_LANES = 16
 _NO_WEIGHTS: Mapping[str, Path] = {}
@@ -70,6 +73,7 @@ class LiveTeachers:
         random_weights: draw the weights of teachers that the cache does not have; those that it has drawn
             are drawn again anyway.
         exact: give the bits of a float32 cache on a GPU too, see the module.
+        may_import: whether ``data`` may name a module to import, see `open_source`.
 
     Raises:
         RepaError: unknown images or teachers, or a block that no teacher has.
@@ -86,10 +90,11 @@ class LiveTeachers:
         weights: Mapping[str, Path] = _NO_WEIGHTS,
         random_weights: bool = False,
         exact: bool = False,
+        may_import: bool = False,
     ) -> None:
         self._cache = cache
         self._manifest = open_manifest(cache)
-        self._images = images_of(self._manifest, data, cache)
+        self._images = images_of(self._manifest, data, cache, may_import=may_import)
         self._weights = dict(weights)
         self._random_weights = random_weights
         self._exact = exact
@@ -332,19 +337,37 @@ def _compute_with_one_thread() -> None:
     torch.get_num_threads()
 
 
-def images_of(manifest: Manifest, data: str, cache: CachePath) -> ImageSource:
+def _open_as_recorded(manifest: Manifest, data: str, may_import: bool) -> ImageSource:
+    """Open the images with labels from where the cache has its own, which no manifest says."""
+    only = manifest.class_names == (ONLY_CLASS,)
+    for labels in (NO_LABELS,) if only else (AUTO_LABELS, FOLDER_LABELS):
+        images = open_source(
+            data,
+            limit=manifest.num_rows,
+            apply_exif=manifest.exif_orientation == "applied",
+            labels=labels,
+            may_import=may_import,
+        )
+        other = images.fingerprint != manifest.source_fingerprint
+        if not (other and images.kind in _FOLDERS and keys_sha256(images.keys) == manifest.keys_sha256):
+            break
+    return images
+
+
+def images_of(manifest: Manifest, data: str, cache: CachePath, *, may_import: bool = False) -> ImageSource:
     """Open the images of a cache as it was written.
 
     Args:
         manifest: of the cache.
         data: what is said to be its images, see `open_source`.
         cache: the cache, for the error.
+        may_import: see `open_source`.
 
     Raises:
         RepaError: the folder cannot be listed.
         CacheError: these are other images.
     """
-    images = open_source(data, limit=manifest.num_rows, apply_exif=manifest.exif_orientation == "applied")
+    images = _open_as_recorded(manifest, data, may_import)
     if keys_sha256(images.keys) != manifest.keys_sha256:
         what = f"{counted(len(images), 'image', ',')} under other names than its {manifest.num_rows:,}"
     elif images.fingerprint != manifest.source_fingerprint:

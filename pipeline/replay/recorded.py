@@ -52,7 +52,7 @@ def recorded_images(cache: Path, manifest: Manifest, given: Given) -> ImageSourc
         CacheError: these are other images.
     """
     demo = manifest.source_kind == DEMO_DATA
-    return images_of(manifest, given.data or (DEMO_DATA if demo else DEFAULT_DATA), cache)
+    return images_of(manifest, given.data or (DEMO_DATA if demo else DEFAULT_DATA), cache, may_import=True)
 
 
 def recorded_config(cache: Path, manifest: Manifest, source: str, given: Given) -> PreprocessConfig:

@@ -23,6 +23,7 @@ from repa.data.reading.reader import CacheReader
 from repa.data.testing import folder_contents
 from repa.pipeline import plan as plan_module
 from repa.pipeline.demo import TEACHER_WEIGHTS
+from repa.pipeline.images import folder as folder_module
 from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
@@ -86,14 +87,14 @@ def read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[st
 
 
 def unreadable_file(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Path.read_bytes
+    real = folder_module.read_regular
 
-    def read_bytes(path: Path) -> bytes:
+    def read_regular(path: Path, most: int) -> bytes:
         if path == pictures / VICTIM:
             raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
+        return real(path, most)
 
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(folder_module, "read_regular", read_regular)
 
 
 def small_disk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,7 +155,7 @@ def test_files_that_cannot_be_read_stop_the_run(tmp_path: Path, monkeypatch: pyt
         source.load(1)
 
     # root may read anything, so permissions are taken away by hand
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, most: int) -> bytes:
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("repa.pipeline.images.folder.read_regular", refuse)

@@ -138,15 +138,16 @@ def test_class_names_from_a_file(tmp_path: Path, tars: str) -> None:
         open_source(tars, class_names=names)
     with pytest.raises(RepaError, match=r"cannot read .*none\.txt"):
         open_source(tars, class_names=tmp_path / "none.txt")
-    with pytest.raises(RepaError, match="--class-names is for tars"):
-        open_source(str(tmp_path), class_names=names)
+    with pytest.raises(RepaError) as caught:
+        open_source("demo", class_names=names)
+    assert caught.value.field == "--class-names"
 
 
 @pytest.mark.parametrize(
     ("files", "what"),
     [
-        ({"a.png": png(1)}, "sample a in .* has no label beside it; add a member a.cls"),
-        ({"a.png": png(1), "a.json": b'{"x": 1}'}, "sample a in .* has no label"),
+        ({"a.png": png(1)}, "no label beside them, first sample a .*; add a member a.cls"),
+        ({"a.png": png(1), "a.json": b'{"x": 1}'}, "no label beside them, first sample a"),
         ({"a.png": png(1), "a.cls": b"tench"}, "sample a in .* has the label 'tench'"),
         ({"a.png": png(1), "a.cls": b"-1"}, "has the label '-1'"),
         ({"a.png": png(1), "a.json": b'{"label": 1.5}'}, "has the label .*json"),
@@ -158,7 +159,7 @@ def test_class_names_from_a_file(tmp_path: Path, tars: str) -> None:
         ),
         (
             {"a.png": png(1), "b.png": png(2), "a.cls": b"0", "b.cls": b"0"},
-            "sample a .*no label beside it.*--sort",
+            "no label beside them, first sample a .*--sort",
         ),
         ({"a.1.png": png(1), "a.1.cls": b"0"}, "has no images .* from the first dot"),
         ({"a.png": png(1), "a.jpg": png(1), "a.cls": b"0"}, "two images, .png and .jpg"),
@@ -301,3 +302,12 @@ def test_real_photographs(shared: Path, tmp_path: Path) -> None:
     for row in (0, 11, 12, 23):
         with Image.open(paths[row]) as image:
             assert source.load(row).tobytes() == image.convert("RGB").tobytes()
+
+
+def test_tars_without_labels_are_one_class_if_asked(tmp_path: Path) -> None:
+    path = str(write_tar(tmp_path / "a.tar", {"a.png": png(1), "b.png": png(2), "b.cls": b"5"}))
+    with pytest.raises(RepaError) as caught:
+        open_source(path)
+    assert caught.value.field == "--labels"
+    source = open_source(path, labels="none")
+    assert (source.labels.tolist(), source.class_names) == ([0, 0], ("images",))

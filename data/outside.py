@@ -1,0 +1,103 @@
+"""Code from outside the package, found by name: entry points of installed packages, and ``module:Class``.
+
+What is installed was chosen by the user, so its name is enough. A module that is only named is run by being
+imported, so such a name must come from the command line: a file that somebody else wrote must not run code.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from .errors import RepaError
+
+_OBJECT = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+_imported: dict[str, Any] = {}
+"""What this process has imported: to name it once more runs nothing new."""
+
+
+def names_object(text: str) -> bool:
+    """Whether a text has the form ``module:Class``, with or without packages before."""
+    return _OBJECT.fullmatch(text) is not None
+
+
+def entry_names(group: str) -> list[str]:
+    """Return the names that installed packages offer in a group of entry points, sorted."""
+    return sorted({each.name for each in entry_points(group=group)})
+
+
+def find_outside(
+    name: str, *, group: str, flag: str, what: str, example: str, may_import: bool = False
+) -> Any:
+    """Return what a name stands for.
+
+    Args:
+        name: of an entry point, or ``module:Class``.
+        group: of entry points.
+        flag: the flag that named it, for errors.
+        what: what it should be, as ``image source``, for errors.
+        example: how such a thing is named in full.
+        may_import: whether a module may be imported because the name says so.
+
+    Raises:
+        RepaError: there is none of that name or several, or its module may not or cannot be imported.
+    """
+    if name in _imported:
+        return _imported[name]
+    if not names_object(name):
+        found = _import(_entry(name, group, flag, what, example), flag, what)
+    elif may_import:
+        # as with `python my_script.py`, but behind what is installed: nothing can be shadowed
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        found = _import(name, flag, what)
+    else:
+        raise RepaError(
+            f"the {what} {name} is code from outside repa, and a file alone cannot have it imported",
+            f"if you trust that code, name it on the command line too: {flag} {name}",
+            field=flag,
+        )
+    _imported[name] = found
+    return found
+
+
+def _entry(name: str, group: str, flag: str, what: str, example: str) -> str:
+    """The ``module:Class`` of an entry point."""
+    found = sorted({each.value for each in entry_points(group=group, name=name)})
+    if not found:
+        others = ", ".join(entry_names(group)) or "none"
+        raise RepaError(
+            f"{what} {name!r} is unknown",
+            f"installed packages offer {others}; a class is named as {example}",
+            field=flag,
+        )
+    if len(found) > 1:
+        raise RepaError(
+            f"several installed packages offer the {what} {name!r} ({', '.join(found)})",
+            f"name the one you mean, as {flag} {found[0]}",
+            field=flag,
+        )
+    return found[0]
+
+
+def _import(target: str, flag: str, what: str) -> Any:
+    module, _, attribute = target.partition(":")
+    try:
+        found = import_module(module)
+    except (Exception, SystemExit) as error:  # whatever the code of others raises, it is said in one line
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RepaError(
+            f"{what} {target}: the module {module} cannot be imported ({reason})",
+            f"start where it lies, or install its package; `python -c 'import {module}'` shows more",
+            field=flag,
+        ) from error
+    if not hasattr(found, attribute):
+        raise RepaError(
+            f"{what} {target}: the module {module} has no {attribute}", "look at its name", field=flag
+        )
+    return getattr(found, attribute)
