@@ -19,7 +19,7 @@ from repa.pipeline.images.open import open_source
 from repa.trainer.methods.base import Step
 from repa.trainer.methods.repa import Repa, RepaConfig
 from repa.trainer.models.sit import SiT, SiTConfig
-from repa.trainer.objectives import flow
+from repa.trainer.objectives.base import squared_error
 from repa.trainer.objectives.paths import interpolant
 from torch import Tensor
 
@@ -107,7 +107,7 @@ def losses(reader: CacheReader, moments: Tensor, targets: Tensor) -> tuple[Tenso
         generator=generator,
     )
     term = method.losses(step)["repa"]
-    velocity = flow.velocity_loss(student.prediction, path.velocity(x0, noise, t)).mean()
+    velocity = squared_error(student.prediction, path.velocity(x0, noise, t)).mean()
     (velocity + term.weight * term.value).backward()
     gradients = [p.grad for p in (*backbone.parameters(), *method.parameters()) if p.grad is not None]
     return velocity.detach(), term.value.detach(), gradients

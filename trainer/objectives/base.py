@@ -10,14 +10,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+from torch import Tensor
+
 from .paths import interpolant
 from .times import time_law
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    import torch
-    from torch import Tensor
 
     from ..models.capture import Captured
     from .times import TimeLaw
@@ -120,3 +120,17 @@ def require_prediction(captured: Captured) -> Tensor:
     if captured.prediction is None:
         raise ValueError("the backbone stopped before its prediction")
     return captured.prediction
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the mean over C, h, w of the squared difference, per sample, in float32 or better.
+
+    Args:
+        prediction: ``[B, C, h, w]``.
+        target: of the same shape.
+
+    Returns:
+        ``[B]``.
+    """
+    dtype = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
+    return (prediction.to(dtype) - target.to(dtype)).square().flatten(1).mean(1)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
-from .base import Noised, Objective, ObjectiveConfig, require_prediction
+from .base import Noised, Objective, ObjectiveConfig, require_prediction, squared_error
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from torch import Tensor
 
     from ..models.capture import Captured
 
@@ -41,23 +40,9 @@ class Flow(Objective):
     def losses(self, captured: Captured, noised: Noised) -> Mapping[str, Tensor]:
         """Return the velocity loss, per sample."""
         target = self.path.velocity(noised.x0, noised.noise, noised.t)
-        return {VELOCITY: velocity_loss(require_prediction(captured), target)}
+        return {VELOCITY: squared_error(require_prediction(captured), target)}
 
     def velocity(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """Return the prediction: it is the velocity."""
         del x, t
         return prediction
-
-
-def velocity_loss(velocity: Tensor, target: Tensor) -> Tensor:
-    """L_v per sample: the mean over C, h, w of (v_θ − v)², in float32 or better.
-
-    Args:
-        velocity: prediction ``[B, C, h, w]``.
-        target: velocity of the path, of the same shape.
-
-    Returns:
-        ``[B]``.
-    """
-    dtype = torch.promote_types(torch.promote_types(velocity.dtype, target.dtype), torch.float32)
-    return (velocity.to(dtype) - target.to(dtype)).square().flatten(1).mean(1)

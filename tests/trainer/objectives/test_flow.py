@@ -10,7 +10,7 @@ import pytest
 import torch
 from repa.data.errors import RepaError
 from repa.trainer.models.sit import SiT, SiTConfig
-from repa.trainer.objectives.flow import velocity_loss
+from repa.trainer.objectives.base import squared_error
 from repa.trainer.objectives.paths import INTERPOLANTS, interpolant
 from repa.trainer.objectives.times import TIME_LAWS, time_law
 from safetensors.torch import load_file
@@ -33,7 +33,7 @@ def test_golden_velocity_loss(shared: Path, name: str) -> None:
     if name == "linear":
         torch.testing.assert_close(x, golden["fwd_x"], rtol=0, atol=1e-12)
     velocity = model(x, t, golden["y"]).prediction
-    loss = velocity_loss(velocity, path.velocity(golden["x0"], golden["noise"], t))
+    loss = squared_error(velocity, path.velocity(golden["x0"], golden["noise"], t))
     torch.testing.assert_close(loss, golden[f"loss_{name}_denoise"], rtol=0, atol=1e-9)
 
 
@@ -104,9 +104,9 @@ def test_times_are_a_function_of_the_generator() -> None:
         assert torch.equal(first, second)
 
 
-def test_velocity_loss_is_the_mean_per_sample_in_float32() -> None:
+def test_the_error_is_the_mean_per_sample_in_float32() -> None:
     target = torch.full((2, 4, 8, 8), 300.0, dtype=torch.float16)
-    loss = velocity_loss(torch.zeros_like(target), target)
+    loss = squared_error(torch.zeros_like(target), target)
     assert loss.dtype == torch.float32
     # 300² overflows float16
     assert loss.tolist() == [90_000.0, 90_000.0]
@@ -115,7 +115,7 @@ def test_velocity_loss_is_the_mean_per_sample_in_float32() -> None:
         math.fsum((x - y) ** 2 for x, y in zip(a[i].flat, b[i].flat, strict=True)) / a[i].size
         for i in range(3)
     ]
-    np.testing.assert_allclose(velocity_loss(torch.from_numpy(a), torch.from_numpy(b)), slow, rtol=1e-14)
+    np.testing.assert_allclose(squared_error(torch.from_numpy(a), torch.from_numpy(b)), slow, rtol=1e-14)
 
 
 def test_unknown_names() -> None:
