@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning.pytorch.callbacks import Callback
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ...data.errors import RepaError
 from ...data.storage.files import os_errors
-from .metrics import MetricsFile, first_not_finite
+from ...data.units import counted
+from .divergence import refuse_divergence
+from .metrics import MetricsFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,6 +90,25 @@ class Metrics(StepCallback):
         self._task: TaskID | None = None
         self._clock = clock
         self._last_line = 0.0
+        self._rows_before: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many rows a checkpoint counts on."""
+        return {"rows": 0 if self._file is None else len(self._file)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take how many rows there were."""
+        rows = state_dict.get("rows")
+        self._rows_before = rows if isinstance(rows, int) else None
+
+    def sync(self) -> None:
+        """Have the rows outlive a power cut.
+
+        Raises:
+            RepaError: the disk refuses.
+        """
+        if self._file is not None:
+            self._file.sync()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the file, dropping rows that a killed run wrote after its last checkpoint."""
@@ -96,7 +116,15 @@ class Metrics(StepCallback):
         self._clock.restart(trainer.global_step)
         if not trainer.is_global_zero:
             return
-        self._file = MetricsFile(self._run / METRICS_FILE, resumed_step=trainer.global_step)
+        self._file = MetricsFile(
+            self._run / METRICS_FILE, resumed_step=trainer.global_step, rows=self._rows_before
+        )
+        if self._file.missing:
+            self._console.print(
+                f"note: {METRICS_FILE} lacks {counted(self._file.missing, 'row')} of before this start",
+                highlight=False,
+                soft_wrap=True,
+            )
         self._tensorboard = tensorboard_writer(self._run / TENSORBOARD_FOLDER, trainer.global_step)
         if self._console.is_terminal:
             self._bar = Progress(
@@ -119,12 +147,7 @@ class Metrics(StepCallback):
         log = self.is_due(step, self.config.log_every)
         if log:
             values |= module.take_means()
-            bad = first_not_finite({key: value for key, value in values.items() if key != "gradient_norm"})
-            if bad is not None:
-                raise RepaError(
-                    f"{bad} is {values[bad]} in the steps before {step}: training diverged",
-                    "start another --run with a lower --lr, or with --set precision=bf16-mixed or 32-true",
-                )
+            refuse_divergence(values, step, self._run)
         rate = self._clock.rate(step, self.config.batch_size) if log else None
         if self._evaluate is not None and self.is_due(step, self.config.eval_every):
             with self._clock.paused():

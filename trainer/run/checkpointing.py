@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from ..step.checkpoints import FOLDER, checkpoint_path, checkpoints_of
 from .callbacks import Clock, StepCallback
+from .divergence import refuse_divergence, refuse_weights
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from lightning.pytorch import Trainer
@@ -25,19 +27,28 @@ class Checkpoints(StepCallback):
         config: of the run.
         run: its folder.
         clock: not to count the time of saving.
+        before: makes durable what the checkpoint counts on.
     """
 
-    def __init__(self, config: TrainConfig, run: Path, clock: Clock) -> None:
+    def __init__(self, config: TrainConfig, run: Path, clock: Clock, before: Callable[[], None]) -> None:
         super().__init__(config)
         self._run = run
         self._clock = clock
+        self._before = before
 
     def on_step(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
-        """Save if it is time."""
+        """Save if it is time.
+
+        Raises:
+            RepaError: training has diverged, so that the last good checkpoint stays; or the disk refuses.
+        """
         if not self.is_due(step, self.config.checkpoint_every) and not trainer.should_stop:
             return
         with self._clock.paused():
             module.fetch_means()
+            refuse_divergence(module.means.state_dict()["sums"], step, self._run)
+            refuse_weights(module.parameters(), step, self._run, module.over_ranks)
+            self._before()
             trainer.save_checkpoint(checkpoint_path(self._run, step))
             if trainer.is_global_zero:
                 self.prune()

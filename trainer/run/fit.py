@@ -155,12 +155,13 @@ def _train(
     held_out = _held_out_evaluation(config, checked)
     if decoder is None and config.preview_every:
         say("no previews: no decoder was given")
+    metrics = Metrics(config, run, console, clock, held_out)
     callbacks: list[Callback] = [
         GradientAngle(config),
-        Metrics(config, run, console, clock, held_out),
+        metrics,
         Previews(config, run, decoder, say, clock),
         stop,
-        Checkpoints(config, run, clock),
+        Checkpoints(config, run, clock, metrics.sync),
     ]
     trainer = make_trainer(config, run=run, callbacks=callbacks)
     if leader:

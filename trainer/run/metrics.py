@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
+import os
+import re
 from typing import TYPE_CHECKING
 
+from ...data.errors import RepaError
 from ...data.storage.files import os_errors, write_file
 
 if TYPE_CHECKING:
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Reduce = Callable[[Tensor], Tensor]
+
+_STEP = re.compile(r"[0-9]{1,18}")
+_NUMBER = re.compile(r"-?(?:[0-9]{1,40}(?:\.[0-9]{1,40})?(?:e[-+]?[0-9]{1,4})?|inf)|nan")
 
 
 class MetricsFile:
@@ -27,28 +31,41 @@ class MetricsFile:
     Args:
         path: the file.
         resumed_step: rows after this step were written by a run that was killed, and are dropped.
+        rows: how many rows that checkpoint says there were; None where it does not.
+
+    Raises:
+        RepaError: the file is damaged among the rows that are kept.
     """
 
-    def __init__(self, path: Path, *, resumed_step: int) -> None:
+    def __init__(self, path: Path, *, resumed_step: int, rows: int | None = None) -> None:
         self._path = path
         self._columns: list[str] = ["step"]
         self._rows: list[list[str]] = []
         with os_errors("read", path):
-            text = path.read_text(encoding="utf-8") if path.exists() and resumed_step > 0 else ""
-        # a killed run may have left half a line at the end
-        lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
-        kept = [row for row in lines[1:] if row and row[0].isdigit() and int(row[0]) <= resumed_step]
+            raw = path.read_bytes() if path.exists() and resumed_step > 0 else b""
+        columns, found, damaged = _parse(raw)
+        kept = [row for row in found if int(row[0]) <= resumed_step]
+        # what follows the rows of the checkpoint was never promised to be there whole
+        if damaged is not None and len(kept) == len(found) and len(kept) != rows:
+            raise RepaError(
+                f"{path} is damaged in line {damaged}",
+                "restore it, or move it away to go on without its rows",
+                field=path.name,
+            )
+        self.missing = 0 if rows is None else max(0, rows - len(kept))
         if kept:
             filled = [
-                index
-                for index in range(len(lines[0]))
-                if any(len(row) > index and row[index] for row in kept)
+                index for index in range(len(columns)) if any(len(row) > index and row[index] for row in kept)
             ]
             width = max(filled) + 1
-            self._columns = lines[0][:width]
+            self._columns = columns[:width]
             for row in kept:
                 self._append(row[:width])
         self._rewrite()
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+        return len(self._rows)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append a row and hand it to the operating system."""
@@ -57,11 +74,20 @@ class MetricsFile:
         self._columns += new
         row = [str(step), *(numbers.get(name, "") for name in self._columns[1:])]
         self._append(row)
-        if new:
+        if new or not self._path.exists():
             self._rewrite()
             return
         with os_errors("write", self._path), self._path.open("a", encoding="utf-8", newline="") as file:
             file.write(_line(row))
+
+    def sync(self) -> None:
+        """Have the rows outlive a power cut, before a checkpoint that counts on them is there.
+
+        Raises:
+            RepaError: the disk refuses.
+        """
+        with os_errors("write", self._path), self._path.open("r+b") as file:
+            os.fsync(file.fileno())
 
     def _append(self, row: list[str]) -> None:
         while row and not row[-1]:
@@ -85,11 +111,53 @@ def _line(row: list[str]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Rows of a metrics file, empty cells left out."""
-    with os_errors("read", path), path.open(encoding="utf-8", newline="") as file:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    """Return the rows of a metrics file, empty cells left out.
+
+    Raises:
+        RepaError: it cannot be read, or a line is no row.
+    """
+    with os_errors("read", path):
+        columns, rows, damaged = _parse(path.read_bytes())
+    if damaged is not None:
+        raise RepaError(f"{path} is damaged in line {damaged}", "restore it", field=path.name)
+    return [{key: float(cell) for key, cell in zip(columns, row, strict=False) if cell} for row in rows]
+
+
+def _parse(raw: bytes) -> tuple[list[str], list[list[str]], int | None]:
+    """Columns, rows, and the first line that is none; from there on nothing is believed.
+
+    A last line without an end was cut short by a kill, and is left out.
+    """
+    lines = raw.split(b"\n")[:-1]
+    if not lines:
+        return [], [], None
+    columns = _cells(lines[0])
+    if columns is None or columns[0] != "step" or len(set(columns)) < len(columns):
+        return [], [], 1
+    rows: list[list[str]] = []
+    for number, line in enumerate(lines[1:], 2):
+        row = _cells(line)
+        if row is None or not _is_row(row, columns):
+            return columns, rows, number
+        rows.append(row)
+    return columns, rows, None
+
+
+def _cells(line: bytes) -> list[str] | None:
+    try:
+        return line.decode().split(",")
+    except UnicodeDecodeError:
+        return None
+
+
+def _is_row(row: list[str], columns: list[str]) -> bool:
+    return len(row) <= len(columns) and bool(_STEP.fullmatch(row[0])) and all(map(_is_number, row[1:]))
+
+
+def _is_number(cell: str) -> bool:
+    return not cell or bool(_NUMBER.fullmatch(cell))
 
 
 def first_not_finite(values: Mapping[str, float]) -> str | None:
-    """Name of the first value that is infinite or not a number."""
+    """Return the name of the first value that is infinite or not a number."""
     return next((name for name, value in values.items() if not math.isfinite(value)), None)

@@ -227,13 +227,14 @@ class TrainingModule(LightningModule):
 
     def fetch_means(self) -> None:
         """Bring the recorded values to the host, averaged over the ranks; every rank must call it."""
-        self.means.fetch(self._over_ranks)
+        self.means.fetch(self.over_ranks)
 
     def take_means(self) -> dict[str, float]:
         """Means since the last call, over steps and ranks; every rank must call it."""
-        return self.means.take(self._over_ranks)
+        return self.means.take(self.over_ranks)
 
-    def _over_ranks(self, values: Tensor) -> Tensor:
+    def over_ranks(self, values: Tensor) -> Tensor:
+        """Return the mean of values over the ranks; every rank must call it."""
         if self.trainer.world_size == 1:
             return values
         reduced: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op="mean")

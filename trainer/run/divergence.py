@@ -1,0 +1,75 @@
+"""Training that has diverged is seen before it is saved, and the error says the way on."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ...data.errors import RepaError
+from ..step.checkpoints import checkpoints_of
+from .metrics import first_not_finite
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+
+def refuse_divergence(values: Mapping[str, float], step: int, run: Path) -> None:
+    """Look at what was recorded of the steps up to one.
+
+    The norm of the gradient is passed over: float16 steps over the ones that overflow.
+
+    Args:
+        values: by name.
+        step: finished steps.
+        run: folder of the run.
+
+    Raises:
+        RepaError: one is not finite.
+    """
+    bad = first_not_finite({key: value for key, value in values.items() if key != "gradient_norm"})
+    if bad is not None:
+        raise RepaError(
+            f"{bad} is {values[bad]} in the steps before {step}: training diverged", way_on(run), field=bad
+        )
+
+
+def refuse_weights(
+    weights: Iterable[Tensor], step: int, run: Path, over_ranks: Callable[[Tensor], Tensor]
+) -> None:
+    """Look at the weights themselves: the loss that would tell comes one step late.
+
+    Args:
+        weights: that are to be saved.
+        step: finished steps.
+        run: folder of the run.
+        over_ranks: mean over the ranks, not finite if one is not.
+
+    Raises:
+        RepaError: one is not finite.
+    """
+    if not math.isfinite(float(over_ranks(largest(weights)))):
+        raise RepaError(
+            f"weights are not finite after step {step}: training diverged", way_on(run), field="weights"
+        )
+
+
+def largest(weights: Iterable[Tensor]) -> Tensor:
+    """Return the largest magnitude among weights, not a number if one is none; one value for the device."""
+    return nn.utils.get_total_norm([each.detach() for each in weights], norm_type=math.inf)
+
+
+def way_on(run: Path) -> str:
+    """Return what can be done about a run that has diverged."""
+    lower = "a lower --lr, a lower --set clip or --set precision=32-true"
+    newest = max(checkpoints_of(run), default=None)
+    if newest is None:
+        return f"start another --run with {lower}"
+    return (
+        f"the checkpoint of step {newest} is good: go on from it with a lower --lr or --set clip, or begin "
+        f"another --run with --init {run} and {lower}"
+    )
