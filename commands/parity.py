@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..data.reading.loader import Batch
     from ..pipeline.replay.live import LiveTeachers
     from ..trainer.config import TrainConfig
-    from ..trainer.run.checks import Checked
+    from ..trainer.run.checked import Checked
     from ..trainer.step.module import TrainingModule
 
 LOSS = "loss"
@@ -143,7 +143,8 @@ def parity(flags: ParityFlags, *, console: Console | None = None) -> Parity:
 
 
 def _checked(config: TrainConfig, live: LiveTeachers | None = None) -> Checked:
-    from ..trainer.run.checks import ProblemsError, check
+    from ..trainer.run.checked import ProblemsError
+    from ..trainer.run.checks import check
 
     checked = check(config, live)
     if checked.problems:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ..pipeline.replay.live import LiveTeachers
     from ..trainer.config import TrainConfig
-    from ..trainer.run.checks import Checked
+    from ..trainer.run.checked import Checked
     from .shared.decoder import Decoder
 
 RUNS = Path("runs")
@@ -226,8 +226,10 @@ def _print_plan(
     Raises:
         ProblemsError: after printing, when the run could not start.
     """
-    from ..trainer.run.checks import ProblemsError, check, describe_phases
+    from ..trainer.run.checked import ProblemsError
+    from ..trainer.run.checks import check
     from ..trainer.run.lightning_trainer import resolve_precision
+    from ..trainer.run.phases import describe_phases
 
     config = replace(config, precision=resolve_precision(config))
     checked = check(config, live)

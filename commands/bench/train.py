@@ -15,7 +15,8 @@ from ...data.testing import synthetic_cache
 from ...pipeline.encoders import load_encoder
 from ...trainer.config import build
 from ...trainer.input.online import is_target
-from ...trainer.run.checks import ProblemsError, attention_blocks, check
+from ...trainer.run.checked import ProblemsError
+from ...trainer.run.checks import attention_blocks, check
 from ...trainer.run.fit import assemble, identity_of, load_live
 from ...trainer.run.lightning_trainer import make_trainer, quiet_lightning
 from .measured import Measured, interleaved

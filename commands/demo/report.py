@@ -17,9 +17,10 @@ from ...pipeline.encoders import load_encoder
 from ...trainer.config import build
 from ...trainer.evaluation.frechet import frechet_distance
 from ...trainer.run.callbacks import METRICS_FILE, TIMING_FILE
-from ...trainer.run.checks import check, describe_phases
+from ...trainer.run.checks import check
 from ...trainer.run.folder import CONFIG_FILE
 from ...trainer.run.metrics import read_metrics
+from ...trainer.run.phases import describe_phases
 from ...trainer.settings_file import load_yaml
 from ..sample import ARRAY_FILE
 

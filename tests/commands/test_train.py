@@ -12,7 +12,7 @@ from repa.data.errors import CacheError, RepaError
 from repa.data.testing import synthetic_cache
 from repa.trainer.config import build
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
-from repa.trainer.run.checks import ProblemsError
+from repa.trainer.run.checked import ProblemsError
 from repa.trainer.run.fit import Outcome
 from repa.trainer.settings_file import load_yaml
 from rich.console import Console

@@ -12,7 +12,7 @@ from repa.commands.train import TrainFlags, train
 from repa.data.format.columns import ColumnSpec
 from repa.data.testing import SYNTHETIC_COLUMNS, synthetic_cache
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
-from repa.trainer.run.checks import ProblemsError
+from repa.trainer.run.checked import ProblemsError
 from repa.trainer.run.metrics import read_metrics
 from rich.console import Console
 

@@ -17,6 +17,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from ...data.edge import shortened
 from ...data.errors import RepaError
 from ..typed import nearest
 from .base import Method, MethodConfig
@@ -48,6 +49,7 @@ def find_method(name: str, *, may_import: bool = False) -> type[Method]:
     if name in _imported:
         return _imported[name]
     if ":" in name:
+        _split(name)
         if not may_import:
             raise RepaError(
                 f"the method {name} is code from outside repa, and a file alone cannot have it imported",
@@ -102,7 +104,7 @@ def _entry_point(name: str) -> EntryPoint:
     if not found:
         module, _, attribute = name.rpartition(".")
         remedy = f"a class is named as {module}:{attribute}" if module else nearest(name, method_names())
-        raise RepaError(f"method {name!r} is unknown", remedy, field=FLAG)
+        raise RepaError(f"method {shortened(name)} is unknown", remedy, field=FLAG)
     if len(found) > 1:
         classes = sorted(value for value, _ in found)
         raise RepaError(
@@ -113,17 +115,29 @@ def _entry_point(name: str) -> EntryPoint:
     return next(iter(found.values()))
 
 
+def _split(target: str) -> tuple[str, str]:
+    """Module and class of ``module:Class``.
+
+    Raises:
+        RepaError: it is no such name.
+    """
+    module, _, attribute = target.partition(":")
+    if not attribute.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        raise RepaError(
+            f"{shortened(target)} is no name of a class",
+            "write it as my_package.my_module:MyMethod",
+            field=FLAG,
+        )
+    return module, attribute
+
+
 def _import(target: str) -> Any:
     """What ``module:Class`` names.
 
     Raises:
         RepaError: it is no such name, the module cannot be imported, or has no such attribute.
     """
-    module, _, attribute = target.partition(":")
-    if not attribute.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
-        raise RepaError(
-            f"{target!r} is no name of a class", "write it as my_package.my_module:MyMethod", field=FLAG
-        )
+    module, attribute = _split(target)
     try:
         found = import_module(module)
     except (Exception, SystemExit) as error:  # whatever the code of others raises, it is said in one line
@@ -186,4 +200,9 @@ def _unusable(kind: type[MethodConfig]) -> tuple[str, str] | None:
             return "a setting cannot be called name", "method.name is the method's own; call it otherwise"
         if item.default is MISSING and item.default_factory is MISSING:
             return f"{item.name} has no default", "give it one: each setting can be left out"
+    try:
+        kind()
+    except Exception as error:  # of pydantic, of a bound, or of what the class itself checks
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return f"the defaults are refused ({reason})", "give defaults that fit the annotations"
     return None

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
-from ...data.errors import RepaError
-from ...data.format.columns import KINDS, LABEL, MOMENTS, source_of
+from ...data.format.columns import KINDS, MOMENTS, source_of
 from ...data.format.manifest import ORIGINAL_VIEW
-from ...data.reading.latents import LatentScale, latent_scale
+from ...data.reading.latents import latent_scale
 from ...data.reading.order import split_holdout
 from ...data.reading.reader import CacheReader
 from ...data.tars.cache import TarCache, manifest_of
@@ -20,98 +18,27 @@ from ...data.units import counted
 from ..input.datamodule import columns_of_phase
 from ..input.online import live_columns, offer, read_columns
 from ..input.tar_stream import GUARANTEES
-from ..methods.base import Method, Problem
 from ..methods.outside import find_method
 from ..models import registry as backbones
 from ..step.randomness import derived_seed
+from .checked import RANDOM_WEIGHTS, Checked
 from .gradient_angle import angle_problems
 from .lightning_trainer import make_trainer
+from .phases import condition_column
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from ...data.format.manifest import Manifest, Provenance
+    from ...data.format.manifest import Manifest
     from ..config import TrainConfig
     from ..input.online import LiveTargets
+    from ..methods.base import Method
     from ..models.base import BackboneConfig
     from ..models.capture import BackboneFacts
 
-T = TypeVar("T")
-
-RANDOM_WEIGHTS = "good for trying things out, not for results"
-
-
-class ProblemsError(RepaError):
-    """A run cannot start; the message lists every problem and its remedy.
-
-    Attributes:
-        problems: all of them.
-    """
-
-    def __init__(self, problems: list[Problem]) -> None:
-        count = counted(len(problems), "problem")
-        lines = [
-            f"\n  {number}. {each.what}\n     → {each.remedy}"
-            for number, each in enumerate(problems, start=1)
-        ]
-        super().__init__(f"the run cannot start: {count}{''.join(lines)}")
-        self.problems = problems
-
-
-@dataclass(kw_only=True)
-class Checked:
-    """What the checks found; what could not be found for a problem is None.
-
-    Attributes:
-        problems: everything that keeps the run from starting.
-        warnings: lines that the user should read, but that stop nothing.
-        manifest: of the cache.
-        backbone: architecture.
-        method: the method, freshly initialised from the seed.
-        scale: of the latents.
-        reader: of every column that some phase reads.
-        live: computes the targets of an online run.
-        live_sources: what its columns come from, once it is loaded.
-        train_rows: rows to train on.
-        held_out_rows: rows that are not.
-        world_size: processes of the run.
-        device: training device of this process.
-    """
-
-    problems: list[Problem] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    manifest: Manifest | None = None
-    backbone: BackboneConfig | None = None
-    method: Method | None = None
-    scale: LatentScale | None = None
-    reader: CacheReader | TarCache | None = None
-    live: LiveTargets | None = None
-    live_sources: Mapping[str, Provenance] = field(default_factory=dict)
-    train_rows: NDArray[np.int64] | None = None
-    held_out_rows: NDArray[np.int64] | None = None
-    world_size: int | None = None
-    device: torch.device | None = None
-
-    def add(self, what: str, remedy: str, *, field: str = "") -> None:
-        """Add a problem, once."""
-        problem = Problem(what=what, remedy=remedy, field=field)
-        if problem not in self.problems:
-            self.problems.append(problem)
-
-    def attempt(self, action: Callable[[], T]) -> T | None:
-        """Return what an action returns; its mistake is a problem."""
-        try:
-            return action()
-        except RepaError as error:
-            self.add(error.what, error.remedy, field=error.field)
-            return None
-
 
 def check(config: TrainConfig, live: LiveTargets | None = None) -> Checked:
-    """Look at configuration, cache, devices and method together; reads no row, loads and builds no network.
+    """Look at configuration, cache, devices and method together, without reading a row or building a network.
 
     Args:
         config: of the run.
@@ -121,7 +48,7 @@ def check(config: TrainConfig, live: LiveTargets | None = None) -> Checked:
     _check_model_name(config, found)
     _check_devices(config, found)
     if not config.cache:
-        found.add("no cache was named", "name one with --cache")
+        found.add("no cache was named", "name one with --cache", field="--cache")
         return found
     found.manifest = found.attempt(lambda: manifest_of(config.cache))
     if found.manifest is None:
@@ -140,17 +67,10 @@ def check(config: TrainConfig, live: LiveTargets | None = None) -> Checked:
     return found
 
 
-def condition_column(method: Method, num_classes: int) -> str:
-    """Column that the method's conditioner embeds; the label without one."""
-    with torch.random.fork_rng(devices=[]):
-        conditioner = method.make_conditioner(num_classes)
-    return LABEL if conditioner is None else conditioner.column
-
-
 def make_method(
     config: TrainConfig, facts: BackboneFacts, manifest: Manifest, live: LiveTargets | None = None
 ) -> Method:
-    """The method, its parameters drawn from the run's seed: they do not depend on where targets come from.
+    """Build the method, its parameters drawn from the run's seed wherever its targets come from.
 
     Args:
         config: of the run.
@@ -166,7 +86,7 @@ def make_method(
 
 
 def attention_blocks(config: TrainConfig) -> tuple[int, ...]:
-    """Blocks of a live teacher whose attention the method compares; none if that cannot be told.
+    """Return the blocks of a live teacher whose attention the method compares; none if that cannot be told.
 
     Raises:
         RepaError: there is no cache.
@@ -195,24 +115,32 @@ def _check_devices(config: TrainConfig, found: Checked) -> None:
             f"a batch of {counted(config.batch_size, 'image')} does not divide into "
             f"{counted(ranks, 'device')} × {counted(accumulate, 'micro-batch')}",
             f"set --batch-size to a multiple of {ranks * accumulate}",
+            field="--batch-size",
         )
 
 
 def _check_live(config: TrainConfig, manifest: Manifest, found: Checked) -> None:
     if found.live is None:
-        found.add("targets is online and there is no live teacher", "pass one as `live`, see trainer.online")
+        found.add(
+            "targets is online and there is no live teacher",
+            "pass one as `live`, see trainer.input.online",
+            field="--targets",
+        )
     if manifest.views != (ORIGINAL_VIEW,):
         found.add(
             f"cache {config.cache} has the views {', '.join(manifest.views)}, and live teachers see images "
             "as they are",
             "train with --targets cache, or from a cache of one view",
+            field="--targets",
         )
 
 
 def _check_backbone(config: TrainConfig, manifest: Manifest, found: Checked) -> None:
     classes = len(manifest.class_names)
     if not classes:
-        found.add(f"cache {config.cache} has no classes", "write it again with `repa preprocess`")
+        found.add(
+            f"cache {config.cache} has no classes", "write it again with `repa preprocess`", field="--cache"
+        )
     found.attempt(lambda: manifest.require((MOMENTS,), where=config.cache))
     found.scale = found.attempt(lambda: latent_scale(manifest, where=config.cache))
     shape = manifest.columns[MOMENTS].shape if MOMENTS in manifest.columns else ()
@@ -222,6 +150,7 @@ def _check_backbone(config: TrainConfig, manifest: Manifest, found: Checked) -> 
         found.add(
             f"column {MOMENTS} has latents of {shape[1]}×{shape[2]}, and the backbones take square ones",
             "write the cache again with `repa preprocess`",
+            field=MOMENTS,
         )
         return
     if found.attempt(lambda: backbones.family_of(config.model)) is None:
@@ -253,7 +182,11 @@ def _check_columns(config: TrainConfig, manifest: Manifest, method: Method, foun
         column for phase in method.phases() for column in columns_of_phase(method, phase, condition)
     )
     if found.live is not None and not live_columns(needed, found.live) and not found.problems:
-        found.add(f"method {config.method_name} takes nothing from a teacher", "leave --targets online out")
+        found.add(
+            f"method {config.method_name} takes nothing from a teacher",
+            "leave --targets online out",
+            field="--targets",
+        )
     read = read_columns(needed, found.live)
     missing = [column for column in read if column not in manifest.columns]
     if missing and not found.problems:
@@ -279,6 +212,7 @@ def _check_rows(config: TrainConfig, reader: CacheReader, found: Checked) -> Non
             f"labels of cache {config.cache} run from {reader.labels.min()} to {reader.labels.max()}, but it "
             f"names {counted(classes, 'class')}",
             "write the cache again with `repa preprocess`",
+            field="--cache",
         )
     split = found.attempt(lambda: split_holdout(reader.valid_rows, config.holdout))
     if split is None:
@@ -289,20 +223,26 @@ def _check_rows(config: TrainConfig, reader: CacheReader, found: Checked) -> Non
             f"a batch of {counted(config.batch_size, 'image')} is larger than the "
             f"{counted(len(found.train_rows), 'image')} to train on",
             f"set --batch-size to at most {len(found.train_rows)}, or cache more images",
+            field="--batch-size",
         )
 
 
 def _check_tars(config: TrainConfig, cache: TarCache, found: Checked) -> None:
     import_them = "make a cache of them with `repa cache import`"
     if found.live is not None:
-        found.add(f"live teachers cannot be called beside tars, as {config.cache}", import_them)
+        found.add(
+            f"live teachers cannot be called beside tars, as {config.cache}", import_them, field="--targets"
+        )
     if config.holdout:
         found.add(
             f"holdout={config.holdout}: rows cannot be held out of tars, which are read in sequence",
             f"leave holdout at 0, or {import_them}",
+            field="holdout",
         )
     if config.order != "full":
-        found.add(f"order={config.order} is of caches, tars have one order", "leave order at full")
+        found.add(
+            f"order={config.order} is of caches, tars have one order", "leave order at full", field="order"
+        )
     images = len(cache.valid_rows)
     found.train_rows, found.held_out_rows = cache.valid_rows, cache.valid_rows[:0]
     if found.world_size is None:
@@ -314,32 +254,3 @@ def _check_tars(config: TrainConfig, cache: TarCache, found: Checked) -> None:
         found.warnings.append(
             GUARANTEES.format(buffer=config.shuffle_buffer, images=images, left_out=left_out)
         )
-
-
-def describe_phases(checked: Checked, config: TrainConfig) -> list[Mapping[str, Any]]:
-    """For ``--dry-run``: each phase with its steps, its columns (read, live, missing) and the bytes read."""
-    if checked.method is None or checked.manifest is None:
-        return []
-    condition = condition_column(checked.method, len(checked.manifest.class_names))
-    rows: list[Mapping[str, Any]] = []
-    for phase in checked.method.phases():
-        needed = columns_of_phase(checked.method, phase, condition)
-        columns = read_columns(needed, checked.live)
-        specs = checked.manifest.columns
-        row_bytes = sum(specs[name].row_bytes for name in columns if name in specs)
-        stop = config.max_steps if phase.stop is None else min(phase.stop, config.max_steps)
-        steps = max(stop - phase.start, 0)
-        rows.append(
-            {
-                "phase": phase.name,
-                "first": phase.start,
-                "last": phase.start + steps - 1,
-                "steps": steps,
-                "columns": columns,
-                "live": live_columns(needed, checked.live),
-                "missing": tuple(name for name in columns if name not in specs),
-                "step_bytes": row_bytes * config.batch_size,
-                "all_bytes": row_bytes * config.batch_size * steps,
-            }
-        )
-    return rows

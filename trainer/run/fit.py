@@ -20,8 +20,9 @@ from ..objectives import registry as objectives
 from ..step.checkpoints import checkpoint_path, checkpoints_of, load_checkpoint, objective_said
 from ..step.module import CHECKPOINT_KEY, TrainingModule, build_backbone
 from .callbacks import Clock, Metrics
+from .checked import RANDOM_WEIGHTS, Checked, ProblemsError
 from .checkpointing import Checkpoints
-from .checks import RANDOM_WEIGHTS, Checked, ProblemsError, check
+from .checks import check
 from .folder import locked_run, refuse_foreign_folder, settle_config
 from .gradient_angle import GradientAngle
 from .held_out import held_out_batches, held_out_sums

@@ -63,6 +63,7 @@ def angle_problems(config: TrainConfig, method: Method, backbone: BackboneFacts)
         Problem(
             what=f"gradient_angle_block is {block}, alignment reaches blocks 1 to {last}",
             remedy=f"set a block from 1 to {last}, or none for block {last}",
+            field="gradient_angle_block",
         )
     ]
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from ..config import Change, TrainConfig
-    from .checks import Checked
+    from .checked import Checked
 
 RECORD_FILE = "run.json"
 _LIBRARIES = ("torch", "lightning", "numpy", "zarr", "repa")

@@ -20,8 +20,9 @@ from repa.data.testing import SYNTHETIC_COLUMNS, expected_row, synthetic_cache
 from repa.trainer.config import TrainConfig
 from repa.trainer.input.datamodule import CacheData
 from repa.trainer.input.online import is_target, offer
-from repa.trainer.run.checks import attention_blocks, check, describe_phases
+from repa.trainer.run.checks import attention_blocks, check
 from repa.trainer.run.metrics import read_metrics
+from repa.trainer.run.phases import describe_phases
 from torch import Tensor
 
 Settings = Callable[..., TrainConfig]

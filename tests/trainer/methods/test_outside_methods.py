@@ -97,6 +97,8 @@ def test_a_file_alone_imports_nothing(write: Write) -> None:
         GOOD.replace("strength: float = 0.25", "strength: float"),
         GOOD.replace("strength: float", "strength: 'Unknown'"),
         GOOD.replace("strength: float = 0.25", "name: str = 'a'"),
+        GOOD.replace("strength: float = 0.25", "strength: float = 'a'"),
+        GOOD.replace("strength: float = 0.25", "strength: Method = None"),
     ],
 )
 def test_what_is_no_method_is_refused_in_one_line(write: Write, text: str) -> None:
@@ -109,13 +111,25 @@ def test_what_is_no_method_is_refused_in_one_line(write: Write, text: str) -> No
 
 @pytest.mark.parametrize(
     "name",
-    ["repo", "repa.trainer.methods.repa.Repa", "no_module_of_that_name:Mine", ":", "a:", "a b:c", "/x:y"],
+    [
+        "repo",
+        "repa.trainer.methods.repa.Repa",
+        "no_module_of_that_name:Mine",
+        ":",
+        "a:",
+        "a b:c",
+        "/x:y",
+        "\033[31m:x",
+        "x" * 10_000,
+    ],
 )
 def test_unknown_names(name: str) -> None:
     with pytest.raises(RepaError) as caught:
         find_method(name, may_import=True)
     assert caught.value.field == FLAG
     assert caught.value.remedy
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
 
 
 def test_an_installed_package_offers_a_method(write: Write, tmp_path: Path) -> None:

@@ -1,0 +1,95 @@
+"""What the checks before step 0 found: the parts of a run, or why it cannot start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from ...data.errors import RepaError
+from ...data.units import counted
+from ..methods.base import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from ...data.format.manifest import Manifest, Provenance
+    from ...data.reading.latents import LatentScale
+    from ...data.reading.reader import CacheReader
+    from ...data.tars.cache import TarCache
+    from ..input.online import LiveTargets
+    from ..methods.base import Method
+    from ..models.base import BackboneConfig
+
+T = TypeVar("T")
+
+RANDOM_WEIGHTS = "good for trying things out, not for results"
+
+
+class ProblemsError(RepaError):
+    """A run cannot start; the message lists every problem and its remedy.
+
+    Attributes:
+        problems: all of them.
+    """
+
+    def __init__(self, problems: list[Problem]) -> None:
+        count = counted(len(problems), "problem")
+        lines = [
+            f"\n  {number}. {each.what}\n     → {each.remedy}"
+            for number, each in enumerate(problems, start=1)
+        ]
+        super().__init__(f"the run cannot start: {count}{''.join(lines)}")
+        self.problems = problems
+
+
+@dataclass(kw_only=True)
+class Checked:
+    """What the checks found; what could not be found for a problem is None.
+
+    Attributes:
+        problems: everything that keeps the run from starting.
+        warnings: lines that the user should read, but that stop nothing.
+        manifest: of the cache.
+        backbone: architecture.
+        method: the method, freshly initialised from the seed.
+        scale: of the latents.
+        reader: of every column that some phase reads.
+        live: computes the targets of an online run.
+        live_sources: what its columns come from, once it is loaded.
+        train_rows: rows to train on.
+        held_out_rows: rows that are not.
+        world_size: processes of the run.
+        device: training device of this process.
+    """
+
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    manifest: Manifest | None = None
+    backbone: BackboneConfig | None = None
+    method: Method | None = None
+    scale: LatentScale | None = None
+    reader: CacheReader | TarCache | None = None
+    live: LiveTargets | None = None
+    live_sources: Mapping[str, Provenance] = field(default_factory=dict)
+    train_rows: NDArray[np.int64] | None = None
+    held_out_rows: NDArray[np.int64] | None = None
+    world_size: int | None = None
+    device: torch.device | None = None
+
+    def add(self, what: str, remedy: str, *, field: str = "") -> None:
+        """Add a problem, once."""
+        problem = Problem(what=what, remedy=remedy, field=field)
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def attempt(self, action: Callable[[], T]) -> T | None:
+        """Return what an action returns, or None where its mistake became a problem."""
+        try:
+            return action()
+        except RepaError as error:
+            self.add(error.what, error.remedy, field=error.field)
+            return None
