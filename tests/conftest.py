@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+from warmed import Warmed
+from warmed import warmed as warmed_process
 
 # before anything imports torch, and for the processes that tests start: see repa.cli.main for the first; the
 # matrices of the tests are so small that a second thread costs more than it gives
@@ -67,7 +69,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Begin with the files that take longest, and leave out what is thorough unless it is asked for."""
     rank = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
-    if config.option.markexpr:
+    if "thorough" in config.option.markexpr:
         return
     thorough = [item for item in items if item.get_closest_marker("thorough")]
     if thorough:
@@ -93,6 +95,13 @@ def shared() -> Path:
     if not (folder / "golden" / "repa.npz").exists():
         pytest.skip("the reference numbers and sample images (../shared) are not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def warmed() -> Iterator[Warmed]:
+    """Return a process that forks others with PyTorch and the trainer imported."""
+    with warmed_process() as server:
+        yield server
 
 
 @pytest.fixture(autouse=True, scope="session")

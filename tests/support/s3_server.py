@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from ports import free_port
 
 obstore = pytest.importorskip("obstore")
 pytest.importorskip("moto")
@@ -44,14 +45,6 @@ def empty(address: str) -> None:
     """Leave a server with nothing but an empty bucket ``bucket``."""
     for path, method in (("moto-api/reset", "POST"), ("bucket", "PUT")):
         urllib.request.urlopen(urllib.request.Request(f"{address}/{path}", method=method)).close()
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def lead_to(patch: pytest.MonkeyPatch, address: str) -> None:

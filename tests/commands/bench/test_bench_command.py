@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from repa.commands.bench.forms import FORMS
 from repa.commands.bench.measured import BenchSettings, Measured, interleaved
 from repa.commands.bench.run import PARTS, bench
 from repa.data.errors import RepaError
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from repa.data.format.columns import ColumnSpec
 
 
 def test_ratio_is_the_median_of_the_rounds_ratios() -> None:
@@ -33,8 +41,28 @@ def test_variants_take_turns_and_the_first_turn_does_not_count() -> None:
     assert rates == {"a": (3.0, 5.0), "b": (4.0, 6.0)}
 
 
+def row_bytes(form: str) -> int:
+    return sum(spec.row_bytes for spec in FORMS[form].values())
+
+
+def test_the_forms_are_those_of_the_readme() -> None:
+    # latents and tokens: 8·32·32·4 + 256·768·2 bytes; int8 tokens and 768 scales
+    assert {form: row_bytes(form) for form in FORMS} == {
+        "float16": 425_984,
+        "int8": 32_768 + 196_608 + 3_072,
+    }
+
+
+def small(form: Mapping[str, ColumnSpec]) -> dict[str, ColumnSpec]:
+    """The same columns with shapes an eighth as long."""
+    shapes = {name: tuple(side // 8 for side in spec.shape) for name, spec in form.items()}
+    return {name: replace(spec, shape=shapes[name]) for name, spec in form.items()}
+
+
 @pytest.mark.slow
-def test_every_part_runs(tmp_path: Path) -> None:
+def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for form, columns in FORMS.items():
+        monkeypatch.setitem(FORMS, form, small(columns))
     settings = BenchSettings(batch_size=4, images=8, rows=128, steps=1, rounds=1)
     text = StringIO()
     # per form: warm 7 lines of ours and the limit, cold 8; and zarr, perhaps tensorstore, in each
@@ -48,8 +76,7 @@ def test_every_part_runs(tmp_path: Path) -> None:
     train = {line.name: line for line in results["train"]}
     assert [name for name, line in train.items() if line.beside] == ["repa, cached", "haste, cached"]
     assert all(line.beside in train for line in train.values() if line.beside)
-    # latents and tokens: 8·32·32·4 + 256·768·2 bytes; int8 tokens and 768 scales
-    assert {line.bytes_per_item for line in results["loader"]} == {425_984, 32_768 + 196_608 + 3_072}
+    assert {line.bytes_per_item for line in results["loader"]} == {row_bytes(form) for form in FORMS}
     assert all(min(line.cpu_per_1000) > 0 for line in results["loader"])
     assert list(tmp_path.iterdir()) == []
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ports import free_port
 from repa.data.errors import CacheError, CorruptRowError, RepaError
 from repa.data.format.columns import ColumnSpec
 from repa.data.format.opening import read_keys
@@ -21,7 +22,7 @@ from repa.data.storage.bucket import Bucket, RemotePath, cache_path, is_remote
 from repa.data.testing import expected_row, synthetic_cache
 from repa.data.units import human_bytes
 from repa.data.upkeep.info import cache_info
-from s3_server import free_port, lead_to, obstore, upload
+from s3_server import lead_to, obstore, upload
 
 GenericError = obstore.exceptions.GenericError
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ports import free_port
 from repa.data.errors import CacheError, RepaError
 from repa.data.storage import object_file
 from repa.data.storage.bucket import Bucket
@@ -16,7 +17,7 @@ from repa.data.tars.export import export_cache, import_cache
 from repa.data.tars.reader import open_tar
 from repa.data.testing import synthetic_cache
 from repa.data.upkeep.verify import verify_cache
-from s3_server import free_port, lead_to, obstore, upload
+from s3_server import lead_to, obstore, upload
 
 MOMENTS, PATCH = "sd-vae/moments", "demo/patch"
 TARS = "shard-{000000..000002}.tar"

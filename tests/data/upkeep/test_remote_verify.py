@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from ports import free_port
 from repa.cli import main
 from repa.data.errors import CacheError, RepaError
 from repa.data.format.columns import ColumnSpec
@@ -19,7 +20,7 @@ from repa.data.testing import synthetic_cache
 from repa.data.upkeep import shard_check
 from repa.data.upkeep.shard_check import Finding
 from repa.data.upkeep.verify import verify_cache
-from s3_server import free_port, lead_to, obstore, upload
+from s3_server import lead_to, obstore, upload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

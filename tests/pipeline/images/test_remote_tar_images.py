@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from ports import free_port
 from repa.data.errors import RepaError
 from repa.data.storage import object_file
 from repa.data.storage.bucket import Bucket
@@ -16,7 +17,7 @@ from repa.data.testing import folder_contents
 from repa.pipeline.images.names import cache_for
 from repa.pipeline.images.open import open_source
 from repa.pipeline.images.tars import TarImages
-from s3_server import empty, free_port, lead_to, obstore, s3_server, upload
+from s3_server import empty, lead_to, obstore, s3_server, upload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DRIVER = Path(__file__).with_name("kill_driver.py")
-KILLS = 8
+KILLS, MANY_KILLS = 4, 20
 SHARDS = 5
 LIMIT_SECONDS = 900
 
@@ -78,6 +78,14 @@ def caches(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, 
 def test_killed_and_resumed_is_the_undisturbed_cache(world: int, caches: dict[int, Path]) -> None:
     folder = caches[world]
     assert folder_contents(folder / "killed") == folder_contents(folder / "undisturbed")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("world", [1, 3])
+def test_of_many_kills_none_leaves_a_trace(world: int, images: Path, tmp_path: Path) -> None:
+    report = driven(images, tmp_path / "killed", world, MANY_KILLS, 100 + world)
+    assert report["kills"] >= MANY_KILLS
+    assert folder_contents(tmp_path / "killed") == folder_contents(tmp_path / "undisturbed")
 
 
 @pytest.mark.slow

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from repa.trainer.config import TrainConfig
+    from warmed import Ended, Warmed
 
     Settings = Callable[..., TrainConfig]
 
@@ -39,7 +38,6 @@ import json, os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from repa.cli import main
 from repa.data.tars.cache import TarCache
 from repa.trainer.input import tar_stream
@@ -66,11 +64,9 @@ def transfer(self, batch, device, index, move=CacheData.transfer_batch_to_device
 
 def write(self, step, values, write=MetricsFile.write):
     write(self, step, values)
-    if step == int(sys.argv[2]):
+    if step == int(sys.argv[2]):  # rank 0 alone writes metrics
         os.kill(os.getpid(), signal.SIGKILL)
 
-# it kills a rank 0 that has not ended by itself seconds after another rank, which a slow machine may take
-_ChildProcessObserver._run = lambda self: False
 TarCache.samples = samples
 tar_stream.tar_permutation = permutation
 CacheData.transfer_batch_to_device = transfer
@@ -78,7 +74,7 @@ MetricsFile.write = write
 
 if __name__ == "__main__":
     SIT_SIZES["T"] = SiTSize(depth=2, width=48, heads=3)
-    main(["train", "--config", sys.argv[3], "--run", sys.argv[1]])
+    main(["train", "--config", sys.argv[3], "--run", sys.argv[1], *sys.argv[4:]])
 """
 
 
@@ -90,18 +86,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
     return export_pattern(folder / "out", done.shards)
 
 
-def two_ranks(config: TrainConfig, run: Path, *, kill_at: int = 0) -> subprocess.CompletedProcess[str]:
+def two_ranks(warmed: Warmed, config: TrainConfig, run: Path, *flags: str, kill_at: int = 0) -> list[Ended]:
     script, file = run.with_name("rank.py"), run.with_name("config.yaml")
     script.write_text(RANK)
     file.write_text(config.to_yaml())
-    return subprocess.run(
-        [sys.executable, "-W", "error", str(script), str(run), str(kill_at), str(file)],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    return warmed.run(script, run, kill_at, file, *flags, ranks=2)
 
 
 def notes_of(run: Path, rank: int) -> list[dict[str, Any]]:
@@ -159,15 +148,16 @@ def tars_of(notes: list[dict[str, Any]]) -> list[tuple[int, list[int]]]:
 
 @pytest.mark.slow
 def test_two_ranks_share_the_tars_and_go_on_after_a_kill(
-    settings: Settings, exported: str, tmp_path: Path
+    settings: Settings, exported: str, tmp_path: Path, warmed: Warmed
 ) -> None:
     run = tmp_path / "run"
-    killed = two_ranks(config_of(settings, exported), run, kill_at=10)
+    killed, other = two_ranks(warmed, config_of(settings, exported), run, kill_at=10)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert other.returncode == 1, other.stderr
     assert max(checkpoints_of(run)) == 8
     first = [notes_of(run, rank) for rank in range(2)]
-    resumed = two_ranks(config_of(settings, f"pipe:cat '{exported}'"), run)
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = two_ranks(warmed, config_of(settings, exported), run, "--cache", f"pipe:cat '{exported}'")
+    assert [each.returncode for each in resumed] == [0, 0], resumed
     second = [notes_of(run, rank)[len(first[rank]) :] for rank in range(2)]
 
     seen: dict[int, list[int]] = {0: [], 1: []}
@@ -198,7 +188,7 @@ def test_two_ranks_share_the_tars_and_go_on_after_a_kill(
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_damaged_tar_of_one_rank_is_a_line_of_each(
-    settings: Settings, exported: str, tmp_path: Path, rank: int
+    settings: Settings, exported: str, tmp_path: Path, rank: int, warmed: Warmed
 ) -> None:
     """That of the rank that read it names the tar and the member; the other says that it is not the cause."""
     for file in Path(exported).parent.glob("*.tar"):
@@ -208,10 +198,10 @@ def test_a_damaged_tar_of_one_rank_is_a_line_of_each(
     with tarfile.open(file) as tar:
         member = next(each for each in tar if each.name.endswith("demo.patch.npy") and each.offset > 20_000)
     os.truncate(file, member.offset_data + 40)
-    result = two_ranks(config_of(settings, export_pattern(tmp_path, 6)), tmp_path / "run")
-    assert result.returncode == 1
-    lines = sorted(result.stderr.strip().splitlines(), key=lambda line: "another process" in line)
-    assert len(lines) == 2, result.stderr
+    ended = two_ranks(warmed, config_of(settings, export_pattern(tmp_path, 6)), tmp_path / "run")
+    assert [each.returncode for each in ended] == [1, 1]
+    assert [each.stderr.count("\n") for each in ended] == [1, 1], ended
+    lines = ended[rank].stderr.splitlines() + ended[1 - rank].stderr.splitlines()
     assert lines[1].startswith("error: another process of this run has ended (Connection ")
     assert lines[0] == (
         f"error: {file} was cut off: it ends at byte {member.offset_data + 40}, in {member.name}, "

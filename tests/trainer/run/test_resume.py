@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from repa.trainer.config import TrainConfig
+    from warmed import Warmed
 
     Settings = Callable[..., TrainConfig]
     Fit = Callable[..., Any]
@@ -52,20 +51,16 @@ class Killed(BaseException):
 
 
 def test_kill_9_and_the_same_command(
-    settings: Settings, run_fit: Fit, tmp_path: Path, same_run: SameRun
+    settings: Settings, run_fit: Fit, tmp_path: Path, same_run: SameRun, warmed: Warmed
 ) -> None:
     config = settings(max_steps=12, log_every=1, checkpoint_every=4, holdout=7, eval_every=3)
     run_fit(config, "whole")
     file = tmp_path / "config.yaml"
     file.write_text(config.to_yaml())
     killed = tmp_path / "killed"
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", KILLED_RUN, str(killed), str(file), "6"],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    script = tmp_path / "killed_run.py"
+    script.write_text(KILLED_RUN)
+    (result,) = warmed.run(script, killed, file, 6)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert list(checkpoints_of(killed)) == [4]
     assert (killed / "metrics.csv").read_text().count("\n") == 7

@@ -1,0 +1,78 @@
+"""The backbone, its file and two losses against a published program's numbers, which are beside the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from repa.trainer.methods.alignment import cosine_similarity
+from repa.trainer.models.capture import Capture
+from repa.trainer.models.published import load_published
+from repa.trainer.models.sit import SiT, SiTConfig
+from repa.trainer.objectives.flow import velocity_loss
+from repa.trainer.objectives.paths import interpolant
+from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from repa.trainer.models.capture import Captured
+
+FILE = Path(__file__).resolve().parents[1] / "golden" / "sit.npz"
+CONFIG = SiTConfig(depth=4, width=48, heads=4, patch_size=2, input_size=16, num_classes=10)
+PATH = interpolant("linear")
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, torch.Tensor]:
+    """Every array, numbers in float64, which is exact."""
+    with np.load(FILE) as file:
+        arrays = {key: torch.from_numpy(file[key]) for key in file}
+    return {key: value.double() if value.is_floating_point() else value for key, value in arrays.items()}
+
+
+@pytest.fixture(scope="module")
+def backbone(golden: dict[str, torch.Tensor]) -> SiT:
+    weights = {key.removeprefix("weights/"): value for key, value in golden.items() if "/" in key}
+    model = SiT(CONFIG).double()
+    model.load_state_dict({key: value for key, value in weights.items() if not key.startswith("conv1.")})
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+@torch.no_grad()
+def captured(golden: dict[str, torch.Tensor], backbone: SiT) -> Captured:
+    x_t = PATH.interpolate(golden["x0"], golden["noise"], golden["t"])
+    return backbone(x_t, golden["t"], golden["y"], Capture(hidden=(2,)))
+
+
+def test_the_prediction(golden: dict[str, torch.Tensor], captured: Captured) -> None:
+    assert captured.prediction is not None
+    torch.testing.assert_close(captured.prediction[:1], golden["velocity"], rtol=0, atol=1e-9)
+
+
+def test_the_velocity_loss(golden: dict[str, torch.Tensor], captured: Captured) -> None:
+    assert captured.prediction is not None
+    loss = velocity_loss(captured.prediction, PATH.velocity(golden["x0"], golden["noise"], golden["t"]))
+    torch.testing.assert_close(loss, golden["loss_velocity"], rtol=0, atol=1e-9)
+
+
+def test_the_alignment_loss(golden: dict[str, torch.Tensor], captured: Captured) -> None:
+    """A 1×1 convolution is a linear map of each token."""
+    weight, bias = golden["weights/conv1.weight"].flatten(1), golden["weights/conv1.bias"]
+    projected = torch.nn.functional.linear(captured.hidden[2], weight, bias)
+    loss = -cosine_similarity(projected, golden["z"]).mean()
+    torch.testing.assert_close(loss, golden["loss_projected"], rtol=0, atol=1e-9)
+
+
+def test_the_position_table_bit_for_bit(golden: dict[str, torch.Tensor]) -> None:
+    assert torch.equal(SiT(CONFIG).pos_embed.double(), golden["weights/pos_embed"])
+
+
+def test_the_weights_as_a_published_file(tmp_path: Path, backbone: SiT) -> None:
+    state = {key: value.contiguous() for key, value in backbone.state_dict().items()}
+    save_file(state, tmp_path / "sit.safetensors")
+    found = load_published(tmp_path / "sit.safetensors", heads=4)
+    assert found.config == CONFIG
+    assert all(torch.equal(found.backbone[key], value) for key, value in state.items())
