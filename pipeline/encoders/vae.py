@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ...data.edge import read_json, shortened
 from ...data.errors import RepaError
 from ...data.format.manifest import Provenance
+from ...data.reading.latents import LatentScale, scale_of
 from ...data.units import counted
 from ..images.pixels import to_autoencoder_input, to_pixels
 from .weights import drawn_weights, hub_file, library_versions, one_line, some, weights_sha256
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 DEMO = "demo"
@@ -45,8 +49,7 @@ class Autoencoder:
     Attributes:
         name: hub name, ``demo``, or the folder's absolute path: what `load` finds it by again.
         latent_channels: C.
-        scaling_factor: what a latent is multiplied by before diffusion.
-        shift_factor: what is subtracted before that.
+        scale: the map from its latents to those of a diffusion model.
         stride: pixels per latent position, along a side.
         device: where it computes.
         dtype: of the forward passes (float32, or an autocast dtype).
@@ -64,8 +67,7 @@ class Autoencoder:
         self.dtype = dtype
         self.random_weights = random_weights
         self.latent_channels = int(model.config.latent_channels)
-        self.scaling_factor = float(model.config.scaling_factor)
-        self.shift_factor = float(model.config.shift_factor or 0.0)
+        self.scale = _scale(model.config, name)
         self.stride = 2 ** (len(model.config.block_out_channels) - 1)
 
     @classmethod
@@ -137,9 +139,14 @@ class Autoencoder:
 
         Returns:
             uint8 ``[B, 3, R, R]``, see `preprocess.to_pixels`.
+
+        Raises:
+            RepaError: a latent or its image has a number that is not finite, which would be shown as black.
         """
+        _check_finite(latents, "latent")
         with self._autocast():
             images = self._model.decode(latents.to(self.device, torch.float32)).sample
+        _check_finite(images, "image of a latent")
         return to_pixels(images)
 
     def provenance(self, batch_size: int, resolution: int) -> Provenance:
@@ -156,8 +163,7 @@ class Autoencoder:
             grid=self.grid(resolution),
             libraries=library_versions("torch", "diffusers", "pillow"),
             notes={
-                "scaling_factor": self.scaling_factor,
-                "shift_factor": self.shift_factor,
+                **self.scale.notes(),
                 "location": self.name,
             },
         )
@@ -188,7 +194,10 @@ def latent_shape(name: str, resolution: int, *, random_weights: bool = False) ->
     try:
         channels, stride = int(config["latent_channels"]), 2 ** (len(config["block_out_channels"]) - 1)
     except (KeyError, TypeError, ValueError) as error:
-        raise RepaError(f"{CONFIG} of autoencoder {name} lacks {error}", f"{_FOLDER_REMEDY}") from error
+        raise RepaError(
+            f"{CONFIG} of autoencoder {name} lacks {error}", _FOLDER_REMEDY, field="--vae"
+        ) from error
+    _scale(config, name)
     _check_stride(name, resolution, stride)
     return channels, resolution // stride, resolution // stride
 
@@ -196,6 +205,31 @@ def latent_shape(name: str, resolution: int, *, random_weights: bool = False) ->
 def is_drawn(name: str, *, random_weights: bool) -> bool:
     """Whether `Autoencoder.load` would draw the weights."""
     return random_weights and _local_folder(name) is None
+
+
+def _scale(config: Mapping[str, Any], where: str) -> LatentScale:
+    """The map that a configuration describes; what it leaves out is diffusers' default.
+
+    Raises:
+        RepaError: numbers that are none, or statistics of the latents that no formula gives a meaning.
+    """
+    values = {"scaling_factor": STABLE_DIFFUSION["scaling_factor"], **config}
+    return scale_of(
+        values,
+        where=f"{CONFIG} of autoencoder {where}",
+        remedy=_FOLDER_REMEDY,
+        channels=config.get("latent_channels", STABLE_DIFFUSION["latent_channels"]),
+        error=RepaError,
+    )
+
+
+def _check_finite(values: Tensor, what: str) -> None:
+    if not torch.isfinite(values).all():
+        raise RepaError(
+            f"a {what} has numbers that are not finite",
+            "the model that made it may have diverged, or --guidance may be too strong",
+            field="--guidance",
+        )
 
 
 def _check_stride(name: str, resolution: int, stride: int) -> None:
@@ -282,21 +316,26 @@ def _from_folder(folder: Path) -> Any:
 def _read_config(folder: Path) -> dict[str, Any]:
     """The configuration in an autoencoder's folder."""
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        raw = (folder / CONFIG).read_bytes()
     except FileNotFoundError:
         nested = (
             f" (its sub-folder vae has one: --vae {folder / 'vae'})"
             if (folder / "vae" / CONFIG).exists()
             else ""
         )
-        raise RepaError(f"autoencoder folder {folder} has no {CONFIG}{nested}", f"{_FOLDER_REMEDY}") from None
-    except (OSError, ValueError) as error:
         raise RepaError(
-            f"{folder / CONFIG} cannot be read ({one_line(error)})", f"{_FOLDER_REMEDY}"
+            f"autoencoder folder {folder} has no {CONFIG}{nested}", _FOLDER_REMEDY, field="--vae"
+        ) from None
+    except OSError as error:
+        raise RepaError(
+            f"{folder / CONFIG} cannot be read ({one_line(error)})", _FOLDER_REMEDY, field="--vae"
         ) from error
+    config = read_json(raw, str(folder / CONFIG), remedy=_FOLDER_REMEDY, error=RepaError)
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind != "AutoencoderKL":
         raise RepaError(
-            f"{folder / CONFIG} describes {kind or 'no model'}, not an AutoencoderKL", f"{_FOLDER_REMEDY}"
+            f"{folder / CONFIG} describes {shortened(kind or 'no model')}, not an AutoencoderKL",
+            _FOLDER_REMEDY,
+            field="--vae",
         )
     return dict(config)

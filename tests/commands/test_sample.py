@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from repa.commands.sample import SampleFlags, sample
 from repa.data.errors import RepaError
+from repa.data.reading.latents import LatentScale
 from repa.data.testing import synthetic_cache
 from repa.trainer.config import build
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
@@ -119,7 +120,7 @@ def test_ema_and_model_weights(run: Path, run_sample: Run) -> None:
 def test_what_a_run_says_of_itself(run: Path) -> None:
     model = model_of_run(run)
     assert (model.objective.path.name, model.steps) == ("cosine", 3)
-    assert model.scale == (0.18215, 0.0)
+    assert model.scale == LatentScale(0.18215)
     assert (model.autoencoder, model.autoencoder_random) == ("synthetic/sd-vae", False)
     assert not model.backbone.training
 

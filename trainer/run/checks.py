@@ -142,7 +142,9 @@ def _check_backbone(config: TrainConfig, manifest: Manifest, found: Checked) -> 
             f"cache {config.cache} has no classes", "write it again with `repa preprocess`", field="--cache"
         )
     found.attempt(lambda: manifest.require((MOMENTS,), where=config.cache))
-    found.scale = found.attempt(lambda: latent_scale(manifest, where=config.cache))
+    found.scale = found.attempt(
+        lambda: latent_scale(manifest, where=config.cache).replaced(config.latent_scale, config.latent_shift)
+    )
     shape = manifest.columns[MOMENTS].shape if MOMENTS in manifest.columns else ()
     if not KINDS["moments"].fits(shape):
         return

@@ -263,8 +263,7 @@ def identity_of(checked: Checked, config: TrainConfig) -> dict[str, Any]:
         "settings": config.to_dict(),
         "class_names": list(manifest.class_names),
         "latent": {
-            "scaling_factor": scale.scaling_factor,
-            "shift_factor": scale.shift_factor,
+            **scale.notes(),
             "autoencoder": autoencoder.notes.get("location", autoencoder.model),
             "weights_sha256": autoencoder.weights_sha256,
             "random_weights": autoencoder.random_weights,
@@ -307,6 +306,9 @@ def _check_resumable(path: Path, identity: Mapping[str, Any]) -> None:
                 f"restore that {what}, or start another run with --run",
             )
     was = {"backbone": {"family": backbones.FIRST, **saved["backbone"]}, "objective": objective_said(saved)}
+    if "settings" not in saved:
+        factors = ("scaling_factor", "shift_factor")
+        was["latent"] = {name: saved["latent"][name] for name in factors}
     for key, before in was.items():
         # settings that a checkpoint from before does not tell are in the configuration of its run
         if any(identity[key].get(name) != value for name, value in before.items()):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...data.errors import RepaError
-from ...data.reading.latents import LatentScale, unscale_latent
+from ...data.reading.latents import LatentScale, scale_of, unscale_latent
 from ..models import registry as backbones
 from ..models.published import WEIGHTS
 from ..objectives import registry as objectives
@@ -170,7 +170,7 @@ def _model_of(checkpoint: Mapping[str, Any], file: Path, weights: str) -> Traine
     return TrainedModel(
         backbone=backbone.eval().requires_grad_(False),
         objective=objectives.from_plain(objective_said(said)),
-        scale=LatentScale(latent["scaling_factor"], latent["shift_factor"]),
+        scale=scale_of(latent, where=f"checkpoint {file}", remedy="it cannot be sampled", error=RepaError),
         autoencoder=latent["autoencoder"],
         autoencoder_sha256=latent["weights_sha256"],
         autoencoder_random=latent["random_weights"],

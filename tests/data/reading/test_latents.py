@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from repa.data.errors import CacheError
+from repa.data.errors import CacheError, RepaError
 from repa.data.format.manifest import Manifest, Provenance
 from repa.data.reading.latents import (
     LatentScale,
     latent_scale,
     sample_posterior,
     scale_latent,
+    scale_of,
     unscale_latent,
 )
 
@@ -93,11 +96,70 @@ def test_scaling_and_back() -> None:
 def test_scale_comes_from_the_manifest() -> None:
     scale = latent_scale(make_manifest({"scaling_factor": 0.18215}), where="c")
     assert scale == LatentScale(0.18215, 0.0)
-    assert latent_scale(make_manifest({"scaling_factor": 2, "shift_factor": None}), where="c") == (2.0, 0.0)
-    assert latent_scale(make_manifest({"scaling_factor": 2, "shift_factor": 0.5}), where="c") == (2.0, 0.5)
+    shifted = {"scaling_factor": 2, "shift_factor": None}
+    assert latent_scale(make_manifest(shifted), where="c") == LatentScale(2.0)
+    shifted["shift_factor"] = 0.5
+    assert latent_scale(make_manifest(shifted), where="c") == LatentScale(2.0, 0.5)
 
 
 @pytest.mark.parametrize("notes", [None, {}, {"scaling_factor": None}, {"scaling_factor": 0}])
 def test_a_cache_without_a_scale_is_refused(notes: dict[str, object] | None) -> None:
     with pytest.raises(CacheError, match="repa preprocess"):
         latent_scale(make_manifest(notes), where="cache")
+
+
+STATISTICS = {"scaling_factor": 0.5, "latents_mean": [-1.5, 2.0], "latents_std": [4.0, 0.25]}
+
+
+def test_statistics_of_the_channels_and_back() -> None:
+    scale = scale_of(STATISTICS, where="it", remedy="mend it")
+    assert scale == LatentScale(0.5, 0.0, (-1.5, 2.0), (4.0, 0.25))
+    latent = torch.tensor([[[[2.5]], [[3.0]]]], dtype=torch.float64)
+    assert scale_latent(latent, *scale).flatten().tolist() == [4.0 * 0.5 / 4.0, 1.0 * 0.5 / 0.25]
+    assert torch.equal(unscale_latent(scale_latent(latent, *scale), *scale), latent)
+    assert scale_latent(latent.float(), *scale).dtype == torch.float32
+
+
+def test_what_is_recorded_is_read_again() -> None:
+    for scale in (
+        LatentScale(0.18215),
+        LatentScale(1.5, 0.06),
+        LatentScale(0.5, 0.0, (1.0, 2.0), (0.1, 3.0)),
+    ):
+        assert scale_of(json.loads(json.dumps(scale.notes())), where="it", remedy="mend it") == scale
+    assert LatentScale(0.18215).notes() == {"scaling_factor": 0.18215, "shift_factor": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"scaling_factor": 0}, "scaling_factor"),
+        ({"scaling_factor": "much"}, "scaling_factor"),
+        ({"scaling_factor": True}, "scaling_factor"),
+        ({"shift_factor": [1.0]}, "shift_factor"),
+        ({"shift_factor": 0.1}, "shift_factor"),
+        ({"latents_mean": None}, "latents_mean"),
+        ({"latents_std": None}, "latents_std"),
+        ({"latents_std": []}, "latents_std"),
+        ({"latents_mean": [1.0]}, "latents_mean"),
+        ({"latents_mean": [1.0, 2.0, 3.0], "latents_std": [1.0, 2.0, 3.0]}, "latents_mean"),
+        ({"latents_std": [1.0, 0.0]}, "latents_std"),
+        ({"latents_mean": 3}, "latents_mean"),
+        ({"latents_std": ["1", "2"]}, "latents_std.0"),
+    ],
+)
+def test_what_describes_no_map_is_refused(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(RepaError) as caught:
+        scale_of({**STATISTICS, **changes}, where="it", remedy="mend it", channels=2)
+    assert caught.value.field == field
+    assert caught.value.remedy
+
+
+def test_settings_replace_the_factor_and_the_shift() -> None:
+    assert LatentScale(0.5, 0.25).replaced(None, None) == LatentScale(0.5, 0.25)
+    assert LatentScale(0.5, 0.25).replaced(2.0, 0.0) == LatentScale(2.0, 0.0)
+    scale = scale_of(STATISTICS, where="it", remedy="mend it")
+    assert scale.replaced(1.0, None) == scale._replace(scaling_factor=1.0)
+    with pytest.raises(RepaError) as caught:
+        scale.replaced(None, 0.0)
+    assert caught.value.field == "latent_shift"

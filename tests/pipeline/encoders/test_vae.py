@@ -13,7 +13,15 @@ import torch
 from diffusers import AutoencoderKL
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from repa.data.errors import RepaError
-from repa.pipeline.encoders.vae import CONFIG, DEFAULT_VAE, STABLE_DIFFUSION, WEIGHTS, Autoencoder
+from repa.data.reading.latents import scale_latent, unscale_latent
+from repa.pipeline.encoders.vae import (
+    CONFIG,
+    DEFAULT_VAE,
+    STABLE_DIFFUSION,
+    WEIGHTS,
+    Autoencoder,
+    latent_shape,
+)
 from repa.pipeline.encoders.weights import weights_sha256
 from safetensors.torch import load_file, save_file
 
@@ -156,7 +164,7 @@ def damage(folder: Path, how: str) -> None:
     [
         ("no config", r"has no config\.json; give --vae a folder"),
         ("nested", r"its sub-folder vae has one: --vae .*vae/vae"),
-        ("not json", r"config\.json cannot be read"),
+        ("not json", r"config\.json is no JSON"),
         ("another class", "describes VQModel, not an AutoencoderKL"),
         ("no weights", r"has no diffusion_pytorch_model\.safetensors"),
         ("truncated", "do not fit its config"),
@@ -255,3 +263,51 @@ def test_the_architecture_drawn_is_stable_diffusions() -> None:
     assert sum(value.numel() for value in model.parameters()) == 83_653_863
     assert model.encoder.down_blocks[3].resnets[1].conv2.weight.shape == (512, 512, 3, 3)
     assert model.config.scaling_factor == 0.18215
+
+
+def test_statistics_of_the_channels_are_those_of_diffusers(tmp_path: Path) -> None:
+    statistics = {"latents_mean": [-1.6, 1.9, -1.4], "latents_std": [8.5, 5.9, 6.5], "shift_factor": None}
+    build: Any = AutoencoderKL
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = build(**{**SMALL, **statistics}).eval()
+    model.save_pretrained(tmp_path / "vae")
+    autoencoder = Autoencoder.load(str(tmp_path / "vae"))
+    notes = autoencoder.provenance(2, 16).notes
+    assert (notes["latents_mean"], notes["latents_std"]) == ([-1.6, 1.9, -1.4], [8.5, 5.9, 6.5])
+    moments = autoencoder.encode_moments(images())
+    scaled = scale_latent(moments[:, :3], *autoencoder.scale)
+    # what diffusers' pipelines for Stable Diffusion XL do, before and after the network
+    mean, std = (torch.tensor(model.config[key]).view(1, 3, 1, 1) for key in ("latents_mean", "latents_std"))
+    with torch.no_grad():
+        latent = model.encode(images().float() / 127.5 - 1).latent_dist.mode()
+    assert torch.equal(scaled, (latent - mean) * model.config.scaling_factor / std)
+    unscaled = scaled * std / model.config.scaling_factor + mean
+    assert torch.equal(unscale_latent(scaled, *autoencoder.scale), unscaled)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"latents_mean": [0.0, 0.0, 0.0]}, "latents_std"),
+        ({"latents_mean": [0.0], "latents_std": [1.0], "shift_factor": None}, "latents_mean"),
+        ({"latents_mean": [0.0] * 3, "latents_std": [1.0] * 3}, "shift_factor"),
+        ({"scaling_factor": None}, "scaling_factor"),
+    ],
+)
+def test_statistics_without_a_meaning_are_refused(folder: Path, changes: dict[str, Any], field: str) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **changes}))
+    for look in (lambda: latent_shape(str(folder), 16), lambda: Autoencoder.load(str(folder))):
+        with pytest.raises(RepaError) as caught:
+            look()
+        assert caught.value.field == field
+
+
+def test_numbers_that_are_not_finite_are_no_black_image(saved: tuple[Path, Any]) -> None:
+    autoencoder = Autoencoder.load(str(saved[0]))
+    for bad in (float("nan"), float("inf"), 1e38):
+        latents = torch.zeros(2, 3, 8, 8)
+        latents[1, 0, 0, 0] = bad
+        with pytest.raises(RepaError):
+            autoencoder.decode(latents)

@@ -11,8 +11,10 @@ import torch
 import yaml
 from repa.data.errors import RepaError
 from repa.trainer.config import build
+from repa.trainer.methods.base import Step
 from repa.trainer.run.metrics import read_metrics
 from repa.trainer.run.starts import read_starts
+from repa.trainer.sampling.generate import model_of_run
 from repa.trainer.settings_file import load_yaml
 from repa.trainer.step.checkpoints import checkpoints_of
 from repa.trainer.step.schedule import learning_rate
@@ -160,3 +162,28 @@ def test_the_record_is_json(settings: Settings, run_fit: Fit, tmp_path: Path) ->
     run_fit(settings(**NONE, max_steps=4, clip="none"))
     starts = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
     assert starts[1]["changed"] == [{"key": "clip", "before": 1.0, "now": None}]
+
+
+def test_the_scale_of_latents_is_a_setting_that_a_checkpoint_keeps(
+    settings: Settings, run_fit: Fit, tmp_path: Path
+) -> None:
+    run_fit(settings(**NONE, max_steps=2, latent_scale=0.5, latent_shift=0.25))
+    saved = state(tmp_path / "run", 2)["repa"]["latent"]
+    assert (saved["scaling_factor"], saved["shift_factor"]) == (0.5, 0.25)
+    assert model_of_run(tmp_path / "run").scale == (0.5, 0.25, (), ())
+    with pytest.raises(RepaError) as caught:
+        run_fit(settings(**NONE, max_steps=4, latent_scale=0.75, latent_shift=0.25))
+    assert caught.value.field == "latent_scale"
+
+
+def test_a_network_learns_what_the_scale_makes_of_latents(
+    settings: Settings, run_fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, torch.Tensor] = {}
+    for name, changes in (("own", {}), ("half", {"latent_scale": 0.18215 / 2})):
+        monkeypatch.setattr(
+            "repa.trainer.step.module.Step",
+            lambda name=name, **values: (seen.setdefault(name, values["x0"]), Step(**values))[1],
+        )
+        run_fit(settings(**NONE, max_steps=1, **changes), name)
+    torch.testing.assert_close(seen["half"], seen["own"] / 2)
