@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
+    from ..trainer.models.conditioning import Conditioner
     from ..trainer.sampling.generate import TrainedModel
     from .shared.decoder import Decoder
 
@@ -99,7 +100,7 @@ def sample(flags: SampleFlags, *, console: Console | None = None) -> None:
     model, folder = _model(flags)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.backbone.to(device)
-    classes = _labels(flags.labels or (), flags.num, model.backbone.config.num_classes)
+    classes = _conditions(model.backbone.y_embedder, flags)
     # before the sampling, which may take hours: without an autoencoder it would be for nothing
     decoder = _decoder(model, flags.vae, device, console)
     latents = generate(model, classes, settings, seed=flags.seed, batch_size=flags.batch_size)
@@ -122,11 +123,27 @@ def _model(flags: SampleFlags) -> tuple[TrainedModel, Path]:
     raise RepaError("sample from one thing: a run with --run, or a checkpoint with --ckpt")
 
 
+def _conditions(conditioner: Conditioner, flags: SampleFlags) -> Tensor:
+    """Condition of each sample ``[N, …]``; for labels int64 ``[N]``."""
+    from ..trainer.models.conditioning import LabelConditioner
+    from ..trainer.step.randomness import generator_for
+
+    if isinstance(conditioner, LabelConditioner):
+        return _labels(flags.labels or (), flags.num, conditioner.num_classes)
+    if flags.labels:
+        raise RepaError(
+            f"the model is conditioned on {conditioner.column}, not on labels",
+            "leave --label out",
+            field="--label",
+        )
+    return conditioner.sampling(flags.num, generator_for(flags.seed, "sample condition")).cpu()
+
+
 def _labels(asked: Sequence[int], num: int, num_classes: int) -> Tensor:
     """Class of each sample, int64 ``[N]``."""
     import torch
 
-    from ..trainer.run.previews import balanced_labels
+    from ..trainer.models.conditioning import balanced_labels
 
     outside = [label for label in asked if not 0 <= label < num_classes]
     if outside:

@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from ..data.edge import shortened
 from ..data.errors import RepaError
+from ..data.format.columns import LABEL
 from ..data.tars.names import command_in
 from .methods.base import MethodConfig  # noqa: TC001 - annotations are read when settings are typed
 from .methods.outside import find_method
@@ -63,6 +64,7 @@ ON_RESUME: Mapping[str, OnResume] = {
     "targets": "bound",
     "model": "bound",
     "method": "bound",
+    "condition": "bound",
     "qk_norm": "bound",
     "objective": "bound",
     "latent_scale": "bound",
@@ -115,6 +117,8 @@ class TrainConfig:
         cache: folder of the cache, or a pattern of the tars it was exported to.
         targets: where the teachers' targets come from: the cache, or online from the teachers themselves.
         model: name of the backbone, ``SiT-<size>/<patch>``.
+        condition: column that the network is conditioned on: the label, or one of a kind that a condition is
+            made of.
         method_name: which method: a name of ours, of an installed one, or ``module:Class``.
         method: settings of the method.
         objective: settings of what the backbone learns to predict; their type says what. ``path`` and
@@ -162,6 +166,7 @@ class TrainConfig:
     cache: str = ""
     targets: Literal["cache", "online"] = "cache"
     model: str = "SiT-B/2"
+    condition: str = LABEL
     method_name: str = DEFAULT_METHOD
     method: MethodConfig = field(default_factory=RepaConfig)
     qk_norm: bool = False

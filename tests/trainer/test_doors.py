@@ -192,3 +192,21 @@ def test_an_early_stop_returns_no_prediction() -> None:
     assert stopped.prediction is None
     assert (stopped.hidden[2].shape, stopped.grids) == ((2, 4, 24), {2: (2, 2)})
     assert torch.equal(stopped.hidden[2], model(x, t, y, Capture(hidden=(2,))).hidden[2])
+
+
+def test_tables_that_no_state_dict_holds(printed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of rotary positions: a loaded network has them, and its checkpoint does not."""
+
+    class WithTable(printed["backbone"].UNet):
+        def __init__(self, config: Any, conditioner: Any = None) -> None:
+            super().__init__(config, conditioner)
+            self.register_buffer("table", torch.arange(3.0), persistent=False)
+
+    monkeypatch.setitem(BACKBONES, "UNet", Family(config=printed["backbone"].UNetConfig, build=WithTable))
+    config = registry.config_of("UNet-12", input_size=4, in_channels=4, num_classes=3)
+    model = registry.build(config)
+    loaded = registry.load(config, model.state_dict())
+    assert loaded.table.tolist() == [0.0, 1.0, 2.0]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    with pytest.raises(RepaError):
+        registry.load(config, {"table": torch.zeros(3)})

@@ -23,12 +23,14 @@ class BackboneConfig(ABC):
     """Architecture of a backbone: plain values, which checkpoints keep.
 
     Attributes:
+        takes_sequences: whether its conditioner gives a sequence of tokens, and not one vector.
         names: what a name of the family looks like, for errors: ``"SiT-<size>/<patch> with …"``.
         input_size: side of the (square) latent.
         in_channels: channels of the latent, and of the prediction.
         num_classes: classes, without the null class.
     """
 
+    takes_sequences: ClassVar[bool] = False
     names: ClassVar[str]
 
     input_size: int

@@ -8,11 +8,17 @@ sampler have it without knowing which one it is. Its randomness is drawn apart f
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ...data.format.columns import LABEL
+from ...data.errors import RepaError
+from ...data.format.columns import LABEL, split_column
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 DROP_PROBABILITY = 0.1
 EMBEDDING_STD = 0.02
@@ -22,9 +28,12 @@ class Conditioner(nn.Module, ABC):
     """Question 4 of the method contract.
 
     Attributes:
+        sequence: whether an embedding is a sequence of tokens ``[B, T, D]``, and not one vector ``[B, D]``.
         column: the cache's column that holds the values, ``label`` or ``<source>/<kind>``.
         drop_probability: how often training replaces the condition by the null one, for guidance.
     """
+
+    sequence: ClassVar[bool] = False
 
     column: str
     drop_probability: float
@@ -50,9 +59,13 @@ class Conditioner(nn.Module, ABC):
     def sampling(self, count: int, generator: torch.Generator) -> Tensor:
         """Conditions to sample with when none are given, ``[B, …]``, on the conditioner's device."""
 
+    def previewed(self, count: int, generator: torch.Generator) -> Tensor:
+        """Return the conditions of a grid of previews, ``[B, …]``; drawn as for any other samples."""
+        return self.sampling(count, generator)
+
     @abstractmethod
     def forward(self, condition: Tensor) -> Tensor:
-        """Embedding ``[B, D]`` of a condition."""
+        """Embedding of a condition, ``[B, D]`` or ``[B, T, D]`` as `sequence` says."""
 
 
 class LabelConditioner(Conditioner):
@@ -80,7 +93,66 @@ class LabelConditioner(Conditioner):
         labels = torch.randint(self.num_classes, (count,), generator=generator, device=generator.device)
         return labels.to(self.embedding_table.weight.device)
 
+    def previewed(self, count: int, generator: torch.Generator) -> Tensor:
+        """Return every class equally often, int64 ``[B]``."""
+        del generator
+        return balanced_labels(count, self.num_classes)
+
     def forward(self, condition: Tensor) -> Tensor:
         """Rows of the table, ``[B, D]``."""
         embedding: Tensor = self.embedding_table(condition)
         return embedding
+
+
+def balanced_labels(count: int, num_classes: int) -> Tensor:
+    """Return labels int64 ``[count]``: every class equally often; evenly spread ones where there are more."""
+    numbers = torch.arange(count)
+    if count >= num_classes:
+        return numbers % num_classes
+    return numbers * num_classes // count
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionColumn:
+    """What the conditioner of a column is built from.
+
+    Attributes:
+        column: ``label`` or ``<source>/<kind>``.
+        shape: of a row, ``()`` for the label.
+        num_classes: classes, without the null class.
+        width: D, channels of the embedding.
+    """
+
+    column: str
+    shape: tuple[int, ...]
+    num_classes: int
+    width: int
+
+    @property
+    def kind(self) -> str:
+        """The kind of the column, ``label`` for the label.
+
+        Raises:
+            RepaError: the column's name is not of the grammar.
+        """
+        return LABEL if self.column == LABEL else split_column(self.column)[1]
+
+    def build(self) -> Conditioner:
+        """Return a conditioner of the column, its parameters drawn from torch's global generator.
+
+        Raises:
+            RepaError: nothing embeds columns of that kind.
+        """
+        if self.kind not in CONDITIONS:
+            raise RepaError(
+                f"no condition is made of {self.column}",
+                f"choose a column of a kind that one is made of: {', '.join(CONDITIONS)}",
+                field="condition",
+            )
+        return CONDITIONS[self.kind](self)
+
+
+CONDITIONS: dict[str, Callable[[ConditionColumn], Conditioner]] = {
+    LABEL: lambda column: LabelConditioner(column.num_classes, column.width),
+}
+"""Kind of a column → what makes its conditioner: one line each."""

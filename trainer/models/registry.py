@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ...data.errors import RepaError
 from ..typed import from_mapping
 from .published import PublishedCheckpoint, load_published
@@ -17,7 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from torch import Tensor
+
     from .base import Backbone, BackboneConfig
+    from .conditioning import Conditioner
 
 FLOW = "flow"
 FIRST = "SiT"
@@ -85,7 +90,7 @@ def config_of(
     )
 
 
-def build(config: BackboneConfig, conditioner: Any = None) -> Backbone:
+def build(config: BackboneConfig, conditioner: Conditioner | None = None) -> Backbone:
     """Return a network of an architecture.
 
     Args:
@@ -93,6 +98,33 @@ def build(config: BackboneConfig, conditioner: Any = None) -> Backbone:
         conditioner: embeds the condition; None for class labels.
     """
     return _family(config)[1].build(config, conditioner)
+
+
+def load(
+    config: BackboneConfig, state: Mapping[str, Tensor], conditioner: Conditioner | None = None
+) -> Backbone:
+    """Return a network with the weights of a state dict, which it shares.
+
+    Args:
+        config: architecture.
+        state: parameters and buffers, all of them.
+        conditioner: embeds the condition; None for class labels.
+
+    Raises:
+        RepaError: the state dict is not of such a network.
+    """
+    with torch.device("meta"):
+        network = build(config, conditioner)
+    if state.keys() != network.state_dict().keys():
+        raise RepaError(
+            "the weights are not those of the backbone, or it has a condition of its method's",
+            "it cannot be sampled",
+        )
+    if set(dict(network.named_buffers())) - state.keys():
+        # tables that no state dict holds are computed where the network is built
+        network = build(config, conditioner)
+    network.load_state_dict(state, strict=True, assign=True)
+    return network
 
 
 def to_plain(config: BackboneConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from ...data.errors import RepaError
+from ...data.format.columns import LABEL
 from ...data.units import counted
 from ..methods.base import Problem
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ..input.online import LiveTargets
     from ..methods.base import Method
     from ..models.base import BackboneConfig
+    from ..models.conditioning import ConditionColumn
 
 T = TypeVar("T")
 
@@ -55,6 +57,8 @@ class Checked:
         warnings: lines that the user should read, but that stop nothing.
         manifest: of the cache.
         backbone: architecture.
+        condition: what the conditioner is built from; None where the method brings its own.
+        condition_column: the column that it embeds.
         method: the method, freshly initialised from the seed.
         scale: of the latents.
         reader: of every column that some phase reads.
@@ -70,6 +74,8 @@ class Checked:
     warnings: list[str] = field(default_factory=list)
     manifest: Manifest | None = None
     backbone: BackboneConfig | None = None
+    condition: ConditionColumn | None = None
+    condition_column: str = LABEL
     method: Method | None = None
     scale: LatentScale | None = None
     reader: CacheReader | TarCache | None = None

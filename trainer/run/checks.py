@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...data.format.columns import KINDS, MOMENTS, source_of
+from ...data.format.columns import KINDS, LABEL, MOMENTS, source_of
 from ...data.format.manifest import ORIGINAL_VIEW
 from ...data.reading.latents import latent_scale
 from ...data.reading.order import split_holdout
@@ -20,11 +20,11 @@ from ..input.online import live_columns, offer, read_columns
 from ..input.tar_stream import GUARANTEES
 from ..methods.outside import find_method
 from ..models import registry as backbones
+from ..models.conditioning import ConditionColumn
 from ..step.randomness import derived_seed
 from .checked import RANDOM_WEIGHTS, Checked
 from .gradient_angle import angle_problems
 from .lightning_trainer import make_trainer
-from .phases import condition_column
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,6 +58,8 @@ def check(config: TrainConfig, live: LiveTargets | None = None) -> Checked:
     _check_backbone(config, found.manifest, found)
     if found.backbone is not None:
         _check_method(config, found.manifest, found.backbone, found)
+    if found.backbone is not None and found.method is not None:
+        _check_condition(config, found.manifest, found.backbone, found.method, found)
     if found.method is not None:
         _check_columns(config, found.manifest, found.method, found)
     if isinstance(found.reader, TarCache):
@@ -178,10 +180,55 @@ def _check_method(config: TrainConfig, manifest: Manifest, backbone: BackboneCon
             found.add(problem.what, problem.remedy, field=problem.field)
 
 
+def _check_condition(
+    config: TrainConfig, manifest: Manifest, backbone: BackboneConfig, method: Method, found: Checked
+) -> None:
+    """Whether the backbone can be conditioned on what the run, or its method, asks for."""
+    with torch.random.fork_rng(devices=[]):
+        conditioner = method.make_conditioner(backbone.num_classes)
+        if conditioner is None:
+            found.condition = found.attempt(lambda: _condition_column(config, manifest, backbone))
+            conditioner = None if found.condition is None else found.attempt(found.condition.build)
+        elif config.condition != LABEL:
+            found.add(
+                f"method {config.method_name} conditions the network on {conditioner.column}, not on "
+                f"{config.condition}",
+                "leave condition out",
+                field="condition",
+            )
+    if conditioner is None:
+        return
+    found.condition_column = conditioner.column
+    if conditioner.sequence and not backbone.takes_sequences:
+        found.add(
+            f"the condition {conditioner.column} is a sequence, and {config.model} takes one vector",
+            "take another condition or another --model",
+            field="condition",
+        )
+
+
+def _condition_column(config: TrainConfig, manifest: Manifest, backbone: BackboneConfig) -> ConditionColumn:
+    """The configured column, from which a conditioner is built.
+
+    Raises:
+        RepaError: its name is not of the grammar, or the cache has no such column.
+    """
+    column = config.condition
+    if column != LABEL:
+        manifest.require((column,), where=config.cache)
+    return ConditionColumn(
+        column=column,
+        shape=() if column == LABEL else manifest.columns[column].shape,
+        num_classes=backbone.num_classes,
+        width=backbone.facts.width,
+    )
+
+
 def _check_columns(config: TrainConfig, manifest: Manifest, method: Method, found: Checked) -> None:
-    condition = condition_column(method, len(manifest.class_names))
     needed = dict.fromkeys(
-        column for phase in method.phases() for column in columns_of_phase(method, phase, condition)
+        column
+        for phase in method.phases()
+        for column in columns_of_phase(method, phase, found.condition_column)
     )
     if found.live is not None and not live_columns(needed, found.live) and not found.problems:
         found.add(

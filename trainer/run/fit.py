@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -217,7 +217,7 @@ def assemble(
         or checked.train_rows is None
     ):
         raise RuntimeError("the checks have not passed")
-    backbone = build_backbone(checked.backbone, checked.method, config.seed)
+    backbone = build_backbone(checked.backbone, checked.method, config.seed, checked.condition)
     module = TrainingModule(config, backbone, checked.method, checked.scale, identity)
     return module, CacheData(config, checked.reader, checked.train_rows, module.columns_at, checked.live)
 
@@ -260,6 +260,7 @@ def identity_of(checked: Checked, config: TrainConfig) -> dict[str, Any]:
         "version": IDENTITY_VERSION,
         "backbone": backbones.to_plain(backbone),
         "objective": objectives.to_plain(config.objective),
+        **_condition_of(checked),
         "settings": config.to_dict(),
         "class_names": list(manifest.class_names),
         "latent": {
@@ -278,6 +279,12 @@ def identity_of(checked: Checked, config: TrainConfig) -> dict[str, Any]:
         },
         "live": {source: digest(provenance) for source, provenance in checked.live_sources.items()},
     }
+
+
+def _condition_of(checked: Checked) -> dict[str, Any]:
+    """What sampling needs to build the conditioner; nothing for labels, or for a method's own."""
+    condition = checked.condition
+    return {} if condition is None or condition.column == LABEL else {"condition": asdict(condition)}
 
 
 def _order_of(checked: Checked, config: TrainConfig) -> dict[str, str]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ...data.format.columns import LABEL
 from ..input.datamodule import columns_of_phase
 from ..input.online import live_columns, read_columns
 
@@ -14,25 +11,16 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ..config import TrainConfig
-    from ..methods.base import Method
     from .checked import Checked
-
-
-def condition_column(method: Method, num_classes: int) -> str:
-    """Return the column that the method's conditioner embeds; the label without one."""
-    with torch.random.fork_rng(devices=[]):
-        conditioner = method.make_conditioner(num_classes)
-    return LABEL if conditioner is None else conditioner.column
 
 
 def describe_phases(checked: Checked, config: TrainConfig) -> list[Mapping[str, Any]]:
     """Return each phase with its steps, columns (read, live, missing) and bytes, for ``--dry-run``."""
     if checked.method is None or checked.manifest is None:
         return []
-    condition = condition_column(checked.method, len(checked.manifest.class_names))
     rows: list[Mapping[str, Any]] = []
     for phase in checked.method.phases():
-        needed = columns_of_phase(checked.method, phase, condition)
+        needed = columns_of_phase(checked.method, phase, checked.condition_column)
         columns = read_columns(needed, checked.live)
         specs = checked.manifest.columns
         row_bytes = sum(specs[name].row_bytes for name in columns if name in specs)

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
-
 from ...data.errors import RepaError
 from ...data.reading.latents import unscale_latent
-from ..models.conditioning import Conditioner, LabelConditioner
 from ..sampling.pictures import make_grid, save_png
 from ..sampling.sampler import sample, sample_noises
 from ..step.randomness import generator_for
@@ -20,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lightning.pytorch import Trainer
+    from torch import Tensor
 
     from ..config import TrainConfig
     from ..step.module import TrainingModule
@@ -37,14 +34,6 @@ class LatentDecoder(Protocol):
             RepaError: the decoder's weights cannot be had.
         """
         ...
-
-
-def balanced_labels(count: int, num_classes: int) -> Tensor:
-    """Labels int64 ``[count]``: every class equally often; evenly spread classes when there are more."""
-    numbers = torch.arange(count)
-    if count >= num_classes:
-        return numbers % num_classes
-    return numbers * num_classes // count
 
 
 class Previews(StepCallback):
@@ -96,20 +85,16 @@ class Previews(StepCallback):
         """Unscaled latents ``[B, C, h, w]`` of the averaged weights; noise and conditions are fixed."""
         count = self.config.preview_count
         noise = next(sample_noises(self.config.seed, range(count), module.latent_shape))
-        conditioner = module.ema.y_embedder
+        draws = generator_for(self.config.seed, "preview condition")
+        condition = module.ema.y_embedder.previewed(count, draws)
         with trainer.precision_plugin.forward_context():
             latents = sample(
                 module.ema,
                 module.objective,
                 noise.to(module.device),
-                self._condition(conditioner, count).to(module.device),
+                condition.to(module.device),
                 solver="heun",
                 steps=self.config.preview_steps,
                 guidance=self.config.preview_guidance,
             )
         return unscale_latent(latents.float(), *module.scale)
-
-    def _condition(self, conditioner: Conditioner, count: int) -> Tensor:
-        if isinstance(conditioner, LabelConditioner):
-            return balanced_labels(count, conditioner.num_classes)
-        return conditioner.sampling(count, generator_for(self.config.seed, "preview condition"))

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ...data.errors import RepaError
 from ...data.reading.latents import LatentScale, scale_of, unscale_latent
 from ..models import registry as backbones
+from ..models.conditioning import ConditionColumn
 from ..models.published import WEIGHTS
 from ..objectives import registry as objectives
 from ..step.checkpoints import checkpoints_of, load_checkpoint, objective_said
 from ..step.module import CHECKPOINT_KEY
+from ..typed import from_mapping
 from .sampler import SamplerConfig, sample, sample_noises
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def model_of_file(file: Path, *, weights: str = "ema") -> TrainedModel:
 
 def generate(
     model: TrainedModel,
-    labels: Tensor,
+    condition: Tensor,
     settings: SamplerConfig,
     *,
     seed: int,
@@ -115,7 +115,7 @@ def generate(
 
     Args:
         model: what to sample.
-        labels: class of each sample, int64 ``[N]``.
+        condition: of each sample ``[N, …]``; for labels int64 ``[N]``.
         settings: solver, steps and guidance.
         seed: of the noise.
         batch_size: samples of a batch.
@@ -125,8 +125,8 @@ def generate(
         float32 ``[B, C, h, w]`` on the model's device.
     """
     device = next(model.backbone.parameters()).device
-    for first in range(0, len(labels), batch_size):
-        part = labels[first : first + batch_size]
+    for first in range(0, len(condition), batch_size):
+        part = condition[first : first + batch_size]
         noises = sample_noises(seed, range(first, first + len(part)), model.latent_shape)
         latents = sample(
             model.backbone,
@@ -155,17 +155,18 @@ def _checkpoint_of_a_run(file: Path) -> Mapping[str, Any] | None:
 
 def _model_of(checkpoint: Mapping[str, Any], file: Path, weights: str) -> TrainedModel:
     said = checkpoint[CHECKPOINT_KEY]
-    with torch.device("meta"):
-        backbone = backbones.build(backbones.from_plain(said["backbone"]))
     prefix = "ema." if weights == "ema" else "backbone."
     state = {
         key.removeprefix(prefix): value
         for key, value in checkpoint["state_dict"].items()
         if key.startswith(prefix)
     }
-    if state.keys() != backbone.state_dict().keys():
-        raise RepaError(f"{file} holds a backbone that is not conditioned on labels", "it cannot be sampled")
-    backbone.load_state_dict(state, strict=True, assign=True)
+    condition = said.get("condition")
+    try:
+        conditioner = None if condition is None else from_mapping(ConditionColumn, condition).build()
+        backbone = backbones.load(backbones.from_plain(said["backbone"]), state, conditioner)
+    except RepaError as error:
+        raise RepaError(f"{file}: {error.what}", error.remedy, field=error.field) from error
     latent = said["latent"]
     return TrainedModel(
         backbone=backbone.eval().requires_grad_(False),

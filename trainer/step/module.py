@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..config import TrainConfig
     from ..models.base import Backbone, BackboneConfig
     from ..models.capture import Captured
+    from ..models.conditioning import ConditionColumn
 
 CHECKPOINT_KEY = "repa"
 
@@ -297,10 +298,21 @@ class TrainingModule(LightningModule):
         self.ema.load_state_dict(self.backbone.state_dict())
 
 
-def build_backbone(config: BackboneConfig, method: Method, seed: int) -> Backbone:
-    """The backbone with the method's conditioner; its weights depend on the seed, not on the method."""
+def build_backbone(
+    config: BackboneConfig, method: Method, seed: int, condition: ConditionColumn | None = None
+) -> Backbone:
+    """Return the backbone with its conditioner; its weights depend on the seed, not on the method.
+
+    Args:
+        config: architecture.
+        method: may bring its own conditioner.
+        seed: of the run.
+        condition: what the conditioner is built from where the method has none; None for the label.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, "conditioner"))
         conditioner = method.make_conditioner(config.num_classes)
+        if conditioner is None and condition is not None and condition.column != LABEL:
+            conditioner = condition.build()
         torch.manual_seed(derived_seed(seed, "backbone"))
         return backbones.build(config, conditioner)

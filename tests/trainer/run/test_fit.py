@@ -24,7 +24,6 @@ from repa.trainer.run.checks import check
 from repa.trainer.run.fit import assemble, fit, identity_of
 from repa.trainer.run.launch import is_leader
 from repa.trainer.run.metrics import read_metrics
-from repa.trainer.run.previews import balanced_labels
 from repa.trainer.settings_file import load_yaml
 from repa.trainer.step.checkpoints import checkpoints_of, load_checkpoint
 from repa.trainer.step.draws import StepDraws
@@ -224,11 +223,6 @@ def test_no_decoder_is_a_note(settings: Settings, run_fit: Fit) -> None:
     assert printed.count("no previews: its weights are not here") == 1
     _, printed = run_fit(settings(preview_every=1), "other")
     assert printed.count("no previews") == 1
-
-
-def test_balanced_labels() -> None:
-    assert balanced_labels(7, 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert balanced_labels(4, 1000).tolist() == [0, 250, 500, 750]
 
 
 @pytest.mark.parametrize("installed", [True, False])
