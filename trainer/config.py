@@ -154,7 +154,7 @@ class TrainConfig:
         preview_steps: Heun steps of a preview.
         preview_guidance: guidance scale of a preview.
         gradient_angle_every: steps between values of ``gradient_angle``, the cosine of the gradients of
-            alignment and of the velocity loss; 0 makes none.
+            alignment and of the objective; 0 makes none.
         gradient_angle_block: block over whose parameters; none takes the last that alignment reaches.
         log_every: steps between rows of metrics.csv, each the mean over the steps since the last.
         threads: reading threads of the loader.

@@ -15,7 +15,7 @@ from ...pipeline.demo import RESOLUTION
 from ...pipeline.demo.shapes import CLASS_NAMES, DemoImages
 from ...pipeline.encoders import load_encoder
 from ...trainer.config import build
-from ...trainer.evaluation.frechet import frechet_distance
+from ...trainer.evaluation.registry import FEATURES, REFERENCE, measure
 from ...trainer.run.callbacks import METRICS_FILE, TIMING_FILE
 from ...trainer.run.checks import check
 from ...trainer.run.folder import CONFIG_FILE
@@ -78,11 +78,15 @@ def report(cache: Path, runs: Sequence[DemoRun], out: Path) -> list[DemoRow]:
         chunks = torch.split(torch.from_numpy(images).permute(0, 3, 1, 2), _CHUNK)
         return np.concatenate([teacher.encode(chunk.contiguous())["cls"].numpy() for chunk in chunks])
 
+    def distance(images: NDArray[np.uint8]) -> float:
+        """Fréchet distance of images to the cache's."""
+        return measure("frechet", {FEATURES: class_vectors(images), REFERENCE: real})
+
     rows = [
         DemoRow(
             method=run.method,
             velocity_loss=_curve(run, "held_out_ema")[-1][1],
-            frechet_distance=frechet_distance(class_vectors(_samples(run)[0]), real),
+            frechet_distance=distance(_samples(run)[0]),
             images_per_second=_images_per_second(run),
             bytes_per_image=_bytes_per_image(run),
         )
@@ -90,7 +94,7 @@ def report(cache: Path, runs: Sequence[DemoRun], out: Path) -> list[DemoRow]:
     ]
     unseen = DemoImages(count=len(_samples(runs[0])[0]), seed=HELD_OUT_SEED)
     pixels = np.stack([np.asarray(unseen.load(index)) for index in range(len(unseen))])
-    floor = frechet_distance(class_vectors(pixels), real)
+    floor = distance(pixels)
     _print_table(rows, floor, len(unseen))
     numbers = {"rows": [asdict(row) for row in rows], "frechet_distance_of_unseen_images": floor}
     (out / "demo.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")

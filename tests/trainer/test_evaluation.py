@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from repa.data.errors import RepaError
 from repa.data.format.columns import MOMENTS
 from repa.data.reading.latents import LatentScale
 from repa.data.reading.reader import CacheReader
 from repa.trainer.evaluation.frechet import frechet_distance
+from repa.trainer.evaluation.registry import METRICS, Metric, measure
 from repa.trainer.models.sit import SiT, SiTConfig
 from repa.trainer.objectives.flow import Flow, FlowConfig
 from repa.trainer.run.held_out import CHUNK, held_out_batches, held_out_sums, held_out_times
@@ -80,6 +82,19 @@ def test_fewer_samples_than_channels() -> None:
 def test_features_that_have_no_distance(first: np.ndarray, second: np.ndarray) -> None:
     with pytest.raises(ValueError, match="features"):
         frechet_distance(first, second)
+
+
+def test_metrics_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = {"features": RANDOM.standard_normal((30, 4)), "reference": RANDOM.standard_normal((20, 4)) + 1}
+    expected = frechet_distance(inputs["features"], inputs["reference"])
+    assert measure("frechet", inputs) == expected > 1
+    monkeypatch.setitem(METRICS, "spread", Metric(compute=lambda x: float(x.std()), needs=("features",)))
+    assert measure("spread", inputs) == pytest.approx(inputs["features"].std())
+    with pytest.raises(RepaError) as caught:
+        measure("frechet", {"features": inputs["features"]})
+    assert caught.value.field == "reference"
+    with pytest.raises(RepaError):
+        measure("fid", inputs)
 
 
 def test_times_are_even_and_do_not_depend_on_the_chunk() -> None:
