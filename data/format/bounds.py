@@ -24,6 +24,9 @@ Side = Annotated[int, Ge(1), Le(2**16)]
 """Of an image in pixels, or of a grid in tokens."""
 
 Axis = Annotated[int, Ge(1), Le(2**24)]
+Label = Annotated[int, Ge(-(2**31)), Lt(2**31)]
+"""One that int32 holds; whether it is a class's is checked where labels are read."""
+
 Bytes = Annotated[int, Ge(0), Lt(2**53)]
 Word = Annotated[str, Len(1, 256)]
 Text = Annotated[str, Len(0, 4096)]

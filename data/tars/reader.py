@@ -29,6 +29,9 @@ _PIECE = 1 << 20
 _EXTENSION = 1 << 20  # bytes of a name or of pax records; more is damage
 
 _FIELD = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+_LENGTH = re.compile(rb"([0-9]{1,9}) ")
+_SIZE = re.compile(r"[0-9]{1,18}")
+_OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*")
 _META = re.compile(r"__[^/]*__($|/)")
 # what a compressed tar begins with: told apart, not read
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -88,7 +91,7 @@ class TarReader:
             else:
                 name = extended.get("path", name)
                 if "size" in extended:
-                    if not extended["size"].isdecimal():
+                    if not _SIZE.fullmatch(extended["size"]):
                         raise self._damaged(self._at)
                     size = int(extended["size"])
                 if kind == b"S" or any(key.startswith("GNU.sparse") for key in extended):
@@ -114,13 +117,21 @@ class TarReader:
                 self._unread = 0
                 self._skip(end - self._at)
 
-    def read(self) -> bytes:
+    def read(self, most_bytes: int | None = None) -> bytes:
         """The content of the member that was handed out last, once.
 
+        Args:
+            most_bytes: largest content that is taken into memory; any is, by default.
+
         Raises:
-            RepaError: the tar is cut off.
+            RepaError: the tar is cut off, or the content is larger.
         """
         size, self._unread = self._unread, 0
+        if self._last is not None and most_bytes is not None and size > most_bytes:
+            raise RepaError(
+                f"{self.where} holds {self._last.name} of {size:,} bytes, {most_bytes:,} are the most",
+                "fetch or write it again",
+            )
         return self._take(size)
 
     def _header(self) -> tuple[bytes, str, int] | None:
@@ -141,7 +152,7 @@ class TarReader:
             if start == 0 and block.startswith(magic):
                 raise RepaError(f"{self.where} is compressed by {program}", f"unpack it with {program} -d")
         try:
-            checksum = int(block[148:156].strip(b" \0") or b"0", 8)
+            checksum = _octal(block[148:156])
             size = _number(block[124:136])
         except ValueError:
             checksum, size = -1, 0
@@ -156,15 +167,15 @@ class TarReader:
 
     def _pax_records(self, size: int) -> dict[str, str]:
         """Records ``<length> <key>=<value>\\n`` of an extended header."""
-        data, records = self._whole(size), {}
-        while data.strip(b"\0"):
-            digits, _, _ = data.partition(b" ")
-            length = int(digits) if digits.isdigit() else 0
-            key, sign, value = data[len(digits) + 1 : length - 1].partition(b"=")
-            if not sign or data[length - 1 : length] != b"\n":
+        data, records, at = self._whole(size).rstrip(b"\0"), {}, 0
+        while at < len(data):
+            match = _LENGTH.match(data, at)
+            end = at + int(match[1]) if match else 0
+            key, sign, value = data[match.end() : end - 1].partition(b"=") if match else (b"", b"", b"")
+            if not sign or data[end - 1 : end] != b"\n":
                 raise self._damaged(self._at - size)
             records[_text(key)] = _text(value)
-            data = data[length:]
+            at = end
         return records
 
     def _whole(self, size: int) -> bytes:
@@ -183,6 +194,9 @@ class TarReader:
 
     def _skip(self, size: int) -> None:
         if self._length is not None:
+            if self._at + size > self._length:
+                self._at = self._length
+                raise self._cut_off()
             self._file.seek(self._at + size)
             self._at += size
             return
@@ -295,7 +309,14 @@ def _padded(size: int) -> int:
 def _number(text: bytes) -> int:
     if text[0] & 0x80:  # GNU's base 256, for sizes from 8 GiB on
         return int.from_bytes(text, "big") & ~(0xFF << 8 * (len(text) - 1))
-    return int(text.strip(b" \0") or b"0", 8)
+    return _octal(text)
+
+
+def _octal(text: bytes) -> int:
+    match = _OCTAL.fullmatch(text)
+    if match is None:  # no sign either: `int` would take one
+        raise ValueError(f"{text!r} is no octal number")
+    return int(match[1] or b"0", 8)
 
 
 def _text(data: bytes) -> str:

@@ -17,13 +17,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
+from annotated_types import Ge, Lt
 from crc32c import crc32c
 
+from ..edge import MOST_BYTES, parse_json
 from ..errors import CacheError, RepaError
+from ..format.bounds import Count, Label, Sha256, Text  # noqa: TC001 - read when headers are parsed
 from ..format.columns import source_of
+from ..format.grammar import is_name
 from ..format.layout import canonical_json
 from ..format.manifest import Manifest
 from .names import present_tars
@@ -45,6 +50,8 @@ CALIBRATION_FIELD = "safetensors"
 LABEL_FIELD = "cls"
 FACTS_FIELD = "json"
 AGAIN = "delete that tar, then fetch or export it again"  # export keeps the tars that are there
+_MOST_FACTS = 1 << 20  # bytes of what a sample says of itself
+_MOST_CALIBRATION = 1 << 28
 _MAGIC = b"\x93NUMPY\x01\x00"
 
 
@@ -94,33 +101,85 @@ class ShardHeader:
         Raises:
             CacheError: it is of another format or not a header.
         """
-        try:
-            values = json.loads(data)
-            if values["format"] != FORMAT:
-                raise CacheError(
-                    f"{where} is of export format {values['format']}, this repa reads {FORMAT}",
-                    "export it again",
-                )
-            return cls(
-                manifest=Manifest.from_json(values["manifest"], where=where),
-                shard=values["shard"],
-                keys=tuple(values["keys"]),
-                labels=np.array(values["labels"], dtype=np.int32),
-                invalid={
-                    source: {int(row): reason for row, reason in rows.items()}
-                    for source, rows in values["invalid"].items()
-                },
-                all_invalid=np.array(values["all_invalid"], dtype=np.int64),
-                chunks_sha256=values["chunks_sha256"],
+        named = f"the header of {where}"
+        version = parse_json(_Format, data, where=named, remedy=AGAIN).format
+        if version != FORMAT:
+            raise CacheError(
+                f"{where} is of export format {version}, this repa reads {FORMAT}",
+                "export it again",
+                field="format",
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CacheError(f"the header of {where} is damaged ({error})", f"{AGAIN}") from error
+        stored = parse_json(_Stored, data, where=named, remedy=AGAIN)
+        # of the plain values, whose depth and numbers are bounded as those of a manifest in its group
+        manifest = Manifest.from_json(stored.manifest, where=where)
+        if field := stored.misfit(manifest):
+            raise CacheError(
+                f"the header of {where} is damaged: its {field} do not fit its manifest", AGAIN, field=field
+            )
+        return cls(
+            manifest=manifest,
+            shard=stored.shard,
+            keys=stored.keys,
+            labels=np.array(stored.labels, dtype=np.int32),
+            invalid=stored.invalid,
+            all_invalid=np.array(stored.all_invalid, dtype=np.int64),
+            chunks_sha256=stored.chunks_sha256,
+        )
 
     @property
     def rows(self) -> list[int]:
         """Its rows that have data, ascending."""
         invalid = set(self.all_invalid.tolist())
         return [row for row in self.manifest.shard_range(self.shard) if row not in invalid]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Format:
+    """Of a header of whatever format."""
+
+    format: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """A header as it is in its tar."""
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    format: Count
+    manifest: dict[str, Any]
+    shard: Count
+    keys: tuple[str, ...]
+    labels: tuple[Label, ...]
+    invalid: dict[str, dict[int, Text]]
+    all_invalid: tuple[Count, ...]
+    chunks_sha256: dict[str, Sha256]
+
+    def misfit(self, manifest: Manifest) -> str | None:
+        """Return the first field that does not fit the manifest, None where all do."""
+        rows = manifest.shard_range(self.shard)
+        missing = {row for row in self.all_invalid if row in rows}
+        ends = (-1, *self.all_invalid, manifest.num_rows)
+        checks = {
+            "shard": len(rows) > 0,
+            "keys": len(self.keys) == len(rows) and not any("\n" in key for key in self.keys),
+            "labels": len(self.labels) == len(rows),
+            "all_invalid": all(first < second for first, second in pairwise(ends)),
+            "invalid": self.invalid.keys() == manifest.sources.keys()
+            and all(each.keys() == missing for each in self.invalid.values()),
+            "chunks_sha256": self.chunks_sha256.keys() == manifest.columns.keys(),
+        }
+        return next((name for name, fits in checks.items() if not fits), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """The ``.json`` of a sample."""
+
+    row: Count
+    key: str
+    label: Label
+    crc32c: dict[str, Annotated[int, Ge(0), Lt(2**32)]]
 
 
 def tar_key(key: str) -> str:
@@ -165,7 +224,7 @@ def read_header(reader: TarReader, members: Iterator[Member]) -> ShardHeader:
             f"{reader.where} is no tar of a cache: it does not begin with {HEADER}",
             "give tars that `repa cache export` wrote",
         )
-    return ShardHeader.decode(reader.read(), where=reader.where)
+    return ShardHeader.decode(reader.read(MOST_BYTES), where=reader.where)
 
 
 def read_samples(
@@ -192,6 +251,8 @@ def read_samples(
     rows = {tar_key(header.keys[row - start]): row for row in header.rows}
     columns = {column_field(name): name for name in header.manifest.columns}
     sample = _Sample(reader.where, header)
+    views = len(header.manifest.views)
+    heads = {name: npy_header(spec, views) for name, spec in header.manifest.columns.items()}
     expected = iter(header.rows)
     for member in members:
         split = split_member(member.name)
@@ -207,7 +268,9 @@ def read_samples(
                 )
             sample = _Sample(reader.where, header, key, row, tuple(columns_of(row)))
         if sample.wanted and (field in (LABEL_FIELD, FACTS_FIELD) or columns.get(field) in sample.wanted):
-            sample.fields[field] = reader.read()
+            name = columns.get(field)
+            most = len(heads[name]) + views * header.manifest.columns[name].row_bytes if name else _MOST_FACTS
+            sample.fields[field] = reader.read(most)
     yield from sample.finish()
     if (missing := next(expected, None)) is not None:
         raise CacheError(f"{reader.where} has no sample of row {missing}", f"{AGAIN}")
@@ -233,15 +296,23 @@ class _Sample:
         place = self._row - manifest.shard_range(self._header.shard).start
         label = int(self._header.labels[place])
         try:
-            facts = json.loads(self.fields[FACTS_FIELD])
-            if (facts["row"], facts["key"], facts["label"]) != (self._row, self._header.keys[place], label):
+            facts = self._facts()
+            if (facts.row, facts.key, facts.label) != (self._row, self._header.keys[place], label):
                 raise self._damaged("its json contradicts the header")
             if int(self.fields[LABEL_FIELD]) != label:
                 raise self._damaged("its cls contradicts the header")
-            arrays = {name: self._array(name, facts["crc32c"][name]) for name in self.wanted}
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._damaged(f"{type(error).__name__}: {error}") from error
+            arrays = {name: self._array(name, facts.crc32c[name]) for name in self.wanted}
+        except KeyError as error:
+            raise self._damaged(f"it has no {error}") from error
+        except ValueError as error:
+            raise self._damaged(f"its cls is no number: {error}") from error
         yield self._row, label, arrays
+
+    def _facts(self) -> _Facts:
+        try:
+            return parse_json(_Facts, self.fields[FACTS_FIELD], where="its json")
+        except CacheError as error:
+            raise self._damaged(error.what) from error
 
     def _array(self, column: str, checksum: int) -> NDArray[np.generic]:
         manifest = self._header.manifest
@@ -292,11 +363,12 @@ def read_headers(pattern: str) -> dict[int, tuple[str, ShardHeader, dict[str, by
         if header.shard in found:
             raise CacheError(f"{place} and {found[header.shard][0]} are the same shard", "name each once")
         found[header.shard] = (place, header, calibrations)
-    missing = sorted(set(range(identity[0].num_shards)) - found.keys())
-    if missing:
+    shards = identity[0].num_shards
+    if len(found) < shards:
+        first_missing = next(shard for shard in range(shards) if shard not in found)
         raise RepaError(
-            f"{pattern} lacks {len(missing)} of the {identity[0].num_shards} tars of the export, the first "
-            f"is that of shard {missing[0]}",
+            f"{pattern} lacks {shards - len(found)} of the {shards} tars of the export, the first is that of "
+            f"shard {first_missing}",
             "name them all",
         )
     return found
@@ -309,5 +381,6 @@ def _calibrations(reader: TarReader, members: Iterator[Member]) -> dict[str, byt
         if not member.name.startswith(CALIBRATION_KEY):
             break
         source = member.name.removeprefix(CALIBRATION_KEY).removesuffix(f".{CALIBRATION_FIELD}")
-        found[source] = reader.read()
+        if is_name(source):
+            found[source] = reader.read(_MOST_CALIBRATION)
     return found
