@@ -98,6 +98,12 @@ def sample(flags: SampleFlags, *, console: Console | None = None) -> None:
         solver=flags.solver, steps=flags.steps, guidance=flags.guidance, interval=flags.interval
     )
     model, folder = _model(flags)
+    if flags.out is None:
+        from ..data.storage.files import os_errors, refuse_links
+
+        # a run that others made may have links where its samples go
+        with os_errors("write", folder):
+            refuse_links(folder, flags.run or folder.parent)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.backbone.to(device)
     classes = _conditions(model.backbone.y_embedder, flags)

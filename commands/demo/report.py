@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ...data.reading.reader import CacheReader
+from ...data.storage.files import write_file
 from ...pipeline.demo import RESOLUTION
 from ...pipeline.demo.shapes import CLASS_NAMES, DemoImages
 from ...pipeline.encoders import load_encoder
@@ -97,7 +98,7 @@ def report(cache: Path, runs: Sequence[DemoRun], out: Path) -> list[DemoRow]:
     floor = distance(pixels)
     _print_table(rows, floor, len(unseen))
     numbers = {"rows": [asdict(row) for row in rows], "frechet_distance_of_unseen_images": floor}
-    (out / "demo.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    write_file(out / "demo.json", (json.dumps(numbers, indent=2) + "\n").encode(), out)
     _draw(runs, out / "demo.png")
     print(f"Wrote {out / 'demo.png'} and {out / 'demo.json'}.")
     return rows

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...data.storage.files import os_errors
+from ...data.storage.files import create_file, os_errors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,7 +60,7 @@ def measure_disk(folder: Path, *, row_bytes: int, scratch_bytes: int = _SCRATCH_
             return None
         path = folder / SCRATCH_NAME
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            descriptor = create_file(path, os.O_RDWR)
             try:
                 written = _write(descriptor, total)
                 read = _read(descriptor, total, max(1, min(row_bytes, total)))

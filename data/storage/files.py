@@ -1,7 +1,8 @@
 """Files that are there whole or not at all, folders that survive a power cut, one-line errors of the system.
 
 Everything a cache holds reaches its name by the same four steps: write beside it, fsync, rename, fsync the
-folders.
+folders. Nothing is written through a link: a cache or a run may have come from anybody, with links in it that
+point at files of the user's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import threading
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from ..errors import RepaError
 from .regular import open_regular
@@ -33,6 +34,7 @@ _REMEDIES = {
     errno.ENOTDIR: "a file stands where a folder is needed; choose another folder",
     errno.EISDIR: "a folder stands where a file is needed; name a file",
     errno.EFBIG: "restore it, or delete it",
+    errno.ELOOP: "a link stands there, and nothing is written through one; delete it",
     errno.EMFILE: "raise the limit of open files, `ulimit -n`",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EIO: "the disk or its connection fails; choose another",
@@ -95,16 +97,76 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, root: Path | None = None) -> None:
     """Make a folder and its parents; `sync_folders` makes their names durable.
+
+    Args:
+        folder: the folder.
+        root: folder above it that the user has named, below which no link is followed.
 
     Raises:
         NotADirectoryError: a file stands in the way.
+        OSError: a link does, below the root.
     """
+    if root is not None:
+        refuse_links(folder, root)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
+
+
+def refuse_links(folder: Path, root: Path) -> None:
+    """Check that a folder lies where its path says, no folder below the root being a link.
+
+    Raises:
+        OSError: one is.
+    """
+    for each in (folder, *folder.parents):
+        if each == root:
+            return
+        if each.is_symlink():
+            raise OSError(errno.ELOOP, "it is a link", str(each))
+
+
+def create_file(path: Path, access: int = os.O_WRONLY) -> int:
+    """Open a file that was not there, exclusively; what was there goes, a link and not what it points to.
+
+    Args:
+        path: the file, usually a `partial_path` that a killed process may have left.
+        access: ``os.O_WRONLY`` or ``os.O_RDWR``.
+
+    Returns:
+        Its descriptor.
+
+    Raises:
+        OSError: the operating system refuses, or a folder stands there.
+    """
+    with suppress(FileNotFoundError):
+        path.unlink()
+    return os.open(path, access | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def open_lock(path: Path) -> int:
+    """Open a lock file, made if it is not there.
+
+    Returns:
+        Its descriptor.
+
+    Raises:
+        OSError: the operating system refuses, or a link stands there.
+    """
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def open_to_append(path: Path) -> TextIO:
+    """Open a text file to write at its end, made if it is not there.
+
+    Raises:
+        OSError: the operating system refuses, or a link stands there.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    return open(os.open(path, flags, 0o666), "a", encoding="utf-8", newline="")
 
 
 def sync_folders(folder: Path, root: Path) -> None:
@@ -141,15 +203,15 @@ def write_file(path: Path, data: bytes, root: Path) -> None:
         data: all of its bytes.
         root: the folder above it whose entries must be durable too, usually the cache.
     """
-    make_folder(path.parent)
+    make_folder(path.parent, root)
     partial = partial_path(path)
     try:
-        with open(partial, "wb") as file:
+        with open(create_file(partial), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
     except OSError:
-        # a full disk needs the room; what cannot be removed is overwritten by the next writer
+        # a full disk needs the room; what cannot be removed the next writer removes
         with suppress(OSError):
             partial.unlink()
         raise
@@ -160,7 +222,7 @@ def write_file(path: Path, data: bytes, root: Path) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Hold a lock file exclusively, waiting for other processes and threads; the file stays, empty."""
     with _THREADS[str(path.resolve())]:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = open_lock(path)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX)
             yield

@@ -20,7 +20,7 @@ from ..format.commits import invalid_reasons, is_committed, read_commit
 from ..format.opening import open_manifest, read_keys
 from ..reading.reader import CacheReader
 from ..storage.bucket import map_files
-from ..storage.files import make_folder, os_errors, partial_path, publish
+from ..storage.files import create_file, make_folder, os_errors, partial_path, publish
 from ..writing.calibrations import ensure_calibration, read_calibration, recorded_sha256
 from ..writing.store import ensure_cache, ensure_source
 from ..writing.writer import SourceWriter
@@ -208,10 +208,10 @@ def _write_tar(place: Path, header: ShardHeader, read: Read, calibrations: Mappi
         from webdataset.writer import TarWriter
     except ImportError:
         raise missing_webdataset("tars are written by") from None
-    make_folder(place.parent)
+    make_folder(place.parent, place.parent)
     unfinished = partial_path(place)
     try:
-        with open(unfinished, "wb") as file:
+        with open(create_file(unfinished), "wb") as file:
             with TarWriter(file, user=_OWNER, group=_OWNER, mtime=0, encoder=False) as tar:
                 tar.write({"__key__": HEADER_KEY, "json": header.encode()})
                 for source, data in calibrations.items():

@@ -39,7 +39,7 @@ from ..format.layout import (
     zarr_documents,
 )
 from ..format.opening import open_manifest, read_keys, read_labels
-from ..storage.files import locked, os_errors, partial_path, sync_folders, write_file
+from ..storage.files import locked, os_errors, partial_path, refuse_links, sync_folders, write_file
 from ..writing.store import encode_keys, keys_sha256, metadata_documents
 from ..writing.writer import SourceWriter
 
@@ -304,11 +304,17 @@ def withdraw(path: Path, manifest: Manifest, shards: Mapping[str, Iterable[int]]
             for number in writer.shards:
                 record = commit_file(path, source, number)
                 with os_errors("write", record):
+                    files = [
+                        shard_file(path, column, spec, number)
+                        for column, spec in manifest.source_columns(source).items()
+                    ]
+                    for file in files:
+                        refuse_links(file.parent, path)
                     record.unlink(missing_ok=True)
                     # before a file goes: a record must never stand beside files that it was not made from
                     sync_folders(record.parent, path)
-                    for column, spec in manifest.source_columns(source).items():
-                        shard_file(path, column, spec, number).unlink(missing_ok=True)
+                    for file in files:
+                        file.unlink(missing_ok=True)
 
 
 def withdraw_calibration(path: Path, source: str) -> None:
@@ -319,6 +325,7 @@ def withdraw_calibration(path: Path, source: str) -> None:
     """
     file = calibration_file(path, source)
     with os_errors("write", file):
+        refuse_links(file.parent, path)
         file.unlink(missing_ok=True)
         if (path / CALIBRATION_FOLDER).is_dir():
             sync_folders(path / CALIBRATION_FOLDER, path)

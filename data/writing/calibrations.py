@@ -54,7 +54,7 @@ def ensure_calibration(
     file, lock = calibration_file(path, source), calibration_lock(path, source)
     refuse_foreign_folder(path)
     with os_errors("write", lock):
-        make_folder(lock.parent)
+        make_folder(lock.parent, path)
     with locked(lock):
         relied_on = _relied_on(path, source)
         stored = read_calibration(path, source)

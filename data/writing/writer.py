@@ -23,7 +23,16 @@ from ..format.commits import ColumnRecord, CommitRecord, is_committed
 from ..format.compression import chunk_codec
 from ..format.layout import LOCK_FILE, commit_file, commit_folder, shard_file
 from ..format.shard_index import MISSING, encode_index
-from ..storage.files import make_folder, os_errors, partial_path, publish, sync_folders, write_file
+from ..storage.files import (
+    create_file,
+    make_folder,
+    open_lock,
+    os_errors,
+    partial_path,
+    publish,
+    sync_folders,
+    write_file,
+)
 from ..storage.local import CHECKSUM_BYTES
 
 if TYPE_CHECKING:
@@ -85,8 +94,8 @@ class SourceWriter:
             _writing.add(self._key)
         try:
             with os_errors("write", lock):
-                make_folder(lock.parent)
-                self._descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                make_folder(lock.parent, self.path)
+                self._descriptor = open_lock(lock)
                 for shard in self.shards:
                     self._lock(self._descriptor, shard)
         except BaseException:
@@ -160,7 +169,7 @@ class ShardWriter:
             for column, spec in self._specs.items():
                 place = shard_file(self.path, column, spec, self.number)
                 with os_errors("write", place):
-                    self._files[column] = _ColumnFile(place, spec, *self._layout)
+                    self._files[column] = _ColumnFile(place, self.path, spec, *self._layout)
         except BaseException:
             self._abandon()
             raise
@@ -245,13 +254,16 @@ class _ColumnFile:
 
     Args:
         place: where it belongs.
+        root: folder of the cache.
         spec: the column's.
         first_row: of the shard.
         shard_rows: rows of a full shard.
         views: V.
     """
 
-    def __init__(self, place: Path, spec: ColumnSpec, first_row: int, shard_rows: int, views: int) -> None:
+    def __init__(
+        self, place: Path, root: Path, spec: ColumnSpec, first_row: int, shard_rows: int, views: int
+    ) -> None:
         self.place = place
         self.partial = partial_path(place)
         self._shape = (views, *spec.shape)
@@ -263,10 +275,8 @@ class _ColumnFile:
         self._flushed = 0
         self._index = np.full((shard_rows, views, 2), MISSING, dtype=np.uint64)
         self._checksums = np.zeros((shard_rows, views), dtype="<u4")
-        make_folder(place.parent)
-        # what a killed process left there is overwritten
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        self._descriptor: int | None = os.open(self.partial, flags, 0o666)
+        make_folder(place.parent, root)
+        self._descriptor: int | None = create_file(self.partial)
 
     def has(self, row: int) -> bool:
         return bool(self._index[row - self._first_row, 0, 0] != MISSING)
@@ -311,7 +321,7 @@ class _ColumnFile:
         )
 
     def abandon(self) -> None:
-        # what cannot be removed is overwritten by the next writer
+        # what cannot be removed the next writer removes
         with suppress(OSError):
             self._close()
         with suppress(OSError):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning.pytorch.callbacks import Callback
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ...data.storage.files import os_errors
+from ...data.storage.files import open_to_append, os_errors
 from ...data.units import counted
 from .divergence import refuse_divergence
 from .metrics import MetricsFile
@@ -187,7 +187,7 @@ class Metrics(StepCallback):
             path = self._run / TIMING_FILE
             with os_errors("write", path):
                 new = not path.exists()
-                with path.open("a", encoding="utf-8") as file:
+                with open_to_append(path) as file:
                     file.write("step,images_per_second\n" if new else "")
                     file.write(f"{step},{rate:.6g}\n")
         if self._bar is not None and self._task is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...data.errors import RepaError
-from ...data.storage.files import make_folder, os_errors, write_file
+from ...data.storage.files import make_folder, open_lock, os_errors, write_file
 from ..config import build, changes
 from ..methods.outside import FLAG as METHOD_FLAG
 from ..settings_file import load_yaml
@@ -92,8 +92,8 @@ def locked_run(run: Path, *, leader: bool) -> Iterator[None]:
         yield
         return
     with os_errors("write", run):
-        make_folder(run)
-        descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        make_folder(run, run)
+        descriptor = open_lock(run / ".lock")
     try:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

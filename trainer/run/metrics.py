@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING
 
 from ...data.errors import RepaError
-from ...data.storage.files import os_errors, write_file
+from ...data.storage.files import open_to_append, os_errors, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -77,7 +77,7 @@ class MetricsFile:
         if new or not self._path.exists():
             self._rewrite()
             return
-        with os_errors("write", self._path), self._path.open("a", encoding="utf-8", newline="") as file:
+        with os_errors("write", self._path), open_to_append(self._path) as file:
             file.write(_line(row))
 
     def sync(self) -> None:

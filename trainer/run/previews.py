@@ -79,6 +79,7 @@ class Previews(StepCallback):
             save_png(
                 make_grid(images.permute(0, 2, 3, 1).cpu().numpy()),
                 self._run / FOLDER / f"step-{step:08d}.png",
+                self._run,
             )
 
     def _latents(self, trainer: Trainer, module: TrainingModule) -> Tensor:

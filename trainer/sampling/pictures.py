@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from ...data.storage.files import make_folder, os_errors, partial_path
+from ...data.storage.files import create_file, make_folder, os_errors, partial_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -47,16 +47,22 @@ def make_grid(images: NDArray[np.uint8], columns: int | None = None) -> Image.Im
     return Image.fromarray(canvas)
 
 
-def save_png(image: Image.Image, path: Path) -> None:
+def save_png(image: Image.Image, path: Path, root: Path | None = None) -> None:
     """Write a PNG file whole or not at all, making its folder.
+
+    Args:
+        image: the image.
+        path: the file.
+        root: folder above it below which no link is followed.
 
     Raises:
         RepaError: the disk refuses.
     """
     with os_errors("write", path):
-        make_folder(path.parent)
+        make_folder(path.parent, root)
         partial = partial_path(path)
-        image.save(partial, format="PNG")
+        with open(create_file(partial), "wb") as file:
+            image.save(file, format="PNG")
         partial.replace(path)
 
 
@@ -78,7 +84,10 @@ def save_array_file(path: Path, batches: Iterable[NDArray[np.uint8]], labels: ND
     partial = partial_path(path)
     with os_errors("write", path):
         make_folder(path.parent)
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        with (
+            open(create_file(partial), "wb") as whole,
+            zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive,
+        ):
             written = 0
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 for batch in batches:

@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
 from ...data.errors import RepaError
-from ...data.storage.files import make_folder, os_errors, partial_path, publish
+from ...data.storage.files import create_file, make_folder, os_errors, partial_path, publish
 from ..models.registry import FLOW
 from .module import CHECKPOINT_KEY
 
@@ -108,10 +108,10 @@ class AtomicCheckpointIO(CheckpointIO):
         del storage_options
         place = Path(path)
         with os_errors("write", place):
-            make_folder(place.parent)
+            make_folder(place.parent, place.parent.parent)
             partial = partial_path(place)
             try:
-                with _WatchedFile(io.FileIO(partial, "wb")) as file:
+                with _WatchedFile(io.FileIO(create_file(partial), "wb")) as file:
                     _save(checkpoint, file)
                     file.flush()
                     os.fsync(file.fileno())

@@ -18,6 +18,7 @@ from repa.data.storage.files import os_errors
 from repa.data.testing import expected_row, folder_contents, synthetic_cache
 from repa.data.upkeep.info import cache_info
 from repa.data.upkeep.verify import verify_cache
+from repa.data.writing import writer as writer_module
 from repa.data.writing.writer import SourceWriter
 
 if TYPE_CHECKING:
@@ -59,19 +60,29 @@ def test_a_folder_of_the_system_refuses() -> None:
         one_line(caught.value, folder, "cannot write")
 
 
-def test_a_full_disk_leaves_the_shard_uncommitted(tmp_path: Path) -> None:
+def full_disk_for(patch: pytest.MonkeyPatch, partial: Path) -> None:
+    """Have a file be made on a full disk: every write to /dev/full fails as there."""
+    make = writer_module.create_file
+
+    def create(path: Path) -> int:
+        return os.open("/dev/full", os.O_WRONLY) if path == partial else make(path)
+
+    patch.setattr(writer_module, "create_file", create)
+
+
+def test_a_full_disk_leaves_the_shard_uncommitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = synthetic_cache(tmp_path, num_rows=20)
     whole = folder_contents(tmp_path)
     (tmp_path / "commits" / "demo" / "1.json").unlink()
     patch = shard_file(tmp_path, "demo/patch", manifest.columns["demo/patch"], 1)
-    # every write to /dev/full fails as on a full disk
     partial = patch.with_name(".0.partial")
-    partial.symlink_to("/dev/full")
-    with pytest.raises(RepaError, match="No space left on device") as caught:
-        write_shard(tmp_path, manifest, 1)
+    with monkeypatch.context() as full:
+        full_disk_for(full, partial)
+        with pytest.raises(RepaError, match="No space left on device") as caught:
+            write_shard(tmp_path, manifest, 1)
     one_line(caught.value, "demo/patch", "free some space", "run the same command again")
     assert read_commit(tmp_path, "demo", 1) is None
-    assert not partial.is_symlink()
+    assert not partial.exists()
     write_shard(tmp_path, manifest, 1)
     assert folder_contents(tmp_path) == whole
 
@@ -93,7 +104,7 @@ def test_a_write_in_parts_is_completed_and_a_failed_one_is_not_built_upon(
     assert folder_contents(tmp_path) == whole
 
     spec = manifest.columns["demo/cls"]
-    shard_file(tmp_path, "demo/cls", spec, 1).with_name(".0.partial").symlink_to("/dev/full")
+    full_disk_for(monkeypatch, shard_file(tmp_path, "demo/cls", spec, 1).with_name(".0.partial"))
     with SourceWriter(tmp_path, manifest, "demo", [1]) as writer, writer.shard(1) as opened:
         with pytest.raises(RepaError, match="No space left"):
             opened.write(8, "demo/cls", expected_row("demo/cls", 8, spec)[None])
