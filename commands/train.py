@@ -71,6 +71,22 @@ class TrainFlags:
     seed: Annotated[
         int | None, typer.Option(help="Of initialisation, order and draws.", show_default="0")
     ] = None
+    init: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN|FILE",
+            help="Begin a new run with the weights of another, or of a published checkpoint: to fine-tune, "
+            "or to go on with another precision.",
+        ),
+    ] = None
+    from_step: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEP",
+            help="Go back to this checkpoint of the run; newer ones are set aside in its folder. Once: the "
+            "same command again goes on from the newest.",
+        ),
+    ] = None
     targets: Annotated[
         str | None,
         typer.Option(
@@ -91,7 +107,7 @@ class TrainFlags:
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False
 
 
-_SETTINGS = ("method", "model", "cache", "max_steps", "batch_size", "lr", "seed", "targets")
+_SETTINGS = ("method", "model", "cache", "max_steps", "batch_size", "lr", "seed", "targets", "init")
 """Flags that are settings of `TrainConfig`."""
 
 
@@ -132,6 +148,7 @@ def train(flags: TrainFlags, *, console: Console | None = None) -> None:
             live=teachers,
             decoder=_decoder(settings),
             command=sys.argv,
+            from_step=flags.from_step,
         )
     finally:
         if teachers is not None:

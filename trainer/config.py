@@ -61,6 +61,7 @@ OnResume: TypeAlias = Literal["free", "recorded", "bound"]
 #   bound     refuse it, for the steps before would not be of the same run
 ON_RESUME: Mapping[str, OnResume] = {
     "cache": "free",  # another place; that it holds the same rows, the checkpoint checks
+    "init": "bound",
     "targets": "bound",
     "model": "bound",
     "method": "bound",
@@ -115,6 +116,7 @@ class TrainConfig:
 
     Attributes:
         cache: folder of the cache, or a pattern of the tars it was exported to.
+        init: run or checkpoint whose weights the run begins with; empty draws them.
         targets: where the teachers' targets come from: the cache, or online from the teachers themselves.
         model: name of the backbone, ``SiT-<size>/<patch>``.
         condition: column that the network is conditioned on: the label, or one of a kind that a condition is
@@ -164,6 +166,7 @@ class TrainConfig:
     """
 
     cache: str = ""
+    init: str = ""
     targets: Literal["cache", "online"] = "cache"
     model: str = "SiT-B/2"
     condition: str = LABEL

@@ -17,7 +17,8 @@ from ...trainer.config import build
 from ...trainer.input.online import is_target
 from ...trainer.run.checked import ProblemsError
 from ...trainer.run.checks import attention_blocks, check
-from ...trainer.run.fit import assemble, identity_of, load_live
+from ...trainer.run.fit import assemble, load_live
+from ...trainer.run.identity import identity_of
 from ...trainer.run.lightning_trainer import make_trainer, quiet_lightning
 from .measured import Measured, interleaved
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ...data.errors import RepaError
-from ..step.checkpoints import checkpoints_of
+from ..step.checkpoints import checkpoints_of, load_checkpoint
 from .metrics import first_not_finite
 
 if TYPE_CHECKING:
@@ -56,6 +56,31 @@ def refuse_weights(
         raise RepaError(
             f"weights are not finite after step {step}: training diverged", way_on(run), field="weights"
         )
+
+
+def refuse_lost(path: Path, run: Path) -> None:
+    """Look at the weights of a checkpoint, which a version that did not may have saved after they diverged.
+
+    Args:
+        path: the checkpoint.
+        run: folder of its run.
+
+    Raises:
+        RepaError: a weight is not finite; the remedy names the newest step whose weights are.
+    """
+    if _is_good(path):
+        return
+    good = next((step for step, each in reversed(checkpoints_of(run).items()) if _is_good(each)), None)
+    raise RepaError(
+        f"the weights in {path} are not finite: training had diverged",
+        "begin another --run" if good is None else f"go on from an older one with --from-step {good}",
+        field="--from-step",
+    )
+
+
+def _is_good(path: Path) -> bool:
+    weights = load_checkpoint(path)["state_dict"].values()
+    return math.isfinite(float(largest(each for each in weights if each.is_floating_point())))
 
 
 def largest(weights: Iterable[Tensor]) -> Tensor:

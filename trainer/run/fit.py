@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.markup import escape
 
-from ...data.errors import CacheError, RepaError
-from ...data.format.columns import AUTOENCODER, LABEL, MOMENTS, source_of
+from ...data.errors import RepaError
+from ...data.format.columns import LABEL, MOMENTS
 from ...data.reading.reader import CacheReader
 from ...data.units import counted
 from ..input.datamodule import CacheData
-from ..models import registry as backbones
-from ..objectives import registry as objectives
-from ..step.checkpoints import checkpoint_path, checkpoints_of, load_checkpoint, objective_said
-from ..step.module import CHECKPOINT_KEY, TrainingModule, build_backbone
+from ..step.checkpoints import checkpoint_path, checkpoints_of
+from ..step.module import TrainingModule, build_backbone
 from .callbacks import Clock, Metrics
 from .checked import RANDOM_WEIGHTS, Checked, ProblemsError
 from .checkpointing import Checkpoints
 from .checks import check
+from .divergence import refuse_lost
 from .folder import locked_run, refuse_foreign_folder, settle_config
+from .going_back import checkpoint_to_go_on_from, set_newer_aside
 from .gradient_angle import GradientAngle
 from .held_out import held_out_batches, held_out_sums
+from .identity import check_resumable, identity_of
+from .initial import Initial, read_initial
 from .launch import is_leader
-from .lightning_trainer import at_once, make_trainer, other_ranks, quiet_lightning, resolve_precision
+from .lightning_trainer import (
+    at_once,
+    make_trainer,
+    other_ranks,
+    quiet_lightning,
+    resolve_precision,
+    restoring,
+)
 from .previews import LatentDecoder, Previews
-from .starts import add_start
+from .starts import add_start, describe_start
 from .stop import Stop, requeue
 
 if TYPE_CHECKING:
@@ -40,11 +48,8 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
     from rich.console import Console
 
-    from ...data.format.manifest import Provenance
     from ..config import Change, TrainConfig
     from ..input.online import LiveTargets
-
-IDENTITY_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +79,7 @@ def fit(
     live: LiveTargets | None = None,
     decoder: LatentDecoder | None = None,
     command: Sequence[str] = (),
+    from_step: int | None = None,
 ) -> Outcome:
     """Train, from the newest checkpoint in the run's folder if there is one.
 
@@ -84,6 +90,7 @@ def fit(
         live: computes the targets of a run with ``targets=online``.
         decoder: latents to images for the previews; None makes none.
         command: the command line, for the record.
+        from_step: go back to the checkpoint of this step, and on from there; once, not at every start.
 
     Returns:
         How it ended.
@@ -105,13 +112,17 @@ def fit(
     if checked.problems:
         raise ProblemsError(checked.problems)
     load_live(checked, say)
+    # before the folder is made: it would be bound to what cannot be had
+    initial = read_initial(config.init, checked) if config.init and not checkpoints_of(run) else None
     with locked_run(run, leader=leader):
         identity = identity_of(checked, config)
-        newest = max(checkpoints_of(run).items(), default=None)
+        newest, going_back = checkpoint_to_go_on_from(run, from_step, say)
         if newest is not None:
-            _check_resumable(newest[1], identity)
+            check_resumable(newest[1], identity)
         changed: list[Change] = []
         if leader:
+            if newest is not None:
+                refuse_lost(newest[1], run)
             changed = settle_config(config, run, None if newest is None else newest[1])
         if newest is not None and newest[0] >= config.max_steps:
             done = counted(newest[0], "step", ",")
@@ -133,6 +144,8 @@ def fit(
             command=command,
             resumed=resumed,
             changed=changed,
+            from_step=from_step if going_back else None,
+            initial=initial,
         )
 
 
@@ -148,10 +161,16 @@ def _train(
     command: Sequence[str],
     resumed: int,
     changed: Sequence[Change],
+    from_step: int | None,
+    initial: Initial | None,
 ) -> Outcome:
     leader = is_leader()
     say = _printer(console, leader=leader)
     module, data = assemble(config, checked, identity)
+    if initial is not None:
+        initial.load_into(module)
+        for line in (f"begins with the weights of {initial.record['file']}", *initial.notes):
+            say(escape(line))
     clock = Clock()
     held_out = _held_out_evaluation(config, checked)
     if decoder is None and config.preview_every:
@@ -166,18 +185,19 @@ def _train(
     ]
     trainer = make_trainer(config, run=run, callbacks=callbacks)
     if leader:
-        add_start(run, config, checked, trainer, command=command, resumed=resumed, changed=changed)
+        start = describe_start(config, checked, trainer, command=command, resumed=resumed, changed=changed)
+        start["init"] = None if initial is None else initial.record
+        if from_step is not None:
+            start["from_step"], start["set_aside"] = from_step, set_newer_aside(run, from_step)
+        add_start(run, start)
     if resumed:
         say(f"resuming {run} at step {resumed:,}")
     if config.compile:
         # in place, so that the state dict's keys stay as they are
         module.backbone.compile()
-    with quiet_lightning(), other_ranks(), at_once(trainer):
-        trainer.fit(
-            module,
-            datamodule=data,
-            ckpt_path=checkpoint_path(run, resumed) if resumed else None,
-        )
+    checkpoint = checkpoint_path(run, resumed) if resumed else None
+    with quiet_lightning(), other_ranks(), at_once(trainer), restoring(checkpoint, stop):
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     step = trainer.global_step
     if step < config.max_steps and leader:
         _say_stopped(config, run, step, stop.reason, say)
@@ -238,90 +258,6 @@ def load_live(checked: Checked, say: Callable[[str], None]) -> None:
     for source, provenance in checked.live_sources.items():
         if provenance.random_weights:
             say(f"[yellow]note[/yellow]: the live teacher {source} has random weights: {RANDOM_WEIGHTS}")
-
-
-def identity_of(checked: Checked, config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint shares with the run that resumes it, and what sampling needs: plain values only.
-
-    Raises:
-        RuntimeError: the checks have not passed.
-    """
-    reader, backbone, scale = checked.reader, checked.backbone, checked.scale
-    if reader is None or backbone is None or scale is None:
-        raise RuntimeError("the checks have not passed")
-    manifest = reader.manifest
-    autoencoder = manifest.sources[AUTOENCODER]
-    used = dict.fromkeys(source_of(column) for column in reader.columns if column != LABEL)
-
-    def digest(provenance: Provenance) -> str:
-        return hashlib.sha256(json.dumps(provenance.identity(), sort_keys=True).encode()).hexdigest()
-
-    return {
-        "version": IDENTITY_VERSION,
-        "backbone": backbones.to_plain(backbone),
-        "objective": objectives.to_plain(config.objective),
-        **_condition_of(checked),
-        "settings": config.to_dict(),
-        "class_names": list(manifest.class_names),
-        "latent": {
-            **scale.notes(),
-            "autoencoder": autoencoder.notes.get("location", autoencoder.model),
-            "weights_sha256": autoencoder.weights_sha256,
-            "random_weights": autoencoder.random_weights,
-        },
-        "cache": {
-            "source": manifest.source_fingerprint,
-            "keys": manifest.keys_sha256,
-            "views": list(manifest.views),
-            "valid rows": hashlib.sha256(reader.valid_rows.astype("<i8").tobytes()).hexdigest(),
-            **_order_of(checked, config),
-            **{source: digest(manifest.sources[source]) for source in used},
-        },
-        "live": {source: digest(provenance) for source, provenance in checked.live_sources.items()},
-    }
-
-
-def _condition_of(checked: Checked) -> dict[str, Any]:
-    """What sampling needs to build the conditioner; nothing for labels, or for a method's own."""
-    condition = checked.condition
-    return {} if condition is None or condition.column == LABEL else {"condition": asdict(condition)}
-
-
-def _order_of(checked: Checked, config: TrainConfig) -> dict[str, str]:
-    """What the order of images depends on besides rows and seed; nothing for a full permutation."""
-    reader = checked.reader
-    if reader is None or (isinstance(reader, CacheReader) and config.order == "full"):
-        return {}
-    kind = "blocks" if isinstance(reader, CacheReader) else "tars"
-    return {"order": f"{kind} of {reader.manifest.shard_rows} rows"}
-
-
-def _check_resumable(path: Path, identity: Mapping[str, Any]) -> None:
-    saved = load_checkpoint(path)[CHECKPOINT_KEY]
-    if saved["version"] != IDENTITY_VERSION:
-        raise RepaError(
-            f"{path} is of checkpoint version {saved['version']}, this repa writes {IDENTITY_VERSION}",
-            "start another run with --run",
-        )
-    for key, what in (("cache", "cache"), ("live", "live teacher")):
-        # checkpoints from before there were live teachers say nothing of them
-        before, now = saved.get(key, {}), identity[key]
-        changed = [each for each in dict.fromkeys((*before, *now)) if before.get(each) != now.get(each)]
-        if changed:
-            raise CacheError(
-                f"the {what} is not the one {path} was trained on ({', '.join(changed)} changed)",
-                f"restore that {what}, or start another run with --run",
-            )
-    was = {"backbone": {"family": backbones.FIRST, **saved["backbone"]}, "objective": objective_said(saved)}
-    if "settings" not in saved:
-        factors = ("scaling_factor", "shift_factor")
-        was["latent"] = {name: saved["latent"][name] for name in factors}
-    for key, before in was.items():
-        # settings that a checkpoint from before does not tell are in the configuration of its run
-        if any(identity[key].get(name) != value for name, value in before.items()):
-            raise CacheError(
-                f"the {key} that this cache gives differs from that of {path}", "start another run with --run"
-            )
 
 
 def _held_out_evaluation(

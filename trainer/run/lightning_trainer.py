@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
+from ...data.edge import printable
 from ...data.errors import RepaError
 from ...data.launchers import launched_world
 from ..step.checkpoints import FOLDER, AtomicCheckpointIO
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
 
     from ..config import TrainConfig
+    from .stop import Stop
 
 _LOGGERS = ("lightning.pytorch", "lightning.fabric")
+_SHOWN = 200  # characters of a library's reason
 # what gloo and NCCL say when the process at the other end is gone
 _GONE = re.compile(r"Connection \w+ by peer|remote process exited")
 
@@ -175,3 +178,29 @@ def at_once(trainer: Trainer) -> Iterator[None]:
         if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from error
         raise
+
+
+@contextmanager
+def restoring(checkpoint: Path | None, stop: Stop) -> Iterator[None]:
+    """Make one line of what Lightning and torch say of a checkpoint that they cannot restore.
+
+    Args:
+        checkpoint: that is restored; None where there is none.
+        stop: knows whether training has begun.
+
+    Raises:
+        RepaError: in place of any other error but of the system or its memory, before training has begun.
+    """
+    try:
+        yield
+    except (RepaError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if checkpoint is None or stop.began or _GONE.search(str(error)):
+            raise
+        reason = printable(" ".join(str(error).split()))[:_SHOWN]
+        raise RepaError(
+            f"{checkpoint} cannot be restored ({type(error).__name__}: {reason})",
+            "go on from an older one with --from-step",
+            field="--from-step",
+        ) from error

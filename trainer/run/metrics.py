@@ -86,6 +86,8 @@ class MetricsFile:
         Raises:
             RepaError: the disk refuses.
         """
+        if not self._path.exists():
+            self._rewrite()
         with os_errors("write", self._path), self._path.open("r+b") as file:
             os.fsync(file.fileno())
 

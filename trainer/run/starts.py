@@ -6,19 +6,20 @@ import json
 import os
 import subprocess
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...data.edge import parse, read_json
 from ...data.errors import RepaError
 from ...data.storage.files import os_errors, write_file
 from ..methods.outside import origin_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from lightning.pytorch import Trainer
 
@@ -26,11 +27,30 @@ if TYPE_CHECKING:
     from .checked import Checked
 
 RECORD_FILE = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """What is read again of a start; the rest is for people."""
+
+    command: list[str] = field(default_factory=list)
+    first_step: int = 0
+    from_step: int | None = None
+    live: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    """What the file holds."""
+
+    starts: list[_Start]
+
+
 _LIBRARIES = ("torch", "lightning", "numpy", "zarr", "repa")
 
 
 def read_starts(run: Path) -> list[dict[str, Any]]:
-    """The starts of a run, the first one first; none of a run that there is not.
+    """Return the starts of a run, the first one first; none of a run that there is not.
 
     Raises:
         RepaError: the file is damaged.
@@ -39,17 +59,15 @@ def read_starts(run: Path) -> list[dict[str, Any]]:
     if not place.exists():
         return []
     with os_errors("read", place):
-        try:
-            starts: list[dict[str, Any]] = json.loads(place.read_text(encoding="utf-8"))["starts"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RepaError(
-                f"{place} is damaged", "delete it, it only records how the run was started"
-            ) from error
+        raw = place.read_bytes()
+    remedy = "delete it, it only records how the run was started"
+    values = read_json(raw, str(place), remedy=remedy, error=RepaError)
+    parse(_Record, values, where=str(place), remedy=remedy, error=RepaError)
+    starts: list[dict[str, Any]] = values["starts"]
     return starts
 
 
-def add_start(
-    run: Path,
+def describe_start(
     config: TrainConfig,
     checked: Checked,
     trainer: Trainer,
@@ -57,24 +75,20 @@ def add_start(
     command: Sequence[str],
     resumed: int,
     changed: Sequence[Change] = (),
-) -> None:
-    """Add a start.
+) -> dict[str, Any]:
+    """Return what is recorded of a start, as plain values.
 
     Args:
-        run: folder of the run.
         config: of the run.
         checked: what the checks found.
         trainer: that will train.
         command: the command line.
         resumed: step of the checkpoint that it goes on from, 0 without.
         changed: settings that it goes on with at another value.
-
-    Raises:
-        RepaError: the file is damaged or cannot be written.
     """
     manifest = checked.manifest
     device = trainer.strategy.root_device
-    start = {
+    return {
         "command": list(command),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "first_step": resumed,
@@ -90,6 +104,14 @@ def add_start(
         "cpus": os.cpu_count(),
         "libraries": _versions(),
     }
+
+
+def add_start(run: Path, start: Mapping[str, Any]) -> None:
+    """Add a start to those of a run.
+
+    Raises:
+        RepaError: the file is damaged or cannot be written.
+    """
     place = run / RECORD_FILE
     starts = [*read_starts(run), start]
     with os_errors("write", place):
@@ -108,7 +130,7 @@ def _versions() -> dict[str, str]:
 
 def _commit() -> str | None:
     """The commit of the checkout that runs, if it is one."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:

@@ -53,6 +53,9 @@ class Stop(StepCallback):
     Args:
         config: of the run.
 
+    Attributes:
+        began: whether training has begun, all that a checkpoint holds being restored.
+
     Raises:
         RepaError: ``trainer.max_time`` is no duration.
     """
@@ -64,6 +67,7 @@ class Stop(StepCallback):
         self._asked = 0
         self._agreed = 0
         self._heard: tuple[Tensor, Any] | None = None
+        self.began = False
 
     @property
     def reason(self) -> str | None:
@@ -73,6 +77,7 @@ class Stop(StepCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen, in place of Lightning, which has just begun to and puts back what was there before."""
         del trainer, pl_module
+        self.began = True
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 signal.signal(number, self._ask)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 import re
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from torch import Tensor
 
+from ...data.edge import parse, printable
 from ...data.errors import RepaError
 from ...data.storage.files import create_file, make_folder, os_errors, partial_path, publish
 from ..models.registry import FLOW
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 FOLDER = "checkpoints"
 
 
+_OLDER = "delete it to go on from the one before"
 _NAME = re.compile(r"step-(\d{8,})\.ckpt")
 
 
@@ -41,16 +44,76 @@ def checkpoints_of(run: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Latent:
+    """The latents of a run, as its checkpoints say."""
+
+    scaling_factor: float
+    shift_factor: float
+    autoencoder: str | None
+    weights_sha256: str | None
+    random_weights: bool
+    latents_mean: list[float] = field(default_factory=list)
+    latents_std: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Means:
+    """The means since the last row of metrics."""
+
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Said:
+    """What a checkpoint says of its run; fields that came later have a default."""
+
+    version: int
+    backbone: dict[str, Any]
+    latent: _Latent
+    cache: dict[str, Any]
+    means: _Means
+    live: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] | None = None
+    path: str | None = None
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of ours, on the CPU; only tensors and plain values are unpickled.
+    """Return a checkpoint of ours, on the CPU; only tensors and plain values are unpickled.
 
     Raises:
         RepaError: it cannot be read, is damaged or not ours.
     """
     checkpoint = _load(path)
-    if CHECKPOINT_KEY not in checkpoint:
+    if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
         raise RepaError(f"{path} is no checkpoint of a run", "`repa sample --ckpt` reads published ones")
+    weights = checkpoint.get("state_dict")
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+    ):
+        raise RepaError(f"{path} holds no weights", _OLDER, field="state_dict")
+    if not isinstance(checkpoint.get("global_step"), int):
+        raise RepaError(f"{path} does not say its step", _OLDER, field="global_step")
+    _check_said(checkpoint[CHECKPOINT_KEY], path)
     return checkpoint
+
+
+def _check_said(said: Any, path: Path) -> None:
+    """Hold what a checkpoint says of its run against the types that it has.
+
+    Raises:
+        RepaError: a value is missing or of another type.
+    """
+    if isinstance(said, dict) and isinstance(said.get("means"), dict):
+        sums = said["means"].get("sums")
+        if not isinstance(sums, dict) or not all(isinstance(each, float) for each in sums.values()):
+            raise RepaError(f"{path}: means.sums are no numbers", _OLDER, field="means.sums")
+        # sums of a run that diverged are not finite, and still numbers
+        said = {**said, "means": {name: each for name, each in said["means"].items() if name != "sums"}}
+    found = parse(_Said, said, where=str(path), remedy=_OLDER, error=RepaError)
+    if found.objective is None and found.path is None:
+        raise RepaError(f"{path}: objective is missing", _OLDER, field="objective")
 
 
 def objective_said(said: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -69,11 +132,11 @@ def _load(path: Path) -> dict[str, Any]:
     with os_errors("read", path):
         try:
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RepaError(
-                f"checkpoint {path} is damaged ({reason})", "delete it to go on from the one before"
-            ) from error
+        except OSError:
+            raise
+        except Exception as error:  # a damaged pickle fails in as many ways as its unpickler has lines
+            reason = printable(str(error).splitlines()[0]) if str(error) else type(error).__name__
+            raise RepaError(f"checkpoint {path} is damaged ({reason})", _OLDER) from error
     return checkpoint
 
 

@@ -15,8 +15,9 @@ from repa.trainer.methods.base import Method, MethodConfig, Step, Term
 from repa.trainer.models.capture import Capture
 from repa.trainer.models.sit import SiT
 from repa.trainer.run.checks import check
-from repa.trainer.run.fit import assemble, identity_of
+from repa.trainer.run.fit import assemble
 from repa.trainer.run.gradient_angle import gradient_angle
+from repa.trainer.run.identity import identity_of
 from repa.trainer.run.lightning_trainer import make_trainer, quiet_lightning
 from repa.trainer.run.metrics import read_metrics
 from repa.trainer.step.draws import StepDraws

@@ -19,7 +19,8 @@ from repa.trainer.config import TrainConfig
 from repa.trainer.models.sit import SiT
 from repa.trainer.run.checked import Checked
 from repa.trainer.run.checks import check
-from repa.trainer.run.fit import assemble, identity_of
+from repa.trainer.run.fit import assemble
+from repa.trainer.run.identity import identity_of
 from repa.trainer.run.lightning_trainer import make_trainer, quiet_lightning
 from repa.trainer.run.metrics import read_metrics
 from repa.trainer.step.checkpoints import checkpoints_of

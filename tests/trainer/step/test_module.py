@@ -17,7 +17,8 @@ from repa.trainer.models.conditioning import LabelConditioner
 from repa.trainer.models.sit import SiT
 from repa.trainer.objectives.flow import Flow, FlowConfig
 from repa.trainer.run.checks import check
-from repa.trainer.run.fit import assemble, identity_of
+from repa.trainer.run.fit import assemble
+from repa.trainer.run.identity import identity_of
 from repa.trainer.run.lightning_trainer import make_trainer, quiet_lightning
 from repa.trainer.run.metrics import read_metrics
 from repa.trainer.step.draws import StepDraws

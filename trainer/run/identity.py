@@ -1,0 +1,119 @@
+"""What a checkpoint shares with the run that resumes it: cache, live teachers, backbone and objective."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ...data.errors import CacheError, RepaError
+from ...data.format.columns import AUTOENCODER, LABEL, source_of
+from ...data.reading.reader import CacheReader
+from ..models import registry as backbones
+from ..objectives import registry as objectives
+from ..step.checkpoints import load_checkpoint, objective_said
+from ..step.module import CHECKPOINT_KEY
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from ...data.format.manifest import Provenance
+    from ..config import TrainConfig
+    from .checked import Checked
+
+IDENTITY_VERSION = 1
+
+
+def identity_of(checked: Checked, config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint shares with the run that resumes it, and what sampling needs: plain values only.
+
+    Raises:
+        RuntimeError: the checks have not passed.
+    """
+    reader, backbone, scale = checked.reader, checked.backbone, checked.scale
+    if reader is None or backbone is None or scale is None:
+        raise RuntimeError("the checks have not passed")
+    manifest = reader.manifest
+    autoencoder = manifest.sources[AUTOENCODER]
+    used = dict.fromkeys(source_of(column) for column in reader.columns if column != LABEL)
+
+    def digest(provenance: Provenance) -> str:
+        return hashlib.sha256(json.dumps(provenance.identity(), sort_keys=True).encode()).hexdigest()
+
+    return {
+        "version": IDENTITY_VERSION,
+        "backbone": backbones.to_plain(backbone),
+        "objective": objectives.to_plain(config.objective),
+        **_condition_of(checked),
+        "settings": config.to_dict(),
+        "class_names": list(manifest.class_names),
+        "latent": {
+            **scale.notes(),
+            "autoencoder": autoencoder.notes.get("location", autoencoder.model),
+            "weights_sha256": autoencoder.weights_sha256,
+            "random_weights": autoencoder.random_weights,
+        },
+        "cache": {
+            "source": manifest.source_fingerprint,
+            "keys": manifest.keys_sha256,
+            "views": list(manifest.views),
+            "valid rows": hashlib.sha256(reader.valid_rows.astype("<i8").tobytes()).hexdigest(),
+            **_order_of(checked, config),
+            **{source: digest(manifest.sources[source]) for source in used},
+        },
+        "live": {source: digest(provenance) for source, provenance in checked.live_sources.items()},
+    }
+
+
+def _order_of(checked: Checked, config: TrainConfig) -> dict[str, str]:
+    """What the order of images depends on besides rows and seed; nothing for a full permutation."""
+    reader = checked.reader
+    if reader is None or (isinstance(reader, CacheReader) and config.order == "full"):
+        return {}
+    kind = "blocks" if isinstance(reader, CacheReader) else "tars"
+    return {"order": f"{kind} of {reader.manifest.shard_rows} rows"}
+
+
+def _condition_of(checked: Checked) -> dict[str, Any]:
+    """What sampling needs to build the conditioner; nothing for labels, or for a method's own."""
+    condition = checked.condition
+    return {} if condition is None or condition.column == LABEL else {"condition": asdict(condition)}
+
+
+def check_resumable(path: Path, identity: Mapping[str, Any]) -> None:
+    """Hold a checkpoint against the run that would go on from it.
+
+    Args:
+        path: the checkpoint.
+        identity: of the run, see `identity_of`.
+
+    Raises:
+        RepaError: it cannot be read, is of another version, cache, live teacher, backbone or objective.
+    """
+    saved = load_checkpoint(path)[CHECKPOINT_KEY]
+    if saved["version"] != IDENTITY_VERSION:
+        raise RepaError(
+            f"{path} is of checkpoint version {saved['version']}, this repa writes {IDENTITY_VERSION}",
+            "start another run with --run",
+        )
+    for key, what in (("cache", "cache"), ("live", "live teacher")):
+        # checkpoints from before there were live teachers say nothing of them
+        before, now = saved.get(key, {}), identity[key]
+        changed = [each for each in dict.fromkeys((*before, *now)) if before.get(each) != now.get(each)]
+        if changed:
+            raise CacheError(
+                f"the {what} is not the one {path} was trained on ({', '.join(changed)} changed)",
+                f"restore that {what}, or start another run with --run",
+            )
+    was = {"backbone": {"family": backbones.FIRST, **saved["backbone"]}, "objective": objective_said(saved)}
+    if "settings" not in saved:
+        factors = ("scaling_factor", "shift_factor")
+        was["latent"] = {name: saved["latent"][name] for name in factors}
+    for key, before in was.items():
+        # settings that a checkpoint from before does not tell are in the configuration of its run
+        if any(identity[key].get(name) != value for name, value in before.items()):
+            raise CacheError(
+                f"the {key} that this cache gives differs from that of {path}", "start another run with --run"
+            )

@@ -1,0 +1,157 @@
+"""Weights to begin with: of another run, or of a checkpoint that somebody published."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...data.errors import RepaError
+from ...data.reading.latents import scale_of
+from ..models import registry as backbones
+from ..step.checkpoints import checkpoints_of, load_checkpoint, objective_said
+from ..step.module import CHECKPOINT_KEY
+from .divergence import largest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+
+    from ..models.base import BackboneConfig
+    from ..step.module import TrainingModule
+    from .checked import Checked
+
+FLAG = "--init"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Initial:
+    """Weights that a run begins with; the optimiser's moments are not taken.
+
+    Attributes:
+        backbone: state dict of the backbone.
+        ema: state dict of its averaged copy.
+        method: state dict of the method, empty where the file has none.
+        record: where they are from, as plain values for run.json.
+        notes: what differs from how they were trained, in words.
+    """
+
+    backbone: Mapping[str, Tensor]
+    ema: Mapping[str, Tensor]
+    method: Mapping[str, Tensor]
+    record: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+    def load_into(self, module: TrainingModule) -> None:
+        """Copy the weights; those of another method are left out.
+
+        Raises:
+            RepaError: the backbone is conditioned in another way.
+        """
+        for network, weights in ((module.backbone, self.backbone), (module.ema, self.ema)):
+            if not _fits(network, weights):
+                raise RepaError(
+                    f"the weights of {self.record['file']} do not fit this run's conditioning",
+                    "take another file, or the method that they were trained with",
+                    field=FLAG,
+                )
+            network.load_state_dict(weights)
+        if _fits(module.method, self.method):
+            module.method.load_state_dict(self.method)
+
+
+def read_initial(place: str, checked: Checked) -> Initial:
+    """Read the weights that a run is to begin with, and hold them against it.
+
+    Args:
+        place: folder of a run, whose newest checkpoint is taken, or a file: a checkpoint of a run, or a
+            published ``.pt`` or ``.safetensors``.
+        checked: the new run, that passed the checks.
+
+    Raises:
+        RepaError: there is no such file, it cannot be read, its weights are not finite, or its backbone is
+            another.
+    """
+    file = _file_of(Path(place))
+    ours = None if file.suffix == ".safetensors" else _of_a_run(file)
+    initial, backbone = _published(file) if ours is None else _own(file, ours, checked)
+    if checked.backbone is None:
+        raise RuntimeError("the checks have not passed")
+    if backbone != checked.backbone:
+        was, now = backbones.to_plain(backbone), backbones.to_plain(checked.backbone)
+        different = [f"{name} ({was.get(name)} → {now[name]})" for name in now if was.get(name) != now[name]]
+        raise RepaError(
+            f"the backbone of {file} is not the one of this run: {', '.join(different)}",
+            "choose the same --model, or a cache with the same latents and classes",
+            field=FLAG,
+        )
+    if not math.isfinite(float(largest([*initial.backbone.values(), *initial.ema.values()]))):
+        raise RepaError(f"the weights of {file} are not finite", "take an older checkpoint", field=FLAG)
+    return initial
+
+
+def _file_of(place: Path) -> Path:
+    if place.is_dir():
+        found = checkpoints_of(place)
+        if not found:
+            raise RepaError(f"{place} holds no checkpoint", "name a run that has one, or a file", field=FLAG)
+        return found[max(found)]
+    if not place.exists():
+        raise RepaError(f"there is no {place}", "name the folder of a run, or a checkpoint", field=FLAG)
+    return place
+
+
+def _of_a_run(file: Path) -> Mapping[str, Any] | None:
+    """The checkpoint, if it is one of ours; what else the file may be, the published loader says."""
+    try:
+        return load_checkpoint(file)
+    except RepaError:
+        return None
+
+
+def _own(file: Path, checkpoint: Mapping[str, Any], checked: Checked) -> tuple[Initial, BackboneConfig]:
+    said = checkpoint[CHECKPOINT_KEY]
+    weights = checkpoint["state_dict"]
+
+    def part(name: str) -> dict[str, Tensor]:
+        return {key.removeprefix(name): each for key, each in weights.items() if key.startswith(name)}
+
+    scale = scale_of(said["latent"], where=str(file), remedy="take another file", error=RepaError)
+    notes = []
+    if scale != checked.scale:
+        notes.append("they were trained on latents of another scale than this run's")
+    initial = Initial(
+        backbone=part("backbone."),
+        ema=part("ema."),
+        method=part("method."),
+        record={"file": str(file), "steps": checkpoint["global_step"], "objective": objective_said(said)},
+        notes=tuple(notes),
+    )
+    return initial, backbones.from_plain(said["backbone"])
+
+
+def _published(file: Path) -> tuple[Initial, BackboneConfig]:
+    name, averaged = backbones.load_any_published(file, weights="ema")
+    try:
+        _, raw = backbones.load_any_published(file, weights="model")
+    except RepaError:
+        raw = averaged  # a published file may hold the averaged weights alone
+    initial = Initial(
+        backbone=raw.backbone,
+        ema=averaged.backbone,
+        method={},
+        record={
+            "file": str(file),
+            "steps": averaged.steps,
+            "objective": {"name": name, **averaged.objective},
+        },
+    )
+    return initial, averaged.config
+
+
+def _fits(network: nn.Module, weights: Mapping[str, Tensor]) -> bool:
+    """Whether a network has exactly these weights, by name and shape."""
+    own = network.state_dict()
+    return own.keys() == weights.keys() and all(own[key].shape == weights[key].shape for key in own)
