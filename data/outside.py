@@ -9,16 +9,19 @@ from __future__ import annotations
 import os
 import re
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
+from inspect import isclass
 from typing import Any
 
+from .edge import printable, shortened
 from .errors import RepaError
 
 _OBJECT = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
-_imported: dict[str, Any] = {}
-"""What this process has imported: to name it once more runs nothing new."""
+_imported: dict[tuple[str, str], Any] = {}
+"""What this process has imported, by group and name: to name it once more runs nothing new."""
 
 
 def names_object(text: str) -> bool:
@@ -47,8 +50,8 @@ def find_outside(
     Raises:
         RepaError: there is none of that name or several, or its module may not or cannot be imported.
     """
-    if name in _imported:
-        return _imported[name]
+    if (group, name) in _imported:
+        return _imported[group, name]
     if not names_object(name):
         found = _import(_entry(name, group, flag, what, example), flag, what)
     elif may_import:
@@ -62,7 +65,7 @@ def find_outside(
             f"if you trust that code, name it on the command line too: {flag} {name}",
             field=flag,
         )
-    _imported[name] = found
+    _imported[group, name] = found
     return found
 
 
@@ -72,7 +75,7 @@ def _entry(name: str, group: str, flag: str, what: str, example: str) -> str:
     if not found:
         others = ", ".join(entry_names(group)) or "none"
         raise RepaError(
-            f"{what} {name!r} is unknown",
+            f"{what} {shortened(name)} is unknown",
             f"installed packages offer {others}; a class is named as {example}",
             field=flag,
         )
@@ -90,14 +93,18 @@ def _import(target: str, flag: str, what: str) -> Any:
     try:
         found = import_module(module)
     except (Exception, SystemExit) as error:  # whatever the code of others raises, it is said in one line
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = printable(" ".join(f"{type(error).__name__}: {error}".split()))
         raise RepaError(
             f"{what} {target}: the module {module} cannot be imported ({reason})",
             f"start where it lies, or install its package; `python -c 'import {module}'` shows more",
             field=flag,
         ) from error
     if not hasattr(found, attribute):
+        classes = [key for key, value in vars(found).items() if isclass(value) and value.__module__ == module]
+        near = get_close_matches(attribute, classes, n=1, cutoff=0)
         raise RepaError(
-            f"{what} {target}: the module {module} has no {attribute}", "look at its name", field=flag
+            f"{what} {target}: the module {module} has no {attribute}",
+            f"did you mean {near[0]}?" if near else "define the class there, or name another module",
+            field=flag,
         )
     return getattr(found, attribute)

@@ -9,28 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import os
-import sys
 from dataclasses import MISSING, fields, is_dataclass
-from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any, get_type_hints
 
 from ...data.edge import shortened
 from ...data.errors import RepaError
+from ...data.outside import entry_names, find_outside, names_object
 from ..typed import nearest
 from .base import Method, MethodConfig
 from .registry import METHODS
 
-if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
-
 GROUP = "repa.methods"
 FLAG = "--method"
-
-_imported: dict[str, type[Method]] = {}
-"""What this process has imported: to name it once more runs nothing new."""
+EXAMPLE = "my_package.my_module:MyMethod"
 
 
 def find_method(name: str, *, may_import: bool = False) -> type[Method]:
@@ -46,29 +39,19 @@ def find_method(name: str, *, may_import: bool = False) -> type[Method]:
     """
     if name in METHODS:
         return METHODS[name]
-    if name in _imported:
-        return _imported[name]
-    if ":" in name:
-        _split(name)
-        if not may_import:
-            raise RepaError(
-                f"the method {name} is code from outside repa, and a file alone cannot have it imported",
-                f"if you trust that code, name it on the command line too: {FLAG} {name}",
-                field=FLAG,
-            )
-        # as with `python my_script.py`, but behind what is installed: nothing can be shadowed
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
-        target = name
-    else:
-        target = _entry_point(name).value
-    _imported[name] = _checked(target, _import(target))
-    return _imported[name]
+    if not names_object(name) and name not in entry_names(GROUP):
+        module, _, attribute = name.rpartition(".")
+        remedy = f"a class is named as {module}:{attribute}" if names_object(f"{module}:{attribute}") else ""
+        raise RepaError(
+            f"method {shortened(name)} is unknown", remedy or nearest(name, method_names()), field=FLAG
+        )
+    found = find_outside(name, group=GROUP, flag=FLAG, what="method", example=EXAMPLE, may_import=may_import)
+    return _checked(name, found)
 
 
 def method_names() -> list[str]:
     """Return the names of all methods that can be had without naming a module."""
-    return list(dict.fromkeys([*METHODS, *sorted(each.name for each in entry_points(group=GROUP))]))
+    return list(dict.fromkeys([*METHODS, *entry_names(GROUP)]))
 
 
 def origin_of(name: str) -> dict[str, str | None]:
@@ -82,77 +65,17 @@ def origin_of(name: str) -> dict[str, str | None]:
         the module's file.
     """
     method = find_method(name)
-    file = inspect.getsourcefile(method)
-    found = [] if name in METHODS else [each for each in entry_points(group=GROUP) if each.name == name]
-    package = found[0].dist if found else None
+    try:
+        file = inspect.getsourcefile(method)
+    except (OSError, TypeError):  # a class that was typed into an interpreter
+        file = None
+    points = () if name in METHODS else entry_points(group=GROUP, name=name)
+    packages = {f"{point.dist.name} {point.dist.version}" for point in points if point.dist is not None}
     return {
         "class": f"{method.__module__}:{method.__qualname__}",
-        "package": None if package is None else f"{package.name} {package.version}",
+        "package": min(packages, default=None),
         "file_sha256": None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest(),
     }
-
-
-def _entry_point(name: str) -> EntryPoint:
-    """The entry point of a name.
-
-    Raises:
-        RepaError: there is none, or several packages offer one.
-    """
-    found = {
-        (each.value, each.dist and each.dist.name): each for each in entry_points(group=GROUP, name=name)
-    }
-    if not found:
-        module, _, attribute = name.rpartition(".")
-        remedy = f"a class is named as {module}:{attribute}" if module else nearest(name, method_names())
-        raise RepaError(f"method {shortened(name)} is unknown", remedy, field=FLAG)
-    if len(found) > 1:
-        classes = sorted(value for value, _ in found)
-        raise RepaError(
-            f"several installed packages offer a method {name!r} ({', '.join(classes)})",
-            f"name the one you mean, as {FLAG} {classes[0]}",
-            field=FLAG,
-        )
-    return next(iter(found.values()))
-
-
-def _split(target: str) -> tuple[str, str]:
-    """Module and class of ``module:Class``.
-
-    Raises:
-        RepaError: it is no such name.
-    """
-    module, _, attribute = target.partition(":")
-    if not attribute.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
-        raise RepaError(
-            f"{shortened(target)} is no name of a class",
-            "write it as my_package.my_module:MyMethod",
-            field=FLAG,
-        )
-    return module, attribute
-
-
-def _import(target: str) -> Any:
-    """What ``module:Class`` names.
-
-    Raises:
-        RepaError: it is no such name, the module cannot be imported, or has no such attribute.
-    """
-    module, attribute = _split(target)
-    try:
-        found = import_module(module)
-    except (Exception, SystemExit) as error:  # whatever the code of others raises, it is said in one line
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RepaError(
-            f"method {target}: the module {module} cannot be imported ({reason})",
-            f"start where it lies, or install its package; `python -c 'import {module}'` shows more",
-            field=FLAG,
-        ) from error
-    if not hasattr(found, attribute):
-        there = [
-            key for key, value in vars(found).items() if inspect.isclass(value) and issubclass(value, Method)
-        ]
-        raise RepaError(f"the module {module} has no {attribute}", nearest(attribute, there), field=FLAG)
-    return getattr(found, attribute)
 
 
 def _checked(target: str, found: Any) -> type[Method]:
