@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import difflib
+import math
+import os
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path  # noqa: TC003 - typer resolves annotations of flags
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..data.edge import printable, shortened
 from ..data.errors import RepaError
 from ..data.units import counted
 from .shared.flags import local_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
     from rich.console import Console
-    from torch import Tensor
 
     from ..trainer.models.conditioning import Conditioner
     from ..trainer.sampling.generate import TrainedModel
+    from ..trainer.sampling.record import SamplingRecord
     from .shared.decoder import Decoder
+    from .shared.sampling import SamplingJob
 
-GRID_FILE = "grid.png"
-ARRAY_FILE = "samples.npz"
-_GRID_IMAGES = 64
+_PLAIN_LINE_SECONDS = 15.0
+_MOST_STEPS = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,21 +66,31 @@ class SampleFlags:
         tuple[float, float], typer.Option(metavar="LOW HIGH", help="Times between which guidance acts.")
     ] = (0.0, 1.0)
     labels: Annotated[
-        list[int] | None,
-        typer.Option("--label", help="Class to sample; may repeat. Default: all, equally often."),
+        list[str] | None,
+        typer.Option(
+            "--label",
+            help="Class to sample, by number or name; may repeat. Default: all, equally often.",
+        ),
     ] = None
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0
     batch_size: Annotated[int, typer.Option(help="Images of a forward pass; does not change them.")] = 32
+    devices: Annotated[
+        int, typer.Option(help="Processes, one a GPU, or sharing the CPU's cores; the images stay the same.")
+    ] = 1
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema"
     vae: Annotated[str | None, typer.Option(help="AutoencoderKL; default the one the latents came from.")] = (
         None
     )
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Remove another sampling that is in the folder.")
+    ] = False
 
 
 def sample(flags: SampleFlags, *, console: Console | None = None) -> None:
-    """Sample images; sample i depends on seed, label and i, not on the batch size.
+    """Sample images; sample i depends on seed, label and i, not on the batch size or the number of devices.
 
-    Those of a checkpoint file go, without ``--out``, into a folder beside it.
+    Those of a checkpoint file go, without ``--out``, into a folder beside it. A folder holds one sampling and
+    its record, ``sampling.json``; the same command goes on with one that was interrupted.
 
     Args:
         flags: of the command.
@@ -87,140 +102,275 @@ def sample(flags: SampleFlags, *, console: Console | None = None) -> None:
     from rich.console import Console
 
     console = console or Console()
-    if flags.num < 1 or flags.batch_size < 1:
-        raise RepaError(f"--num {flags.num} and --batch-size {flags.batch_size} must be at least 1")
+    _check(flags)
     import torch
 
-    from ..trainer.sampling.generate import generate
+    from ..data.storage.files import os_errors, refuse_links
+    from ..trainer.sampling.generate import model_of_file
+    from ..trainer.sampling.record import SampleFolder, SamplingRecord, sha256_of
     from ..trainer.sampling.sampler import SamplerConfig
 
     settings = SamplerConfig(
         solver=flags.solver, steps=flags.steps, guidance=flags.guidance, interval=flags.interval
     )
-    model, folder = _model(flags)
-    if flags.out is None:
-        from ..data.storage.files import os_errors, refuse_links
-
-        # a run that others made may have links where its samples go
-        with os_errors("write", folder):
-            refuse_links(folder, flags.run or folder.parent)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.backbone.to(device)
-    classes = _conditions(model.backbone.y_embedder, flags)
+    checkpoint, out = _places(flags)
+    cuda = torch.cuda.is_available()
+    _check_devices(flags.devices, torch.cuda.device_count() if cuda else 0)
+    model = model_of_file(checkpoint, weights=flags.weights)
+    if flags.guidance != 1 and not model.guidable:
+        raise RepaError(
+            f"{checkpoint} was trained with label_dropout=0, so it has nothing to be guided away from",
+            "leave --guidance at 1",
+            field="--guidance",
+        )
+    model.backbone.to("cuda" if cuda else "cpu")
+    asked = _asked(flags.labels or (), model)
+    condition = _conditions(model.backbone.y_embedder, asked, flags)
     # before the sampling, which may take hours: without an autoencoder it would be for nothing
-    decoder = _decoder(model, flags.vae, device, console)
-    latents = generate(model, classes, settings, seed=flags.seed, batch_size=flags.batch_size)
-    images = _with_progress((_pixels(decoder, part) for part in latents), flags.num, console)
-    _write(images, classes, folder, npz=flags.npz)
-    console.print(f"Wrote {counted(flags.num, 'image', ',')} to {folder}.", highlight=False, soft_wrap=True)
+    decoder = _decoder(model, flags.vae, "cuda" if cuda else "cpu", console)
+    record = SamplingRecord(
+        checkpoint=checkpoint.name,
+        checkpoint_sha256=sha256_of(checkpoint),
+        step=model.steps,
+        weights=flags.weights,
+        autoencoder=decoder.name,
+        autoencoder_sha256=decoder.weights_sha256,
+        num=flags.num,
+        labels=asked,
+        solver=settings.solver,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        interval=settings.interval,
+        seed=flags.seed,
+        batch_size=flags.batch_size,
+        form="npz" if flags.npz else "png",
+    )
+    if flags.out is None:
+        # a run that others made may have links where its samples go
+        with os_errors("write", out):
+            refuse_links(out, flags.run or out.parent)
+    folder = SampleFolder(out, record)
+    folder.open(replace_other=flags.replace)
+    missing = folder.missing()
+    jobs = _jobs(flags, model, record, condition, missing, out)
+    left = sum(min(flags.batch_size, flags.num - first) for first in missing)
+    if left < flags.num:
+        _say(console, f"{flags.num - left:,} of {counted(flags.num, 'image', ',')} are in {out} already.")
+    with _progress(left, console) as report:
+        _run(jobs, model, decoder, report)
+    folder.finish(condition)
+    _say(console, f"Wrote {counted(flags.num, 'image', ',')} to {out}.")
 
 
-def _model(flags: SampleFlags) -> tuple[TrainedModel, Path]:
-    """The model that the flags name, and the folder for its images."""
-    from ..trainer.sampling.generate import model_of_file, model_of_run
+def _check(flags: SampleFlags) -> None:
+    """Refuse numbers out of their range.
+
+    Raises:
+        RepaError: the first of them.
+    """
+    for flag, value, least, most in (
+        ("--num", flags.num, 1, 10**9),
+        ("--batch-size", flags.batch_size, 1, 10**6),
+        ("--steps", flags.steps, 1, _MOST_STEPS),
+        ("--seed", flags.seed, 0, 2**63 - 1),
+        ("--devices", flags.devices, 1, 1024),
+    ):
+        if not least <= value <= most:
+            raise RepaError(f"{flag} {value} is not valid", f"give {least:,} to {most:,}", field=flag)
+    if not 0 <= flags.guidance < math.inf:
+        raise RepaError(
+            f"--guidance {flags.guidance} is not valid", "give a finite number from 0", field="--guidance"
+        )
+
+
+def _check_devices(devices: int, gpus: int) -> None:
+    """Refuse more processes than help.
+
+    Raises:
+        RepaError: more than there are GPUs, or without any than cores.
+    """
+    most = gpus or os.cpu_count() or 1
+    if devices > most:
+        raise RepaError(
+            f"--devices {devices}, and this machine has {counted(most, 'GPU' if gpus else 'core')}",
+            f"give at most {most}",
+            field="--devices",
+        )
+
+
+def _places(flags: SampleFlags) -> tuple[Path, Path]:
+    """The checkpoint that the flags name, and the folder for its images."""
+    from ..trainer.sampling.generate import newest_checkpoint
 
     if flags.run is not None and flags.checkpoint is None:
-        model = model_of_run(flags.run, weights=flags.weights)
-        return model, flags.out or flags.run / "samples" / "final"
+        return newest_checkpoint(flags.run), flags.out or flags.run / "samples" / "final"
     if flags.checkpoint is not None and flags.run is None:
         file = flags.checkpoint
-        model = model_of_file(file, weights=flags.weights)
-        return model, flags.out or file.parent / f"{file.stem}-samples"
-    raise RepaError("sample from one thing: a run with --run, or a checkpoint with --ckpt")
+        return file, flags.out or file.parent / f"{file.stem}-samples"
+    raise RepaError(
+        "the flags do not say what to sample",
+        "sample from one thing: a run with --run, or a checkpoint with --ckpt",
+        field="--run",
+    )
 
 
-def _conditions(conditioner: Conditioner, flags: SampleFlags) -> Tensor:
+def _conditions(conditioner: Conditioner, asked: Sequence[int], flags: SampleFlags) -> NDArray[Any]:
     """Condition of each sample ``[N, …]``; for labels int64 ``[N]``."""
-    from ..trainer.models.conditioning import LabelConditioner
+    import numpy as np
+
+    from ..trainer.models.conditioning import LabelConditioner, balanced_labels
     from ..trainer.step.randomness import generator_for
 
     if isinstance(conditioner, LabelConditioner):
-        return _labels(flags.labels or (), flags.num, conditioner.num_classes)
-    if flags.labels:
+        if not asked:
+            return balanced_labels(flags.num, conditioner.num_classes).numpy()
+        return np.resize(np.array(asked, np.int64), flags.num)
+    drawn = conditioner.sampling(flags.num, generator_for(flags.seed, "sample condition"))
+    found: NDArray[Any] = drawn.cpu().numpy()
+    return found
+
+
+def _asked(labels: Sequence[str], model: TrainedModel) -> tuple[int, ...]:
+    """The classes that ``--label`` names, by number or by name.
+
+    Raises:
+        RepaError: no such class, or the model knows none.
+    """
+    from ..trainer.models.conditioning import LabelConditioner
+
+    conditioner = model.backbone.y_embedder
+    if labels and not isinstance(conditioner, LabelConditioner):
         raise RepaError(
             f"the model is conditioned on {conditioner.column}, not on labels",
             "leave --label out",
             field="--label",
         )
-    return conditioner.sampling(flags.num, generator_for(flags.seed, "sample condition")).cpu()
+    return tuple(_class_of(label, model) for label in labels)
 
 
-def _labels(asked: Sequence[int], num: int, num_classes: int) -> Tensor:
-    """Class of each sample, int64 ``[N]``."""
-    import torch
+def _class_of(label: str, model: TrainedModel) -> int:
+    """The number of a class.
 
-    from ..trainer.models.conditioning import balanced_labels
-
-    outside = [label for label in asked if not 0 <= label < num_classes]
-    if outside:
-        raise RepaError(
-            f"the model has {counted(num_classes, 'class')}, label {outside[0]} is none of them",
-            f"give 0 to {num_classes - 1}",
-        )
-    if not asked:
-        return balanced_labels(num, num_classes)
-    return torch.tensor([asked[number % len(asked)] for number in range(num)])
+    Raises:
+        RepaError: no such class, with the names that come nearest.
+    """
+    names, count = model.class_names, model.num_classes
+    if label.isdecimal() and int(label[:20]) < count:
+        return int(label)
+    if label in names:
+        return names.index(label)
+    folded = [name.casefold() for name in names]
+    if folded.count(label.casefold()) == 1:
+        return folded.index(label.casefold())
+    near = difflib.get_close_matches(label.casefold(), folded, n=3, cutoff=0.5)
+    numbers = f"give a number from 0 to {count - 1}"
+    if near:
+        remedy = f"did you mean {' or '.join(printable(names[folded.index(name)]) for name in near)}?"
+    else:
+        remedy = f"{numbers}, or a name as {printable(names[0])}" if names else numbers
+    raise RepaError(
+        f"the model has {counted(count, 'class')}, and {shortened(label)} is none of them",
+        remedy,
+        field="--label",
+    )
 
 
 def _decoder(model: TrainedModel, vae: str | None, device: str, console: Console) -> Decoder:
+    """The autoencoder, loaded.
+
+    Raises:
+        RepaError: it cannot be had, or has latents of other channels.
+    """
     from ..pipeline.encoders.vae import DEFAULT_VAE
     from .shared.decoder import Decoder
 
     name = vae or model.autoencoder or DEFAULT_VAE
     decoder = Decoder(name, device, random_weights=vae is None and model.autoencoder_random)
     autoencoder = decoder.load()
-    side = model.backbone.config.input_size * autoencoder.stride
-    found = autoencoder.provenance(batch_size=1, resolution=side).weights_sha256
-    if model.autoencoder_sha256 is not None and found != model.autoencoder_sha256:
-        console.print(
+    channels = model.latent_shape[0]
+    if autoencoder.latent_channels != channels:
+        raise RepaError(
+            f"{name} decodes latents of {counted(autoencoder.latent_channels, 'channel')}, and those of "
+            f"{model.origin} have {channels}",
+            "give --vae the autoencoder that the latents came from",
+            field="--vae",
+        )
+    if model.autoencoder_sha256 is not None and decoder.weights_sha256 != model.autoencoder_sha256:
+        _say(
+            console,
             f"note: {name} has other weights than the autoencoder that {model.origin} was trained with",
-            highlight=False,
-            soft_wrap=True,
         )
     return decoder
 
 
-def _pixels(decoder: Decoder, latents: Tensor) -> NDArray[np.uint8]:
-    """Images uint8 ``[B, H, W, 3]``."""
-    images: NDArray[np.uint8] = decoder.decode(latents).permute(0, 2, 3, 1).cpu().numpy()
-    return images
+def _jobs(
+    flags: SampleFlags,
+    model: TrainedModel,
+    record: SamplingRecord,
+    condition: NDArray[Any],
+    missing: Sequence[int],
+    out: Path,
+) -> list[SamplingJob]:
+    """The batches that are missing, dealt to the processes in turn."""
+    from .shared.sampling import SamplingJob
+
+    cuda = next(model.backbone.parameters()).device.type == "cuda"
+    threads = None if cuda or flags.devices == 1 else max((os.cpu_count() or 1) // flags.devices, 1)
+    return [
+        SamplingJob(
+            checkpoint=model.origin,
+            random_autoencoder=flags.vae is None and model.autoencoder_random,
+            record=record,
+            condition=condition,
+            batches=tuple(missing[number :: flags.devices]),
+            folder=out,
+            device=f"cuda:{number}" if cuda else "cpu",
+            threads=threads,
+        )
+        for number in range(min(flags.devices, len(missing)))
+    ]
 
 
-def _with_progress(
-    batches: Iterator[NDArray[np.uint8]], num: int, console: Console
-) -> Iterator[NDArray[np.uint8]]:
+def _run(
+    jobs: Sequence[SamplingJob], model: TrainedModel, decoder: Decoder, report: Callable[[int], None]
+) -> None:
+    from .shared.sampling import sample_batches, sample_in_processes
+
+    if len(jobs) > 1:
+        sample_in_processes(jobs, report)
+        return
+    for job in jobs:
+        sample_batches(job, model, decoder, report)
+
+
+@contextmanager
+def _progress(total: int, console: Console) -> Iterator[Callable[[int], None]]:
+    """Show a bar on a terminal, elsewhere a line now and then.
+
+    Yields:
+        A function that takes the number of images that have come since the last call.
+    """
     from rich.progress import Progress
 
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("sampling", total=num)
-        for images in batches:
-            yield images
-            progress.advance(task, len(images))
+    began = said = time.monotonic()
+    done = 0
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("sampling", total=total)
+
+        def report(count: int) -> None:
+            nonlocal done, said
+            done += count
+            bar.advance(task, count)
+            now = time.monotonic()
+            if not console.is_terminal and now - said > _PLAIN_LINE_SECONDS:
+                said = now
+                _say(
+                    console,
+                    f"{done:,} of {counted(total, 'image', ',')}, {done / (now - began):,.1f} a second",
+                )
+
+        yield report
 
 
-def _write(images: Iterator[NDArray[np.uint8]], labels: Tensor, folder: Path, *, npz: bool) -> None:
-    """Write batches as they come, and a grid of the first images."""
-    import numpy as np
-    from PIL import Image
-
-    from ..data.storage.files import make_folder, os_errors
-    from ..trainer.sampling.pictures import make_grid, save_array_file, save_png
-
-    shown: list[NDArray[np.uint8]] = []
-
-    def watched() -> Iterator[NDArray[np.uint8]]:
-        for batch in images:
-            shown.extend(batch[: max(_GRID_IMAGES - len(shown), 0)])
-            yield batch
-
-    with os_errors("write", folder):
-        make_folder(folder)
-    if npz:
-        save_array_file(folder / ARRAY_FILE, watched(), labels.numpy())
-    else:
-        number = 0
-        for batch in watched():
-            for image in batch:
-                save_png(Image.fromarray(image), folder / f"{number:06d}.png")
-                number += 1
-    save_png(make_grid(np.stack(shown)), folder / GRID_FILE)
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -22,8 +22,8 @@ from ...trainer.run.checks import check
 from ...trainer.run.folder import CONFIG_FILE
 from ...trainer.run.metrics import read_metrics
 from ...trainer.run.phases import describe_phases
+from ...trainer.sampling.record import ARRAY_FILE
 from ...trainer.settings_file import load_yaml
-from ..sample import ARRAY_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -40,6 +40,11 @@ class Decoder:
             )
         return self._autoencoder
 
+    @property
+    def weights_sha256(self) -> str:
+        """The hash of its weights."""
+        return self.load().weights_sha256
+
     def decode(self, latent: Tensor) -> Tensor:
         """Images uint8 ``[B, 3, R, R]`` of unscaled latents ``[B, C, h, w]``, one at a time to bound memory.
 

@@ -70,6 +70,11 @@ class Autoencoder:
         self.scale = _scale(model.config, name)
         self.stride = 2 ** (len(model.config.block_out_channels) - 1)
 
+    @property
+    def weights_sha256(self) -> str:
+        """The hash of its weights, as `provenance` gives it."""
+        return self._sha256
+
     @classmethod
     def load(
         cls,

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from repa.commands.sample import SampleFlags, sample
+from repa.commands.shared.sampling import sample_batches
 from repa.data.errors import RepaError
 from repa.data.reading.latents import LatentScale
 from repa.data.testing import synthetic_cache
+from repa.pipeline.demo import VAE_FOLDER
 from repa.trainer.config import build
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
 from repa.trainer.run.fit import fit
-from repa.trainer.sampling.generate import model_of_run
+from repa.trainer.sampling.generate import model_of_file, model_of_run
 from repa.trainer.sampling.pictures import save_array_file
+from repa.trainer.sampling.record import SampleFolder, SamplingRecord
 from repa.trainer.step.checkpoints import checkpoints_of, load_checkpoint
 from rich.console import Console
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     Run = Callable[..., tuple[Any, Any, str]]
 
@@ -52,6 +60,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 class LatentPixels:
     """Decodes a latent to an image that shows every one of its numbers."""
+
+    name = "pixels"
+    weights_sha256 = "0"
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         # [B, 4, 4, 4] → [B, 3, 4, 4]; a level is 0.05 of the unscaled latent
@@ -86,7 +97,11 @@ def test_the_array_file_is_what_the_adm_suite_reads(run: Path, run_sample: Run, 
     assert (labels.dtype, labels.tolist()) == (np.int64, [0, 1, 2, 0, 1])
     assert images.std() > 5
     assert "Wrote 5 images" in printed
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["grid.png", "samples.npz"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "grid.png",
+        "samples.npz",
+        "sampling.json",
+    ]
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "sde"])
@@ -152,7 +167,7 @@ def test_a_published_checkpoint(run: Path, run_sample: Run, tmp_path: Path) -> N
 
 
 def test_labels_in_turn(run: Path, run_sample: Run) -> None:
-    _, labels, _ = run_sample("a", run=run, labels=(2, 0))
+    _, labels, _ = run_sample("a", run=run, labels=("2", "0"))
     assert labels.tolist() == [2, 0, 2, 0, 2]
 
 
@@ -191,22 +206,244 @@ def test_without_an_autoencoder_nothing_is_sampled(
 
 
 @pytest.mark.parametrize(
-    ("options", "part"),
+    ("options", "field"),
     [
-        ({}, "--run, or a checkpoint with --ckpt"),
-        ({"num": 0}, "--num 0"),
-        ({"labels": (3,)}, "the model has 3 classes, label 3 is none of them; give 0 to 2"),
-        ({"solver": "rk4"}, "rk4"),
-        ({"interval": (0.8, 0.1)}, "interval"),
-        ({"weights": "best"}, "best"),
+        ({}, "--run"),
+        ({"num": 0}, "--num"),
+        ({"batch_size": 0}, "--batch-size"),
+        ({"seed": -1}, "--seed"),
+        ({"seed": 2**70}, "--seed"),
+        ({"steps": 10**9}, "--steps"),
+        ({"guidance": float("nan")}, "--guidance"),
+        ({"guidance": float("inf")}, "--guidance"),
+        ({"guidance": -1.0}, "--guidance"),
+        ({"devices": 0}, "--devices"),
+        ({"devices": 1000}, "--devices"),
+        ({"labels": ("3",)}, "--label"),
+        ({"labels": ("-1",)}, "--label"),
+        ({"labels": ("9" * 5000,)}, "--label"),
+        ({"labels": ("nothing like it",)}, "--label"),
+        ({"solver": "rk4"}, None),
+        ({"interval": (0.8, 0.1)}, None),
+        ({"weights": "best"}, "--weights"),
     ],
 )
-def test_mistakes(run: Path, tmp_path: Path, options: dict[str, Any], part: str) -> None:
+def test_mistakes(
+    run: Path, tmp_path: Path, options: dict[str, Any], field: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: LatentPixels())
     flags = SampleFlags(**({"run": run, **options} if options else {}), out=tmp_path / "o")
     with pytest.raises(RepaError) as caught:
         sample(flags, console=Console(file=io.StringIO()))
-    assert part in str(caught.value)
+    assert field is None or caught.value.field == field
+    assert caught.value.remedy
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "o").exists()
+
+
+def test_labels_by_name(run: Path, run_sample: Run) -> None:
+    names = model_of_run(run).class_names
+    assert len(names) == 3
+    _, labels, _ = run_sample("a", run=run, labels=(names[2], names[1].upper()))
+    assert labels.tolist() == [2, 1, 2, 1, 2]
+    with pytest.raises(RepaError) as caught:
+        run_sample("b", run=run, labels=(names[1] + "x",))
+    assert names[1] in caught.value.remedy
+
+
+def test_a_folder_holds_one_sampling_and_its_record(run: Path, run_sample: Run, tmp_path: Path) -> None:
+    run_sample("a", run=run, num=5)
+    record = json.loads((tmp_path / "a" / "sampling.json").read_text())
+    file = checkpoints_of(run)[3]
+    assert record["checkpoint_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert (record["step"], record["weights"], record["seed"], record["num"]) == (3, "ema", 0, 5)
+    assert (record["labels"], record["form"], record["finished"]) == ([], "npz", True)
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    for other in ({"seed": 1}, {"num": 4}, {"weights": "model"}, {"npz": False}, {"labels": ("1",)}):
+        with pytest.raises(RepaError) as caught:
+            run_sample("a", **{"run": run, "num": 5, **other})
+        assert caught.value.field == "--out"
+    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+    replaced, _, _ = run_sample("a", run=run, num=4, seed=1, replace=True)
+    assert len(replaced) == 4
+    assert json.loads((tmp_path / "a" / "sampling.json").read_text())["seed"] == 1
+    assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
+
+
+def test_images_without_a_record_are_not_mixed_with_others(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: LatentPixels())
+    out = tmp_path / "out"
+    out.mkdir()
+    for number in range(9):
+        Image.new("RGB", (4, 4)).save(out / f"{number:06d}.png")
+    flags = SampleFlags(run=run, num=3, steps=1, out=out)
+    with pytest.raises(RepaError) as caught:
+        sample(flags, console=Console(file=io.StringIO()))
+    assert caught.value.field == "--out"
+    assert len(list(out.glob("0*.png"))) == 9
+    sample(replace(flags, replace=True), console=Console(file=io.StringIO()))
+    assert len(list(out.glob("0*.png"))) == 3
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b'{"num": "x"}', b"\xff", b"[" * 5000])
+def test_a_damaged_record_is_one_line(run: Path, tmp_path: Path, damage: bytes) -> None:
+    record = SamplingRecord(
+        checkpoint="a", checkpoint_sha256="0", step=3, weights="ema", autoencoder="pixels",
+        autoencoder_sha256="0", num=5, labels=(), solver="euler", steps=3, guidance=1.0,
+        interval=(0.0, 1.0), seed=0, batch_size=4, form="png",
+    )  # fmt: skip
+    (tmp_path / "sampling.json").write_bytes(damage)
+    with pytest.raises(RepaError) as caught:
+        SampleFolder(tmp_path, record).open(replace_other=False)
+    assert "\n" not in str(caught.value)
+    SampleFolder(tmp_path, record).open(replace_other=True)
+    SampleFolder(tmp_path, record).open(replace_other=False)
+
+
+class Stopped(BaseException):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("npz", [True, False])
+def test_an_interrupted_sampling_goes_on(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, npz: bool
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    flags = SampleFlags(run=run, num=7, steps=2, batch_size=2, npz=npz, out=whole)
+    printed = io.StringIO()
+    monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: LatentPixels())
+    sample(flags, console=Console(file=printed))
+
+    decoded: list[int] = []
+
+    class DiesOnce(LatentPixels):
+        def decode(self, latent: torch.Tensor) -> torch.Tensor:
+            decoded.append(len(latent))
+            if len(decoded) == 3:
+                raise Stopped
+            return super().decode(latent)
+
+    monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: DiesOnce())
+    flags = replace(flags, out=broken)
+    with pytest.raises(Stopped):
+        sample(flags, console=Console(file=printed))
+    assert json.loads((broken / "sampling.json").read_text())["finished"] is False
+    sample(flags, console=Console(file=printed, width=300))
+    assert decoded == [2, 2, 2, 2, 1]
+    assert "4 of 7 images are in" in printed.getvalue()
+    assert sorted(path.name for path in broken.iterdir()) == sorted(path.name for path in whole.iterdir())
+    for path in whole.iterdir():
+        if path.suffix != ".npz":
+            assert path.read_bytes() == (broken / path.name).read_bytes(), path.name
+    if npz:
+        with np.load(whole / "samples.npz") as one, np.load(broken / "samples.npz") as two:
+            assert np.array_equal(one["arr_0"], two["arr_0"])
+    sample(flags, console=Console(file=printed))
+    assert len(decoded) == 5
+
+
+def test_batches_dealt_to_several_are_the_same_images(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dealt: list[tuple[int, ...]] = []
+
+    def in_turn(jobs: Any, report: Any) -> None:
+        for job in reversed(jobs):
+            dealt.append(job.batches)
+            sample_batches(job, model_of_file(job.checkpoint), LatentPixels(), report)
+
+    monkeypatch.setattr("repa.commands.sample._check_devices", lambda *_: None)
+    monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: LatentPixels())
+    monkeypatch.setattr("repa.commands.shared.sampling.sample_in_processes", in_turn)
+    for name, devices in (("one", 1), ("three", 3)):
+        flags = SampleFlags(run=run, num=9, steps=2, batch_size=2, out=tmp_path / name, devices=devices)
+        sample(flags, console=Console(file=io.StringIO()))
+    assert dealt == [(4,), (2, 8), (0, 6)]
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert len(names) == 11
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes(), name
+
+
+@pytest.mark.thorough
+def test_processes_make_the_same_images(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("repa.commands.sample._check_devices", lambda *_: None)
+    torch.set_num_threads(1)
+    for name, devices in (("one", 1), ("two", 2)):
+        # the run's network is not among the sizes, its checkpoint alone says what it is
+        flags = SampleFlags(
+            run=run, num=5, steps=2, batch_size=2, vae="demo", out=tmp_path / name, devices=devices
+        )
+        sample(flags, console=Console(file=io.StringIO()))
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert len(names) == 7
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_what_is_not_finite_is_an_error(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: LatentPixels())
+    checkpoint = load_checkpoint(checkpoints_of(run)[3])
+    for key, value in checkpoint["state_dict"].items():
+        if key.endswith("final_layer.linear.bias"):
+            checkpoint["state_dict"][key] = torch.full_like(value, float("nan"))
+    torch.save(checkpoint, tmp_path / "bad.ckpt")
+    with pytest.raises(RepaError) as caught:
+        sample(
+            SampleFlags(checkpoint=tmp_path / "bad.ckpt", num=1, steps=1), console=Console(file=io.StringIO())
+        )
+    assert caught.value.field == "--ckpt"
+    assert not list((tmp_path / "bad-samples").glob("0*.png"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda file: file["repa"].update(backbone={"foo": 1}),
+        lambda file: file["repa"].update(backbone=5),
+        lambda file: file["repa"]["backbone"].update(depth="x"),
+        lambda file: file["repa"]["backbone"].update(patch_size=0),
+        lambda file: file["repa"]["backbone"].update(width=30),
+        lambda file: file["repa"].update(latent={}),
+        lambda file: file["repa"]["latent"].update(scaling_factor="much"),
+        lambda file: file.update(repa={}),
+        lambda file: file.pop("state_dict"),
+        lambda file: file["state_dict"].update({"ema.pos_embed": torch.zeros(3)}),
+        lambda file: file["state_dict"].update({"ema.pos_embed": torch.zeros(1, 4, 48, dtype=torch.int64)}),
+    ],
+)
+def test_checkpoints_that_others_edited_are_one_line(run: Path, tmp_path: Path, change: Any) -> None:
+    checkpoint = load_checkpoint(checkpoints_of(run)[3])
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "edited.ckpt")
+    with pytest.raises(RepaError) as caught:
+        model_of_file(tmp_path / "edited.ckpt")
+    assert str(caught.value).isprintable()
+    assert caught.value.remedy
+
+
+def test_guidance_needs_a_null_class_that_was_trained(run: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(checkpoints_of(run)[3])
+    checkpoint["repa"]["settings"]["label_dropout"] = 0.0
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    with pytest.raises(RepaError) as caught:
+        sample(SampleFlags(checkpoint=tmp_path / "a.ckpt", guidance=2.0), console=Console(file=io.StringIO()))
+    assert caught.value.field == "--guidance"
+
+
+def test_latents_of_other_channels_are_refused_before_sampling(run: Path, tmp_path: Path) -> None:
+    vae = Path(shutil.copytree(VAE_FOLDER, tmp_path / "vae"))
+    config = json.loads((vae / "config.json").read_text())
+    build: Any = AutoencoderKL
+    values = {key: value for key, value in config.items() if not key.startswith("_")}
+    build(**{**values, "latent_channels": 3}).save_pretrained(vae)
+    with pytest.raises(RepaError) as caught:
+        sample(SampleFlags(run=run, vae=str(vae), out=tmp_path / "o"), console=Console(file=io.StringIO()))
+    assert caught.value.field == "--vae"
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_run_without_checkpoints(tmp_path: Path) -> None:

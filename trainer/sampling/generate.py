@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ...data.edge import printable
 from ...data.errors import RepaError
 from ...data.reading.latents import LatentScale, scale_of, unscale_latent
 from ..models import registry as backbones
@@ -17,7 +20,7 @@ from ..typed import from_mapping
 from .sampler import SamplerConfig, sample, sample_noises
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -40,6 +43,8 @@ class TrainedModel:
         autoencoder_sha256: hash of its weights; None if the file does not say.
         autoencoder_random: whether its weights were drawn.
         steps: training steps it had; None if the file does not say.
+        class_names: of the classes, by number; empty if the file does not say.
+        guidable: whether it was trained without the label at times, which guidance needs.
         origin: the file, for messages.
     """
 
@@ -51,25 +56,43 @@ class TrainedModel:
     autoencoder_random: bool
     steps: int | None
     origin: Path
+    class_names: tuple[str, ...] = ()
+    guidable: bool = True
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Shape ``(C, h, w)`` of one latent."""
         return self.backbone.config.latent_shape
 
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, without the null class."""
+        return self.backbone.config.num_classes
+
 
 def model_of_run(run: Path, *, weights: str = "ema") -> TrainedModel:
-    """The model of a run's newest checkpoint.
+    """Return the model of a run's newest checkpoint.
 
     Raises:
         RepaError: the folder holds no checkpoint, or a damaged one.
     """
+    return model_of_file(newest_checkpoint(run), weights=weights)
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """Return the file of a run's newest checkpoint.
+
+    Raises:
+        RepaError: the folder holds none.
+    """
     found = checkpoints_of(run)
     if not found:
         raise RepaError(
-            f"{run} holds no checkpoint", f"train with `repa train --run {run}`, or name another --run"
+            f"{run} holds no checkpoint",
+            f"train with `repa train --run {run}`, or name another --run",
+            field="--run",
         )
-    return model_of_file(found[max(found)], weights=weights)
+    return found[max(found)]
 
 
 def model_of_file(file: Path, *, weights: str = "ema") -> TrainedModel:
@@ -82,7 +105,9 @@ def model_of_file(file: Path, *, weights: str = "ema") -> TrainedModel:
         RepaError: unknown weights, or no checkpoint of a backbone.
     """
     if weights not in WEIGHTS:
-        raise RepaError(f"weights {weights!r} are unknown", f"choose {' or '.join(WEIGHTS)}")
+        raise RepaError(
+            f"weights {weights!r} are unknown", f"choose {' or '.join(WEIGHTS)}", field="--weights"
+        )
     ours = _checkpoint_of_a_run(file)
     if ours is not None:
         return _model_of(ours, file, weights)
@@ -106,9 +131,10 @@ def generate(
     *,
     seed: int,
     batch_size: int,
+    batches: Sequence[int] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Tensor]:
-    """Unscaled latents of the samples, in batches.
+    """Sample unscaled latents, in batches.
 
     The noise of sample i depends on seed and i alone, so the batch size changes no sample beyond the rounding
     of the matrix products.
@@ -119,13 +145,17 @@ def generate(
         settings: solver, steps and guidance.
         seed: of the noise.
         batch_size: samples of a batch.
+        batches: first sample of each batch to make; all by default.
         progress: called with the number of solver steps of the batch that are done.
 
     Yields:
         float32 ``[B, C, h, w]`` on the model's device.
+
+    Raises:
+        RepaError: a latent has a number that is not finite, which an image would show as black.
     """
     device = next(model.backbone.parameters()).device
-    for first in range(0, len(condition), batch_size):
+    for first in range(0, len(condition), batch_size) if batches is None else batches:
         part = condition[first : first + batch_size]
         noises = sample_noises(seed, range(first, first + len(part)), model.latent_shape)
         latents = sample(
@@ -140,7 +170,15 @@ def generate(
             noises=noises,
             progress=progress,
         )
-        yield unscale_latent(latents.float(), *model.scale)
+        unscaled = unscale_latent(latents.float(), *model.scale)
+        finite = torch.isfinite(unscaled).flatten(1).all(dim=1).tolist()
+        if not all(finite):
+            raise RepaError(
+                f"sample {first + finite.index(False)} of {model.origin} has numbers that are not finite",
+                "take an earlier checkpoint with --ckpt, weaker --guidance or more --steps",
+                field="--guidance" if settings.guidance != 1 else "--ckpt",
+            )
+        yield unscaled
 
 
 def _checkpoint_of_a_run(file: Path) -> Mapping[str, Any] | None:
@@ -155,26 +193,38 @@ def _checkpoint_of_a_run(file: Path) -> Mapping[str, Any] | None:
 
 def _model_of(checkpoint: Mapping[str, Any], file: Path, weights: str) -> TrainedModel:
     said = checkpoint[CHECKPOINT_KEY]
+    where, remedy = f"checkpoint {file}", "it cannot be sampled, name another with --ckpt"
     prefix = "ema." if weights == "ema" else "backbone."
     state = {
-        key.removeprefix(prefix): value
+        key.removeprefix(prefix): value.float() if value.is_floating_point() else value
         for key, value in checkpoint["state_dict"].items()
         if key.startswith(prefix)
     }
+    if wrong := [name for name, value in state.items() if value.dtype != torch.float32]:
+        raise RepaError(f"{where} has {wrong[0]} as {state[wrong[0]].dtype}", remedy, field="--ckpt")
     condition = said.get("condition")
     try:
         conditioner = None if condition is None else from_mapping(ConditionColumn, condition).build()
         backbone = backbones.load(backbones.from_plain(said["backbone"]), state, conditioner)
+        objective = objectives.from_plain(objective_said(said))
     except RepaError as error:
-        raise RepaError(f"{file}: {error.what}", error.remedy, field=error.field) from error
-    latent = said["latent"]
+        raise RepaError(f"{where}: {error.what}", error.remedy or remedy, field=error.field) from error
+    # of a file that others wrote: a size of 0, a text for a number, a tensor of another shape
+    except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = printable(" ".join(str(error).split()))
+        raise RepaError(f"{where} does not fit together ({reason})", remedy, field="--ckpt") from error
+    latent, names = said["latent"], tuple(said.get("class_names", ()))
     return TrainedModel(
         backbone=backbone.eval().requires_grad_(False),
-        objective=objectives.from_plain(objective_said(said)),
-        scale=scale_of(latent, where=f"checkpoint {file}", remedy="it cannot be sampled", error=RepaError),
+        objective=objective,
+        scale=scale_of(
+            latent, where=where, remedy=remedy, channels=backbone.config.latent_shape[0], error=RepaError
+        ),
         autoencoder=latent["autoencoder"],
         autoencoder_sha256=latent["weights_sha256"],
         autoencoder_random=latent["random_weights"],
         steps=checkpoint["global_step"],
+        class_names=names if len(names) == backbone.config.num_classes else (),
+        guidable=said.get("settings", {}).get("label_dropout") != 0,
         origin=file,
     )

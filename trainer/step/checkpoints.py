@@ -75,6 +75,7 @@ class _Said:
     means: _Means
     live: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    class_names: list[str] = field(default_factory=list)
     objective: dict[str, Any] | None = None
     path: str | None = None
 
