@@ -55,7 +55,8 @@ class EncodingFlags:
         list[str] | None,
         typer.Option(
             "--encoder",
-            help="Teacher; may repeat. 'none': latents only. Default dinov2-b, of the demo 'demo'.",
+            help="Teacher; may repeat. 'timm:NAME': any ViT of timm; 'my_module:MyTeacher'; 'none': latents "
+            "only. Default dinov2-b, of the demo 'demo'.",
         ),
     ] = None
     vae: Annotated[
@@ -160,6 +161,7 @@ def make_config(flags: EncodingFlags) -> PreprocessConfig:
     """
     from ..data.format.columns import COMPRESSORS, STORED_DTYPES
     from ..pipeline.config import PreprocessConfig
+    from ..pipeline.encoders.registry import find_teacher
 
     demo = flags.data == DEMO_DATA
     default = DEMO_RESOLUTION if demo else DEFAULT_RESOLUTION
@@ -168,12 +170,16 @@ def make_config(flags: EncodingFlags) -> PreprocessConfig:
     _check_choice("--compute-dtype", flags.compute_dtype, COMPUTE_DTYPES)
     if flags.compress is not None:
         _check_choice("--compress", flags.compress, COMPRESSORS)
-    names = _encoders(flags.encoders or (), demo)
+    asked = _encoders(flags.encoders or (), demo)
+    found = {each: find_teacher(each, may_import=True).name for each in asked}
+    names = tuple(found[each] for each in asked)
     settings: dict[str, Any] = {each.name: getattr(flags, each.name) for each in fields(EncodingFlags)}
     settings["cache"] = flags.cache or cache_for(flags.data, side)
     settings["encoders"] = names
     settings["resolution"] = side
-    settings["weights"] = parse_weights(flags.weights or ())
+    weights = parse_weights(flags.weights or ())
+    settings["weights"] = {found.get(each, each): file for each, file in weights.items()}
+    settings["outside"] = {own: each for each, own in found.items() if ":" in each}
     settings["attention"] = {} if flags.attention is None else attention_blocks(flags.attention, names)
     return PreprocessConfig(**settings)
 

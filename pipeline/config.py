@@ -6,12 +6,16 @@ from collections.abc import Mapping  # noqa: TC003 — dataclasses read it
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path  # noqa: TC003 — dataclasses read it
+from typing import TYPE_CHECKING
 
 from ..data.errors import RepaError
 from ..data.format.columns import AUTOENCODER, attention_source
 from .columns.specs import INT8, AttentionSettings
-from .encoders.teachers import find_teacher
+from .encoders.registry import find_teacher
 from .images.base import AUTO_LABELS
+
+if TYPE_CHECKING:
+    from .encoders.base import Teacher
 
 # far above what any machine makes use of; beyond them memory or the system's own limits give way first
 _RANGES = (
@@ -57,6 +61,7 @@ class PreprocessConfig:
         apply_exif: turn images by their EXIF orientation.
         class_names: file with the name of a class in each line, where classes are numbers, as of tars.
         labels: where labels come from, see `SourceOptions`.
+        outside: encoder → ``module:Class``, of teachers that were named so.
         shard_rows: rows of a shard; None: as the cache has it, else 1,024.
         workers: processes a device that decode images; None: by the number of cores, 0 on a CPU.
     """
@@ -80,6 +85,7 @@ class PreprocessConfig:
     apply_exif: bool = False
     class_names: Path | None = None
     labels: str = AUTO_LABELS
+    outside: Mapping[str, str] = field(default_factory=dict)
     shard_rows: int | None = None
     workers: int | None = None
 
@@ -89,13 +95,17 @@ class PreprocessConfig:
         own = {name: (attention_source(name),) if name in self.attention else () for name in self.encoders}
         return (AUTOENCODER, *(source for name in self.encoders for source in (name, *own[name])))
 
+    def teacher(self, encoder: str) -> Teacher:
+        """Return what is known of one of the encoders, in any process."""
+        return find_teacher(self.outside.get(encoder, encoder), may_import=True)
+
     def attention_settings(self, encoder: str) -> AttentionSettings | None:
         """How the attention of an encoder is to be stored; None: not at all."""
         blocks = self.attention.get(encoder)
         if blocks is None:
             return None
         # a rank that cuts nothing off is int8 at the whole width
-        whole = self.attention_rank == find_teacher(encoder).head_width
+        whole = self.attention_rank == self.teacher(encoder).head_width
         return AttentionSettings(
             blocks=blocks,
             dtype=INT8 if whole else self.feature_dtype,
@@ -151,7 +161,11 @@ def _check_attention(config: PreprocessConfig) -> None:
             field="--attention-kl",
         )
     for name, blocks in config.attention.items():
-        teacher = find_teacher(name)
+        teacher = config.teacher(name)
+        if not teacher.heads:
+            raise RepaError(
+                f"encoder {name} gives no queries and keys", "leave --attention out", field="--attention"
+            )
         outside = [block for block in blocks if not 1 <= block <= teacher.depth]
         if outside or not blocks:
             raise RepaError(

@@ -47,7 +47,7 @@ def load_models(config: PreprocessConfig, sources: Iterable[str], device: str) -
             models.append(AutoencoderModel(autoencoder, config.batch_size, config.resolution))
             continue
         encoder = load_encoder(
-            name,
+            config.teacher(name),
             resolution=config.resolution,
             device=device,
             dtype=dtype,

@@ -19,7 +19,6 @@ from ..data.units import human_bytes
 from ..data.writing.store import ensure_cache, keys_sha256, refuse_foreign_folder
 from .columns.specs import attention_columns, describe_attention, token_columns
 from .config import check_flags
-from .encoders.teachers import find_teacher
 from .images.names import DEMO_DATA
 
 if TYPE_CHECKING:
@@ -326,7 +325,7 @@ def _columns(config: PreprocessConfig, source: str, *, smallest: bool = False) -
             _vae(config), config.resolution, random_weights=config.random_weights
         )
         return {MOMENTS: ColumnSpec(shape=(2 * channels, rows, columns), dtype="float32")}
-    teacher = find_teacher(model_of(source))
+    teacher = config.teacher(model_of(source))
     rows, columns = teacher.grid(config.resolution)
     settings = _attention(config, source)
     if settings is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,11 +44,13 @@ def bench(
         raise RepaError(f"bench has no part {', '.join(unknown)}", f"the parts are {', '.join(PARTS)}")
     from rich.console import Console
 
+    from ...pipeline.encoders import find_teacher
     from .loader import bench_loader
     from .preprocess import bench_preprocess
     from .train import bench_train
     from .writer import bench_writer
 
+    settings = replace(settings, encoder=find_teacher(settings.encoder).name)
     if folder is not None and not folder.is_dir():
         raise RepaError(f"--folder {folder} is no folder", "make it first")
     console = console or Console()

@@ -110,7 +110,7 @@ def live_teachers(
         weights={**recorded, **parse_weights(flags.weights or ())},
         random_weights=flags.random_weights or bool(before.get("random_weights", False)),
         exact=exact,
-        may_import=bool(flags.data),
+        typed=flags_given(flags),
     )
 
 

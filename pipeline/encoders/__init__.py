@@ -1,10 +1,12 @@
-"""Teachers: frozen image encoders whose features are cached. `table` says which; `load_encoder` makes one."""
+"""Teachers: frozen image encoders, whose features are cached."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .teachers import TEACHERS, Teacher, find_teacher
+from .base import OwnTeacher, Teacher
+from .registry import find_teacher
+from .teachers import TEACHERS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,7 +19,7 @@ __all__ = ["TEACHERS", "Teacher", "find_teacher", "load_encoder"]
 
 
 def load_encoder(
-    name: str,
+    teacher: str | Teacher,
     *,
     resolution: int,
     device: str | torch.device = "cpu",
@@ -25,10 +27,10 @@ def load_encoder(
     weights: Path | None = None,
     random_weights: bool = False,
 ) -> Encoder:
-    """The teacher of a name, ready to encode.
+    """Load a teacher, ready to encode.
 
     Args:
-        name: one of `TEACHERS`.
+        teacher: from `find_teacher`, or a name that it takes without importing anything.
         resolution: side of the cropped images, R.
         device: where it computes.
         dtype: of the forward pass: float32 (None), or bfloat16 or float16 for autocast; features are float32.
@@ -40,13 +42,20 @@ def load_encoder(
     """
     import torch
 
+    facts = find_teacher(teacher) if isinstance(teacher, str) else teacher
+    settings: dict[str, Any] = {
+        "resolution": resolution,
+        "device": torch.device(device),
+        "dtype": dtype or torch.float32,
+        "weights": weights,
+        "random_weights": random_weights,
+    }
+    if isinstance(facts, OwnTeacher):
+        from .own_encoder import OwnEncoder
+
+        return OwnEncoder(facts, **settings)
+    from .timm_teacher import TimmTeacher
     from .timm_vit import TimmEncoder
 
-    return TimmEncoder(
-        find_teacher(name),
-        resolution=resolution,
-        device=torch.device(device),
-        dtype=dtype or torch.float32,
-        weights=weights,
-        random_weights=random_weights,
-    )
+    assert isinstance(facts, TimmTeacher), "the registry lets nothing else in"
+    return TimmEncoder(facts, **settings)

@@ -20,7 +20,7 @@ from ...data.errors import RepaError
 from ...data.format.manifest import LOADED_NOTE, Provenance
 from ..images.pixels import to_teacher_input
 from .attention import AttentionCapture, use_fused_attention
-from .teachers import DEMO
+from .timm_teacher import DEMO
 from .weights import (
     drawn_weights,
     hub_file,
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from .teachers import Teacher
+    from .timm_teacher import TimmTeacher
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 PATCH_KERNEL = "patch_embed.proj.weight"
-CLASSIFIER = "head."
+CLASSIFIER = ("head.", "head_dist.")
 
 
 class TimmEncoder:
@@ -62,7 +62,7 @@ class TimmEncoder:
 
     def __init__(
         self,
-        teacher: Teacher,
+        teacher: TimmTeacher,
         *,
         resolution: int,
         device: torch.device,
@@ -87,8 +87,7 @@ class TimmEncoder:
         use_fused_attention(model)
         self._model = model.eval().requires_grad_(False).to(device)
         self.depth = len(model.blocks)
-        attention = model.blocks[0].attn
-        self.heads, self.head_width = int(attention.num_heads), int(attention.head_dim)
+        self.heads, self.head_width = teacher.heads, teacher.head_width
         self.logit_scale = self.head_width**-0.5
         mean, std = teacher.normalisation
         self._mean, self._std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
@@ -141,18 +140,18 @@ class TimmEncoder:
             batch_size=batch_size,
             grid=self.grid,
             libraries=library_versions("torch", "timm", "pillow"),
-            notes={"patch": "final norm", "cls": self._teacher.class_feature, **resampled},
+            notes={"patch": self._teacher.patch_feature, "cls": self._teacher.class_feature, **resampled},
         )
 
 
-def build(teacher: Teacher, input_size: int) -> Any:
+def build(teacher: TimmTeacher, input_size: int) -> Any:
     """The teacher's architecture for an input size, with weights drawn from a fixed seed."""
     with drawn_weights():
         options: dict[str, Any] = {**teacher.options, "img_size": input_size, "num_classes": 0}
         return timm.create_model(teacher.timm_name, pretrained=False, **options)
 
 
-def load_checkpoint(model: Any, path: Path, teacher: Teacher) -> str:
+def load_checkpoint(model: Any, path: Path, teacher: TimmTeacher) -> str:
     """Load a file through timm's own filter for the architecture, then strictly.
 
     The filter converts the original authors' names and resamples the position table to the model's grid; the
@@ -194,7 +193,7 @@ def load_checkpoint(model: Any, path: Path, teacher: Teacher) -> str:
     return sha256
 
 
-def _shipped(teacher: Teacher) -> Path | None:
+def _shipped(teacher: TimmTeacher) -> Path | None:
     if teacher.name != DEMO:
         return None
     from ..demo import TEACHER_WEIGHTS
@@ -202,14 +201,14 @@ def _shipped(teacher: Teacher) -> Path | None:
     return TEACHER_WEIGHTS
 
 
-def _from_hub(teacher: Teacher) -> Path:
+def _from_hub(teacher: TimmTeacher) -> Path:
     remedy = f"{_bring(teacher)}, or try things out with `--random-weights`"
     if teacher.hub is None:
         raise RepaError(f"encoder {teacher.name} has no weights on the hub", f"{remedy}")
     return hub_file(teacher.hub, HUB_FILES, remedy=f"for encoder {teacher.name} {remedy}")
 
 
-def _bring(teacher: Teacher) -> str:
+def _bring(teacher: TimmTeacher) -> str:
     if teacher.hub is not None:
         what = f"{HUB_FILES[0]} of https://huggingface.co/{teacher.hub}"
     elif teacher.name == DEMO:

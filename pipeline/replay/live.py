@@ -38,7 +38,7 @@ from ..lanes.lanes import usable_cores
 from .placement import Pass, Places
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from concurrent.futures import Future
     from pathlib import Path
 
@@ -73,7 +73,8 @@ class LiveTeachers:
         random_weights: draw the weights of teachers that the cache does not have; those that it has drawn
             are drawn again anyway.
         exact: give the bits of a float32 cache on a GPU too, see the module.
-        may_import: whether ``data`` may name a module to import, see `open_source`.
+        typed: flags that the command line itself gave: modules that ``--data`` and ``--encoder`` name are
+            imported only then.
 
     Raises:
         RepaError: unknown images or teachers, or a block that no teacher has.
@@ -90,12 +91,15 @@ class LiveTeachers:
         weights: Mapping[str, Path] = _NO_WEIGHTS,
         random_weights: bool = False,
         exact: bool = False,
-        may_import: bool = False,
+        typed: Collection[str] = (),
     ) -> None:
         self._cache = cache
         self._manifest = open_manifest(cache)
-        self._images = images_of(self._manifest, data, cache, may_import=may_import)
-        self._weights = dict(weights)
+        self._images = images_of(self._manifest, data, cache, may_import="--data" in typed)
+        found = {each: find_teacher(each, may_import="--encoder" in typed) for each in encoders}
+        self._facts = {teacher.name: teacher for teacher in found.values()}
+        own = {each: teacher.name for each, teacher in found.items()}
+        self._weights = {own.get(each, each): file for each, file in weights.items()}
         self._random_weights = random_weights
         self._exact = exact
         self._teachers: list[_Teacher] = []
@@ -110,10 +114,10 @@ class LiveTeachers:
             "weights": {name: str(path) for name, path in self._weights.items()},
             "random_weights": random_weights,
         }
-        self._names = tuple(encoders)
+        self._names = tuple(self._facts)
         self._blocks = {name: self._declare(name, blocks) for name in self._names}
         if blocks and not any(self._blocks.values()):
-            depths = ", ".join(f"{name} 1 to {find_teacher(name).depth}" for name in self._names)
+            depths = ", ".join(f"{name} 1 to {teacher.depth}" for name, teacher in self._facts.items())
             raise RepaError(
                 f"the method wants attention of blocks {', '.join(map(str, blocks))}, there is {depths}",
                 "choose with --set method.teacher_blocks=[…], or take another --encoder",
@@ -121,12 +125,12 @@ class LiveTeachers:
 
     def _declare(self, name: str, blocks: tuple[int, ...]) -> tuple[int, ...]:
         """Say what a teacher computes. The table alone tells it, and nothing is loaded."""
-        teacher = find_teacher(name)
+        teacher = self._facts[name]
         grid = teacher.grid(self._manifest.resolution)
         tokens = grid[0] * grid[1]
         self.grids[name] = grid
         self.columns[column_name(name, "patch")] = ColumnSpec(shape=(tokens, teacher.width), dtype="float32")
-        if not blocks or blocks[0] < 1 or blocks[-1] > teacher.depth:
+        if not blocks or not teacher.heads or blocks[0] < 1 or blocks[-1] > teacher.depth:
             return ()
         source = attention_source(name)
         self.grids[source] = grid
@@ -178,7 +182,7 @@ class LiveTeachers:
         # of a teacher that the cache does not have: as `repa preprocess` would add it
         batch_size = (declared or [sources[AUTOENCODER]])[0].batch_size
         encoder = load_encoder(
-            name,
+            self._facts[name],
             resolution=self._manifest.resolution,
             device=device,
             dtype=getattr(torch, declared[0].compute_dtype) if declared else None,

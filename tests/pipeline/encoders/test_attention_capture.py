@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from repa.data.errors import RepaError
 from repa.pipeline.encoders import load_encoder
 from repa.pipeline.encoders.attention import AttentionCapture
-from repa.pipeline.encoders.teachers import TEACHERS, Teacher
+from repa.pipeline.encoders.teachers import TEACHERS
+from repa.pipeline.encoders.timm_teacher import TimmTeacher as Teacher
 from repa.pipeline.encoders.timm_vit import TimmEncoder
 from timm.layers import apply_rot_embed_cat, set_fused_attn
 

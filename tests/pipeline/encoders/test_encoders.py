@@ -17,8 +17,10 @@ from repa.data.format.opening import as_recorded
 from repa.pipeline.columns.models import EncoderModel
 from repa.pipeline.demo import TEACHER_WEIGHTS
 from repa.pipeline.encoders import load_encoder
-from repa.pipeline.encoders import teachers as table
-from repa.pipeline.encoders.teachers import TEACHERS, Teacher, find_teacher
+from repa.pipeline.encoders.base import IMAGENET
+from repa.pipeline.encoders.registry import find_teacher
+from repa.pipeline.encoders.teachers import TEACHERS
+from repa.pipeline.encoders.timm_teacher import TimmTeacher as Teacher
 from repa.pipeline.encoders.timm_vit import TimmEncoder, build
 from repa.pipeline.encoders.weights import weights_sha256
 from safetensors.torch import load_file, save_file
@@ -360,7 +362,7 @@ def test_provenance() -> None:
     provenance = load(one_block("dinov2-s-reg")).provenance(batch_size=7)
     assert provenance.model == "vit_small_patch14_reg4_dinov2.lvd142m"
     assert (provenance.input_size, provenance.grid, provenance.batch_size) == (224, (16, 16), 7)
-    assert (provenance.mean, provenance.std) == table.IMAGENET
+    assert (provenance.mean, provenance.std) == IMAGENET
     assert provenance.compute_dtype == "float32"
     assert set(provenance.libraries) == {"torch", "timm", "pillow"}
     assert provenance.notes == {"patch": "final norm", "cls": "token"}
