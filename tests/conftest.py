@@ -57,6 +57,11 @@ settings.register_profile(
 settings.load_profile("repa")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Offer to write ``messages.txt`` anew."""
+    parser.addoption("--update-messages", action="store_true", help="write tests/messages.txt anew")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Share all tests out among the processors, file by file; files that are named run in this process."""

@@ -17,9 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def readme_commands() -> list[str]:
-    """Every `repa …` of an indented line of the README."""
-    lines = re.findall(r"^    (.+)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
-    commands = [re.sub(r"\s+#.*", "", line).split("&&")[-1].strip() for line in lines]
+    """Return every `repa …` of the README, of an indented line or between backticks."""
+    text = (ROOT / "README.md").read_text()
+    lines = re.findall(r"^    (.+)$", text, flags=re.MULTILINE) + re.findall(r"`(repa [^`\n]+)`", text)
+    commands = [part.strip() for line in lines for part in re.sub(r"\s+#.*", "", line).split("&&")]
     return [command for command in dict.fromkeys(commands) if command.startswith("repa ")]
 
 

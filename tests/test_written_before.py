@@ -17,9 +17,10 @@ from repa.data.format.opening import open_manifest, read_keys
 from repa.data.reading.reader import CacheReader
 from repa.data.tars.export import export_cache, export_pattern, import_cache
 from repa.data.upkeep.verify import verify_cache
-from repa.trainer.config import build, load_yaml
+from repa.trainer.config import build
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
 from repa.trainer.run.fit import fit
+from repa.trainer.settings_file import load_yaml
 from repa.trainer.step.checkpoints import checkpoints_of, load_checkpoint
 from rich.console import Console
 

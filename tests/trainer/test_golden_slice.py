@@ -12,7 +12,7 @@ from repa.trainer.methods.alignment import cosine_similarity
 from repa.trainer.models.capture import Capture
 from repa.trainer.models.published import load_published
 from repa.trainer.models.sit import SiT, SiTConfig
-from repa.trainer.objectives.flow import velocity_loss
+from repa.trainer.objectives.base import squared_error
 from repa.trainer.objectives.paths import interpolant
 from safetensors.torch import save_file
 
@@ -54,7 +54,7 @@ def test_the_prediction(golden: dict[str, torch.Tensor], captured: Captured) -> 
 
 def test_the_velocity_loss(golden: dict[str, torch.Tensor], captured: Captured) -> None:
     assert captured.prediction is not None
-    loss = velocity_loss(captured.prediction, PATH.velocity(golden["x0"], golden["noise"], golden["t"]))
+    loss = squared_error(captured.prediction, PATH.velocity(golden["x0"], golden["noise"], golden["t"]))
     torch.testing.assert_close(loss, golden["loss_velocity"], rtol=0, atol=1e-9)
 
 

@@ -54,8 +54,8 @@ def test_the_forms_are_those_of_the_readme() -> None:
 
 
 def small(form: Mapping[str, ColumnSpec]) -> dict[str, ColumnSpec]:
-    """The same columns with shapes an eighth as long."""
-    shapes = {name: tuple(side // 8 for side in spec.shape) for name, spec in form.items()}
+    """The same columns with shapes a quarter as long."""
+    shapes = {name: tuple(side // 4 for side in spec.shape) for name, spec in form.items()}
     return {name: replace(spec, shape=shapes[name]) for name, spec in form.items()}
 
 
