@@ -5,11 +5,14 @@ Nothing heavy is imported before a command runs, so that `repa --help` answers a
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from collections.abc import Sequence  # noqa: TC003 - typer resolves annotations of this module
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -22,6 +25,7 @@ from .commands.preprocess import PreprocessFlags, preprocess
 from .commands.sample import SampleFlags, sample
 from .commands.shared.flags import takes_flags
 from .commands.train import TrainFlags, train
+from .data.edge import printable
 from .data.errors import RepaError
 
 _SUMMARY = "Encode an image set once, then train every representation-alignment method from the cache."
@@ -45,24 +49,67 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     # torch's idle threads otherwise spin: on a CPU, one other busy process then slows a step fivefold
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _prepare_streams()
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="repa")
-    except RepaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        # whoever read our output (head, less) has gone: end quietly, as other tools do
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:
-        if error.filename is None:
+        try:
+            app(args=None if arguments is None else list(arguments), prog_name="repa")
+        except SystemExit:
+            # what was printed is handed to the operating system, while its refusal can still be said
+            sys.stdout.flush()
             raise
-        # of a path that no command expects to fail like this: a name too long, a folder taken away
-        print(f"error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(1)
+    except RepaError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted", status=130, prefix="")
+    except BrokenPipeError:
+        _end_quietly()
+    except OSError as error:
+        if error.filename is not None:
+            # of a path that no command expects to fail like this: a name too long, a folder taken away
+            _fail(f"cannot use {error.filename}: {error.strerror}")
+        if _is_output_error(error):
+            _fail(f"cannot write the output: {error.strerror}")
+        raise
+
+
+def _prepare_streams() -> None:
+    """Have streams that can always be printed to, whatever the terminal and its letters."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before we began, as by >&-
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - as long as we last
+        stream = getattr(sys, name)
+        # what a terminal of few letters cannot show is escaped; a test's stream has no encoding to set
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _fail(what: str, *, status: int = 1, prefix: str = "error: ") -> NoReturn:
+    """End with one line on standard error, in which text of others does nothing but appear."""
+    with suppress(OSError, ValueError):
+        print(f"{prefix}{printable(what)}", file=sys.stderr)
+        sys.stderr.flush()
+    _drop_output()
+    sys.exit(status)
+
+
+def _end_quietly() -> NoReturn:
+    """End as other tools do when whoever read our output, head or less, has gone."""
+    _drop_output()
+    sys.exit(1)
+
+
+def _drop_output() -> None:
+    """Keep Python from trying again at its end what could not be written."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_output_error(error: OSError) -> bool:
+    """Return whether an error that names no file is one of standard output, as on a full disk."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def run_command(arguments: Sequence[str]) -> None:

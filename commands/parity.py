@@ -115,10 +115,9 @@ def parity(flags: ParityFlags, *, console: Console | None = None) -> Parity:
     Raises:
         RepaError: a mistake the user can mend.
     """
-    from rich.console import Console
-
     from ..trainer.config import build
     from ..trainer.run.lightning_trainer import resolve_precision
+    from .shared.terminal import PlainConsole
 
     if flags.batches < 1:
         raise RepaError(f"--batches {flags.batches} is too small", "give at least 1")
@@ -138,7 +137,7 @@ def parity(flags: ParityFlags, *, console: Console | None = None) -> Parity:
         found = _Comparison(config, checked, teachers).run()
     finally:
         teachers.close()
-    _print(found, config, console or Console())
+    _print(found, config, console or PlainConsole())
     return found
 
 

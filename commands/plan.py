@@ -104,14 +104,13 @@ def plan(flags: PlanFlags, *, console: Console | None = None) -> None:
     Raises:
         RepaError: as of `repa preprocess`; figures that are not above zero.
     """
-    from rich.console import Console
-
     from ..data.units import human_bytes
     from ..pipeline.estimate import measure_encoding
     from ..pipeline.plan import make_plan, nearest_folder
     from ..pipeline.shard_loop.ranks import detect_rank
     from ..pipeline.summary import say, show_plan
     from .measure.disk import measure_disk
+    from .shared.terminal import PlainConsole
 
     for flag, value in (
         ("--images-per-second", flags.images_per_second),
@@ -119,7 +118,7 @@ def plan(flags: PlanFlags, *, console: Console | None = None) -> None:
     ):
         if value is not None and value <= 0:
             raise RepaError(f"{flag} {value:g} is too small", "give more than 0")
-    console = console or Console()
+    console = console or PlainConsole()
     found = make_plan(make_config(flags))
     rank = detect_rank(os.environ, found.config.devices)
     show_plan(found, rank, console)

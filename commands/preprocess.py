@@ -138,9 +138,9 @@ def preprocess(flags: PreprocessFlags, *, console: Console | None = None) -> Non
     Ctrl-C and SIGTERM end the process with status 130, once what is saved has been printed.
     """
     try:
-        from rich.console import Console
+        from .shared.terminal import PlainConsole
 
-        console = console or Console()
+        console = console or PlainConsole()
         config = make_config(flags)
         from ..pipeline.run import StoppedError, run
     except KeyboardInterrupt:

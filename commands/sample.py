@@ -99,9 +99,9 @@ def sample(flags: SampleFlags, *, console: Console | None = None) -> None:
     Raises:
         RepaError: a mistake the user can mend.
     """
-    from rich.console import Console
+    from .shared.terminal import PlainConsole
 
-    console = console or Console()
+    console = console or PlainConsole()
     _check(flags)
     import torch
 

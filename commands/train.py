@@ -125,11 +125,10 @@ def train(flags: TrainFlags, *, console: Console | None = None) -> None:
         RepaError: a mistake the user can mend.
         SystemExit: with status 130, after a signal or ``trainer.max_time`` ended the run and it was saved.
     """
-    from rich.console import Console
-
     from ..trainer.run.folder import refuse_foreign_folder
+    from .shared.terminal import PlainConsole
 
-    console = console or Console()
+    console = console or PlainConsole()
     settings, folder = _settings(flags)
     refuse_foreign_folder(folder)
     if not settings.cache:

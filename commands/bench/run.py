@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+
 PARTS = ("loader", "writer", "preprocess", "train")
 
 
@@ -42,9 +43,8 @@ def bench(
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise RepaError(f"bench has no part {', '.join(unknown)}", f"the parts are {', '.join(PARTS)}")
-    from rich.console import Console
-
     from ...pipeline.encoders import find_teacher
+    from ..shared.terminal import PlainConsole
     from .loader import bench_loader
     from .preprocess import bench_preprocess
     from .train import bench_train
@@ -53,7 +53,7 @@ def bench(
     settings = replace(settings, encoder=find_teacher(settings.encoder).name)
     if folder is not None and not folder.is_dir():
         raise RepaError(f"--folder {folder} is no folder", "make it first")
-    console = console or Console()
+    console = console or PlainConsole()
     console.print(describe_machine(), highlight=False)
     results: dict[str, list[Measured]] = {}
     jobs: dict[str, Callable[[BenchSettings, Path], Iterable[tuple[str, str, list[Measured]]]]] = {

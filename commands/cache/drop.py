@@ -31,14 +31,14 @@ def drop(
         CacheError: there is no such source, it is the autoencoder's, or a process is writing it.
         RepaError: the operating system refuses.
     """
-    from rich.console import Console
     from rich.text import Text
 
     from ...data.units import human_bytes
     from ...data.upkeep.drop import drop_source
     from ...data.upkeep.info import folder_bytes
+    from ..shared.terminal import PlainConsole
 
-    console = console or Console()
+    console = console or PlainConsole()
     path = cache or default_cache()
     before = folder_bytes(path)
     manifest = drop_source(path, source, autoencoder=autoencoder)

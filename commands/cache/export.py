@@ -41,10 +41,9 @@ def export(
     Raises:
         RepaError: a mistake the user can mend.
     """
-    from rich.console import Console
-
     from ...data.storage.bucket import cache_path
     from ...data.tars.export import export_cache, export_pattern
+    from ..shared.terminal import PlainConsole
 
     if form not in FORMATS:
         raise RepaError(f"--format {form!r} is unknown", f"there is {', '.join(FORMATS)}")
@@ -53,7 +52,7 @@ def export(
         raise RepaError(
             "--columns names no column", "name some, as sd-vae/moments,dinov2-b/patch, or drop it"
         )
-    console = console or Console()
+    console = console or PlainConsole()
     path = cache_path(cache or default_cache())
     started = time.perf_counter()
     with _bar("exporting", console) as progress:
@@ -80,11 +79,10 @@ def import_tars(*, tars: str, cache: Path, console: Console | None = None) -> No
     Raises:
         RepaError: a mistake the user can mend.
     """
-    from rich.console import Console
-
     from ...data.tars.export import import_cache
+    from ..shared.terminal import PlainConsole
 
-    console = console or Console()
+    console = console or PlainConsole()
     started = time.perf_counter()
     with _bar("importing", console) as progress:
         done = import_cache(tars, cache, progress)

@@ -41,10 +41,11 @@ def verify_fidelity(
         RepaError: no cache, other images, weights that are not the recorded ones, a row that is corrupt.
         SystemExit: with status 1 when what is stored is farther from the teacher than was recorded.
     """
-    from rich.console import Console
     from rich.text import Text
 
-    console = console or Console()
+    from ..shared.terminal import PlainConsole
+
+    console = console or PlainConsole()
     path = cache or default_cache()
     if rows is not None and rows < 1:
         raise RepaError(f"--rows {rows} compares nothing", "give at least 1")
@@ -79,6 +80,7 @@ def verify_fidelity(
 
 def _table(source: str, found: Sequence[Comparison]) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
     unit = "KL(teacher ‖ stored), nats" if source != model_of(source) else "1 − cosine"
     table = Table(box=None, pad_edge=False, title=f"{source}: {unit}", title_justify="left")
@@ -91,6 +93,6 @@ def _table(source: str, found: Sequence[Comparison]) -> Table:
             f"{each.measured:.3g}",
             f"{each.largest:.3g}",
             f"{each.limit:.3g}",
-            "" if each.kept else "[bold red]over[/bold red]",
+            Text("" if each.kept else "over", style="bold red"),
         )
     return table

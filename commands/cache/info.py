@@ -37,14 +37,12 @@ def info(*, cache: Path | str | None = None, as_json: bool = False, console: Con
     Raises:
         CacheError: there is no cache, or it is damaged.
     """
-    from rich.console import Console
-    from rich.markup import escape
-
     from ...data.storage.bucket import cache_path
     from ...data.units import human_bytes
     from ...data.upkeep.info import cache_info
+    from ..shared.terminal import PlainConsole
 
-    console = console or Console()
+    console = console or PlainConsole()
     found = cache_info(cache_path(cache or default_cache()))
     if as_json:
         from .document import info_document
@@ -53,7 +51,9 @@ def info(*, cache: Path | str | None = None, as_json: bool = False, console: Con
         console.file.write(f"{info_document(found)}\n")
         return
     manifest = found.manifest
-    console.print(f"[bold]{escape(str(found.path))}[/bold]  {human_bytes(found.total_bytes)} {found.where}")
+    console.print(
+        f"{found.path}  {human_bytes(found.total_bytes)} {found.where}", soft_wrap=True, style="bold"
+    )
     console.print(
         f"{counted(found.num_rows, 'image')} of {found.resolution}×{found.resolution} in "
         f"{counted(found.num_classes, 'class')} · {counted(found.num_shards, 'shard')} of "
@@ -67,7 +67,7 @@ def info(*, cache: Path | str | None = None, as_json: bool = False, console: Con
     print_notes(found, console)
     if not found.complete:
         remedy = "copy the rest there" if found.remote else "the same `repa preprocess` goes on with it"
-        console.print(f"[yellow]not complete: {remedy}[/yellow]")
+        console.print(f"not complete: {remedy}", style="yellow")
     if found.invalid:
         _invalid(found, console)
 
@@ -122,7 +122,7 @@ def _invalid(found: CacheInfo, console: Console) -> None:
     from ...data.format.opening import read_keys
 
     keys = read_keys(found.path, found.manifest)
-    console.print(f"[yellow]{counted(len(found.invalid), 'image')} could not be decoded, left out:[/yellow]")
+    console.print(f"{counted(len(found.invalid), 'image')} could not be decoded, left out:", style="yellow")
     for row, reason in list(found.invalid.items())[:_SHOWN]:
         console.print(Text(f"  {keys[row]} (row {row}): {reason}"), soft_wrap=True)
     if len(found.invalid) > _SHOWN:
@@ -194,13 +194,13 @@ def verify(*, cache: Path | str | None = None, console: Console | None = None) -
         RepaError: the bucket cannot be read.
         SystemExit: with status 1 when anything is wrong or missing.
     """
-    from rich.console import Console
     from rich.text import Text
 
     from ...data.storage.bucket import cache_path
     from ...data.units import human_bytes
+    from ..shared.terminal import PlainConsole
 
-    console = console or Console()
+    console = console or PlainConsole()
     path = cache_path(cache or default_cache())
     found = check_bytes(path, console)
     findings = found.findings

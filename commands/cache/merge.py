@@ -40,15 +40,15 @@ def merge(
         CacheError: parts that do not fit together or are not complete; images that are not theirs.
         RepaError: the disk is full, or refuses.
     """
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
     from ...data.units import human_bytes
     from ...data.upkeep.info import cache_info
     from ...data.upkeep.merge import merge_caches
+    from ..shared.terminal import PlainConsole
 
-    console = console or Console()
+    console = console or PlainConsole()
     opened = [Part.open(path) for path in parts]
     if not opened:
         raise RepaError("no cache to join", "name at least two")

@@ -44,11 +44,10 @@ def repair(
             disk that refuses.
         SystemExit: with status 1 when something is still wrong.
     """
-    from rich.console import Console
-
     from ...data.upkeep.repair import plan_repair, restore_group
+    from ..shared.terminal import PlainConsole
 
-    console = console or Console()
+    console = console or PlainConsole()
     path = cache or default_cache()
     if restore_group(path):
         _say(console, f"{path}: zarr.json was damaged around its manifest, and is written again")
@@ -92,14 +91,14 @@ def verify_by_reencoding(
         RepaError: no cache, other images or weights than recorded, a row that is corrupt.
         SystemExit: with status 1 when a row is not what is computed now.
     """
-    from rich.console import Console
+    from ..shared.terminal import PlainConsole
 
     if rows < 1:
         raise RepaError(f"--reencode {rows} compares nothing", "give at least 1")
     from ...data.format.opening import open_manifest, read_keys
     from ...pipeline.replay.reencode import reencode
 
-    console = console or Console()
+    console = console or PlainConsole()
     path = cache or default_cache()
     found = reencode(path, _given(data, None, weights), rows=rows, seed=seed)
     console.print(_reencoded(found))
@@ -191,6 +190,7 @@ def _say_what_became(console: Console, repaired: Repaired) -> None:
 
 def _reencoded(found: Sequence[Reencoded]) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
     for heading in ("column", "rows", "same bits", "largest difference", "noise allowed", ""):
@@ -202,6 +202,6 @@ def _reencoded(found: Sequence[Reencoded]) -> Table:
             str(each.identical),
             f"{each.largest:.2f} of what is allowed",
             f"{each.noise:g}",
-            "" if each.kept else "[bold red]over[/bold red]",
+            Text("" if each.kept else "over", style="bold red"),
         )
     return table

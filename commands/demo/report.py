@@ -139,8 +139,9 @@ def _curve(run: DemoRun, name: str) -> list[tuple[float, float]]:
 
 
 def _print_table(rows: Sequence[DemoRow], floor: float, unseen: int) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from ..shared.terminal import PlainConsole
 
     table = Table(
         title="The demo's runs: the same backbone, seed, order, noise and steps", title_justify="left"
@@ -161,7 +162,7 @@ def _print_table(rows: Sequence[DemoRow], floor: float, unseen: int) -> None:
             f"{row.images_per_second:,.0f}",
             " → ".join(f"{count:,}" for count in row.bytes_per_image),
         )
-    console = Console()
+    console = PlainConsole()
     console.print(table)
     console.print(
         f"Fréchet distance: of {unseen} samples to the cache's images, by class vectors of the demo's own "

@@ -108,7 +108,7 @@ def fit(
     say = _printer(console, leader=leader)
     checked = check(config, live)
     for warning in checked.warnings:
-        say(f"[yellow]note[/yellow]: {warning}")
+        say(f"note: {warning}")
     if checked.problems:
         raise ProblemsError(checked.problems)
     load_live(checked, say)
@@ -257,7 +257,7 @@ def load_live(checked: Checked, say: Callable[[str], None]) -> None:
     checked.live_sources = checked.live.load(checked.device)
     for source, provenance in checked.live_sources.items():
         if provenance.random_weights:
-            say(f"[yellow]note[/yellow]: the live teacher {source} has random weights: {RANDOM_WEIGHTS}")
+            say(f"note: the live teacher {source} has random weights: {RANDOM_WEIGHTS}")
 
 
 def _held_out_evaluation(
@@ -291,6 +291,6 @@ def _held_out_evaluation(
 def _printer(console: Console, *, leader: bool) -> Callable[[str], None]:
     def say(line: str) -> None:
         if leader:
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     return say

@@ -15,7 +15,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.markup import escape
 from torch import distributed
 
 from ...data.edge import printable
@@ -172,7 +171,7 @@ def requeue(reason: str | None, environment: Mapping[str, str], say: Callable[[s
     except (OSError, subprocess.SubprocessError) as error:
         problem = str(error)
     if problem:
-        reason = escape(printable(" ".join(problem.split())))
-        say(f"[yellow]note[/yellow]: job {job} is not requeued ({reason}): submit it again")
+        reason = printable(" ".join(problem.split()))
+        say(f"note: job {job} is not requeued ({reason}): submit it again")
     else:
         say(f"job {job} is requeued")
