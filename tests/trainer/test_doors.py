@@ -73,6 +73,9 @@ NEW = {
 
 
 class Pixels:
+    name = "pixels"
+    weights_sha256 = "0"
+
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         return (128 + 20 * latent[:, :3]).clamp(0, 255).to(torch.uint8)
 
