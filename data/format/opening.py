@@ -118,7 +118,8 @@ def declaration(provenance: Provenance, columns: Mapping[str, ColumnSpec]) -> di
     """What binds of a source; notes and columns each for itself, so that the one that differs is named."""
     values = provenance.identity()
     notes = values.pop("notes")
-    values.update({f"notes.{name}": value for name, value in notes.items()})
+    # a model's folder may be moved: the weights' hash says whether it is the same
+    values.update({f"notes.{name}": value for name, value in notes.items() if name != "location"})
     for name, spec in columns.items():
         compressed = f" in {spec.compressor}" if spec.compressor else ""
         values[f"columns.{name}"] = f"{spec.dtype}{list(spec.shape)}{compressed}"
