@@ -76,7 +76,10 @@ def read_initial(place: str, checked: Checked) -> Initial:
     """
     file = _file_of(Path(place))
     ours = None if file.suffix == ".safetensors" else _of_a_run(file)
-    initial, backbone = _published(file) if ours is None else _own(file, ours, checked)
+    try:
+        initial, backbone = _published(file) if ours is None else _own(file, ours, checked)
+    except RepaError as error:
+        raise RepaError(error.what, error.remedy, field=FLAG) from error
     if checked.backbone is None:
         raise RuntimeError("the checks have not passed")
     if backbone != checked.backbone:
