@@ -178,7 +178,7 @@ class _Comparison:
         return self._found
 
     def _batches(self) -> Iterator[Batch]:
-        """The first batches of the run, on the device."""
+        """Yield the first batches of the run, on the device."""
         from ..data.reading.loader import CacheLoader
         from ..data.reading.reader import CacheReader
 
@@ -255,7 +255,7 @@ def _comparable(
     exact: Tensor,
     live_notes: Mapping[str, Mapping[str, Any]],
 ) -> tuple[Tensor, Tensor]:
-    """Queries or keys of the blocks that both have; keys centred where the stored ones are."""
+    """Choose queries or keys of the blocks that both have. Keys are centred where the stored ones are."""
     from ..data.format.columns import source_of
 
     if "blocks" not in notes:
@@ -268,7 +268,10 @@ def _comparable(
 
 
 def _differences(stored: Tensor, exact: Tensor) -> tuple[float, float]:
-    """Largest absolute difference, and mean of 1 − cosine over the last axis; exactly 0 where equal."""
+    """Compute the largest absolute difference, and the mean of 1 − cosine over the last axis.
+
+    Both are exactly 0 where equal.
+    """
     import torch
 
     stored, exact = stored.double(), exact.double()

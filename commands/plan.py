@@ -32,7 +32,10 @@ _STEP_SECONDS = 5.0  # of a timed step on a CPU
 
 @dataclass(frozen=True, kw_only=True)
 class PlanFlags(EncodingFlags):
-    """The flags of `repa plan`: those of the `repa preprocess` it foretells, and of the training after it."""
+    """The flags of `repa plan`.
+
+    They are those of the `repa preprocess` it foretells and of the training after it.
+    """
 
     model: Annotated[
         str | None, typer.Option(help="Backbone to train, as SiT-B/2: steps of it are measured.")
@@ -145,12 +148,15 @@ def plan(flags: PlanFlags, *, console: Console | None = None) -> None:
 
 
 def _busy(doing: str, console: Console) -> AbstractContextManager[object]:
-    """What is being done, on a terminal, until it is."""
+    """Show on a terminal what is being done, until it is."""
     return console.status(doing) if console.is_terminal else nullcontext()
 
 
 def training_bytes(plan: Plan) -> int:
-    """Bytes that a training image reads: latent, tokens, queries and keys with their scales, one view."""
+    """Count the bytes that a training image reads in one view.
+
+    They are latent, tokens, and queries and keys with their scales.
+    """
     return sum(
         spec.row_bytes
         for source in plan.sources
@@ -244,12 +250,12 @@ def _short(seconds: float) -> str:
 
 
 def _figure(value: float) -> str:
-    """Three figures, or all of a larger one: no exponents."""
+    """Write a number with three figures, or with all of a larger one, and without an exponent."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _teacher_bytes(plan: Plan) -> int:
-    """Bytes that the teachers' columns take of an image."""
+    """Count the bytes that the teachers' columns take of an image."""
     return sum(
         spec.row_bytes
         for source in plan.sources
@@ -259,7 +265,7 @@ def _teacher_bytes(plan: Plan) -> int:
 
 
 def _training_rate(plan: Plan, model: str, batch_size: int) -> tuple[float, str]:
-    """Images a second of steps of the backbone alone and how they were measured: forward, backward, AdamW.
+    """Measure images a second of steps of the backbone alone, forward, backward and AdamW, and say how.
 
     No method can be faster. A CPU computes an image after the other: where a step would take long, a part of
     its images is timed, and the optimizer by itself.

@@ -30,7 +30,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingFlags:
-    """What is to be encoded and how: the flags of `repa preprocess` that `repa plan` has too.
+    """What is to be encoded and how. `repa preprocess` and `repa plan` share these flags.
 
     Their names are those of `PreprocessConfig`, which says more of each.
     """
@@ -154,7 +154,9 @@ def preprocess(flags: PreprocessFlags, *, console: Console | None = None) -> Non
 
 
 def make_config(flags: EncodingFlags) -> PreprocessConfig:
-    """The command that flags ask for: most as they are, those below made out, their defaults filled in.
+    """Make the configuration that flags ask for.
+
+    Most are taken as they are, those below are made out, and defaults are filled in.
 
     Raises:
         RepaError: a flag that is none of its choices.
@@ -200,7 +202,7 @@ def _check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
 
 
 def _leave(message: str) -> NoReturn:
-    """End the process at once, status 130: lanes that still compute would hold it up for a batch."""
+    """End the process at once with status 130, as lanes that still compute would hold it up for a batch."""
     print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(130)

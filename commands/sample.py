@@ -87,7 +87,7 @@ class SampleFlags:
 
 
 def sample(flags: SampleFlags, *, console: Console | None = None) -> None:
-    """Sample images; sample i depends on seed, label and i, not on the batch size or the number of devices.
+    """Sample images. Sample i depends on seed, label and i, not on the batch size or the number of devices.
 
     Those of a checkpoint file go, without ``--out``, into a folder beside it. A folder holds one sampling and
     its record, ``sampling.json``; the same command goes on with one that was interrupted.
@@ -199,7 +199,7 @@ def _check_devices(devices: int, gpus: int) -> None:
 
 
 def _places(flags: SampleFlags) -> tuple[Path, Path]:
-    """The checkpoint that the flags name, and the folder for its images."""
+    """Find the checkpoint that the flags name, and the folder for its images."""
     from ..trainer.sampling.generate import newest_checkpoint
 
     if flags.run is not None and flags.checkpoint is None:
@@ -215,7 +215,7 @@ def _places(flags: SampleFlags) -> tuple[Path, Path]:
 
 
 def _conditions(conditioner: Conditioner, asked: Sequence[int], flags: SampleFlags) -> NDArray[Any]:
-    """Condition of each sample ``[N, …]``; for labels int64 ``[N]``."""
+    """Choose the condition of each sample ``[N, …]``, for labels int64 ``[N]``."""
     import numpy as np
 
     from ..trainer.models.conditioning import LabelConditioner, balanced_labels
@@ -231,7 +231,7 @@ def _conditions(conditioner: Conditioner, asked: Sequence[int], flags: SampleFla
 
 
 def _asked(labels: Sequence[str], model: TrainedModel) -> tuple[int, ...]:
-    """The classes that ``--label`` names, by number or by name.
+    """Parse the classes that ``--label`` names, by number or by name.
 
     Raises:
         RepaError: no such class, or the model knows none.
@@ -249,7 +249,7 @@ def _asked(labels: Sequence[str], model: TrainedModel) -> tuple[int, ...]:
 
 
 def _class_of(label: str, model: TrainedModel) -> int:
-    """The number of a class.
+    """Return the number of a class.
 
     Raises:
         RepaError: no such class, with the names that come nearest.
@@ -276,7 +276,7 @@ def _class_of(label: str, model: TrainedModel) -> int:
 
 
 def _decoder(model: TrainedModel, vae: str | None, device: str, console: Console) -> Decoder:
-    """The autoencoder, loaded.
+    """Load the autoencoder.
 
     Raises:
         RepaError: it cannot be had, or has latents of other channels.
@@ -311,7 +311,7 @@ def _jobs(
     missing: Sequence[int],
     out: Path,
 ) -> list[SamplingJob]:
-    """The batches that are missing, dealt to the processes in turn."""
+    """Deal the batches that are missing to the processes in turn."""
     from .shared.sampling import SamplingJob
 
     cuda = next(model.backbone.parameters()).device.type == "cuda"

@@ -31,7 +31,7 @@ STOPPED_STATUS = 130
 
 @dataclass(frozen=True, kw_only=True)
 class TrainFlags:
-    """The flags of `repa train`; what is None is as in the configuration file, or the default."""
+    """The flags of `repa train`. What is None is as in the configuration file, or the default."""
 
     method: Annotated[
         str | None,
@@ -112,7 +112,7 @@ _SETTINGS = ("method", "model", "cache", "max_steps", "batch_size", "lr", "seed"
 
 
 def train(flags: TrainFlags, *, console: Console | None = None) -> None:
-    """Train from a cache; the same command resumes from the newest checkpoint.
+    """Train from a cache. The same command resumes from the newest checkpoint.
 
     What the flags say goes before the configuration file, and that before the defaults. A run that is resumed
     keeps its cache and, if it is ``online``, its teachers.
@@ -165,7 +165,7 @@ def train(flags: TrainFlags, *, console: Console | None = None) -> None:
 
 
 def _live(config: TrainConfig, flags: TrainFlags, folder: Path) -> LiveTeachers | None:
-    """The live teachers of an online run.
+    """Make the live teachers of an online run.
 
     Raises:
         RepaError: see `live_teachers`; or flags for them, but the targets come from the cache.
@@ -183,7 +183,7 @@ def _live(config: TrainConfig, flags: TrainFlags, folder: Path) -> LiveTeachers 
 
 
 def _settings(flags: TrainFlags) -> tuple[TrainConfig, Path]:
-    """The settings that the flags ask for, and the folder of the run.
+    """Collect the settings that the flags ask for, and choose the folder of the run.
 
     A run that is there already goes on with its own configuration, where the flags name no other.
 
@@ -206,7 +206,7 @@ def _settings(flags: TrainFlags) -> tuple[TrainConfig, Path]:
 
 
 def _cache_of_run(folder: Path) -> str | None:
-    """The cache that a run was begun with."""
+    """Find the cache that a run was begun with."""
     from ..trainer.config import build
     from ..trainer.run.folder import CONFIG_FILE
     from ..trainer.settings_file import load_yaml
@@ -216,7 +216,10 @@ def _cache_of_run(folder: Path) -> str | None:
 
 
 def _decoder(config: TrainConfig) -> Decoder | None:
-    """The autoencoder that made the cache, for previews; None without a cache, which the checks report."""
+    """Make the autoencoder that made the cache, for previews.
+
+    It is None without a cache, which the checks report.
+    """
     import torch
 
     from ..data.format.columns import AUTOENCODER
@@ -237,7 +240,7 @@ def _decoder(config: TrainConfig) -> Decoder | None:
 def _print_plan(
     config: TrainConfig, folder: Path, console: Console, live: LiveTeachers | None = None
 ) -> None:
-    """What ``--dry-run`` prints.
+    """Print what ``--dry-run`` shows.
 
     Raises:
         ProblemsError: after printing, when the run could not start.

@@ -151,7 +151,7 @@ def _check_length(raw: bytes, where: str, most: int, remedy: str, error: type[Re
 
 
 def _unfit(value: Any, most_depth: int) -> str | None:
-    """What keeps a value from being plain, finite and shallow; None where nothing does."""
+    """Say what keeps a value from being plain, finite and shallow, or None where nothing does."""
     todo = [(value, 0)]
     while todo:
         each, depth = todo.pop()
@@ -193,7 +193,7 @@ def _validated(model: type[T], raw: bytes, where: str, remedy: str, error: type[
 
 
 def _first(wrong: ValidationError) -> tuple[str, str]:
-    """The first of pydantic's findings as a sentence, and the field that it is about."""
+    """Turn the first of pydantic's findings into a sentence and the field that it is about."""
     found = wrong.errors(include_url=False, include_context=False)
     first = found[0]
     field = printable(".".join(str(part) for part in first["loc"]))

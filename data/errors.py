@@ -55,5 +55,5 @@ class CorruptRowError(CacheError):
 
 
 def _corrupt_row(row: int, column: str, path: str, reason: str) -> CorruptRowError:
-    """Make the error again in another process: its constructor takes keywords alone."""
+    """Make the error again in another process, where its constructor takes keywords alone."""
     return CorruptRowError(row=row, column=column, path=path, reason=reason)

@@ -109,7 +109,7 @@ def _world(launcher: str, names: tuple[str, ...], found: Mapping[str, str]) -> W
 
 
 def _local_size(launcher: str, node: int, size: int, found: Mapping[str, str]) -> int:
-    """How many processes share this machine; all of them where nothing says so."""
+    """Count the processes that share this machine. They are all of them where nothing says so."""
     if launcher == "torchrun":
         return int(found.get("LOCAL_WORLD_SIZE", size))
     spread = found.get("SLURM_STEP_TASKS_PER_NODE")

@@ -25,7 +25,7 @@ _imported: dict[tuple[str, str], Any] = {}
 
 
 def names_object(text: str) -> bool:
-    """Whether a text has the form ``module:Class``, with or without packages before."""
+    """Tell whether a text has the form ``module:Class``, with or without packages before."""
     return _OBJECT.fullmatch(text) is not None
 
 
@@ -70,7 +70,7 @@ def find_outside(
 
 
 def _entry(name: str, group: str, flag: str, what: str, example: str) -> str:
-    """The ``module:Class`` of an entry point."""
+    """Return the ``module:Class`` of an entry point."""
     found = sorted({each.value for each in entry_points(group=group, name=name)})
     if not found:
         others = ", ".join(entry_names(group)) or "none"

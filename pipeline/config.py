@@ -30,7 +30,7 @@ _RANGES = (
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig:
-    """A `repa preprocess`, as asked for; `resolve` fills in what was left open.
+    """A `repa preprocess` as asked for. `resolve` fills in what was left open.
 
     Attributes:
         data: image folder or ZIP file; WebDataset tars, as ``shards/train-{0000..0146}.tar``; a Hugging Face
@@ -91,7 +91,7 @@ class PreprocessConfig:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The sources it writes: the autoencoder, the encoders, and their attention."""
+        """The sources it writes. They are the autoencoder, the encoders, and their attention."""
         own = {name: (attention_source(name),) if name in self.attention else () for name in self.encoders}
         return (AUTOENCODER, *(source for name in self.encoders for source in (name, *own[name])))
 
@@ -100,7 +100,7 @@ class PreprocessConfig:
         return find_teacher(self.outside.get(encoder, encoder), may_import=True)
 
     def attention_settings(self, encoder: str) -> AttentionSettings | None:
-        """How the attention of an encoder is to be stored; None: not at all."""
+        """Return how the attention of an encoder is to be stored, or None for not at all."""
         blocks = self.attention.get(encoder)
         if blocks is None:
             return None

@@ -60,7 +60,7 @@ class EncodingSpeed:
     devices: int
 
     def seconds_of(self, models: Iterable[str]) -> float:
-        """For an image on one device: decoding, and these models."""
+        """Sum the seconds of an image on one device for decoding and these models."""
         computed = sum(self.model_seconds[name] for name in models)
         decoded = self.decode_seconds / self.decoders
         return max(computed, decoded) if self.beside else computed + decoded
@@ -72,7 +72,7 @@ class EncodingSpeed:
 
 
 def measure_encoding(plan: Plan) -> EncodingSpeed:
-    """Encode a few batches of the images, of every source that is still to be written; nothing is stored.
+    """Encode a few batches of the images, of every source that is still to be written. Nothing is stored.
 
     What is fitted or measured before attention and int8 are written (`Calibrator`) is left out: it is done
     once.
@@ -117,12 +117,12 @@ def measure_encoding(plan: Plan) -> EncodingSpeed:
 
 
 def live_models(plan: Plan, speed: EncodingSpeed) -> tuple[str, ...]:
-    """The teachers among the models that were measured: what a live run would call."""
+    """Choose the teachers among the models that were measured. A live run would call them."""
     return tuple(name for name in speed.model_seconds if name in map(model_of, plan.config.encoders))
 
 
 def _decode(plan: Plan) -> tuple[list[NDArray[np.uint8]], float]:
-    """Some images, evenly spaced, and seconds for one; a broken one is grey."""
+    """Decode some images, evenly spaced, and measure the seconds for one. A broken one is grey."""
     count = min(_DECODED, len(plan.images))
     side = plan.config.resolution
     pixels = []
@@ -136,7 +136,7 @@ def _decode(plan: Plan) -> tuple[list[NDArray[np.uint8]], float]:
 def _warm_up(
     lanes: Lanes, tasks: Sequence[Task], pixels: Sequence[NDArray[np.uint8]], size: int, *, on_gpu: bool
 ) -> int:
-    """Images of a batch that is to be timed.
+    """Make the images of a batch that is to be timed.
 
     One thread of a CPU computes a batch, in a time that grows with its images: there, fewer will do.
     """
@@ -154,7 +154,7 @@ def _warm_up(
 def _run(
     lanes: Lanes, tasks: Sequence[Task], pixels: Sequence[NDArray[np.uint8]], size: int, count: int
 ) -> dict[str, float]:
-    """Compute so many batches; model → seconds, summed over the lanes."""
+    """Compute so many batches, and return model → seconds, summed over the lanes."""
     waiting: deque[Pending] = deque()
     busy: dict[str, float] = {}
 
@@ -173,7 +173,7 @@ def _run(
 
 
 class _Uncalibrated(Calibrator):
-    """Storage forms that nothing was fitted for: as much work, and no file written."""
+    """Storage forms that nothing was fitted for. They are as much work, and no file is written."""
 
     def __init__(self) -> None:
         pass
@@ -181,9 +181,9 @@ class _Uncalibrated(Calibrator):
     def attention(
         self, encoder: Encoder, provenance: Provenance, settings: AttentionSettings
     ) -> tuple[AttentionForm, dict[str, Any]]:
-        """The whole width, in the dtype that is asked for."""
+        """Return the whole width, in the dtype that is asked for."""
         return attention_form(encoder, settings, None), {}
 
     def tokens(self, encoder: Encoder, provenance: Provenance, form: TokenForm) -> dict[str, Any]:
-        """Nothing is measured."""
+        """Return nothing, as nothing is measured."""
         return {}

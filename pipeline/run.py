@@ -34,7 +34,7 @@ MOST_PROCESSES_A_CORE = 4  # a little more than one each does no harm while they
 
 
 class StoppedError(Exception):
-    """The run was stopped from outside (Ctrl-C, SIGTERM); the message says what is saved."""
+    """The run was stopped from outside (Ctrl-C, SIGTERM). The message says what is saved."""
 
 
 def run(config: PreprocessConfig, console: Console, *, dry_run: bool = False) -> Plan:
@@ -80,7 +80,7 @@ def run(config: PreprocessConfig, console: Console, *, dry_run: bool = False) ->
 
 
 def saved(plan: Plan) -> str:
-    """One line: what of each source is on the disk."""
+    """Say in one line what of each source is on the disk."""
     cache = plan.config.cache
     manifest = present_manifest(cache)
     parts = []

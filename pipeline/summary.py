@@ -30,7 +30,7 @@ _PICTURES = frozenset((".tif", ".tiff", ".bmp", ".gif", ".heic", ".avif", ".jp2"
 
 
 def say(console: Console, line: str, *, style: str = "") -> None:
-    """Print a line as it is: no markup in paths, no wrapping of what scripts may read."""
+    """Print a line as it is, with no markup in paths and no wrapping of what scripts may read."""
     console.print(Text(line, style=style), soft_wrap=True, highlight=False)
 
 
@@ -75,7 +75,10 @@ def show_plan(plan: Plan, rank: Rank, console: Console) -> None:
 
 
 def _column(source: SourcePlan, name: str) -> str:
-    """``q int8[3, 12, 256, 16] 1.5 MB``: the last is what its missing rows take, scales included."""
+    """Describe a column as ``q int8[3, 12, 256, 16] 1.5 MB``.
+
+    The last is what its missing rows take, scales included.
+    """
     spec, scale = source.columns[name], source.columns.get(scale_column(name))
     row_bytes = spec.row_bytes + (scale.row_bytes if scale is not None else 0)
     size = f" {_most(source)}{human_bytes(source.rows * row_bytes)}" if source.rows else ""
@@ -87,7 +90,7 @@ def _most(source: SourcePlan) -> str:
 
 
 def passed_over(skipped: Sequence[tuple[str, str]]) -> list[str]:
-    """Say what was passed over: a line for each reason, with its count, endings and an example.
+    """Say what was passed over, a line for each reason, with its count, endings and an example.
 
     Args:
         skipped: (path, why) of every file.
@@ -184,7 +187,7 @@ def _show_invalid(plan: Plan, console: Console) -> None:
 
 
 def _show_time(tallies: Sequence[Tally], console: Console) -> None:
-    """Means over the processes that had work: side by side, so that they add up to the wall clock."""
+    """Print means over the processes that had work, side by side, so that they add up to the wall clock."""
     working = [tally for tally in tallies if tally.loop_seconds]
     count = len(working)
     busy: defaultdict[str, float] = defaultdict(float)

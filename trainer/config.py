@@ -112,7 +112,7 @@ _Positive: TypeAlias = Annotated[int, Ge(1), Le(_MOST)]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Settings of a training run; the defaults are REPA's (arXiv 2410.06940, section 4 and its appendix).
+    """Settings of a training run. The defaults are REPA's (arXiv 2410.06940, section 4 and its appendix).
 
     Attributes:
         cache: folder of the cache, or a pattern of the tars it was exported to.
@@ -214,7 +214,7 @@ class TrainConfig:
 
     @property
     def default_run_name(self) -> str:
-        """Name of the run's folder when none is given: ``repa-SiT-B-2``."""
+        """Name of the run's folder when none is given, for example ``repa-SiT-B-2``."""
         return f"{self.method_name.rpartition(':')[2]}-{self.model.replace('/', '-')}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -225,7 +225,7 @@ class TrainConfig:
         return values
 
     def to_yaml(self) -> str:
-        """YAML that `load_yaml` and `build` turn into an equal configuration."""
+        """Write YAML that `load_yaml` and `build` turn into an equal configuration."""
         text: str = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
         return text
 
@@ -274,7 +274,7 @@ def build(
 
 
 def _objective(settings: dict[str, Any], model: Any) -> ObjectiveConfig:
-    """The settings of an objective; without a name it is the one of the model's family."""
+    """Return the settings of an objective. Without a name it is the one of the model's family."""
     name = settings.pop("name", None) or _objective_of(str(model))
     if not isinstance(name, str) or name not in objectives.OBJECTIVES:
         shown = shortened(name)
@@ -293,7 +293,7 @@ def _objective_of(model: str) -> str:
 
 
 def _normalise(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy in which ``method: repa`` is ``method: {name: repa}`` and ``path`` is ``objective.path``."""
+    """Return a copy in which ``method: repa`` is ``method: {name: repa}`` and ``path`` in ``objective``."""
     copy = {str(key): dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
     for section in _NAMED_SECTIONS:
         if isinstance(copy.get(section), str):
@@ -305,7 +305,7 @@ def _normalise(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_command(cache: Any) -> None:
-    """Check that a cache which a file names is data: a file may come from anybody."""
+    """Check that a cache which a file names is data, as a file may come from anybody."""
     command = command_in(cache) if isinstance(cache, str) else None
     if command is not None:
         raise RepaError(
@@ -367,7 +367,7 @@ def _annotations() -> dict[str, Any]:
 
 
 def _trainer_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings for ``lightning.Trainer``, their names checked against its signature."""
+    """Check the names of settings for ``lightning.Trainer`` against its signature."""
     if not values:
         return {}
     from lightning.pytorch import Trainer

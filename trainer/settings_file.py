@@ -80,7 +80,7 @@ def parse_yaml(text: str, *, where: str, remedy: str, field: str) -> Any:
 
 
 def _check_events(text: str) -> None:
-    """Refuse depth and aliases before anything is built of them; the events come one by one, unnested."""
+    """Refuse depth and aliases before anything is built of them. The events come one by one, unnested."""
     depth = aliases = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, _OPENS) - isinstance(event, _CLOSES)
@@ -92,7 +92,7 @@ def _check_events(text: str) -> None:
 
 
 def _check_depth(values: Any) -> None:
-    """Refuse what aliases made deep: a value may hold itself."""
+    """Refuse what aliases made deep, as a value may hold itself."""
     level = [values]
     for _ in range(MOST_DEPTH * MOST_ALIASES):
         level = [

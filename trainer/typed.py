@@ -100,7 +100,7 @@ def _adapter(annotation: Any) -> TypeAdapter[Any]:
 
 
 def _readings(value: Any) -> Iterator[Any]:
-    """What a value may mean, the most literal first."""
+    """List what a value may mean, the most literal first."""
     yield value
     if isinstance(value, bool):
         yield "on" if value else "off"  # what YAML makes of these words
@@ -116,14 +116,14 @@ def _readings(value: Any) -> Iterator[Any]:
 
 
 def _is_truth_as_number(value: Any, found: Any) -> bool:
-    """Whether a truth value became a number, which no setting means."""
+    """Tell whether a truth value became a number, which no setting means."""
     if isinstance(value, (list, tuple)) and isinstance(found, (list, tuple)):
         return any(_is_truth_as_number(*pair) for pair in zip(value, found, strict=True))
     return isinstance(value, bool) and isinstance(found, (int, float)) and not isinstance(found, bool)
 
 
 def _has_nul(found: Any) -> bool:
-    """Whether a text holds the character that ends a path for the operating system."""
+    """Tell whether a text holds the character that ends a path for the operating system."""
     if isinstance(found, (list, tuple)):
         return any(_has_nul(item) for item in found)
     return isinstance(found, str) and "\0" in found
@@ -199,7 +199,7 @@ def unknown_setting(key: str, known: Iterable[str]) -> RepaError:
 
 
 def plain(value: Any) -> Any:
-    """Return dataclasses as dicts and tuples as lists: what YAML and JSON can hold."""
+    """Return dataclasses as dicts and tuples as lists, which YAML and JSON can hold."""
     if is_dataclass(value) and not isinstance(value, type):
         return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):

@@ -37,7 +37,7 @@ def _cache_info(
         bool, typer.Option("--json", help="Print all of it as one JSON document, for programs.")
     ] = False,
 ) -> None:
-    """What a cache holds: columns, sizes, progress, and which models wrote them."""
+    """Print what a cache holds. Said are columns, sizes, progress, and which models wrote them."""
     from .info import info
 
     info(cache=cache, as_json=as_json)
@@ -70,7 +70,7 @@ def _cache_verify(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Both: of the choice of images.", show_default="0")] = None,
 ) -> None:
-    """Check every byte of a cache; exit status 1 if anything is wrong."""
+    """Check every byte of a cache. The exit status is 1 if anything is wrong."""
     if fidelity and reencode is not None:
         raise RepaError("--fidelity and --reencode exclude one another", "give them one after the other")
     folder = local_folder(cache) if cache is not None and (fidelity or reencode is not None) else None
@@ -125,7 +125,7 @@ def _cache_drop(
         bool, typer.Option("--autoencoder", help="Remove the latents, if SOURCE is the autoencoder's.")
     ] = False,
 ) -> None:
-    """Remove a source with its columns; the rest of the cache stays as it is."""
+    """Remove a source with its columns. The rest of the cache stays as it is."""
     from .drop import drop
 
     drop(source=source, cache=cache, autoencoder=autoencoder)
@@ -148,7 +148,7 @@ def _cache_merge(
         list[str] | None, typer.Option(help="Join this source only; may repeat.", show_default="all")
     ] = None,
 ) -> None:
-    """Join caches of parts of one image set; nothing is encoded. The same command again resumes."""
+    """Join caches of parts of one image set. Nothing is encoded. The same command again resumes."""
     from .merge import merge
 
     merge(parts=parts, cache=cache, data=data, sources=source or ())

@@ -78,7 +78,7 @@ def _column(found: CacheInfo, source: SourceInfo, column: ColumnInfo) -> dict[st
 
 
 def _read_speed(found: CacheInfo, column: ColumnInfo) -> dict[str, Any] | None:
-    """Bytes of data a second, of so many rows as they are stored and of the same uncompressed."""
+    """Measure bytes of data a second, of so many rows as they are stored and of the same uncompressed."""
     from ..measure.read_speed import measure_read_speed
 
     try:

@@ -19,7 +19,7 @@ def drop(
     autoencoder: bool = False,
     console: Console | None = None,
 ) -> None:
-    """Remove a source; the same command again finishes what was killed.
+    """Remove a source. The same command again finishes what was killed.
 
     Args:
         source: name of the source.

@@ -29,7 +29,7 @@ def export(
     columns: str | None = None,
     console: Console | None = None,
 ) -> None:
-    """Write columns of a cache as tars, one a shard; the same command goes on where it was stopped.
+    """Write columns of a cache as tars, one for each shard. The same command goes on where it was stopped.
 
     Args:
         out: folder of the tars.
@@ -69,7 +69,7 @@ def export(
 
 
 def import_tars(*, tars: str, cache: Path, console: Console | None = None) -> None:
-    """Make the cache that tars were exported from; the same command goes on where it was stopped.
+    """Make the cache that tars were exported from. The same command goes on where it was stopped.
 
     Args:
         tars: pattern of the tars, all of one export.
@@ -97,7 +97,7 @@ def import_tars(*, tars: str, cache: Path, console: Console | None = None) -> No
 
 @contextmanager
 def _bar(doing: str, console: Console) -> Iterator[Callable[[int, int], None]]:
-    """A bar of shards while the context lasts."""
+    """Show a bar of shards while the context lasts."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     bars = Progress(

@@ -25,7 +25,9 @@ _SHOWN = 20
 
 
 def info(*, cache: Path | str | None = None, as_json: bool = False, console: Console | None = None) -> None:
-    """Print what a cache holds: columns, sizes, progress, where they come from and how faithful they are.
+    """Print what a cache holds.
+
+    Said are columns, sizes, progress, where they come from and how faithful they are.
 
     Random rows of compressed columns are read, to say how fast that goes.
 

@@ -26,7 +26,7 @@ def merge(
     sources: Sequence[str] = (),
     console: Console | None = None,
 ) -> None:
-    """Join caches; nothing is encoded. The same command again resumes.
+    """Join caches. Nothing is encoded. The same command again resumes.
 
     Args:
         parts: folders of the caches.
@@ -82,7 +82,7 @@ def merge(
 
 
 def _images_of(parts: Sequence[Part], data: str) -> ImageSet:
-    """The image set that ``data`` names, each part held against it.
+    """Open the image set that ``data`` names and hold each part against it.
 
     Raises:
         RepaError: the images cannot be listed.

@@ -25,7 +25,7 @@ _HOW = (
 
 
 def print_compression(found: CacheInfo, console: Console) -> None:
-    """Ratio and read speed of every compressed column; nothing when there is none."""
+    """Print the ratio and read speed of every compressed column. Nothing is printed when there is none."""
     from rich.table import Table
 
     compressed = [
@@ -66,7 +66,7 @@ def _speeds(found: CacheInfo, column: ColumnInfo) -> tuple[str, str, str]:
 
 
 def print_notes(found: CacheInfo, console: Console) -> None:
-    """What the teachers' sources say of themselves: the form they are stored in, and its fidelity."""
+    """Print what the teachers' sources say of the form they are stored in and of its fidelity."""
     for source, provenance in found.manifest.sources.items():
         notes = provenance.notes
         fidelity = notes.get("fidelity")
@@ -84,7 +84,7 @@ def print_notes(found: CacheInfo, console: Console) -> None:
 
 
 def _attention_form(notes: Mapping[str, Any]) -> str:
-    """``blocks 8, 10, 12 · rank 32 of 64 · …``."""
+    """Describe a form as in ``blocks 8, 10, 12 · rank 32 of 64 · …``."""
     parts = [
         f"blocks {', '.join(map(str, notes['blocks']))}",
         f"rank {notes['rank']} of {notes['head_width']}",

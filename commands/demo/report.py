@@ -80,7 +80,7 @@ def report(cache: Path, runs: Sequence[DemoRun], out: Path) -> list[DemoRow]:
         return np.concatenate([teacher.encode(chunk.contiguous())["cls"].numpy() for chunk in chunks])
 
     def distance(images: NDArray[np.uint8]) -> float:
-        """Fréchet distance of images to the cache's."""
+        """Compute the Fréchet distance of images to the cache's."""
         return measure("frechet", {FEATURES: class_vectors(images), REFERENCE: real})
 
     rows = [

@@ -22,7 +22,7 @@ _BLOCKS = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
 
 def attention_blocks(wanted: str, encoders: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Blocks of each teacher whose queries and keys are to be stored, counted from 1, ascending.
+    """Choose the blocks of each teacher whose queries and keys are to be stored, counted from 1, ascending.
 
     Args:
         wanted: ``haste``, what `repa train --method haste` aligns with its default backbone (with the demo's

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Decoder:
-    """Decodes latents; reads weights from disk or hub at the first call, or at `load`.
+    """Decodes latents. Weights are read from disk or hub at the first call, or at `load`.
 
     Args:
         name: hub name or folder of an ``AutoencoderKL``, or ``demo``.
@@ -27,7 +27,7 @@ class Decoder:
         self._autoencoder: Autoencoder | None = None
 
     def load(self) -> Autoencoder:
-        """The autoencoder.
+        """Load the autoencoder.
 
         Raises:
             RepaError: its files are neither here nor reachable.
@@ -46,7 +46,7 @@ class Decoder:
         return self.load().weights_sha256
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Images uint8 ``[B, 3, R, R]`` of unscaled latents ``[B, C, h, w]``, one at a time to bound memory.
+        """Decode unscaled latents ``[B, C, h, w]`` to images uint8 ``[B, 3, R, R]``, one by one for memory.
 
         Raises:
             RepaError: its files are neither here nor reachable.

@@ -15,7 +15,7 @@ DEFAULT_ENCODER = "dinov2-b"
 
 
 def parse_weights(pairs: Sequence[str]) -> dict[str, Path]:
-    """Encoder → file of its weights, of texts ``NAME=FILE``.
+    """Parse texts ``NAME=FILE`` into encoder → file of its weights.
 
     Raises:
         RepaError: not of that form, or a name twice.

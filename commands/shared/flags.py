@@ -47,7 +47,7 @@ def takes_flags(flags: type[Flags]) -> Callable[[Callable[[Flags], None]], Calla
 
 
 def local_folder(place: str) -> Path:
-    """The folder that a flag names.
+    """Return the folder that a flag names.
 
     Raises:
         RepaError: it is the address of a bucket.

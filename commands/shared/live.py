@@ -35,7 +35,7 @@ LiveRandom = Annotated[
 
 
 class LiveFlags(Protocol):
-    """What the flags of a command say of live teachers; what they leave out is found out."""
+    """What the flags of a command say of live teachers. What they leave out is found out."""
 
     @property
     def data(self) -> str | None:
@@ -55,7 +55,7 @@ class LiveFlags(Protocol):
 
 
 def flags_given(flags: LiveFlags) -> tuple[str, ...]:
-    """Those flags of live teachers that were given."""
+    """Name those flags of live teachers that were given."""
     values = {
         "--data": flags.data,
         "--encoder": flags.encoders,
@@ -72,7 +72,7 @@ def live_teachers(
     before: Mapping[str, Any] | None = None,
     exact: bool = False,
 ) -> LiveTeachers:
-    """The teachers of an online run, their weights not loaded yet.
+    """Make the teachers of an online run, their weights not loaded yet.
 
     Args:
         config: of the run.
@@ -115,7 +115,7 @@ def live_teachers(
 
 
 def _encoders(config: TrainConfig, manifest: Manifest) -> Sequence[str]:
-    """The method's teachers, else the cache's only one, else what `repa preprocess` would take."""
+    """Choose the method's teachers, else the cache's only one, else what `repa preprocess` would take."""
     asked: tuple[str, ...] = getattr(config.method, "encoders", ())
     if asked:
         return tuple(dict.fromkeys(asked))

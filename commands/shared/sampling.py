@@ -35,7 +35,7 @@ class LatentDecoder(Protocol):
     """Latents to images."""
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Images uint8 ``[B, 3, H, W]`` of unscaled latents ``[B, C, h, w]``."""
+        """Decode unscaled latents ``[B, C, h, w]`` to images uint8 ``[B, 3, H, W]``."""
         ...
 
 
@@ -145,7 +145,7 @@ def sample_in_processes(jobs: Sequence[SamplingJob], report: Callable[[int], Non
 def _hear(
     connection: Connection, number: int, children: Sequence[SpawnProcess], report: Callable[[int], None]
 ) -> bool:
-    """Take what a process says; whether that was its last word.
+    """Take what a process says, and tell whether that was its last word.
 
     Raises:
         RepaError: it failed, or was killed without a word.
@@ -168,7 +168,7 @@ def _hear(
 
 
 def _child(job: SamplingJob, connection: Any, parent: int) -> None:
-    """What a started process does: the job, and a last word to its parent."""
+    """Do the job in a started process, and send a last word to its parent."""
     end_with_parent(parent)
     with suppress(KeyboardInterrupt), terminated_as_interrupt():
         try:

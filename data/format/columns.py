@@ -67,7 +67,7 @@ KINDS: dict[str, ColumnKind] = {
 
 
 def find_kind(name: str) -> ColumnKind | None:
-    """Return the kind of a name, or of the scales of one, ``patch-scale``; None if there is none.
+    """Return the kind of a name, or of the scales of one, ``patch-scale``, or None if there is none.
 
     Scales have no token axis, the last but one: see `int8`.
     """
@@ -80,7 +80,7 @@ def find_kind(name: str) -> ColumnKind | None:
 
 
 def column_name(model: str, kind: str) -> str:
-    """``<model>/<kind>``.
+    """Join the two parts of a column's name, ``<model>/<kind>``.
 
     Raises:
         RepaError: the model or the kind is not of the grammar.
@@ -98,7 +98,7 @@ def column_name(model: str, kind: str) -> str:
 
 
 def split_column(column: str) -> tuple[str, str]:
-    """``(model, kind)`` of a column's name.
+    """Split a column's name into ``(model, kind)``.
 
     Raises:
         RepaError: the name is not of the grammar.
@@ -109,7 +109,9 @@ def split_column(column: str) -> tuple[str, str]:
 
 
 def source_of(column: str) -> str:
-    """The source that a column is written and committed with: its model, or its model's attention.
+    """Name the source that a column is written and committed with.
+
+    It is the column's model, or its model's attention.
 
     Raises:
         RepaError: the name is not of the grammar.
@@ -119,23 +121,26 @@ def source_of(column: str) -> str:
 
 
 def attention_source(model: str) -> str:
-    """The source of a teacher's attention targets: ``dinov2-b+attention``."""
+    """Name the source of a teacher's attention targets, for example ``dinov2-b+attention``."""
     return f"{model}{ATTENTION_SUFFIX}"
 
 
 def model_of(source: str) -> str:
-    """The model that a source comes from: ``dinov2-b`` of ``dinov2-b`` and of ``dinov2-b+attention``."""
+    """Name the model that a source comes from.
+
+    It is ``dinov2-b`` of ``dinov2-b`` and of ``dinov2-b+attention``.
+    """
     return source.removesuffix(ATTENTION_SUFFIX)
 
 
 def scale_column(column: str) -> str:
-    """The column of the scales of an int8 column: ``dinov2-b/patch-scale``."""
+    """Name the column of the scales of an int8 column, for example ``dinov2-b/patch-scale``."""
     return f"{column}{SCALE_SUFFIX}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnSpec:
-    """Shape, dtype and compression of one column's row: the array on disk is ``[N, V, *shape]``.
+    """Shape, dtype and compression of one column's row. The array on disk is ``[N, V, *shape]``.
 
     Attributes:
         shape: shape of one row and view, for example ``(256, 768)`` for patch tokens ``[T, D]``.

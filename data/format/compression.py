@@ -36,7 +36,7 @@ _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
 class ChunkCodec:
-    """Encodes and decodes the chunks of one compressed column; threads may share it.
+    """Encodes and decodes the chunks of one compressed column. Threads may share it.
 
     Args:
         spec: the column's, which names a compressor.
@@ -52,7 +52,7 @@ class ChunkCodec:
         self._codec = _numcodecs_codec(spec)
 
     def encode(self, values: NDArray[np.generic]) -> bytes:
-        """The stored bytes of one row and view, without their checksum.
+        """Encode one row and view into the bytes that are stored, without their checksum.
 
         Args:
             values: ``[*shape]`` of the column's dtype.
@@ -128,7 +128,7 @@ def told_bytes(compressor: str, encoded: bytes | bytearray | memoryview) -> int 
 
 
 def chunk_codec(spec: ColumnSpec) -> ChunkCodec | None:
-    """The codec of a column's chunks; None where they are the raw bytes.
+    """Make the codec of a column's chunks. It is None where they are the raw bytes.
 
     Raises:
         RepaError: the compressor needs a package that is not installed.
@@ -137,7 +137,7 @@ def chunk_codec(spec: ColumnSpec) -> ChunkCodec | None:
 
 
 def zarr_codecs(spec: ColumnSpec) -> dict[str, Any]:
-    """The codecs of a column's chunks: arguments ``serializer`` and ``compressors`` of `zarr.create_array`.
+    """Choose a column's codecs as the arguments ``serializer`` and ``compressors`` of `zarr.create_array`.
 
     The checksum comes last: it covers what is stored.
 
@@ -165,14 +165,17 @@ def zarr_codecs(spec: ColumnSpec) -> dict[str, Any]:
 
 @contextmanager
 def quiet_about_pcodec() -> Iterator[None]:
-    """Without zarr's warning that pcodec is not in the Zarr specification: whoever chose it was told."""
+    """Hide zarr's warning that pcodec is not in the Zarr specification. Whoever chose it was told."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3")
         yield
 
 
 def _settings(spec: ColumnSpec) -> dict[str, Any]:
-    """The codec in the words of numcodecs: all that its bytes depend on but the library's version."""
+    """Describe the codec in the words of numcodecs.
+
+    Its bytes depend on that and on the library's version alone.
+    """
     match spec.compressor:
         case "zstd":
             return {"id": "zstd", "level": 3, "checksum": False}

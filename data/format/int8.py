@@ -36,7 +36,7 @@ def quantise(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(stored: Tensor, scale: Tensor) -> Tensor:
-    """The numbers that int8 stands for.
+    """Compute the numbers that int8 stands for.
 
     Args:
         stored: int8 ``[..., T, C]``.

@@ -29,13 +29,13 @@ def index_bytes(rows: int, views: int) -> int:
 
 
 def encode_index(index: NDArray[np.uint64]) -> bytes:
-    """Bytes of an index ``uint64 [rows, V, 2]`` of (offset, nbytes), with its crc32c."""
+    """Encode an index ``uint64 [rows, V, 2]`` of (offset, nbytes), with its crc32c."""
     pairs = np.ascontiguousarray(index, dtype="<u8").tobytes()
     return pairs + crc32c(pairs).to_bytes(CHECKSUM_BYTES, "little")
 
 
 def decode_index(tail: bytes, file_bytes: int, path: str, rows: int, views: int) -> NDArray[np.uint64]:
-    """The index ``uint64 [rows, V, 2]`` in the last bytes of a shard file.
+    """Decode the index ``uint64 [rows, V, 2]`` in the last bytes of a shard file.
 
     Args:
         tail: the last `index_bytes` of the file, or all there are.

@@ -56,7 +56,10 @@ class LatentScale(NamedTuple):
         )
 
     def notes(self) -> dict[str, Any]:
-        """Return what `scale_of` reads again: plain values, the statistics only where there are some."""
+        """Return what `scale_of` reads again.
+
+        They are plain values, the statistics only where there are some.
+        """
         values: dict[str, Any] = {"scaling_factor": self.scaling_factor, "shift_factor": self.shift_factor}
         if self.mean:
             values |= {"latents_mean": list(self.mean), "latents_std": list(self.std)}
@@ -147,7 +150,7 @@ def latent_scale(manifest: Manifest, *, where: str) -> LatentScale:
 
 
 def sample_posterior(moments: Tensor, noise: Tensor) -> Tensor:
-    """A draw from the diagonal Gaussian posterior, ``mean + std·noise``.
+    """Draw from the diagonal Gaussian posterior, ``mean + std·noise``.
 
     Source: Kingma & Welling, "Auto-Encoding Variational Bayes", section 2.4.
 
@@ -200,7 +203,7 @@ def unscale_latent(
     mean: tuple[float, ...] = (),
     std: tuple[float, ...] = (),
 ) -> Tensor:
-    """Return what the autoencoder decodes: the inverse of `scale_latent`."""
+    """Return what the autoencoder decodes, the inverse of `scale_latent`."""
     if mean:
         spread = latent * _of_channels(std, latent.dtype, latent.device) / scaling_factor
         return spread + _of_channels(mean, latent.dtype, latent.device)
@@ -209,7 +212,10 @@ def unscale_latent(
 
 @lru_cache(maxsize=16)
 def _of_channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The numbers as ``[1, C, 1, 1]``; kept, for a copy to the device in every step would wait for it."""
+    """Return the numbers as ``[1, C, 1, 1]``.
+
+    They are kept, as a copy to the device in every step would wait for it.
+    """
     import torch
 
     return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)

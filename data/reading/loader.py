@@ -153,17 +153,19 @@ class CacheLoader:
         return self._images_seen
 
     def state_dict(self) -> dict[str, int]:
-        """All there is to know to go on elsewhere: ``{"images_seen": …}``."""
+        """Return all there is to know to go on elsewhere, ``{"images_seen": …}``."""
         return {"images_seen": self._images_seen}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from a state; iterators from before it end."""
+        """Go on from a state. Iterators from before it end."""
         place_of(state["images_seen"], batch_size=self.batch_size, count=len(self.rows))
         self.close()
         self._images_seen = state["images_seen"]
 
     def __len__(self) -> int:
-        """Micro-batches from image 0 to the last, wherever this loader begins: what Lightning counts against.
+        """Count the micro-batches from image 0 to the last, wherever this loader begins.
+
+        Lightning counts against it.
 
         Raises:
             TypeError: there is no last image.
@@ -179,7 +181,7 @@ class CacheLoader:
         return stream
 
     def close(self) -> None:
-        """End the running iterator and its threads; iterating again begins anew."""
+        """End the running iterator and its threads. Iterating again begins anew."""
         stream = self._stream() if self._stream is not None else None
         if stream is not None:
             stream.close()
@@ -187,7 +189,7 @@ class CacheLoader:
     def _start(
         self, images_seen: int, micro: int, pool: ThreadPoolExecutor
     ) -> tuple[Batch, list[Future[None]]]:
-        """A batch, and the reads that fill it."""
+        """Make a batch, and start the reads that fill it."""
         place = place_of(images_seen, batch_size=self.batch_size, count=len(self.rows))
         rows = self._mine(self.rows[self._order.batch(images_seen, self.batch_size)], micro)
         views = batch_views(
@@ -215,12 +217,15 @@ class CacheLoader:
         return batch, reads
 
     def _mine(self, values: NDArray[np.int64], micro: int) -> NDArray[np.int64]:
-        """This rank's micro-batch of a value per image of the global batch."""
+        """Take this rank's micro-batch of a value for each image of the global batch."""
         return rank_slice(rank_slice(values, self.rank, self.world), micro, self.accumulate)
 
 
 class _Stream:
-    """One pass over a loader: a window of batches being read, the oldest of which is the next to hand out."""
+    """One pass over a loader.
+
+    It is a window of batches being read, of which the oldest is the next to hand out.
+    """
 
     def __init__(self, loader: CacheLoader) -> None:
         self._loader = loader
@@ -300,7 +305,7 @@ class RecycledMemory:
             del self._free[column]
 
     def take(self, column: str, rows: int, spec: ColumnSpec) -> tuple[NDArray[Any], Tensor]:
-        """An array ``[rows, *shape]`` of arbitrary values, and a tensor on the same memory."""
+        """Return an array ``[rows, *shape]`` of arbitrary values, and a tensor on the same memory."""
         free = self._free.setdefault(column, deque(maxlen=self._keep))
         try:
             memory = free.pop()
@@ -321,9 +326,9 @@ class PinnedMemory:
     """
 
     def keep_only(self, columns: Sequence[str]) -> None:
-        """Nothing is kept here."""
+        """Do nothing, as nothing is kept here."""
 
     def take(self, column: str, rows: int, spec: ColumnSpec) -> tuple[NDArray[Any], Tensor]:
-        """An array ``[rows, *shape]`` of arbitrary values, and a tensor on the same memory."""
+        """Return an array ``[rows, *shape]`` of arbitrary values, and a tensor on the same memory."""
         tensor = torch.empty((rows, *spec.shape), dtype=getattr(torch, spec.dtype), pin_memory=True)
         return tensor.numpy(), tensor

@@ -52,7 +52,7 @@ _CREDENTIALS = {
 
 
 class Bucket:
-    """A prefix of a bucket, and what lies there; threads share it, and it may be pickled.
+    """A prefix of a bucket, and what lies there. Threads share it, and it may be pickled.
 
     Args:
         url: of the prefix.
@@ -88,7 +88,7 @@ class Bucket:
 
     @contextmanager
     def _requests(self, name: str) -> Iterator[Any]:
-        """The store; what goes wrong with it becomes an error of the operating system, as of a file."""
+        """Lend the store. What goes wrong with it becomes an error of the operating system, as of a file."""
         if self._process != os.getpid():
             # its threads were not forked with it: a request would wait for ever
             raise CacheError(
@@ -113,7 +113,7 @@ class Bucket:
             raise OSError(errno.ECONNABORTED, _one_line(error), f"{self.url}/{name}") from error
 
     def read(self, name: str) -> bytes:
-        """The bytes of an object.
+        """Read the bytes of an object.
 
         Raises:
             FileNotFoundError: there is none.
@@ -125,7 +125,7 @@ class Bucket:
             return bytes(obstore.get(store, name).bytes())
 
     def read_range(self, name: str, start: int, length: int) -> Any:
-        """Some bytes of an object, as a buffer; fewer where it ends before.
+        """Read some bytes of an object into a buffer. They are fewer where it ends before.
 
         Raises:
             FileNotFoundError: there is none.
@@ -143,7 +143,7 @@ class Bucket:
                         raise
 
     def size_of(self, name: str) -> int:
-        """The size of an object, asked for by itself.
+        """Ask for the size of an object by itself.
 
         Raises:
             FileNotFoundError: there is none.
@@ -199,12 +199,12 @@ class RemotePath:
         return self.joinpath(name)
 
     def joinpath(self, *names: str) -> RemotePath:
-        """A name below this one."""
+        """Return a name below this one."""
         parts = (*([self.name_in_bucket] if self.name_in_bucket else []), *names)
         return RemotePath(self.bucket, "/".join(parts))
 
     def read_bytes(self) -> bytes:
-        """The object's bytes.
+        """Read the object's bytes.
 
         Raises:
             FileNotFoundError: there is none.
@@ -213,7 +213,7 @@ class RemotePath:
         return self.bucket.read(self.name_in_bucket)
 
     def file_bytes(self) -> int:
-        """The object's size, by the listing.
+        """Return the object's size by the listing.
 
         Raises:
             FileNotFoundError: there is none.
@@ -229,7 +229,7 @@ CachePath: TypeAlias = Path | RemotePath
 
 
 class RemoteFiles:
-    """Shard files in a bucket: every read is a request for a range.
+    """Shard files in a bucket. Every read is a request for a range.
 
     Args:
         bucket: the cache's prefix.
@@ -239,7 +239,7 @@ class RemoteFiles:
         self._bucket = bucket
 
     def open(self, paths: Sequence[str]) -> list[str]:
-        """The objects' names within the prefix."""
+        """Return the objects' names within the prefix."""
         return [path.removeprefix(f"{self._bucket.url}/") for path in paths]
 
     def read_ready(
@@ -249,11 +249,11 @@ class RemoteFiles:
         chunks: Sequence[memoryview],
         checksum: bytearray,
     ) -> Iterator[int]:
-        """None of them: every request waits for its answer."""
+        """Read none of them, as every request waits for its answer."""
         return iter(())
 
     def read(self, handle: str, offset: int, chunk: memoryview, checksum: bytearray) -> bool:
-        """Read a chunk and the checksum after it; False when the object ends before."""
+        """Read a chunk and the checksum after it. It is False when the object ends before."""
         total = len(chunk) + len(checksum)
         if offset + total > RemotePath(self._bucket, handle).file_bytes():
             return False
@@ -264,25 +264,25 @@ class RemoteFiles:
         return True
 
     def tail(self, handle: str, size: int) -> tuple[bytes, int]:
-        """The last bytes of an object, at most ``size`` of them, and its length."""
+        """Read the last bytes of an object, at most ``size`` of them, and return its length too."""
         length = RemotePath(self._bucket, handle).file_bytes()
         size = min(size, length)
         return bytes(self._bucket.read_range(handle, length - size, size)) if size else b"", length
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing, as nothing is open."""
 
     def after_fork(self) -> None:
-        """Nothing to forget; the bucket refuses."""
+        """Do nothing, as the bucket refuses by itself."""
 
 
 def is_remote(place: str | os.PathLike[str]) -> bool:
-    """Whether a place is a bucket's, by its address."""
+    """Tell by its address whether a path is a bucket's."""
     return _URL.fullmatch(os.fspath(place)) is not None
 
 
 def cache_path(place: str | CachePath) -> CachePath:
-    """A cache's folder or prefix, from what the user gave.
+    """Turn what the user gave into a cache's folder or prefix.
 
     Raises:
         RepaError: the package that reaches buckets is not installed, or the address is none.
@@ -293,7 +293,7 @@ def cache_path(place: str | CachePath) -> CachePath:
 
 
 def file_bytes(path: CachePath) -> int:
-    """The size of a file or object.
+    """Return the size of a file or object.
 
     Raises:
         FileNotFoundError: there is none.
@@ -303,7 +303,7 @@ def file_bytes(path: CachePath) -> int:
 
 
 def map_files(action: Callable[[int], T], numbers: Iterable[int], path: CachePath) -> list[T]:
-    """What an action that reads a file gives for each number: many at once where a file is a request."""
+    """Apply an action that reads a file to each number. Many run at once where a file is a request."""
     if isinstance(path, Path):
         return [action(number) for number in numbers]
     from concurrent.futures import ThreadPoolExecutor

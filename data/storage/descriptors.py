@@ -55,7 +55,7 @@ class DescriptorCache:
         return len(self._files)
 
     def open(self, path: str) -> OpenFile:
-        """The file, which stays open as long as the caller keeps what is returned.
+        """Open the file, which stays open as long as the caller keeps what is returned.
 
         Raises:
             OSError: the file cannot be opened.
@@ -72,7 +72,7 @@ class DescriptorCache:
         return file
 
     def open_all(self, paths: Sequence[str]) -> list[OpenFile]:
-        """`open`, file by file.
+        """Call `open` for each file.
 
         Raises:
             OSError: one of them, its ``filename``, cannot be opened.
@@ -89,5 +89,5 @@ class DescriptorCache:
             self._files.clear()
 
     def after_fork(self) -> None:
-        """In a forked child: forget a lock held by a thread that does not exist here."""
+        """Forget, in a forked child, a lock held by a thread that does not exist here."""
         self._lock = threading.Lock()

@@ -57,7 +57,7 @@ class DirectFiles(BufferedFiles):
         self._memory = threading.local()
 
     def read(self, handle: OpenFile, offset: int, chunk: memoryview, checksum: bytearray) -> bool:
-        """Read a chunk and the checksum after it; False when the file ends before."""
+        """Read a chunk and the checksum after it. It is False when the file ends before."""
         stop = offset + len(chunk) + len(checksum)
         start = offset & -_BLOCK
         blocks = self._aligned((stop - start + _BLOCK - 1) & -_BLOCK)
@@ -75,7 +75,7 @@ class DirectFiles(BufferedFiles):
         return True
 
     def tail(self, handle: OpenFile, size: int) -> tuple[bytes, int]:
-        """The last bytes of a file, at most ``size`` of them, and its length."""
+        """Read the last bytes of a file, at most ``size`` of them, and return its length too."""
         length = os.fstat(handle.descriptor).st_size
         data = bytearray(min(size, length))
         # an empty checksum: the whole tail is the chunk
@@ -84,7 +84,7 @@ class DirectFiles(BufferedFiles):
         return bytes(data), length
 
     def _aligned(self, size: int) -> memoryview:
-        """Memory of this thread, on a page's boundary, of at least that many bytes and cut to them."""
+        """Return memory of this thread that begins on a page's boundary, cut to that many bytes."""
         memory: mmap.mmap | None = getattr(self._memory, "blocks", None)
         if memory is None or len(memory) < size:
             memory = self._memory.blocks = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -92,7 +92,7 @@ class DirectFiles(BufferedFiles):
 
 
 def supports_direct(path: str) -> bool:
-    """Whether the file system of a file has direct reads."""
+    """Tell whether the file system of a file has direct reads."""
     if not hasattr(os, "O_DIRECT"):
         return False
     try:
@@ -105,7 +105,7 @@ def supports_direct(path: str) -> bool:
 
 
 def fits_in_memory(total_bytes: int) -> bool:
-    """Whether the page cache would keep so many bytes: at most half of what is available now."""
+    """Tell whether the page cache would keep so many bytes. It may take half of what is available now."""
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         line = next(line for line in lines if line.startswith("MemAvailable:"))

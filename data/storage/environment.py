@@ -79,7 +79,7 @@ def _check_endpoint(name: str, value: str, allow_http: str) -> None:
 
 
 def _is_host(host: str) -> bool:
-    """Whether a text is the name or number of a machine."""
+    """Tell whether a text is the name or number of a machine."""
     labels = host.removesuffix(".").split(".")
     if host.startswith("[") or labels[-1].isdigit():
         # a last part in digits makes it an IPv4 address, wherever URLs are read

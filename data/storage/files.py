@@ -93,12 +93,12 @@ def read_file(path: CachePath, most_bytes: int) -> bytes:
 
 
 def partial_path(path: Path) -> Path:
-    """Where a file is written before it is renamed to its place: ``.<name>.partial`` beside it."""
+    """Return where a file is written before it is renamed, ``.<name>.partial`` beside its final path."""
     return path.with_name(f".{path.name}.partial")
 
 
 def make_folder(folder: Path, root: Path | None = None) -> None:
-    """Make a folder and its parents; `sync_folders` makes their names durable.
+    """Make a folder and its parents. `sync_folders` makes their names durable.
 
     Args:
         folder: the folder.
@@ -130,7 +130,7 @@ def refuse_links(folder: Path, root: Path) -> None:
 
 
 def create_file(path: Path, access: int = os.O_WRONLY) -> int:
-    """Open a file that was not there, exclusively; what was there goes, a link and not what it points to.
+    """Open a file that was not there, exclusively. What was there goes, a link and not what it points to.
 
     Args:
         path: the file, usually a `partial_path` that a killed process may have left.
@@ -220,7 +220,7 @@ def write_file(path: Path, data: bytes, root: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file exclusively, waiting for other processes and threads; the file stays, empty."""
+    """Hold a lock file exclusively, after waiting for other processes and threads. The file stays, empty."""
     with _THREADS[str(path.resolve())]:
         descriptor = open_lock(path)
         try:

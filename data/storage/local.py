@@ -29,16 +29,16 @@ _MOST_OPEN = 8192
 
 
 def open_files_limit() -> int:
-    """How many files to hold open: half of what this process may, at least 8."""
+    """Choose how many files to hold open. It is half of what this process may, at least 8."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return _MOST_OPEN if soft == resource.RLIM_INFINITY else max(8, min(_MOST_OPEN, soft // 2))
 
 
 class ShardFiles(Protocol):
-    """Files that can be read at any place; what `open` gives is known to the other methods alone."""
+    """Files that can be read at any offset. What `open` gives is known to the other methods alone."""
 
     def open(self, paths: Sequence[str]) -> Sequence[Any]:
-        """Files, each as often as it is named, open as long as what is returned is kept.
+        """Open files, each as often as it is named, for as long as what is returned is kept.
 
         Raises:
             OSError: one of them, its ``filename``, cannot be opened.
@@ -62,7 +62,7 @@ class ShardFiles(Protocol):
         ...
 
     def read(self, handle: Any, offset: int, chunk: memoryview, checksum: bytearray) -> bool:
-        """Read a chunk and the checksum after it; False when the file ends before.
+        """Read a chunk and the checksum after it. It is False when the file ends before.
 
         Raises:
             OSError: it cannot be read.
@@ -70,7 +70,7 @@ class ShardFiles(Protocol):
         ...
 
     def tail(self, handle: Any, size: int) -> tuple[bytes, int]:
-        """The last bytes of a file, at most ``size`` of them, and its length.
+        """Read the last bytes of a file, at most ``size`` of them, and return its length too.
 
         Raises:
             OSError: it cannot be read.
@@ -78,11 +78,11 @@ class ShardFiles(Protocol):
         ...
 
     def close(self) -> None:
-        """Close every file that is not in use; reading opens them again."""
+        """Close every file that is not in use. Reading opens them again."""
         ...
 
     def after_fork(self) -> None:
-        """In a forked child: forget what belonged to threads that do not exist here."""
+        """Forget, in a forked child, what belonged to threads that do not exist here."""
         ...
 
 
@@ -104,7 +104,7 @@ class BufferedFiles:
         return len(self._files)
 
     def open(self, paths: Sequence[str]) -> list[OpenFile]:
-        """The files, each open as long as it is kept."""
+        """Open the files, each for as long as it is kept."""
         return self._files.open_all(paths)
 
     def read_ready(
@@ -114,7 +114,7 @@ class BufferedFiles:
         chunks: Sequence[memoryview],
         checksum: bytearray,
     ) -> Iterator[int]:
-        """Read the chunks that are in the page cache; of the others, ask the kernel for the bytes."""
+        """Read the chunks that are in the page cache and ask the kernel for the bytes of the others."""
         if not self._can_try:
             return
         for at, (handle, offset, chunk) in enumerate(zip(handles, offsets, chunks, strict=True)):
@@ -132,7 +132,7 @@ class BufferedFiles:
             os.posix_fadvise(handle.descriptor, offset, total, os.POSIX_FADV_WILLNEED)
 
     def read(self, handle: OpenFile, offset: int, chunk: memoryview, checksum: bytearray) -> bool:
-        """Read a chunk and the checksum after it; False when the file ends before."""
+        """Read a chunk and the checksum after it. It is False when the file ends before."""
         total = len(chunk) + len(checksum)
         count = os.preadv(handle.descriptor, (chunk, checksum), offset)
         while count < total:
@@ -145,14 +145,14 @@ class BufferedFiles:
         return True
 
     def tail(self, handle: OpenFile, size: int) -> tuple[bytes, int]:
-        """The last bytes of a file, at most ``size`` of them, and its length."""
+        """Read the last bytes of a file, at most ``size`` of them, and return its length too."""
         length = os.fstat(handle.descriptor).st_size
         return os.pread(handle.descriptor, size, max(length - size, 0)), length
 
     def close(self) -> None:
-        """Close every file that is not in use; reading opens them again."""
+        """Close every file that is not in use. Reading opens them again."""
         self._files.close()
 
     def after_fork(self) -> None:
-        """In a forked child: forget what belonged to threads that do not exist here."""
+        """Forget, in a forked child, what belonged to threads that do not exist here."""
         self._files.after_fork()

@@ -21,7 +21,9 @@ class Objects(Bucket):
     """A prefix whose objects are read in places, as long as they are what they were."""
 
     def tag_of(self, name: str) -> str | None:
-        """What tells an object from any that takes its name later; None of a store that has no such thing.
+        """Return what tells an object from any that takes its name later.
+
+        It is None of a store that has no such thing.
 
         Raises:
             FileNotFoundError: there is none.
@@ -34,7 +36,9 @@ class Objects(Bucket):
             return tag
 
     def read_same(self, name: str, start: int, length: int, tag: str | None) -> bytes | None:
-        """Some bytes of an object, fewer where it ends before; None where it is not that of the tag any more.
+        """Read some bytes of an object, fewer where it ends before.
+
+        It is None where the object is not that of the tag any more.
 
         Raises:
             FileNotFoundError: there is none.
@@ -77,7 +81,7 @@ class ObjectFile:
         self._asked: dict[int, Future[Any]] = {}
 
     def read(self, size: int) -> bytes:
-        """The next bytes, fewer at the end.
+        """Read the next bytes, fewer at the end.
 
         Raises:
             OSError: they cannot be read.
@@ -94,7 +98,7 @@ class ObjectFile:
         return b"".join(parts)
 
     def seek(self, offset: int) -> None:
-        """Go on from another place; what lies between is not asked for, but for what is on its way."""
+        """Go on from another offset. What lies between is not asked for, except what is on its way."""
         self._at = offset
 
     def _piece(self, number: int) -> Any:
@@ -110,7 +114,7 @@ class ObjectFile:
 
 @contextmanager
 def open_object(url: str, *, little: bool = False) -> Iterator[ObjectFile]:
-    """The object at an address in a bucket.
+    """Open the object at an address in a bucket.
 
     Args:
         url: its address.

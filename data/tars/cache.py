@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def manifest_of(cache: str) -> Manifest:
-    """The manifest of a cache, or of the export that a pattern of tars names.
+    """Read the manifest of a cache, or of the export that a pattern of tars names.
 
     Raises:
         CacheError: there is neither.
@@ -36,7 +36,7 @@ def manifest_of(cache: str) -> Manifest:
 
 
 class TarCache:
-    """The tars of one export, all of them and in the order of their shards; only the first is opened now.
+    """The tars of one export, all of them and in the order of their shards. Only the first is opened now.
 
     Args:
         pattern: the tars, see `expand_tars`.
@@ -82,7 +82,7 @@ class TarCache:
     def samples(
         self, shard: int, columns_of: Callable[[int], Collection[str]]
     ) -> Iterator[tuple[int, int, dict[str, NDArray[np.generic]]]]:
-        """The samples of a shard, from the first to the last, see `read_samples`.
+        """Yield the samples of a shard, from the first to the last, see `read_samples`.
 
         Raises:
             CacheError: the tar is not that shard's, or a sample is missing or damaged.

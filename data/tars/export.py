@@ -78,7 +78,7 @@ class Transfer:
 
 
 def export_pattern(folder: Path | str, shards: int) -> str:
-    """The pattern of the tars that an export puts into a folder: ``shard-{000000..001251}.tar``."""
+    """Return the pattern of the tars of an export in a folder, as in ``shard-{000000..001251}.tar``."""
     return f"{folder}/{_tar_name('{000000..' + f'{shards - 1:06d}' + '}' if shards > 1 else '000000')}"
 
 
@@ -89,7 +89,7 @@ def _tar_name(number: str) -> str:
 def export_cache(
     path: CachePath, folder: Path, columns: Sequence[str] = (), progress: Progress | None = None
 ) -> Transfer:
-    """Write columns of a cache as tars, one a shard; called again, it goes on.
+    """Write columns of a cache as tars, one for each shard. Called again, it goes on.
 
     Args:
         path: the cache, in a folder or a bucket.
@@ -181,7 +181,7 @@ class _Headers:
 
 
 def _is_there(place: Path, header: ShardHeader) -> bool:
-    """Whether the tar was written by an earlier call; one that was cut off since is written again.
+    """Tell whether the tar was written by an earlier call. One that was cut off since is written again.
 
     Raises:
         CacheError: it is another one.
@@ -249,7 +249,7 @@ def _samples(header: ShardHeader, read: Read) -> Iterator[dict[str, str | bytes]
 def _read(
     reader: CacheReader, pool: Executor, manifest: Manifest, rows: NDArray[np.int64]
 ) -> dict[str, NDArray[Any]]:
-    """Rows of every column in every view, ``[B, V, *shape]``."""
+    """Read rows of every column in every view, ``[B, V, *shape]``."""
     out = {}
     count = len(manifest.views)
     views = np.tile(np.arange(count, dtype=np.int64), len(rows))
@@ -268,7 +268,7 @@ def _read(
 
 
 def import_cache(pattern: str, path: Path, progress: Progress | None = None) -> Transfer:
-    """Make the cache that tars were exported from; called again, it goes on.
+    """Make the cache that tars were exported from. Called again, it goes on.
 
     Its files are the original's, byte for byte, if all columns of a source were exported. A row that any
     source has as invalid is in no tar: what another source holds of it does not come back. What a compressor

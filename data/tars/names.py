@@ -24,12 +24,12 @@ _ENDINGS = ("gz", "xz", "bz2", "zst")
 
 
 def is_stream(place: str) -> bool:
-    """Whether a place is a pipe or URL, which can only be read from its beginning on."""
+    """Tell whether a name is a pipe or URL, which can only be read from its beginning on."""
     return _STREAM.match(place) is not None
 
 
 def names_tars(text: str) -> bool:
-    """Whether a text names tars rather than a folder."""
+    """Tell whether a text names tars rather than a folder."""
     if is_stream(text):
         return text.startswith(_PIPE) or ".tar" in text.rsplit("/", 1)[-1]
     last = text.rstrip("/").rsplit("/", 1)[-1].lower()
@@ -46,7 +46,7 @@ def command_in(text: str) -> str | None:
 
 
 def expand_tars(pattern: str) -> list[str]:
-    """The tars that a pattern names, in their order.
+    """List the tars that a pattern names, in their order.
 
     ``{0000..0146}`` counts, with leading zeros if its ends have them, ``{a,b}`` lists, as in a shell. In
     paths ``*``, ``?`` and ``[…]`` match, sorted by code point.
@@ -72,7 +72,7 @@ def expand_tars(pattern: str) -> list[str]:
 
 
 def present_tars(pattern: str) -> list[str]:
-    """`expand_tars`, of tars that are there as far as can be told without opening any.
+    """List what `expand_tars` does, of tars that are there as far as can be told without opening any.
 
     Raises:
         RepaError: as there; or one is missing, or is no file.

@@ -29,7 +29,7 @@ _BUFFER_STREAM = 0x627566
 
 
 def tar_permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """The order of an epoch's tars, ``int64 [count]``."""
+    """Compute the order of an epoch's tars, ``int64 [count]``."""
     return sorted_order(philox_words(seed, epoch, _TAR_STREAM, count))
 
 
@@ -63,7 +63,7 @@ def steps_of_epoch(counts: NDArray[np.int64], batch_size: int, world: int) -> in
 
 
 def buffered_order(seed: int, epoch: int, rank: int, count: int, buffer: int) -> NDArray[np.int64]:
-    """In which order rows leave a shuffle buffer.
+    """Compute in which order rows leave a shuffle buffer.
 
     Args:
         seed: of the run.

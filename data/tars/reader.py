@@ -73,7 +73,7 @@ class TarReader:
         self._last: Member | None = None
 
     def __iter__(self) -> Iterator[Member]:
-        """Members until the tar's end.
+        """Yield members until the tar's end.
 
         Raises:
             RepaError: it is no tar, is compressed, damaged or cut off, goes on after its end, or holds links
@@ -118,7 +118,7 @@ class TarReader:
                 self._skip(end - self._at)
 
     def read(self, most_bytes: int | None = None) -> bytes:
-        """The content of the member that was handed out last, once.
+        """Read the content of the member that was handed out last, once.
 
         Args:
             most_bytes: largest content that is taken into memory; any is, by default.
@@ -135,7 +135,7 @@ class TarReader:
         return self._take(size)
 
     def _header(self) -> tuple[bytes, str, int] | None:
-        """Type, name and size of the next header; None at the end."""
+        """Read type, name and size of the next header. It is None at the end."""
         start = self._at
         block = self._file.read(BLOCK)
         self._at += len(block)
@@ -166,7 +166,7 @@ class TarReader:
         return block[156:157], name, size
 
     def _pax_records(self, size: int) -> dict[str, str]:
-        """Records ``<length> <key>=<value>\\n`` of an extended header."""
+        """Parse records ``<length> <key>=<value>\\n`` of an extended header."""
         data, records, at = self._whole(size).rstrip(b"\0"), {}, 0
         while at < len(data):
             match = _LENGTH.match(data, at)
@@ -179,7 +179,7 @@ class TarReader:
         return records
 
     def _whole(self, size: int) -> bytes:
-        """The content of a header's extension, and past it."""
+        """Read the content of a header's extension, and go past it."""
         if size > _EXTENSION:
             raise self._damaged(self._at)
         return self._take(_padded(size))[:size]
@@ -204,7 +204,7 @@ class TarReader:
             size -= len(self._take(min(size, _PIECE)))
 
     def _drain(self) -> None:
-        """Read what follows the end mark: zeros, and a program that writes them wants to end well.
+        """Read the zeros that follow the end mark, as a program that writes them wants to end well.
 
         Raises:
             RepaError: it is anything else, as where tars were joined by ``cat``: others would not read it.
@@ -222,7 +222,10 @@ class TarReader:
 
     @property
     def progress(self) -> str:
-        """How far it was read, for an error: ``, in a/1.jpg``; nothing before the first member."""
+        """How far it was read, for an error, as in ``, in a/1.jpg``.
+
+        Nothing is said before the first member.
+        """
         if self._last is None:
             return ""
         inside = self._at < self._last.offset + self._last.size
@@ -241,7 +244,9 @@ class TarReader:
 
 @contextmanager
 def open_tar(place: str, *, headers: bool = False) -> Iterator[TarReader]:
-    """A tar that `expand_tars` named: a path, an object of a bucket, or as WebDataset opens it a pipe or URL.
+    """Open a tar that `expand_tars` named.
+
+    A path and an object are ours to open, a pipe or URL is opened by WebDataset.
 
     Of an object the pieces are asked for that are read, little ones where ``headers`` alone are wanted; a
     ``pipe:<command>`` or URL is read from end to end.
@@ -285,14 +290,16 @@ def _gopen() -> tuple[Any, Any]:
 
 
 def missing_webdataset(what: str) -> RepaError:
-    """The error of a feature that needs the package webdataset."""
+    """Make the error of a feature that needs the package webdataset."""
     return RepaError(
         f"{what} webdataset, which is not installed", "install it with `pip install 'repa[tars]'`"
     )
 
 
 def split_member(name: str) -> tuple[str, str] | None:
-    """(key, field) of a member of a WebDataset tar, the field in lower case; None is no part of a sample.
+    """Split the name of a member of a WebDataset tar into (key, field), the field in lower case.
+
+    None is no part of a sample.
 
     Source: webdataset, ``base_plus_ext`` and ``skip_meta`` of its tar iterators.
     """

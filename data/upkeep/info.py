@@ -43,7 +43,7 @@ class ColumnInfo:
 
     @property
     def ratio(self) -> float | None:
-        """Bytes of data per byte on disk; None before the first shard."""
+        """Bytes of data per byte on disk, or None before the first shard."""
         return self.data_bytes / self.file_bytes if self.file_bytes else None
 
 
@@ -111,7 +111,7 @@ class CacheInfo:
 
 
 def cache_info(path: CachePath) -> CacheInfo:
-    """What the cache at ``path`` holds.
+    """Collect what the cache at ``path`` holds.
 
     Raises:
         CacheError: there is no cache, or its manifest or a commit record is damaged.

@@ -75,7 +75,7 @@ class Part:
 
 
 def joined_images(parts: Sequence[Part]) -> ImageSet:
-    """The images of all parts, known from the parts alone.
+    """Join the images of all parts, known from the parts alone.
 
     The fingerprint of an image set covers sizes that a cache does not keep, so the whole gets one of its own:
     it can be trained on, but no teacher can be added from the images. Give the images' own set for that.
@@ -107,7 +107,9 @@ def joined_images(parts: Sequence[Part]) -> ImageSet:
 
 
 def _common_classes(parts: Sequence[Part]) -> tuple[str, ...]:
-    """The class names of the whole: those of a part that begin as those of every other, or a folder's sorted.
+    """Choose the class names of the whole.
+
+    They are those of a part that begin as those of every other, or a folder's sorted.
 
     Raises:
         CacheError: classes that cannot be told apart.
@@ -135,7 +137,7 @@ def _common_classes(parts: Sequence[Part]) -> tuple[str, ...]:
 
 
 def check_alike(parts: Sequence[Part]) -> None:
-    """Compare what a cache has of its own: side, crop, views, EXIF, kind of images.
+    """Compare what a cache has of its own, which is side, crop, views, EXIF and kind of images.
 
     Raises:
         CacheError: two parts differ, and how.
@@ -152,7 +154,7 @@ def check_alike(parts: Sequence[Part]) -> None:
 
 
 def chosen_sources(parts: Sequence[Part], asked: Sequence[str] | None) -> tuple[str, ...]:
-    """The sources to join, in the order of the first part.
+    """Choose the sources to join, in the order of the first part.
 
     Args:
         parts: the parts.

@@ -76,11 +76,13 @@ class _Stored(Protocol):
     size: int
 
     def tail(self, size: int) -> bytes:
-        """The last bytes, at most ``size`` of them."""
+        """Read the last bytes, at most ``size`` of them."""
         ...
 
     def chunks(self, places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, memoryview]]:
-        """The bytes at each (offset, length), with its number, in any order; fewer where the file ends.
+        """Read the bytes at each (offset, length), with its number, in any order.
+
+        They are fewer where the file ends.
 
         They are what they are until the next is asked for.
         """
@@ -110,7 +112,7 @@ class ShardCheck:
         self._requests = requests
 
     def __call__(self) -> list[Finding]:
-        """What is wrong with it, by rows.
+        """Say what is wrong with it, by rows.
 
         Raises:
             RepaError: the bucket cannot be read.
@@ -164,7 +166,7 @@ class ShardCheck:
         return sorted(findings, key=lambda finding: -1 if finding.row is None else finding.row)
 
     def _check_index(self, index: NDArray[np.uint64]) -> tuple[list[Finding], list[tuple[int, int]]]:
-        """What is wrong with an index ``[rows, V, 2]``, and the (row of the shard, view) that can be read."""
+        """Say what is wrong with an index ``[rows, V, 2]``, and list the (row of the shard, view) to read."""
         data_bytes = self.bytes - index_bytes(*self._shape)
         plain_bytes = None if self._spec.compressor else self._spec.row_bytes + CHECKSUM_BYTES
         findings = []
@@ -189,7 +191,7 @@ class ShardCheck:
 
 @contextmanager
 def _opened(path: CachePath, requests: Executor) -> Iterator[_Stored]:
-    """A shard file.
+    """Open a shard file.
 
     Raises:
         FileNotFoundError: there is none.
@@ -269,7 +271,10 @@ class _Piece:
 
 
 def _pieces(places: Sequence[tuple[int, int]]) -> Iterator[_Piece]:
-    """Places in the order of their offsets, neighbours together: at most `_PIECE` bytes, or one place."""
+    """Group ranges in the order of their offsets, neighbours together.
+
+    A group has at most `_PIECE` bytes, or one range.
+    """
     piece: _Piece | None = None
     for number in sorted(range(len(places)), key=places.__getitem__):
         start, stop = places[number][0], sum(places[number])

@@ -31,7 +31,7 @@ NOTE = "calibration"
 def ensure_calibration(
     path: Path, source: str, compute: Callable[[], bytes], *, usable: Callable[[bytes], bool] | None = None
 ) -> bytes:
-    """The calibration of a source, computed and stored if it is not there.
+    """Return the calibration of a source, computed and stored if it is not there.
 
     Processes and threads that ask at once take turns: one computes, the others get its bytes. It binds as a
     declaration does, from the first committed shard on: before that, one that is not usable is replaced.
@@ -81,7 +81,7 @@ def ensure_calibration(
 
 
 def read_calibration(path: CachePath, source: str) -> bytes | None:
-    """The calibration of a source as it is on disk, or None.
+    """Read the calibration of a source as it is on disk, or None.
 
     Args:
         path: folder of the cache.
@@ -99,7 +99,10 @@ def read_calibration(path: CachePath, source: str) -> bytes | None:
 
 
 def recorded_sha256(provenance: Provenance) -> str | None:
-    """The sha256 of the calibration that a source was written with, by its notes; None without one."""
+    """Return the sha256 of the calibration that a source was written with, by its notes.
+
+    It is None without one.
+    """
     note = provenance.notes.get(NOTE)
     return None if note is None else str(note["sha256"])
 
@@ -118,7 +121,7 @@ def check_calibration(file: CachePath, data: bytes, recorded: str) -> None:
 
 
 def _relied_on(path: Path, source: str) -> str | None:
-    """The sha256 of the calibration that committed shards rely on."""
+    """Return the sha256 of the calibration that committed shards rely on."""
     if not (path / GROUP_FILE).exists():
         return None
     manifest = open_manifest(path)
@@ -128,7 +131,7 @@ def _relied_on(path: Path, source: str) -> str | None:
 
 
 def _leave_nothing(path: Path, lock: Path) -> None:
-    """Remove the folders of a cache that was not to be; another process that waits comes to the same end."""
+    """Remove the folders of a cache that was not to be. Another process that waits comes to the same end."""
     if not (path / GROUP_FILE).exists():
         with suppress(OSError):
             lock.unlink()

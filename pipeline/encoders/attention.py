@@ -26,7 +26,7 @@ _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "
 
 
 class AttentionCapture(TorchFunctionMode):
-    """Keeps queries and keys of some blocks while a ViT runs within it: a context manager, for one pass.
+    """Keeps queries and keys of some blocks while a ViT runs within it. The context manager is for one pass.
 
     It acts on the thread it was entered in alone, as every such mode does.
 
@@ -74,7 +74,7 @@ class AttentionCapture(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Queries and keys, each float32 ``[B, L, H, T, Dh]``, of the patch tokens.
+        """Return queries and keys, each float32 ``[B, L, H, T, Dh]``, of the patch tokens.
 
         Raises:
             RepaError: the model did not call PyTorch's attention once for each block.

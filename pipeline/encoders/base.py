@@ -40,7 +40,7 @@ class Encoder(Protocol):
     logit_scale: float
 
     def encode(self, images: Tensor, attention: tuple[int, ...] = ()) -> dict[str, Tensor]:
-        """Features of a batch; the same bits with and without ``attention``.
+        """Compute the features of a batch. They are the same bits with and without ``attention``.
 
         Args:
             images: uint8 ``[B, 3, R, R]``, on the teacher's device.
@@ -57,7 +57,7 @@ class Encoder(Protocol):
         ...
 
     def provenance(self, batch_size: int) -> Provenance:
-        """What the manifest keeps."""
+        """Return what the manifest keeps."""
         ...
 
 
@@ -110,12 +110,12 @@ class Teacher(ABC):
 
     @property
     def head_width(self) -> int:
-        """Dh of every head; 0 without heads."""
+        """Dh of every head, 0 without heads."""
         return self.width // self.heads if self.heads else 0
 
 
 class OwnTeacher(Teacher):
-    """A teacher from outside the package: a torch module and what to do with it.
+    """A teacher from outside the package, which is a torch module and what to do with it.
 
     A subclass sets ``name`` (lower-case letters, digits, ``.``, ``_``, ``-``), ``width`` and what else is not
     as here; its weights come from ``--weights NAME=FILE``, or are drawn by ``--random-weights``.

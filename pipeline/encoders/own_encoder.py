@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class OwnEncoder:
-    """A frozen module of somebody else's; see `Encoder`, and `load_encoder` for the arguments.
+    """A frozen module of somebody else's. See `Encoder`, and `load_encoder` for the arguments.
 
     Attributes:
         name: of the source.
@@ -76,7 +76,7 @@ class OwnEncoder:
 
     @torch.inference_mode()
     def encode(self, images: Tensor, attention: tuple[int, ...] = ()) -> dict[str, Tensor]:
-        """Return the features of a batch; see `Encoder.encode`.
+        """Return the features of a batch, see `Encoder.encode`.
 
         Raises:
             RepaError: attention is asked for, or the features have other shapes than the teacher says.

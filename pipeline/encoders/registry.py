@@ -83,7 +83,7 @@ def _find(name: str, may_import: bool) -> Teacher:
 
 
 def _checked(name: str, found: object) -> Teacher:
-    """What was found outside, if it can be a teacher: a class of one, or a row."""
+    """Return what was found outside, if it can be a teacher, which is a class of one or a row."""
     if inspect.isclass(found) and issubclass(found, OwnTeacher):
         if inspect.isabstract(found):
             left = ", ".join(sorted(found.__abstractmethods__))

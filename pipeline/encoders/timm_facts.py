@@ -86,7 +86,7 @@ def _class_feature(model: Any) -> Literal["token", "attention-pool", "mean"]:
 
 
 def _not_plain(model: Any, architecture: str) -> str:
-    """What makes a model none whose tokens lie on a grid of patches; empty if nothing does."""
+    """Say what makes a model none whose tokens lie on a grid of patches. It is empty if nothing does."""
     if not isinstance(model, VisionTransformer | Eva | Beit):
         return f"is a {type(model).__name__} and not a plain ViT"
     attentions: list[Any] = [getattr(block, "attn", None) for block in model.blocks]

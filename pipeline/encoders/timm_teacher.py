@@ -13,7 +13,7 @@ DEMO: Final = "demo"
 
 @dataclass(frozen=True, kw_only=True)
 class TimmTeacher(Teacher):
-    """A ViT of timm, and where the facts about it are from; see `Teacher` for what all have.
+    """A ViT of timm, and where the facts about it are from. See `Teacher` for what all have.
 
     Attributes:
         timm_name: architecture, and tag of the weights, in timm.

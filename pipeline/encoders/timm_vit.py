@@ -44,7 +44,7 @@ CLASSIFIER = ("head.", "head_dist.")
 
 
 class TimmEncoder:
-    """A frozen ViT of timm; see `Encoder`, and `load_encoder` for the arguments.
+    """A frozen ViT of timm. See `Encoder`, and `load_encoder` for the arguments.
 
     Attributes:
         name: of the source.
@@ -94,7 +94,7 @@ class TimmEncoder:
 
     @torch.inference_mode()
     def encode(self, images: Tensor, attention: tuple[int, ...] = ()) -> dict[str, Tensor]:
-        """Features of a batch, and queries and keys of blocks; see `Encoder.encode`."""
+        """Compute the features of a batch, and queries and keys of blocks, see `Encoder.encode`."""
         capture = self._capture(attention) if attention else contextlib.nullcontext()
         pixels = to_teacher_input(images, self.input_size, self._mean, self._std)
         lower = self.dtype != torch.float32
@@ -125,7 +125,7 @@ class TimmEncoder:
         )
 
     def provenance(self, batch_size: int) -> Provenance:
-        """What the manifest keeps."""
+        """Return what the manifest keeps."""
         mean, std = self._teacher.normalisation
         as_in_file = self._sha256 in (None, self._loaded_sha256)
         resampled = {} if as_in_file else {LOADED_NOTE: self._loaded_sha256}
@@ -145,7 +145,7 @@ class TimmEncoder:
 
 
 def build(teacher: TimmTeacher, input_size: int) -> Any:
-    """The teacher's architecture for an input size, with weights drawn from a fixed seed."""
+    """Build the teacher's architecture for an input size, with weights drawn from a fixed seed."""
     with drawn_weights():
         options: dict[str, Any] = {**teacher.options, "img_size": input_size, "num_classes": 0}
         return timm.create_model(teacher.timm_name, pretrained=False, **options)

@@ -44,7 +44,7 @@ STABLE_DIFFUSION: dict[str, Any] = {
 
 
 class Autoencoder:
-    """A frozen `AutoencoderKL`; make it with `load`.
+    """A frozen `AutoencoderKL`. Make it with `load`.
 
     Attributes:
         name: hub name, ``demo``, or the folder's absolute path: what `load` finds it by again.
@@ -110,7 +110,7 @@ class Autoencoder:
         )
 
     def grid(self, resolution: int) -> tuple[int, int]:
-        """Rows and columns of the latent of an image of a side.
+        """Return rows and columns of the latent of an image of a side.
 
         Raises:
             RepaError: the side is not a multiple of the stride.
@@ -137,7 +137,7 @@ class Autoencoder:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images of latents.
+        """Decode latents to images.
 
         Args:
             latents: float ``[B, C, h, w]``, unscaled.
@@ -155,7 +155,7 @@ class Autoencoder:
         return to_pixels(images)
 
     def provenance(self, batch_size: int, resolution: int) -> Provenance:
-        """What the manifest keeps; ``notes["location"]`` is what `load` finds it by."""
+        """Return what the manifest keeps. ``notes["location"]`` is what `load` finds it by."""
         return Provenance(
             model=Path(self.name).name if Path(self.name).is_absolute() else self.name,
             weights_sha256=self._sha256,
@@ -180,7 +180,7 @@ class Autoencoder:
 
 
 def latent_shape(name: str, resolution: int, *, random_weights: bool = False) -> tuple[int, int, int]:
-    """``(C, h, w)`` of the latent of an image, without the weights.
+    """Return ``(C, h, w)`` of the latent of an image, without the weights.
 
     Args:
         name: see `Autoencoder.load`; the default's configuration is known, of others on the hub it is read.
@@ -208,12 +208,12 @@ def latent_shape(name: str, resolution: int, *, random_weights: bool = False) ->
 
 
 def is_drawn(name: str, *, random_weights: bool) -> bool:
-    """Whether `Autoencoder.load` would draw the weights."""
+    """Tell whether `Autoencoder.load` would draw the weights."""
     return random_weights and _local_folder(name) is None
 
 
 def _scale(config: Mapping[str, Any], where: str) -> LatentScale:
-    """The map that a configuration describes; what it leaves out is diffusers' default.
+    """Return the map that a configuration describes. What it leaves out is diffusers' default.
 
     Raises:
         RepaError: numbers that are none, or statistics of the latents that no formula gives a meaning.
@@ -246,7 +246,7 @@ def _check_stride(name: str, resolution: int, stride: int) -> None:
 
 
 def _local_folder(name: str) -> Path | None:
-    """The folder that a name means, None for a name on the hub."""
+    """Return the folder that a name means, None for a name on the hub."""
     if name == DEMO:
         from ..demo import VAE_FOLDER
 
@@ -285,7 +285,7 @@ def _build_random() -> Any:
 
 
 def _from_folder(folder: Path) -> Any:
-    """The autoencoder of a folder, every tensor from its file."""
+    """Load the autoencoder of a folder, every tensor from its file."""
     import diffusers
 
     _read_config(folder)
@@ -319,7 +319,7 @@ def _from_folder(folder: Path) -> Any:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """The configuration in an autoencoder's folder."""
+    """Read the configuration in an autoencoder's folder."""
     try:
         raw = (folder / CONFIG).read_bytes()
     except FileNotFoundError:

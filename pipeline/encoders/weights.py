@@ -25,7 +25,7 @@ NAMES_IN_MESSAGE = 3
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors of a checkpoint, on the CPU.
+    """Read the tensors of a checkpoint, on the CPU.
 
     Args:
         path: ``.safetensors``, or a file of `torch.save` that holds nothing but tensors and plain values;
@@ -109,7 +109,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, what: str, r
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:
-    """Hash of a state dict, whatever file held it.
+    """Hash a state dict, whatever file held it.
 
     For each tensor in the order of names: a line ``name⇥dtype⇥shape``, then its bytes, row-major.
 
@@ -127,14 +127,14 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
 
 @contextmanager
 def drawn_weights(seed: int = INITIALISATION_SEED) -> Iterator[None]:
-    """A model built on the CPU in here has the same weights every time; the caller's RNG is untouched."""
+    """Give a model built on the CPU in here the same weights every time. The caller's RNG is untouched."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed CUDA too
         yield
 
 
 def hub_file(repository: str, filenames: Sequence[str], *, remedy: str) -> Path:
-    """The first of some files that a repository of the Hugging Face hub has; the local copy wins.
+    """Find the first of some files that a repository of the Hugging Face hub has. The local copy wins.
 
     Asks once whether the hub answers at all before anything is tried: its client would retry every file for
     half a minute, with a warning each time.
@@ -180,12 +180,12 @@ def library_versions(*names: str) -> dict[str, str]:
 
 
 def some(names: Sequence[str]) -> str:
-    """The first few of many names."""
+    """Name the first few of many names."""
     return ", ".join(names[:NAMES_IN_MESSAGE]) + (", …" if len(names) > NAMES_IN_MESSAGE else "")
 
 
 def one_line(error: BaseException) -> str:
-    """The first sentence or line of an exception's message, at most 160 characters."""
+    """Return the first sentence or line of an exception's message, at most 160 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= 160 else f"{text[:159]}…"

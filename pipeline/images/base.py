@@ -21,7 +21,7 @@ ONLY_CLASS = "images"
 
 
 class UndecodableImage(Exception):  # noqa: N818 — the row stays, nothing failed
-    """An image whose content is broken; its row stays, marked invalid.
+    """An image whose content is broken. Its row stays, marked invalid.
 
     Attributes:
         reason: one short line, the same on every machine: it becomes part of the commit record.

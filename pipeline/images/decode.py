@@ -20,7 +20,7 @@ MAX_BYTES = 1 << 30  # more than Pillow's limit of pixels takes in any format
 
 
 def decode_image(content: bytes, *, apply_exif: bool = False) -> Image.Image:
-    """An encoded image as RGB.
+    """Decode an encoded image to RGB.
 
     Pixel modes become RGB by Pillow's ``convert("RGB")``, exactly as the reference does:
 

@@ -105,7 +105,7 @@ class FolderImages:
         return len(self.keys)
 
     def load(self, index: int, /) -> Image.Image:
-        """Return the image of row ``index`` as RGB; see `ImageSource.load`."""
+        """Return the image of row ``index`` as RGB, see `ImageSource.load`."""
         path = self.root / self.keys[index]
         try:
             content = read_regular(path, MAX_BYTES + 1)
@@ -135,7 +135,7 @@ class FolderImages:
 
 
 def open_images(data: str, options: SourceOptions) -> FolderImages:
-    """Return the images of a folder; see `FolderImages`."""
+    """Return the images of a folder, see `FolderImages`."""
     return FolderImages(
         data,
         apply_exif=options.apply_exif,
@@ -147,7 +147,7 @@ def open_images(data: str, options: SourceOptions) -> FolderImages:
 
 @dataclass(frozen=True)
 class _Labelled:
-    """All images of a folder: keys, sorted; labels int32 ``[N]``; label → name; remarks."""
+    """All images of a folder. It has keys, sorted, labels int32 ``[N]``, label → name, and remarks."""
 
     keys: list[str]
     labels: NDArray[np.int32]
@@ -157,7 +157,7 @@ class _Labelled:
 
 @dataclass
 class _Scan:
-    """One walk over a folder; `skipped` fills as it goes."""
+    """One walk over a folder. `skipped` fills as it goes."""
 
     root: Path
     skipped: list[tuple[str, str]] = field(default_factory=list)
@@ -190,7 +190,7 @@ class _Scan:
         return self._by_folder(images, contents)
 
     def _dataset_json(self, labels: str) -> DatasetJson | None:
-        """The labels at the top of the folder, where they are asked for."""
+        """Read the labels at the top of the folder, where they are asked for."""
         path = self.root / DATASET_JSON
         if labels == FOLDER_LABELS or not path.is_file():
             if labels == JSON_LABELS:
@@ -242,7 +242,7 @@ class _Scan:
         return _Labelled([key for key, _ in entries], labels, tuple(filled), remarks)
 
     def _remedy(self) -> str:
-        """What may help where there are no images: what there is instead."""
+        """Say what may help where there are no images, which is what there is instead."""
         for ending, what in ((".tar", "'{}' for tars"), (".zip", "{} for a ZIP file")):
             names = sorted(path for path, _ in self.skipped if path.lower().endswith(ending))
             if names:
@@ -251,7 +251,7 @@ class _Scan:
         return "give --data the folder whose sub-folders are the classes"
 
     def _images(self, folder: str, prefix: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[str]:
-        """Keys of the images below a folder."""
+        """Collect the keys of the images below a folder."""
         stack = [(folder, prefix, ancestors)]
         while stack:
             folder, prefix, ancestors = stack.pop()
@@ -262,7 +262,7 @@ class _Scan:
     def _listing(
         self, folder: str, prefix: str, ancestors: tuple[tuple[int, int], ...]
     ) -> tuple[list[str], list[tuple[str, str, tuple[tuple[int, int], ...]]]]:
-        """Images (keys) and sub-folders (name, path, identities of the folders above) of one folder."""
+        """List images (keys) and sub-folders (name, path, identities of the folders above) of one folder."""
         images, folders = [], []
         try:
             status = os.stat(folder)

@@ -97,7 +97,7 @@ class HubImages:
         return len(self.keys)
 
     def load(self, index: int, /) -> Image.Image:
-        """Image of row ``index`` as RGB; see `ImageSource.load`."""
+        """Load the image of row ``index`` as RGB, see `ImageSource.load`."""
         try:
             value = self._data[int(self._rows[index])][self._image]
             content = value["bytes"]
@@ -111,7 +111,7 @@ class HubImages:
 
 
 def open_images(data: str, options: SourceOptions) -> HubImages:
-    """Return the images of a data set; see `HubImages`."""
+    """Return the images of a data set, see `HubImages`."""
     return HubImages(
         data.removeprefix(HUGGING_FACE),
         apply_exif=options.apply_exif,
@@ -127,7 +127,7 @@ def _image_feature() -> Any:
 
 
 def _open(name: str) -> tuple[Any, str]:
-    """The data set, and its split's name if it is one of several."""
+    """Open the data set, and name its split if it is one of several."""
     try:
         from datasets import DatasetDict, load_dataset, load_from_disk
     except ImportError:
@@ -166,7 +166,7 @@ def _open(name: str) -> tuple[Any, str]:
 
 
 def _image_of(data: Any, name: str) -> str:
-    """Name of the image feature."""
+    """Find the name of the image feature."""
     from datasets import Image as ImageFeature
 
     return _only(
@@ -179,7 +179,7 @@ def _image_of(data: Any, name: str) -> str:
 
 
 def _label_of(data: Any, name: str) -> tuple[str, Sequence[str] | None]:
-    """Name of the label feature, and of the classes."""
+    """Find the name of the label feature, and of the classes."""
     from datasets import ClassLabel, Value
 
     labels = [key for key, feature in data.features.items() if isinstance(feature, ClassLabel)]
@@ -228,7 +228,7 @@ def _labels(data: Any, label: str, name: str) -> NDArray[np.int64]:
 
 
 def _sizes(data: Any, image: str, rows: NDArray[np.int64], name: str) -> Iterator[int]:
-    """Bytes of the encoded image of each row, from Arrow's offsets, or of the file beside the set."""
+    """Count the bytes of each row's encoded image, from Arrow's offsets, or of the file beside the set."""
     from pyarrow import compute
 
     images = data.select_columns([image]).with_format("arrow")

@@ -101,7 +101,7 @@ class ListedImages(ABC):
         return len(self.keys)
 
     def load(self, index: int, /) -> Image.Image:
-        """Return the image of row ``index`` as RGB; see `ImageSource.load`."""
+        """Return the image of row ``index`` as RGB, see `ImageSource.load`."""
         return decode_image(self.read(int(self._rows[index])), apply_exif=self.options.apply_exif)
 
     def _labels(self, listing: Listing) -> tuple[NDArray[np.int32], tuple[str, ...]]:

@@ -23,14 +23,17 @@ MAX_CLASSES = 1 << 20
 
 
 def spaced(count: int, limit: int | None) -> NDArray[np.int64]:
-    """Which of ``count`` images a limit takes: number floor(i·count/limit), evenly spaced; None: all."""
+    """Choose which of ``count`` images a limit takes.
+
+    They are number floor(i·count/limit), evenly spaced, or None for all.
+    """
     if limit is None or limit >= count:
         return np.arange(count, dtype=np.int64)
     return np.arange(limit, dtype=np.int64) * count // limit
 
 
 def fingerprint_of(names: Iterable[str], labels: NDArray[np.int32], sizes: Iterable[int]) -> str:
-    """``sha256:…`` over one line ``name⇥label⇥bytes`` for each image."""
+    """Compute ``sha256:…`` over one line ``name⇥label⇥bytes`` for each image."""
     digest = hashlib.sha256()
     for name, label, size in zip(names, labels.tolist(), sizes, strict=True):
         digest.update(f"{name}\t{label}\t{size}\n".encode())
@@ -38,7 +41,7 @@ def fingerprint_of(names: Iterable[str], labels: NDArray[np.int32], sizes: Itera
 
 
 def numbered_classes(labels: NDArray[np.integer[Any]], *, where: str) -> tuple[str, ...]:
-    """The names ``0`` to ``K-1`` of classes that only have numbers, K one more than the largest label.
+    """Name classes that only have numbers ``0`` to ``K-1``, K one more than the largest label.
 
     Raises:
         RepaError: a label too large to count classes.
@@ -71,7 +74,7 @@ def check_key(key: str, where: str) -> None:
 
 
 def class_names_of(labels: NDArray[np.integer[Any]], file: Path | None, *, where: str) -> tuple[str, ...]:
-    """The names of the classes that labels count.
+    """Return the names of the classes that labels count.
 
     Args:
         labels: ``[N]``, from 0.

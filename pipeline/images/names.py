@@ -28,7 +28,7 @@ _WILD = re.compile(r"\{[^{}]*\}|\[[^]]*\]|[*?]")
 
 
 def cache_for(data: str, resolution: int, *, root: Path = CACHES) -> Path:
-    """The cache of an image set when ``--cache`` is not given.
+    """Choose the cache of an image set when ``--cache`` is not given.
 
     Args:
         data: the image folder, tars, ``hf:…``, or ``demo``.
@@ -46,12 +46,14 @@ def cache_for(data: str, resolution: int, *, root: Path = CACHES) -> Path:
 
 
 def names_zip(data: str) -> bool:
-    """Whether a text names a ZIP file rather than a folder."""
+    """Tell whether a text names a ZIP file rather than a folder."""
     return data.lower().endswith(".zip") and not Path(data).is_dir()
 
 
 def split_outside(data: str) -> tuple[str, str] | None:
-    """Return name and place of an image source from outside the package; None where a text names none.
+    """Split the name and path of an image source from outside the package.
+
+    None stands for a text that names none.
 
     Args:
         data: ``NAME:PLACE`` or ``NAME`` of an entry point, ``module:Class?PLACE`` or ``module:Class``.
@@ -86,7 +88,7 @@ def _set_name(data: str) -> str:
 
 
 def default_cache(*, root: Path = CACHES) -> Path:
-    """The only cache under ``caches/``.
+    """Find the only cache under ``caches/``.
 
     Raises:
         CacheError: there is none, or there are several.

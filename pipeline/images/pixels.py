@@ -51,7 +51,7 @@ def center_crop_adm(image: Image.Image, size: int) -> NDArray[np.uint8]:
 
 
 def to_autoencoder_input(images: Tensor) -> Tensor:
-    """Pixels in [−1, 1] for the autoencoder: x / 127.5 − 1.
+    """Map pixels to [−1, 1] for the autoencoder, x / 127.5 − 1.
 
     Args:
         images: uint8 ``[B, 3, R, R]``.
@@ -63,7 +63,7 @@ def to_autoencoder_input(images: Tensor) -> Tensor:
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """The way back, as the reference saves samples: 255 · ((x + 1) / 2), clamped to [0, 255], fraction cut.
+    """Map [−1, 1] back as the reference saves samples, 255 · ((x + 1) / 2), clamped to [0, 255], truncated.
 
     Rounding would be half a level brighter on average; the reference's FIDs are of samples cut off.
 
@@ -79,7 +79,7 @@ def to_pixels(images: Tensor) -> Tensor:
 def to_teacher_input(
     images: Tensor, input_size: int, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor
 ) -> Tensor:
-    """Pixels for a teacher, in the order of the reference: / 255, normalise, then bicubic.
+    """Prepare pixels for a teacher in the order of the reference, which is / 255, normalise, then bicubic.
 
     The scaling is `torch.nn.functional.interpolate` with its default settings (no antialias,
     ``align_corners`` false), and is left out where the size already fits.

@@ -135,7 +135,10 @@ class TarImages:
         self._buckets: dict[str, Objects] = {}
 
     def _index(self) -> _Index:
-        """The samples of all tars, in order; those of a bucket many at once: each waits for its answers."""
+        """Index the samples of all tars, in order.
+
+        Those of a bucket are many at once, as each waits for its answers.
+        """
         for tar in self._tars:
             if is_stream(tar) and not is_remote(tar):
                 raise RepaError(
@@ -176,7 +179,7 @@ class TarImages:
         return part, stamp
 
     def _object(self, tar: str) -> tuple[Objects, str]:
-        """Where an object lies, and its name there; a connection serves all tars of a prefix."""
+        """Find where an object lies, and its name there. A connection serves all tars of a prefix."""
         prefix, _, name = tar.rpartition("/")
         known = self._buckets.get(prefix)
         return known or self._buckets.setdefault(prefix, Objects(prefix)), name
@@ -193,7 +196,7 @@ class TarImages:
         self._open()
 
     def load(self, index: int, /) -> Image.Image:
-        """Image of row ``index`` as RGB; see `ImageSource.load`."""
+        """Load the image of row ``index`` as RGB, see `ImageSource.load`."""
         number, size = int(self._tar[index]), int(self._size[index])
         tar = self._tars[number]
         if size > MAX_BYTES:
@@ -207,7 +210,7 @@ class TarImages:
         return decode_image(content, apply_exif=self.apply_exif)
 
     def _read(self, number: int, size: int, offset: int) -> bytes | None:
-        """Some bytes of a tar, fewer where it ends before; None where it has changed."""
+        """Read some bytes of a tar, fewer where it ends before. It is None where the tar has changed."""
         tar, stamp = self._tars[number], self._stamps[number]
         if is_remote(tar):
             objects, name = self._object(tar)
@@ -221,7 +224,7 @@ class TarImages:
 
 
 def open_images(data: str, options: SourceOptions) -> TarImages:
-    """Return the images of tars; see `TarImages`."""
+    """Return the images of tars, see `TarImages`."""
     return TarImages(
         data,
         apply_exif=options.apply_exif,
@@ -232,7 +235,7 @@ def open_images(data: str, options: SourceOptions) -> TarImages:
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
-    """What changes when a file is written: its size, and when that was."""
+    """Return what changes when a file is written, which is its size and when that was."""
     return status.st_size, status.st_mtime_ns
 
 
@@ -249,7 +252,7 @@ def _read(descriptor: int, size: int, offset: int) -> bytes:
 
 @dataclass
 class _Index:
-    """What is known of every sample, in columns: a million rows as objects would take a gigabyte."""
+    """What is known of every sample, in columns. A million rows as objects would take a gigabyte."""
 
     keys: list[str] = field(default_factory=list)
     fields: array[int] = field(default_factory=lambda: array("b"))
@@ -348,7 +351,7 @@ class _Sample:
 
 
 def _json_label(values: Any) -> int | None:
-    """The label in a sample's JSON; None if it speaks of other things."""
+    """Parse the label in a sample's JSON. It is None if the JSON speaks of other things."""
     if isinstance(values, dict):
         values = next((values[name] for name in JSON_LABELS if name in values), None)
         if values is None:

@@ -37,7 +37,7 @@ ROWS_AHEAD = 16  # decoded images waiting per worker: 0.2 MB each at 256², enou
 
 
 def decode_row(source: ImageSource, row: int, resolution: int) -> NDArray[np.uint8] | str:
-    """Pixels of a row, cropped.
+    """Decode the pixels of a row, cropped.
 
     Returns:
         uint8 ``[3, R, R]``, or the reason why the image cannot be decoded.
@@ -55,7 +55,7 @@ def decode_row(source: ImageSource, row: int, resolution: int) -> NDArray[np.uin
 def decode_rows(
     source: ImageSource, rows: Sequence[int], resolution: int, workers: int
 ) -> Iterator[Iterator[Decoded]]:
-    """Decoded rows in the order asked for, read ahead by worker processes.
+    """Decode rows in the order asked for, read ahead by worker processes.
 
     Give it all rows of all shards at once: workers start once (about as long as importing torch) and read on
     across shards. They come from a fork server, never from a fork of this process, whose threads and CUDA
@@ -103,12 +103,17 @@ class _DecodeDataset(Dataset["tuple[int, NDArray[np.uint8] | str | RepaError]"])
 
 
 def _keep(item: object) -> object:
-    """The loader's collate function: as it is, so pixels travel through a pipe and not through /dev/shm."""
+    """Return a batch as it is, so that pixels travel through a pipe and not through /dev/shm.
+
+    It is the loader's collate function.
+    """
     return item
 
 
 def _obey_parent(_: int) -> None:
-    """Ctrl-C reaches the whole process group, but the parent alone decides; killing it ends its workers.
+    """Ignore Ctrl-C, which reaches the whole process group, as the parent alone decides.
+
+    Killing the parent ends its workers.
 
     The loader's own watch does not see the parent's death, since the fork server stands between the two and
     lives as long as any worker.
@@ -169,7 +174,7 @@ def _from_workers(
 
 
 def _end_together(iterator: Any) -> None:
-    """When one of a loader's workers ends, end them all, and with them the pipe that they write to.
+    """End all of a loader's workers when one of them ends, and with them the pipe that they write to.
 
     The loader asks whether its workers live only while nothing comes. Of one that is killed in the middle of
     an image it would wait for the rest for ever, and so would the others for their turn to write.

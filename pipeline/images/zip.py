@@ -42,7 +42,7 @@ _CHANGED = "run the same command again"
 
 
 class ZipImages(ListedImages):
-    """The JPEG, PNG and WebP members of a ZIP file, sorted by name; see `ListedImages`.
+    """The JPEG, PNG and WebP members of a ZIP file, sorted by name, see `ListedImages`.
 
     Where all lie in one folder that has more in it than images, as in a packed folder, that is the root.
     Labels are those of a ``dataset.json`` in the root, else of the first-level folders below it; images that
@@ -55,7 +55,7 @@ class ZipImages(ListedImages):
     kind = "zip"
 
     def list_images(self) -> Listing:
-        """List the members; see `ListedImages.list_images`."""
+        """List the members, see `ListedImages.list_images`."""
         if is_remote(self.place):
             raise RepaError(
                 f"images are read from a ZIP file on a disk, and {self.place} is in a bucket",
@@ -120,7 +120,7 @@ class ZipImages(ListedImages):
     def _labelled(
         self, archive: zipfile.ZipFile, keys: list[str]
     ) -> tuple[NDArray[np.int64] | None, Sequence[str] | None, tuple[str, ...]]:
-        """Labels of the keys, class names where they are folders, and remarks."""
+        """Return labels of the keys, class names where they are folders, and remarks."""
         asked = self.options.labels
         if not keys or asked == NO_LABELS:
             return None, None, ()
@@ -175,7 +175,7 @@ class ZipImages(ListedImages):
         self._files = DescriptorCache(1)
 
     def read(self, number: int) -> bytes:
-        """Return the bytes of a member; see `ListedImages.read`."""
+        """Return the bytes of a member, see `ListedImages.read`."""
         size, packed = int(self._sizes[number]), int(self._packed[number])
         if max(size, packed) > MAX_BYTES:
             raise UndecodableImage(f"more than {MAX_BYTES:,} bytes")
@@ -204,7 +204,7 @@ class ZipImages(ListedImages):
 
 
 def open_images(data: str, options: SourceOptions) -> ZipImages:
-    """Return the images of a ZIP file; see `ZipImages`."""
+    """Return the images of a ZIP file, see `ZipImages`."""
     return ZipImages(data, options)
 
 
@@ -213,7 +213,7 @@ def _stamp(status: os.stat_result) -> tuple[int, int]:
 
 
 def _root(keys: list[str], archive: zipfile.ZipFile) -> str:
-    """The folder in which everything lies, with a slash; empty where that is the ZIP itself."""
+    """Find the folder in which everything lies, with a slash. It is empty where that is the ZIP itself."""
     if DATASET_JSON in archive.namelist():
         return ""
     first = keys[0].partition("/")[0]

@@ -50,7 +50,7 @@ def deferred_interrupts() -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def terminated_as_interrupt() -> Iterator[None]:
-    """In this block SIGTERM, a scheduler's way to stop, raises KeyboardInterrupt as Ctrl-C does."""
+    """Raise KeyboardInterrupt in this block on SIGTERM, a scheduler's way to stop, as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

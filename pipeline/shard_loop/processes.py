@@ -31,7 +31,7 @@ _GRACE_SECONDS = 5.0
 
 
 def end_with_parent(parent: int) -> None:
-    """Have this process killed when its parent ends, however it ends: orphans would go on writing.
+    """Have this process killed when its parent ends, however it ends. Orphans would go on writing.
 
     Args:
         parent: process id of the parent.
@@ -143,7 +143,7 @@ def _obituary(job: Job, code: int | None) -> str:
 
 
 def _stop(children: Sequence[SpawnProcess]) -> None:
-    """End what still runs: at once, for a shard is there whole or not at all."""
+    """End what still runs at once, as a shard is there whole or not at all."""
     for child in children:
         if child.is_alive():
             child.terminate()
@@ -156,7 +156,7 @@ def _stop(children: Sequence[SpawnProcess]) -> None:
 
 
 def _child(job: Job, source: ImageSource, connection: Any, parent: int) -> None:
-    """What a started process does: the job, and a last word to its parent."""
+    """Do the job in a started process, and send a last word to its parent."""
     end_with_parent(parent)
 
     def report(*values: object) -> None:

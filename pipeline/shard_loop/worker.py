@@ -159,7 +159,7 @@ def write_columns(
 
 
 def calibrator(job: Job, source: ImageSource) -> Calibrator:
-    """What settles the storage forms of a job's models, see `Calibrator`."""
+    """Make what settles the storage forms of a job's models, see `Calibrator`."""
     from ..columns.calibrator import Calibrator
 
     assert job.config.batch_size is not None, "the plan resolves the command"
@@ -226,7 +226,7 @@ class _Loop:
     def _feed(
         self, decoded: Iterable[tuple[int, Decoded]], lanes: Lanes, writer: WriterThread
     ) -> RepaError | None:
-        """Hand on all batches; an error is given back, for what was begun before it is to be written."""
+        """Hand on all batches. An error is given back, as what was begun before it is to be written."""
         batch_size = self._job.config.batch_size
         assert batch_size is not None, "the plan resolves the command"
         try:
@@ -237,7 +237,7 @@ class _Loop:
         return None
 
     def _tasks(self, shard: int) -> list[Task]:
-        """One pass for each model that some source misses in this shard, for those sources alone."""
+        """Make one pass for each model that some source misses in this shard, for those sources alone."""
         from ..lanes.lanes import Task
 
         tasks = []

@@ -93,7 +93,7 @@ class WriterThread:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Wait for what was put; after an error in the block, drop it and the shard in flight instead."""
+        """Wait for what was put. After an error in the block it is dropped with the shard in flight."""
         try:
             if kind is None:
                 self._enqueue(None)
@@ -107,7 +107,7 @@ class WriterThread:
             self._raise_error()
 
     def put(self, batch: Pending) -> None:
-        """Hand a batch over; waits while the queue is full.
+        """Hand a batch over. It waits while the queue is full.
 
         Raises:
             RepaError: the thread has stopped, for this reason.
@@ -132,7 +132,10 @@ class WriterThread:
         raise RuntimeError("the writer thread stopped") from self._error
 
     def _next(self) -> EncodedBatch | None:
-        """The next batch; None, again and again, once there are no more or they are to be dropped."""
+        """Take the next batch.
+
+        It is None, again and again, once there are no more or they are to be dropped.
+        """
         while not self._ended.is_set():
             try:
                 item = self._queue.get(timeout=_POLL_SECONDS)
@@ -160,7 +163,10 @@ class WriterThread:
             self._error = error
 
     def _write_shard(self, first: EncodedBatch) -> None:
-        """Write a shard's batches, from its first to its last, and commit; without the last, abandon it."""
+        """Write a shard's batches, from its first to its last, and commit.
+
+        Without the last, it is abandoned.
+        """
         invalid: dict[int, str] = {}
         rows = 0
         with ExitStack() as stack:

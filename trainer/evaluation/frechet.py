@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def frechet_distance(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
-    """Squared Fréchet distance of the normal distributions fitted to two feature sets.
+    """Compute the squared Fréchet distance of the normal distributions fitted to two feature sets.
 
     |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2·(Σ₁Σ₂)^½) (Dowson and Landau, "The Fréchet distance between multivariate
     normal distributions", 1982), as FID uses it (Heusel et al., arXiv 1706.08500). Covariances are unbiased

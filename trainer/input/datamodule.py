@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def columns_of_phase(method: Method, phase: Phase, condition: str) -> tuple[str, ...]:
-    """Columns that a phase reads, without the label.
+    """List the columns that a phase reads, without the label.
 
     Args:
         method: the method.
@@ -68,7 +68,10 @@ class CacheData(LightningDataModule):
         self._stream: _Stream | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"images_seen": …}`` of the steps that were trained on; the loader itself is further ahead."""
+        """Return ``{"images_seen": …}`` of the steps that were trained on.
+
+        The loader itself is further ahead.
+        """
         trainer = self.trainer
         steps = trainer.global_step if trainer is not None else 0
         return {"images_seen": steps * self._config.batch_size}
@@ -78,7 +81,7 @@ class CacheData(LightningDataModule):
         self._images_seen = state_dict["images_seen"]
 
     def train_dataloader(self) -> Iterator[Batch]:
-        """Micro-batches of this rank, without end: the trainer counts the steps."""
+        """Return the micro-batches of this rank without end, as the trainer counts the steps."""
         trainer = self.trainer
         if trainer is None:
             raise RuntimeError("the data belongs to no trainer yet")
@@ -139,7 +142,7 @@ class CacheData(LightningDataModule):
 
 
 class _Stream:
-    """A loader without a length or state: Lightning would save the state of what it has read ahead."""
+    """A loader without a length or state. Lightning would save the state of what it has read ahead."""
 
     def __init__(self, loader: CacheLoader | TarLoader, ahead: Callable[[Batch], None]) -> None:
         self._loader = loader

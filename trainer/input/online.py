@@ -50,7 +50,7 @@ class LiveTargets(Protocol):
     def record(self) -> Mapping[str, Any]: ...  # noqa: D102
 
     def load(self, device: torch.device) -> Mapping[str, Provenance]:
-        """Load the teachers; before the first call, once.
+        """Load the teachers, once, before the first call.
 
         Args:
             device: the training device of this process.
@@ -64,11 +64,11 @@ class LiveTargets(Protocol):
         ...
 
     def prepare(self, rows: NDArray[np.int64]) -> None:
-        """Rows that will be asked for soon: begin to decode their images, do not wait."""
+        """Begin to decode the images of rows that will be asked for soon, and do not wait."""
         ...
 
     def __call__(self, rows: NDArray[np.int64], names: Sequence[str]) -> dict[str, Tensor]:
-        """Columns of some rows.
+        """Compute columns of some rows.
 
         Args:
             rows: rows of the cache, int64 ``[B]``, none of them invalid.
@@ -99,7 +99,7 @@ class Offer:
 
 
 def offer(manifest: Manifest, live: LiveTargets | None = None) -> Offer:
-    """The columns there are to train on.
+    """Return the columns there are to train on.
 
     With live targets the cache's own targets are left out, even those of other teachers: a run is either
     online or cached, never half of each.
@@ -121,22 +121,22 @@ def offer(manifest: Manifest, live: LiveTargets | None = None) -> Offer:
 
 
 def is_target(column: str) -> bool:
-    """Whether a column holds a teacher's targets, or their scales."""
+    """Tell whether a column holds a teacher's targets, or their scales."""
     return split_column(column)[1].removesuffix(SCALE_SUFFIX) in TARGET_KINDS
 
 
 def read_columns(names: Iterable[str], live: LiveTargets | None) -> tuple[str, ...]:
-    """Those of some columns that are read from the cache."""
+    """Choose those of some columns that are read from the cache."""
     return tuple(name for name in names if live is None or name not in live.columns)
 
 
 def live_columns(names: Iterable[str], live: LiveTargets | None) -> tuple[str, ...]:
-    """Those of some columns that are computed."""
+    """Choose those of some columns that are computed."""
     return () if live is None else tuple(name for name in names if name in live.columns)
 
 
 def with_targets(batch: Batch, live: LiveTargets, names: Sequence[str]) -> Batch:
-    """A batch with live columns of its rows beside those it was read with.
+    """Return a batch with live columns of its rows beside those it was read with.
 
     Args:
         batch: on the training device; only `Batch.rows` stays on the host.

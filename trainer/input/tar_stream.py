@@ -106,7 +106,7 @@ class TarLoader:
 
 
 class _Stream:
-    """One pass: a thread that makes batches, and a short queue of them."""
+    """One pass, with a thread that makes batches and a short queue of them."""
 
     def __init__(self, loader: TarLoader) -> None:
         self._made: queue.Queue[Batch | BaseException] = queue.Queue(_AHEAD)
@@ -154,7 +154,7 @@ def _produce(loader: TarLoader, made: queue.Queue[Batch | BaseException], stoppe
 
 
 def _batches(loader: TarLoader, stopped: threading.Event) -> Iterator[Batch]:
-    """Micro-batches of epoch after epoch."""
+    """Yield micro-batches of epoch after epoch."""
     epoch, first = divmod(loader.images_seen // loader.batch_size, loader.epoch_steps)
     while True:
         yield from _Epoch(loader, epoch, stopped).batches(first)
@@ -162,7 +162,7 @@ def _batches(loader: TarLoader, stopped: threading.Event) -> Iterator[Batch]:
 
 
 class _Epoch:
-    """The rank's share of an epoch: which tars, and which of their rows stands where."""
+    """The rank's share of an epoch. It knows which tars, and which of their rows stands where."""
 
     def __init__(self, loader: TarLoader, epoch: int, stopped: threading.Event) -> None:
         cache = loader.cache
@@ -179,7 +179,7 @@ class _Epoch:
         self._place = dict(zip(self._leaving.tolist(), range(len(coming)), strict=True))
 
     def batches(self, first: int) -> Iterator[Batch]:
-        """Micro-batches from batch ``first`` of the epoch on."""
+        """Yield micro-batches from batch ``first`` of the epoch on."""
         held: dict[int, Sample] = {}
         samples = self._samples(first * self._size)
         for batch in range(first, self._loader.epoch_steps):
@@ -193,7 +193,7 @@ class _Epoch:
                 yield self._batch(step, micro, rank_slice(rows, micro, self._loader.accumulate), held)
 
     def _samples(self, start: int) -> Iterator[tuple[int, Sample]]:
-        """Samples from place ``start`` on, as they come."""
+        """Yield samples from position ``start`` on, as they come."""
         cache, end = self._loader.cache, self._loader.epoch_steps * self._size
         shard_rows = cache.manifest.shard_rows
         needed = {row // shard_rows for row in self._leaving[start:end].tolist()}

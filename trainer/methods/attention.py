@@ -86,5 +86,5 @@ class _Alignment(torch.autograd.Function):
 
 
 def _log_probabilities(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """log softmax over the keys of (q · kᵀ) · scale, ``[B, H, T, T]``."""
+    """Compute log softmax over the keys of (q · kᵀ) · scale, ``[B, H, T, T]``."""
     return torch.log_softmax((queries @ keys.mT).mul_(scale), dim=-1)

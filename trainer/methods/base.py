@@ -32,7 +32,7 @@ EmaForward: TypeAlias = Callable[[Tensor, Tensor, Capture], Captured]
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """Settings of a method; a method with settings of its own has a frozen subclass."""
+    """Settings of a method. A method with settings of its own has a frozen subclass."""
 
     def __post_init__(self) -> None:
         check_fields(self, prefix="method.")
@@ -106,7 +106,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """A named part of the loss: a scalar, unweighted, and its weight at this step.
+    """A named part of the loss. It is a scalar, unweighted, with its weight at this step.
 
     Without a weight it is no part of the loss, only logged: give it detached.
     """
@@ -117,7 +117,7 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Why a run cannot start, and what mends it; each one line.
+    """Why a run cannot start and what mends it, each in one line.
 
     Attributes:
         what: what is wrong.
@@ -135,7 +135,7 @@ class Requirement(ABC):
 
     @abstractmethod
     def problems(self, method: Method) -> Iterable[Problem]:
-        """Say what is missing, and the remedy; nothing where the need is met.
+        """Say what is missing, and the remedy. It is nothing where the need is met.
 
         Args:
             method: freshly constructed.
@@ -152,7 +152,7 @@ def filled(config: C, preset: MethodConfig | None) -> C:
 
 
 class Method(nn.Module, ABC):
-    """Base of all methods; the defaults are plain SiT in one phase.
+    """Base of all methods. The defaults are plain SiT in one phase.
 
     A constructor must not fail where a requirement is not met: the checks before step 0 collect all problems.
 
@@ -197,11 +197,11 @@ class Method(nn.Module, ABC):
         return cls.presets.get(backbone.size_name or "")
 
     def phases(self) -> tuple[Phase, ...]:
-        """The phases in order; the first starts at 0, each next one where the one before stops."""
+        """Return the phases in order. The first starts at 0, each next one where the one before stops."""
         return (Phase(name="train"),)
 
     def phase_at(self, step: int) -> Phase:
-        """The phase of a step: a pure function of the step.
+        """Return the phase of a step, which is a pure function of the step.
 
         Raises:
             ValueError: no phase holds the step.
@@ -212,38 +212,41 @@ class Method(nn.Module, ABC):
         raise ValueError(f"step {step} is in no phase of {self.phases()}")
 
     def columns(self, phase: Phase) -> tuple[str, ...]:
-        """Columns that the losses of a phase read, beyond latent and condition."""
+        """Name the columns that the losses of a phase read, beyond latent and condition."""
         del phase
         return ()
 
     def attention_blocks(self) -> tuple[int, ...]:
-        """Blocks of a teacher whose queries and keys the losses compare, counted from 1, ascending.
+        """Name the blocks of a teacher whose queries and keys the losses compare, counted from 1, ascending.
 
         Known without any teacher: who computes targets live must know what to compute.
         """
         return ()
 
     def capture(self, phase: Phase) -> Capture:
-        """Activations that the losses of a phase read."""
+        """Name the activations that the losses of a phase read."""
         del phase
         return NOTHING
 
     def make_conditioner(self, num_classes: int) -> Conditioner | None:
-        """The conditioner the backbone is built with and owns; None for class labels."""
+        """Make the conditioner the backbone is built with and owns. None stands for class labels."""
         del num_classes
         return None
 
     def time_law(self, phase: Phase) -> TimeLaw | None:
-        """The law of time; None for the one that the run is configured with (uniform by default)."""
+        """Return the law of time.
+
+        None stands for the one that the run is configured with (uniform by default).
+        """
         del phase
         return None
 
     @abstractmethod
     def losses(self, step: Step) -> dict[str, Term]:
-        """The terms beside the objective's own, by name."""
+        """Compute the terms beside the objective's own, by name."""
 
     def flags(self, phase: Phase) -> Flags:
-        """What else a phase needs."""
+        """Say what else a phase needs."""
         del phase
         return Flags()
 

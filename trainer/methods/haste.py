@@ -36,7 +36,7 @@ PLAIN = "plain"
 
 @dataclass(frozen=True, kw_only=True)
 class HasteConfig(RepaConfig):
-    """Settings of HASTE: those of REPA, and of the attention.
+    """Settings of HASTE. They are those of REPA, and of the attention.
 
     What is none or empty is the preset of the backbone's size.
 
@@ -107,7 +107,7 @@ class Haste(Repa):
 
     @classmethod
     def preset_of(cls, backbone: BackboneFacts) -> MethodConfig | None:
-        """Return the size's preset; at 1,024 tokens, as in 512² images, SiT-XL is aligned for longer."""
+        """Return the size's preset. At 1,024 tokens, as in 512² images, SiT-XL is aligned for longer."""
         preset, size = super().preset_of(backbone), backbone.size_name or ""
         rows, columns = backbone.grid
         if isinstance(preset, Preset) and rows * columns == TOKENS_AT_512 and size in STOPS_AT_512:
@@ -143,7 +143,10 @@ class Haste(Repa):
         return Flags(idle=("method.",)) if phase.name == PLAIN else Flags()
 
     def losses(self, step: Step) -> dict[str, Term]:
-        """Return ``repa`` and ``attention``, and for the record ``attention_excess``; nothing after τ."""
+        """Return ``repa`` and ``attention``, and for the record ``attention_excess``.
+
+        After τ there are none.
+        """
         if self.phase_at(step.index).name == PLAIN:
             return {}
         cross_entropy, excess = self._attention(step)
@@ -159,7 +162,7 @@ class Haste(Repa):
         return tuple(f"{teacher}/{kind}" for teacher in first for kind in ATTENTION_KINDS)
 
     def _attention(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means over the pairs of blocks; of the cache's blocks only those in use are decoded."""
+        """Compute means over the pairs of blocks. Of the cache's blocks only those in use are decoded."""
         queries_name, keys_name = self._attention_columns()
         heads = self.specs[queries_name].shape[1]
         noted = self.notes[source_of(queries_name)]

@@ -9,6 +9,6 @@ class NoAlignment(Method):
     """The velocity loss alone (SiT, arXiv 2401.08740)."""
 
     def losses(self, step: Step) -> dict[str, Term]:
-        """No terms."""
+        """Return no terms."""
         del step
         return {}

@@ -79,7 +79,7 @@ def origin_of(name: str) -> dict[str, str | None]:
 
 
 def _checked(target: str, found: Any) -> type[Method]:
-    """What was imported, if it can be a method; found out before anything is built on it.
+    """Return what was imported, if it can be a method. That is found out before anything is built on it.
 
     Raises:
         RepaError: it is no class of methods, leaves a question open, or its settings cannot be read.
@@ -113,7 +113,7 @@ def _is_frozen(kind: type) -> bool:
 
 
 def _unusable(kind: type[MethodConfig]) -> tuple[str, str] | None:
-    """What is wrong with a class of settings, and the remedy; None if nothing is."""
+    """Say what is wrong with a class of settings, and the remedy, or None if nothing is."""
     try:
         get_type_hints(kind)
     except (NameError, TypeError, SyntaxError) as error:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class NeedsColumn(Requirement):
-    """Targets of a teacher: one that was chosen by the setting ``encoders``, or the cache's only one.
+    """Targets of a teacher. It is one that was chosen by the setting ``encoders``, or the cache's only one.
 
     Args:
         kinds: kinds of the columns that each teacher must have, as ``patch``.
@@ -66,7 +66,7 @@ class NeedsColumn(Requirement):
 
 
 class HasPreset(Requirement):
-    """Settings that somebody chose: the user, or the preset of the backbone's size.
+    """Settings that somebody chose, the user or the preset of the backbone's size.
 
     Args:
         settings: names of the settings.
@@ -176,7 +176,7 @@ class SameGrid(Requirement):
         self._blocks = blocks
 
     def problems(self, method: Method) -> Iterator[Problem]:
-        """Report columns on another grid; what lies on one grid of one teacher is reported once."""
+        """Report columns on another grid. What lies on one grid of one teacher is reported once."""
         reported = set()
         for kind, setting in self._blocks.items():
             grids = [
@@ -284,7 +284,10 @@ class StoredAttention(Requirement):
     def _stored(
         self, method: Method, teacher: str, stored: Sequence[int], depth: int | None
     ) -> Iterator[Problem]:
-        """Whether the blocks are there, and are meant: a preset's numbers are for a teacher of its depth."""
+        """Check whether the blocks are there, and are meant.
+
+        A preset's numbers are for a teacher of its depth.
+        """
         setting = f"method.{self._blocks}"
         preset = method.preset_of(method.backbone)
         for_depth = getattr(preset, self._teacher_depth, None)
@@ -316,7 +319,7 @@ def _blocks(method: Method, setting: str) -> tuple[int, ...]:
 
 
 def _as_blocks(value: Any) -> tuple[int, ...]:
-    """The blocks that a setting names: one, several, or none."""
+    """Return the blocks that a setting names, which are one, several, or none."""
     if value is None:
         return ()
     return (value,) if isinstance(value, int) else tuple(value)
@@ -327,12 +330,15 @@ def _listed(values: Iterable[object], separator: str = ", ") -> str:
 
 
 def _written(value: Any) -> str:
-    """A value as ``--set`` reads it."""
+    """Write a value as ``--set`` reads it."""
     return f"[{_listed(value, ',')}]" if isinstance(value, tuple) else str(value)
 
 
 def _example(method: Method) -> MethodConfig | None:
-    """The preset to show: that of B if its blocks lie in this backbone, else the first in the table."""
+    """Choose the preset to show.
+
+    It is that of B if its blocks lie in this backbone, else the first in the table.
+    """
     blocks = [each for each in method.requires if isinstance(each, DepthWithin)]
     common = method.presets.get("B")
     if common is not None and all(each.fits(common, method.backbone.depth) for each in blocks):
@@ -341,7 +347,7 @@ def _example(method: Method) -> MethodConfig | None:
 
 
 def _read(method: Method, kind: str) -> list[str]:
-    """Columns of a kind that the losses read in some phase, in the cache or not."""
+    """List columns of a kind that the losses read in some phase, in the cache or not."""
     names = (column for phase in method.phases() for column in method.columns(phase))
     return [name for name in dict.fromkeys(names) if name.rpartition("/")[2] == kind]
 
@@ -359,7 +365,7 @@ def _grid(method: Method, column: str) -> tuple[int, int]:
 
 
 def _describes(noted: Mapping[str, Any], specs: Sequence[ColumnSpec]) -> bool:
-    """Whether what the manifest notes of attention fits the shapes of queries and keys."""
+    """Tell whether what the manifest notes of attention fits the shapes of queries and keys."""
     blocks, scale = noted.get("blocks"), noted.get("logit_scale")
     if not isinstance(blocks, list | tuple) or not isinstance(scale, float | int):
         return False
@@ -367,7 +373,7 @@ def _describes(noted: Mapping[str, Any], specs: Sequence[ColumnSpec]) -> bool:
 
 
 def _grid_remedy(method: Method, teacher: tuple[int, int], student: tuple[int, int]) -> str:
-    """The model that has the teacher's grid, or the teachers that have the backbone's."""
+    """Name the model that has the teacher's grid, or the teachers that have the backbone's."""
     remedies = [f"--model {name}" for grid, name in method.backbone.siblings if grid == teacher]
     remedies += [
         f"--set method.encoders=[{name}], whose grid fits"

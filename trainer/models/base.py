@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig(ABC):
-    """Architecture of a backbone: plain values, which checkpoints keep.
+    """Architecture of a backbone in plain values, which checkpoints keep.
 
     Attributes:
         takes_sequences: whether its conditioner gives a sequence of tokens, and not one vector.
@@ -72,7 +72,7 @@ class BackboneConfig(ABC):
 
 
 class Backbone(nn.Module, ABC):
-    """The network: noisy latent, time and condition to a prediction, plus the activations asked for.
+    """The network from noisy latent, time and condition to a prediction, plus the activations asked for.
 
     A subclass is constructed from its config and, optionally, a conditioner; None stands for class labels.
     Its parameters are drawn from torch's global generator.

@@ -39,12 +39,12 @@ class Conditioner(nn.Module, ABC):
     drop_probability: float
 
     def dropped(self, count: int, generator: torch.Generator) -> Tensor:
-        """Which of the samples lose their condition in this step: bool ``[B]`` on the generator's device."""
+        """Draw which of the samples lose their condition now, bool ``[B]`` on the generator's device."""
         draws = torch.rand(count, generator=generator, device=generator.device)
         return draws < self.drop_probability
 
     def draw(self, values: Tensor, generator: torch.Generator) -> Tensor:
-        """Condition of a training step: ``condition(values, dropped(B, generator))``."""
+        """Draw the condition of a training step, ``condition(values, dropped(B, generator))``."""
         return self.condition(values, self.dropped(len(values), generator))
 
     @abstractmethod
@@ -53,23 +53,26 @@ class Conditioner(nn.Module, ABC):
 
     @abstractmethod
     def null(self, count: int) -> Tensor:
-        """The null condition `count` times, ``[B, …]``, on the conditioner's device."""
+        """Return the null condition `count` times, ``[B, …]``, on the conditioner's device."""
 
     @abstractmethod
     def sampling(self, count: int, generator: torch.Generator) -> Tensor:
-        """Conditions to sample with when none are given, ``[B, …]``, on the conditioner's device."""
+        """Draw conditions to sample with when none are given, ``[B, …]``, on the conditioner's device."""
 
     def previewed(self, count: int, generator: torch.Generator) -> Tensor:
-        """Return the conditions of a grid of previews, ``[B, …]``; drawn as for any other samples."""
+        """Return the conditions of a grid of previews, ``[B, …]``, drawn as for any other samples."""
         return self.sampling(count, generator)
 
     @abstractmethod
     def forward(self, condition: Tensor) -> Tensor:
-        """Embedding of a condition, ``[B, D]`` or ``[B, T, D]`` as `sequence` says."""
+        """Embed a condition, ``[B, D]`` or ``[B, T, D]`` as `sequence` says."""
 
 
 class LabelConditioner(Conditioner):
-    """Class labels: a table, N(0, 0.02), with one extra row, the null class, at index ``num_classes``."""
+    """Class labels embedded by a table, drawn from N(0, 0.02).
+
+    One extra row, at index ``num_classes``, is the null class.
+    """
 
     column = LABEL
 
@@ -81,15 +84,15 @@ class LabelConditioner(Conditioner):
         nn.init.normal_(self.embedding_table.weight, std=EMBEDDING_STD)
 
     def condition(self, values: Tensor, dropped: Tensor) -> Tensor:
-        """Labels int64 ``[B]``, the null class where dropped."""
+        """Return labels int64 ``[B]``, the null class where dropped."""
         return torch.where(dropped.to(values.device), self.num_classes, values.long())
 
     def null(self, count: int) -> Tensor:
-        """The null class, int64 ``[B]``."""
+        """Return the null class, int64 ``[B]``."""
         return torch.full((count,), self.num_classes, device=self.embedding_table.weight.device)
 
     def sampling(self, count: int, generator: torch.Generator) -> Tensor:
-        """Classes drawn uniformly, int64 ``[B]``."""
+        """Draw classes uniformly, int64 ``[B]``."""
         labels = torch.randint(self.num_classes, (count,), generator=generator, device=generator.device)
         return labels.to(self.embedding_table.weight.device)
 
@@ -99,13 +102,13 @@ class LabelConditioner(Conditioner):
         return balanced_labels(count, self.num_classes)
 
     def forward(self, condition: Tensor) -> Tensor:
-        """Rows of the table, ``[B, D]``."""
+        """Look up rows of the table, ``[B, D]``."""
         embedding: Tensor = self.embedding_table(condition)
         return embedding
 
 
 def balanced_labels(count: int, num_classes: int) -> Tensor:
-    """Return labels int64 ``[count]``: every class equally often; evenly spread ones where there are more."""
+    """Return labels int64 ``[count]``, every class equally often, or evenly spread ones of more classes."""
     numbers = torch.arange(count)
     if count >= num_classes:
         return numbers % num_classes

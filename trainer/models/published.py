@@ -102,7 +102,7 @@ def load_published(path: Path, *, weights: str = "ema", heads: int | None = None
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    """Content of the file: tensors and plain values, on the CPU, memory-mapped where the format allows."""
+    """Read the file's tensors and plain values, on the CPU, memory-mapped where the format allows."""
     with os_errors("read", path), path.open("rb"):
         pass
     try:
@@ -141,14 +141,14 @@ def _tensors(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
 
 
 def _said(content: Mapping[str, Any], flag: str, kind: type[str]) -> str | None:
-    """A flag of the training script, where the file keeps them."""
+    """Return a flag of the training script, where the file keeps them."""
     flags = content.get("args")
     value = vars(flags).get(flag) if isinstance(flags, argparse.Namespace) else None
     return value if isinstance(value, kind) else None
 
 
 def _rename_legacy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """REPA's first checkpoints call the blocks after the aligned one ``decoder_blocks``, from 0 again."""
+    """Rename ``decoder_blocks``, the blocks after the aligned one in REPA's first files, from 0 again."""
     shift = _count_blocks(state)
     return {
         re.sub(r"^decoder_blocks\.(\d+)\.", lambda match: f"blocks.{int(match[1]) + shift}.", key): value
@@ -161,7 +161,7 @@ def _count_blocks(state: Mapping[str, Tensor]) -> int:
 
 
 def _infer(state: Mapping[str, Tensor], path: Path, heads: int | None) -> SiTConfig:
-    """The architecture that has the state dict's shapes."""
+    """Infer the architecture that has the state dict's shapes."""
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     needed = {
         "x_embedder.proj.weight": 4,
@@ -204,7 +204,10 @@ def _infer(state: Mapping[str, Tensor], path: Path, heads: int | None) -> SiTCon
 def _heads(
     depth: int, width: int, head_norm: tuple[int, ...] | None, given: int | None, path: Path
 ) -> tuple[str | None, int]:
-    """Letter of the size, and heads; the shapes alone say the heads only where QK-norm has a weight."""
+    """Infer the letter of the size, and heads.
+
+    The shapes alone say the heads only where QK-norm has a weight.
+    """
     for letter, size in SIT_SIZES.items():
         if (size.depth, size.width) == (depth, width):
             return letter, size.heads
@@ -220,7 +223,7 @@ def _heads(
 
 
 def _check_strictly(config: SiTConfig, state: Mapping[str, Tensor], path: Path) -> None:
-    """Every key of the architecture in its shape, and no other.
+    """Check that there is every key of the architecture in its shape, and no other.
 
     Raises:
         RepaError: names the first of the keys that are missing, too many or of another shape.

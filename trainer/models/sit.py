@@ -109,7 +109,7 @@ class SiTConfig(BackboneConfig):
     def named(
         cls, name: str, *, input_size: int, in_channels: int = 4, num_classes: int = 1000, **settings: Any
     ) -> SiTConfig:
-        """Return the configuration of a name such as ``SiT-B/2``; of the settings it takes ``qk_norm``.
+        """Return the configuration of a name such as ``SiT-B/2``. Of the settings it takes ``qk_norm``.
 
         Raises:
             RepaError: the name is unknown, or its patch does not divide the latent's side.
@@ -148,7 +148,7 @@ class SiTConfig(BackboneConfig):
 
 
 class SiT(Backbone):
-    """The transformer: noisy latent, time and condition to prediction, plus the activations asked for.
+    """The transformer from noisy latent, time and condition to prediction, plus the activations asked for.
 
     State dict keys are those of SiT and REPA, so published checkpoints load strictly. Parameters are drawn
     from torch's global generator.
@@ -177,7 +177,9 @@ class SiT(Backbone):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Xavier uniform linears with zero bias; time embedding N(0, 0.02); adaLN and output zero.
+        """Draw Xavier uniform linears with zero bias and a time embedding of N(0, 0.02).
+
+        AdaLN and output are zero.
 
         The conditioner has initialised itself.
         """
@@ -226,7 +228,7 @@ class SiT(Backbone):
         return captured
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
-        """``[B, T, p · p · C]`` → ``[B, C, h, w]``."""
+        """Rearrange ``[B, T, p · p · C]`` to ``[B, C, h, w]``."""
         rows, columns = self.facts.grid
         p, C = self.config.patch_size, self.config.in_channels
         image = patches.reshape(len(patches), rows, columns, p, p, C).permute(0, 5, 1, 3, 2, 4)

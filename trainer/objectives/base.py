@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """Settings of an objective; each objective's are a frozen subclass.
+    """Settings of an objective. Each objective's are a frozen subclass.
 
     Attributes:
         path: name of the path between data and noise.
@@ -93,7 +93,7 @@ class Objective(ABC):
 
     @abstractmethod
     def losses(self, captured: Captured, noised: Noised) -> Mapping[str, Tensor]:
-        """Return each of `terms` per sample, ``[B]``; the loss is the sum of their means.
+        """Return each of `terms` per sample, ``[B]``. The loss is the sum of their means.
 
         Args:
             captured: what the network returned.

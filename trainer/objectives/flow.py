@@ -19,7 +19,7 @@ VELOCITY = "velocity"
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig(ObjectiveConfig):
-    """Settings of flow matching; the defaults are REPA's.
+    """Settings of flow matching. The defaults are REPA's.
 
     Attributes:
         path: interpolant between data and noise.
@@ -43,6 +43,6 @@ class Flow(Objective):
         return {VELOCITY: squared_error(require_prediction(captured), target)}
 
     def velocity(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Return the prediction: it is the velocity."""
+        """Return the prediction, which is the velocity."""
         del x, t
         return prediction

@@ -38,18 +38,18 @@ class Interpolant(ABC):
 
     @abstractmethod
     def alpha_rate(self, t: Tensor) -> Tensor:
-        """dα/dt."""
+        """Compute dα/dt."""
 
     @abstractmethod
     def sigma_rate(self, t: Tensor) -> Tensor:
-        """dσ/dt."""
+        """Compute dσ/dt."""
 
     @abstractmethod
     def time_of_ratio(self, ratio: Tensor) -> Tensor:
-        """The time at which σ(t)/α(t) has the given value in [0, ∞)."""
+        """Compute the time at which σ(t)/α(t) has the given value in [0, ∞)."""
 
     def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t = α(t)·x + σ(t)·ε.
+        """Compute x_t = α(t)·x + σ(t)·ε.
 
         Args:
             x0: data ``[B, …]``.
@@ -60,12 +60,12 @@ class Interpolant(ABC):
         return self.alpha(t) * x0 + self.sigma(t) * noise
 
     def velocity(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The training target dx_t/dt = α'(t)·x + σ'(t)·ε; ε − x on the linear path."""
+        """Compute the training target dx_t/dt = α'(t)·x + σ'(t)·ε, which is ε − x on the linear path."""
         t = _like(t, x0)
         return self.alpha_rate(t) * x0 + self.sigma_rate(t) * noise
 
     def score(self, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """∇ log p_t(x) = −E[ε | x_t = x] / σ, from the velocity in closed form.
+        """Compute ∇ log p_t(x) = −E[ε | x_t = x] / σ, from the velocity in closed form.
 
         x = α·x₀ + σ·ε and v = α'·x₀ + σ'·ε give ε = (α'·x − α·v) / (α'·σ − α·σ'); the denominator is −1 on
         the linear path and −π/2 on the cosine path. Singular at t = 0, where σ = 0.
@@ -87,23 +87,23 @@ class Linear(Interpolant):
     name = "linear"
 
     def alpha(self, t: Tensor) -> Tensor:
-        """1 − t."""
+        """Compute 1 − t."""
         return 1 - t
 
     def sigma(self, t: Tensor) -> Tensor:
-        """The time itself."""
+        """Return the time itself."""
         return t
 
     def alpha_rate(self, t: Tensor) -> Tensor:
-        """−1."""
+        """Return −1."""
         return -torch.ones_like(t)
 
     def sigma_rate(self, t: Tensor) -> Tensor:
-        """1."""
+        """Return 1."""
         return torch.ones_like(t)
 
     def time_of_ratio(self, ratio: Tensor) -> Tensor:
-        """r / (1 + r)."""
+        """Compute r / (1 + r)."""
         return ratio / (1 + ratio)
 
 
@@ -113,23 +113,23 @@ class Cosine(Interpolant):
     name = "cosine"
 
     def alpha(self, t: Tensor) -> Tensor:
-        """cos(πt/2)."""
+        """Compute cos(πt/2)."""
         return torch.cos(t * (math.pi / 2))
 
     def sigma(self, t: Tensor) -> Tensor:
-        """sin(πt/2)."""
+        """Compute sin(πt/2)."""
         return torch.sin(t * (math.pi / 2))
 
     def alpha_rate(self, t: Tensor) -> Tensor:
-        """−π/2 · sin(πt/2)."""
+        """Compute −π/2 · sin(πt/2)."""
         return torch.sin(t * (math.pi / 2)) * (-math.pi / 2)
 
     def sigma_rate(self, t: Tensor) -> Tensor:
-        """π/2 · cos(πt/2)."""
+        """Compute π/2 · cos(πt/2)."""
         return torch.cos(t * (math.pi / 2)) * (math.pi / 2)
 
     def time_of_ratio(self, ratio: Tensor) -> Tensor:
-        """2/π · atan(r)."""
+        """Compute 2/π · atan(r)."""
         return torch.atan(ratio) * (2 / math.pi)
 
 
@@ -137,7 +137,7 @@ INTERPOLANTS: Mapping[str, Interpolant] = {path.name: path for path in (Linear()
 
 
 def interpolant(name: str) -> Interpolant:
-    """The path of a name.
+    """Return the path of a name.
 
     Raises:
         RepaError: the name is unknown.
@@ -148,5 +148,5 @@ def interpolant(name: str) -> Interpolant:
 
 
 def _like(t: Tensor, x: Tensor) -> Tensor:
-    """Times ``[B]`` with as many axes as x, for broadcasting."""
+    """Reshape times ``[B]`` to as many axes as x has, for broadcasting."""
     return t.reshape(-1, *(1,) * (x.ndim - 1))

@@ -22,7 +22,7 @@ def uniform_times(count: int, path: Interpolant, generator: torch.Generator) -> 
 
 
 def lognormal_times(count: int, path: Interpolant, generator: torch.Generator) -> Tensor:
-    """σ/α = exp N(0, 1), carried to the path's time (EDM's law as REPA offers it)."""
+    """Draw σ/α = exp N(0, 1), carried to the path's time (EDM's law as REPA offers it)."""
     return path.time_of_ratio(torch.randn(count, generator=generator, device=generator.device).exp())
 
 
@@ -30,7 +30,7 @@ TIME_LAWS: Mapping[str, TimeLaw] = {"uniform": uniform_times, "lognormal": logno
 
 
 def time_law(name: str) -> TimeLaw:
-    """The time law of a name.
+    """Return the time law of a name.
 
     Raises:
         RepaError: the name is unknown.

@@ -51,10 +51,10 @@ class StepCallback(Callback):
             self.on_step(trainer, cast("TrainingModule", pl_module), trainer.global_step)
 
     def on_step(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
-        """After `step` finished steps."""
+        """Act after `step` finished steps."""
 
     def is_due(self, step: int, every: int) -> bool:
-        """Whether something that happens every so many steps, and after the last, happens now."""
+        """Tell whether something that happens every so many steps, and after the last, happens now."""
         return bool(every) and (step % every == 0 or step == self.config.max_steps)
 
 
@@ -204,7 +204,10 @@ class Metrics(StepCallback):
 
 
 def tensorboard_writer(folder: Path, resumed_step: int) -> SummaryWriter | None:
-    """A writer where TensorBoard is installed; it hides what a killed run wrote after its last checkpoint."""
+    """Make a writer where TensorBoard is installed.
+
+    It hides what a killed run wrote after its last checkpoint.
+    """
     if find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
@@ -213,7 +216,7 @@ def tensorboard_writer(folder: Path, resumed_step: int) -> SummaryWriter | None:
 
 
 class Clock:
-    """Images per second of training alone: previews, evaluations and checkpoints are not counted."""
+    """Images per second of training alone. Previews, evaluations and checkpoints are not counted."""
 
     def __init__(self) -> None:
         self.restart(0)
@@ -224,14 +227,14 @@ class Clock:
         self._step = step
 
     def rate(self, step: int, batch_size: int) -> float:
-        """Images per second since the last call."""
+        """Return images per second since the last call."""
         seconds = max(time.perf_counter() - self._start, 1e-9)
         images = (step - self._step) * batch_size
         self.restart(step)
         return images / seconds
 
     def paused(self) -> Pause:
-        """A context that is not counted."""
+        """Leave the time in this context out of the count."""
         return Pause(self)
 
 

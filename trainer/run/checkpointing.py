@@ -54,7 +54,7 @@ class Checkpoints(StepCallback):
                 self.prune()
 
     def prune(self) -> None:
-        """Keep the newest ``keep_last`` and the multiples of ``keep_every``; remove half-written files."""
+        """Keep the newest ``keep_last`` and the multiples of ``keep_every``, and remove half files."""
         milestone = self.config.keep_every
         found = checkpoints_of(self._run)
         for step in list(found)[: -self.config.keep_last]:

@@ -88,7 +88,7 @@ def make_method(
 
 
 def attention_blocks(config: TrainConfig) -> tuple[int, ...]:
-    """Return the blocks of a live teacher whose attention the method compares; none if that cannot be told.
+    """Return the blocks of a live teacher whose attention the method compares, or none if that is not known.
 
     Raises:
         RepaError: there is no cache.
@@ -183,7 +183,7 @@ def _check_method(config: TrainConfig, manifest: Manifest, backbone: BackboneCon
 def _check_condition(
     config: TrainConfig, manifest: Manifest, backbone: BackboneConfig, method: Method, found: Checked
 ) -> None:
-    """Whether the backbone can be conditioned on what the run, or its method, asks for."""
+    """Check whether the backbone can be conditioned on what the run, or its method, asks for."""
     with torch.random.fork_rng(devices=[]):
         conditioner = method.make_conditioner(backbone.num_classes)
         if conditioner is None:
@@ -208,7 +208,7 @@ def _check_condition(
 
 
 def _condition_column(config: TrainConfig, manifest: Manifest, backbone: BackboneConfig) -> ConditionColumn:
-    """The configured column, from which a conditioner is built.
+    """Return the configured column, from which a conditioner is built.
 
     Raises:
         RepaError: its name is not of the grammar, or the cache has no such column.

@@ -41,7 +41,7 @@ def refuse_divergence(values: Mapping[str, float], step: int, run: Path) -> None
 def refuse_weights(
     weights: Iterable[Tensor], step: int, run: Path, over_ranks: Callable[[Tensor], Tensor]
 ) -> None:
-    """Look at the weights themselves: the loss that would tell comes one step late.
+    """Look at the weights themselves, as the loss that would tell comes one step late.
 
     Args:
         weights: that are to be saved.
@@ -84,7 +84,7 @@ def _is_good(path: Path) -> bool:
 
 
 def largest(weights: Iterable[Tensor]) -> Tensor:
-    """Return the largest magnitude among weights, not a number if one is none; one value for the device."""
+    """Return the largest magnitude among weights, not a number if one is none, as one device value."""
     return nn.utils.get_total_norm([each.detach() for each in weights], norm_type=math.inf)
 
 

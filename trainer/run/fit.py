@@ -228,7 +228,7 @@ def _say_stopped(
 def assemble(
     config: TrainConfig, checked: Checked, identity: Mapping[str, Any]
 ) -> tuple[TrainingModule, CacheData]:
-    """The module and the data of a run that passed the checks."""
+    """Build the module and the data of a run that passed the checks."""
     if (
         checked.backbone is None
         or checked.method is None

@@ -68,12 +68,12 @@ def _check_config(run: Path) -> None:
 
 
 def _build_without_cache(run: Path) -> TrainConfig:
-    """Return a run's settings, whose cache is not looked at: a resumed run may have another."""
+    """Return a run's settings without a look at the cache, as a resumed run may have another."""
     return build(load_yaml(run / CONFIG_FILE), {"cache": ""})
 
 
 def _foreign_files(run: Path) -> Iterator[Path]:
-    """Files that no job leaves in the folder of its run, by their paths in it."""
+    """List files that no job leaves in the folder of its run, by their paths in it."""
     for folder, folders, files in os.walk(run):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
@@ -83,7 +83,7 @@ def _foreign_files(run: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked_run(run: Path, *, leader: bool) -> Iterator[None]:
-    """Make the folder and keep other processes out of it; other ranks of this run follow their leader.
+    """Make the folder and keep other processes out of it. Other ranks of this run follow their leader.
 
     Raises:
         RepaError: another process is training there, or the operating system refuses.
@@ -136,7 +136,7 @@ def settle_config(config: TrainConfig, run: Path, newest: Path | None = None) ->
 
 
 def _trained_with(checkpoint: Path, configuration: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a checkpoint was trained with.
+    """Return the settings that a checkpoint was trained with.
 
     One of before settings were kept in it has those of the optimiser alone; the rest is as the configuration
     says.

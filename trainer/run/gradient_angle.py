@@ -37,7 +37,7 @@ TIMES = (0.02, 0.1, 0.5, 0.8)
 
 
 def angle_block(config: TrainConfig, method: Method, phase: Phase) -> int | None:
-    """The block whose parameters are looked at, counted from 1; None if nothing is aligned in the phase.
+    """Choose the block whose parameters are looked at, counted from 1, or None if the phase aligns nothing.
 
     It is the configured one, else the last block whose activations the phase captures: the last that
     alignment reaches.
@@ -50,7 +50,7 @@ def angle_block(config: TrainConfig, method: Method, phase: Phase) -> int | None
 
 
 def angle_problems(config: TrainConfig, method: Method, backbone: BackboneFacts) -> list[Problem]:
-    """Whether the configured block exists and alignment reaches it."""
+    """Check whether the configured block exists and alignment reaches it."""
     block = config.gradient_angle_block
     if not config.gradient_angle_every or block is None:
         return []
@@ -138,7 +138,7 @@ def gradient_angle(module: TrainingModule, batch: Batch) -> Tensor | None:
 def _gradient(
     module: TrainingModule, batch: Batch, draws: Draws, parameters: Sequence[Tensor], *, own: bool
 ) -> Sequence[Tensor]:
-    """Gradient of the objective's loss, or of all other weighted terms."""
+    """Compute the gradient of the objective's loss, or of all other weighted terms."""
     weighted = [
         term.weight * term.value
         for name, term in module.terms(batch, draws).items()
@@ -149,7 +149,10 @@ def _gradient(
 
 
 def _cosine(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
-    """Cosine of two lists of tensors taken as one vector each, in float64; 0 if one of them is zero."""
+    """Compute the cosine of two lists of tensors taken as one vector each, in float64.
+
+    It is 0 if one of them is zero.
+    """
 
     def dot(some: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
         return torch.stack([(a.double() * b.double()).sum() for a, b in zip(some, others, strict=True)]).sum()

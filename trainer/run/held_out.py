@@ -49,7 +49,7 @@ class HeldOutBatch:
 def held_out_batches(
     reader: CacheReader, rows: NDArray[np.int64], columns: tuple[str, ...], *, rank: int = 0, world: int = 1
 ) -> Iterator[HeldOutBatch]:
-    """The held-out rows in chunks of `CHUNK`; of several ranks each takes every ``world``-th chunk.
+    """Yield the held-out rows in chunks of `CHUNK`. Of several ranks each takes every ``world``-th chunk.
 
     The first view is read.
     """
@@ -71,7 +71,7 @@ def held_out_batches(
 
 
 def held_out_times(first: int, count: int) -> Tensor:
-    """Times float32 ``[B]`` of rows ``first, first + 1, …``: the golden-ratio sequence, even on [0, 1).
+    """Return times float32 ``[B]`` of rows ``first, first + 1, …`` by the golden ratio, even on [0, 1).
 
     Our choice: any number of consecutive rows covers the times evenly, so a few hundred rows give a steady
     number.
@@ -91,7 +91,7 @@ def held_out_sums(
     device: torch.device,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> tuple[dict[str, float], int]:
-    """Sums over rows of the objective's loss of several networks on the same draws.
+    """Sum over rows the objective's loss of several networks on the same draws.
 
     Args:
         networks: name → network; the condition is each row's own, never dropped.

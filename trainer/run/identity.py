@@ -27,7 +27,9 @@ IDENTITY_VERSION = 1
 
 
 def identity_of(checked: Checked, config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint shares with the run that resumes it, and what sampling needs: plain values only.
+    """Return what a checkpoint shares with the run that resumes it, and what sampling needs.
+
+    It holds plain values only.
 
     Raises:
         RuntimeError: the checks have not passed.
@@ -68,7 +70,10 @@ def identity_of(checked: Checked, config: TrainConfig) -> dict[str, Any]:
 
 
 def _order_of(checked: Checked, config: TrainConfig) -> dict[str, str]:
-    """What the order of images depends on besides rows and seed; nothing for a full permutation."""
+    """Return what the order of images depends on besides rows and seed.
+
+    It is nothing for a full permutation.
+    """
     reader = checked.reader
     if reader is None or (isinstance(reader, CacheReader) and config.order == "full"):
         return {}
@@ -77,7 +82,10 @@ def _order_of(checked: Checked, config: TrainConfig) -> dict[str, str]:
 
 
 def _condition_of(checked: Checked) -> dict[str, Any]:
-    """What sampling needs to build the conditioner; nothing for labels, or for a method's own."""
+    """Return what sampling needs to build the conditioner.
+
+    It is nothing for labels, or for a method's own.
+    """
     condition = checked.condition
     return {} if condition is None or condition.column == LABEL else {"condition": asdict(condition)}
 

@@ -71,30 +71,30 @@ class LaunchedEnvironment(ClusterEnvironment):
         return launched_world() is not None
 
     def world_size(self) -> int:
-        """How many processes there are."""
+        """Count the processes."""
         return self._world.size
 
     def set_world_size(self, size: int) -> None:
         """Leave it as the launcher said."""
 
     def global_rank(self) -> int:
-        """Number of this process."""
+        """Return the number of this process."""
         return self._world.rank
 
     def set_global_rank(self, rank: int) -> None:
         """Leave it as the launcher said."""
 
     def local_rank(self) -> int:
-        """Number of this process on its machine."""
+        """Return the number of this process on its machine."""
         return self._world.local_rank
 
     def node_rank(self) -> int:
-        """Number of this machine."""
+        """Return the number of this machine."""
         return self._world.node
 
 
 def launched_devices(settings: Mapping[str, Any], world: World | None) -> dict[str, Any]:
-    """The devices of each machine and the machines: the launcher's, or as set, or one.
+    """Return the devices of each machine and the machines, the launcher's, or as set, or one.
 
     Raises:
         RepaError: settings that contradict the launcher, or machines with unequal numbers of processes.
@@ -123,7 +123,7 @@ def launched_devices(settings: Mapping[str, Any], world: World | None) -> dict[s
 
 
 def environments(world: World | None) -> list[ClusterEnvironment]:
-    """The environment to use; none lets Lightning look for LSF and MPI."""
+    """Choose the environment to use. None lets Lightning look for LSF and MPI."""
     if world is not None:
         return [LaunchedEnvironment(world)]
     # else Lightning takes a batch script or a shell within an allocation for task 0 of several

@@ -35,7 +35,7 @@ _GONE = re.compile(r"Connection \w+ by peer|remote process exited")
 
 
 def resolve_precision(config: TrainConfig) -> Literal["32-true", "bf16-mixed", "16-mixed"]:
-    """``auto`` as what it means on this machine.
+    """Return what ``auto`` means on this machine.
 
     bf16-mixed where a CUDA device computes it, since it needs no loss scaling; else 32-true.
     """
@@ -45,7 +45,7 @@ def resolve_precision(config: TrainConfig) -> Literal["32-true", "bf16-mixed", "
 
 
 def _device_kind(config: TrainConfig) -> str:
-    """``cuda``, ``mps`` or ``cpu``: where Lightning will put the run."""
+    """Tell where Lightning will put the run, ``cuda``, ``mps`` or ``cpu``."""
     accelerator = config.trainer.get("accelerator", "auto")
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return "cuda"
@@ -118,7 +118,7 @@ def _check_precision(config: TrainConfig) -> None:
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Hide what Lightning says of every run: devices that are not there, tips, where it stopped."""
+    """Hide what Lightning says of every run, of devices that are not there, of tips, of where it stopped."""
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -144,7 +144,7 @@ def quiet_lightning() -> Iterator[None]:
 
 @contextmanager
 def other_ranks() -> Iterator[None]:
-    """One line where a rank stops because another has; what that one printed is the cause.
+    """Print one line where a rank stops because another has. What that one printed is the cause.
 
     Raises:
         RepaError: in place of the error of a collective whose other end is gone.

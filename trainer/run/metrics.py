@@ -64,7 +64,7 @@ class MetricsFile:
         self._rewrite()
 
     def __len__(self) -> int:
-        """How many rows there are."""
+        """Count the rows."""
         return len(self._rows)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -104,7 +104,7 @@ class MetricsFile:
 
 
 def format_number(value: float) -> str:
-    """Nine significant digits: enough to tell any two float32 apart."""
+    """Write nine significant digits, enough to tell any two float32 apart."""
     return f"{value:.9g}"
 
 
@@ -126,7 +126,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def _parse(raw: bytes) -> tuple[list[str], list[list[str]], int | None]:
-    """Columns, rows, and the first line that is none; from there on nothing is believed.
+    """Parse columns, rows, and the first line that is none. From there on nothing is believed.
 
     A last line without an end was cut short by a kill, and is left out.
     """

@@ -25,10 +25,10 @@ FOLDER = "samples"
 
 
 class LatentDecoder(Protocol):
-    """What previews need of stage 1; the command line injects it."""
+    """What previews need of stage 1. The command line injects it."""
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Images uint8 ``[B, 3, H, W]`` of unscaled latents ``[B, C, h, w]``.
+        """Decode unscaled latents ``[B, C, h, w]`` to images uint8 ``[B, 3, H, W]``.
 
         Raises:
             RepaError: the decoder's weights cannot be had.
@@ -62,7 +62,7 @@ class Previews(StepCallback):
         self._clock = clock
 
     def on_step(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
-        """Sample and write a grid if one is due; without a decoder say so, once."""
+        """Sample and write a grid if one is due. Without a decoder it says so, once."""
         if (
             not trainer.is_global_zero
             or self._decoder is None
@@ -83,7 +83,10 @@ class Previews(StepCallback):
             )
 
     def _latents(self, trainer: Trainer, module: TrainingModule) -> Tensor:
-        """Unscaled latents ``[B, C, h, w]`` of the averaged weights; noise and conditions are fixed."""
+        """Sample unscaled latents ``[B, C, h, w]`` of the averaged weights.
+
+        Noise and conditions are fixed.
+        """
         count = self.config.preview_count
         noise = next(sample_noises(self.config.seed, range(count), module.latent_shape))
         draws = generator_for(self.config.seed, "preview condition")

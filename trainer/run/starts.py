@@ -31,7 +31,7 @@ RECORD_FILE = "run.json"
 
 @dataclass(frozen=True, kw_only=True)
 class _Start:
-    """What is read again of a start; the rest is for people."""
+    """What is read again of a start. The rest is for people."""
 
     command: list[str] = field(default_factory=list)
     first_step: int = 0
@@ -50,7 +50,7 @@ _LIBRARIES = ("torch", "lightning", "numpy", "zarr", "repa")
 
 
 def read_starts(run: Path) -> list[dict[str, Any]]:
-    """Return the starts of a run, the first one first; none of a run that there is not.
+    """Return the starts of a run, the first one first. There are none of a run that does not exist.
 
     Raises:
         RepaError: the file is damaged.
@@ -129,7 +129,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that runs, if it is one."""
+    """Return the commit of the checkout that runs, if it is one."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

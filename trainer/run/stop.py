@@ -70,7 +70,7 @@ class Stop(StepCallback):
 
     @property
     def reason(self) -> str | None:
-        """What ended the run, the name of a signal or ``trainer.max_time``; None if nothing did."""
+        """What ended the run, the name of a signal or ``trainer.max_time``, or None if nothing did."""
         return _REASONS[self._agreed]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -96,7 +96,7 @@ class Stop(StepCallback):
         self._listen()
 
     def _agree(self, trainer: Trainer) -> int:
-        """What all ranks had heard by the step before; tells them what this one has heard by now."""
+        """Return what all ranks had heard by the step before, and tell them what this one has heard."""
         agreed = self._listen()
         # filled on the device: a copy to it would wait
         heard = torch.full((), self._asked, dtype=torch.int32, device=trainer.strategy.root_device)

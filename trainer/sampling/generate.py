@@ -96,7 +96,7 @@ def newest_checkpoint(run: Path) -> Path:
 
 
 def model_of_file(file: Path, *, weights: str = "ema") -> TrainedModel:
-    """The model of a checkpoint file: one of ours, or a published one of SiT or REPA.
+    """Load the model of a checkpoint file, one of ours or a published one of SiT or REPA.
 
     A published file that does not name its path was trained on the linear one, and its latents were scaled as
     those of Stable Diffusion.
@@ -182,7 +182,7 @@ def generate(
 
 
 def _checkpoint_of_a_run(file: Path) -> Mapping[str, Any] | None:
-    """The checkpoint, if it is one of ours; what else the file may be, the published loader says."""
+    """Load the checkpoint if it is one of ours. What else the file may be, the published loader says."""
     if file.suffix == ".safetensors":
         return None
     try:

@@ -21,13 +21,13 @@ _MARGIN = 2
 
 
 def grid_shape(count: int) -> tuple[int, int]:
-    """Rows and columns of the squarest grid that holds a number of images."""
+    """Return rows and columns of the squarest grid that holds a number of images."""
     columns = math.ceil(math.sqrt(count))
     return math.ceil(count / columns), columns
 
 
 def make_grid(images: NDArray[np.uint8], columns: int | None = None) -> Image.Image:
-    """Images side by side on white, row by row.
+    """Put images side by side on white, row by row.
 
     Args:
         images: uint8 ``[N, H, W, 3]``.
@@ -67,7 +67,7 @@ def save_png(image: Image.Image, path: Path, root: Path | None = None) -> None:
 
 
 def save_array_file(path: Path, batches: Iterable[NDArray[np.uint8]], labels: NDArray[np.int64]) -> None:
-    """Write images as the ADM evaluation suite reads them: an .npz with ``arr_0`` uint8 ``[N, H, W, 3]``.
+    """Write images as the ADM evaluation suite reads them, an .npz with ``arr_0`` uint8 ``[N, H, W, 3]``.
 
     The labels are ``arr_1``, int64 ``[N]``. Batches are written as they come, so the file may be larger than
     the memory. Format: NumPy's NEP 1 arrays, stored in a zip file.

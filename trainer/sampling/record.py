@@ -36,7 +36,7 @@ _REPLACE = "choose another folder with --out, or give --replace to replace what 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingRecord:
-    """What the images of a folder are of; equal records make equal images.
+    """What the images of a folder are of. Equal records make equal images.
 
     Attributes:
         checkpoint: name of the file.
@@ -166,7 +166,7 @@ class SampleFolder:
         self._write(replace(self.record, finished=True))
 
     def _is_ours(self, replace_other: bool) -> bool:
-        """Whether what is there is of this sampling; False: it is to be replaced.
+        """Tell whether what is there is of this sampling. If not, it is to be replaced.
 
         Raises:
             RepaError: neither.
@@ -193,7 +193,7 @@ class SampleFolder:
         raise RepaError(what, _REPLACE, field="--out")
 
     def _files(self) -> list[Path]:
-        """What a sampling leaves in a folder; anything else there is not touched."""
+        """List what a sampling leaves in a folder. Anything else there is not touched."""
         names = (RECORD_FILE, GRID_FILE, ARRAY_FILE, _PARTS)
         found = [self.path / name for name in names if (self.path / name).exists()]
         return [*found, *self.path.glob("[0-9][0-9][0-9][0-9][0-9][0-9]*.png")]

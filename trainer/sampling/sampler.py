@@ -74,7 +74,7 @@ class SamplerConfig:
             )
 
     def times(self) -> list[float]:
-        """The steps + 1 times, from 1 to 0."""
+        """Return the steps + 1 times, from 1 to 0."""
         if self.solver == "sde":
             noisy: list[float] = torch.linspace(1, LAST_NOISY_TIME, self.steps, dtype=torch.float64).tolist()
             return [*noisy, 0.0]
@@ -97,7 +97,7 @@ def model_velocity(backbone: Backbone, objective: Objective) -> Velocity:
 
 
 def sample_noises(seed: int, samples: Sequence[int], shape: Sequence[int]) -> Iterator[Tensor]:
-    """Standard normal noises that depend on seed and sample alone, not on the batch a sample is in.
+    """Yield standard normal noises that depend on seed and sample alone, not on the batch a sample is in.
 
     Args:
         seed: the run's seed.
@@ -131,7 +131,7 @@ def sample(
     generator: torch.Generator | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Samples of a backbone from initial noise; see `integrate` and `SamplerConfig` for the arguments.
+    """Sample a backbone from initial noise, see `integrate` and `SamplerConfig` for the arguments.
 
     Args:
         backbone: in eval mode; its conditioner gives the null condition.
@@ -220,7 +220,7 @@ def integrate(
 
 
 def _drift(velocity: Velocity, path: Interpolant) -> Velocity:
-    """The reverse SDE's drift v − ½·2t·s as a field."""
+    """Return the reverse SDE's drift v − ½·2t·s as a field."""
 
     def drift(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         v = velocity(x, t, condition)
@@ -230,7 +230,10 @@ def _drift(velocity: Velocity, path: Interpolant) -> Velocity:
 
 
 def _guided(field: Velocity, x: Tensor, t: float, condition: Tensor, null: Tensor, weight: float) -> Tensor:
-    """The field under guidance: both passes as one of twice the batch; one pass when the weight is 1."""
+    """Return the field under guidance, both passes as one of twice the batch.
+
+    It is one pass when the weight is 1.
+    """
     B = len(x)
     if weight == 1:
         return field(x, torch.full((B,), t, dtype=x.dtype, device=x.device), condition)
@@ -242,7 +245,7 @@ def _guided(field: Velocity, x: Tensor, t: float, condition: Tensor, null: Tenso
 def _draws(
     config: SamplerConfig, x: Tensor, noises: Iterable[Tensor] | None, generator: torch.Generator | None
 ) -> Iterator[Tensor]:
-    """The SDE's noises on the state's device."""
+    """Yield the SDE's noises on the state's device."""
     if config.solver != "sde":
         return
     if noises is not None:

@@ -31,7 +31,7 @@ _NAME = re.compile(r"step-(\d{8,})\.ckpt")
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps lies."""
+    """Return where the checkpoint after `step` steps lies."""
     return run / FOLDER / f"step-{step:08d}.ckpt"
 
 
@@ -66,7 +66,7 @@ class _Means:
 
 @dataclass(frozen=True, kw_only=True)
 class _Said:
-    """What a checkpoint says of its run; fields that came later have a default."""
+    """What a checkpoint says of its run. Fields that came later have a default."""
 
     version: int
     backbone: dict[str, Any]
@@ -81,7 +81,7 @@ class _Said:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Return a checkpoint of ours, on the CPU; only tensors and plain values are unpickled.
+    """Return a checkpoint of ours, on the CPU. Only tensors and plain values are unpickled.
 
     Raises:
         RepaError: it cannot be read, is damaged or not ours.

@@ -40,7 +40,7 @@ class Draws:
     dropped: Tensor
 
     def micro_batch(self, index: int, size: int) -> Draws:
-        """The part of micro-batch `index` of `size` images."""
+        """Return the part of micro-batch `index` of `size` images."""
         part = slice(index * size, (index + 1) * size)
         return Draws(
             posterior=self.posterior[part], noise=self.noise[part], t=self.t[part], dropped=self.dropped[part]
@@ -48,7 +48,7 @@ class Draws:
 
 
 class StepDraws:
-    """Draws of a rank, step by step; keeps those of the step at hand for its micro-batches.
+    """Draws of a rank, step by step. It keeps those of the step at hand for its micro-batches.
 
     Args:
         seed: of the run.
@@ -65,13 +65,13 @@ class StepDraws:
         self._draws: Draws | None = None
 
     def stream(self, name: str, step: int) -> torch.Generator:
-        """The generator, set to the start of a named stream; valid until the next call."""
+        """Set the generator to the start of a named stream. It is valid until the next call."""
         return self._generator.manual_seed(derived_seed(self._seed, name, self._rank, step))
 
     def of_step(
         self, step: int, count: int, shape: tuple[int, ...], times: Times, conditioner: Conditioner
     ) -> Draws:
-        """Draws of a step.
+        """Return the draws of a step.
 
         Args:
             step: the optimiser step.

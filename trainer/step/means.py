@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Means:
-    """Means over steps, kept on the device until somebody asks: a step is never waited for.
+    """Means over steps, kept on the device until somebody asks. A step is never waited for.
 
     Values are added one by one in float64 in the order of the steps, so that the mean does not depend on when
     they were fetched, and a resumed run writes the row that the undisturbed one would have written.
@@ -26,7 +26,7 @@ class Means:
         self._counts: dict[str, int] = {}
 
     def add(self, name: str, value: Tensor | float) -> None:
-        """Add a scalar of this step; a tensor stays on its device for now."""
+        """Add a scalar of this step. A tensor stays on its device for now."""
         self._sums.setdefault(name, 0.0)
         if isinstance(value, Tensor):
             self._pending.setdefault(name, []).append(value.detach())
@@ -35,7 +35,7 @@ class Means:
         self._counts[name] = self._counts.get(name, 0) + 1
 
     def fetch(self, reduce: Reduce | None = None) -> None:
-        """Move what is pending into the sums; with several ranks `reduce` averages a vector over them."""
+        """Move what is pending into the sums. With several ranks `reduce` averages a vector over them."""
         if not self._pending:
             return
         names = list(self._pending)
@@ -48,7 +48,7 @@ class Means:
         self._pending.clear()
 
     def take(self, reduce: Reduce | None = None) -> dict[str, float]:
-        """The means since the last call, by name in order of first appearance."""
+        """Return the means since the last call, by name in order of first appearance."""
         self.fetch(reduce)
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
         self._sums.clear()
@@ -56,7 +56,7 @@ class Means:
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums and counts; `fetch` must have been called."""
+        """Return sums and counts. `fetch` must have been called."""
         return {"sums": dict(self._sums), "counts": dict(self._counts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

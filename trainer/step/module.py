@@ -84,7 +84,7 @@ class TrainingModule(LightningModule):
         return self.backbone.config.latent_shape
 
     def columns_at(self, step: int) -> tuple[str, ...]:
-        """Columns of the cache that a step reads, without the label."""
+        """Name the columns of the cache that a step reads, without the label."""
         return columns_of_phase(self.method, self.method.phase_at(step), self.backbone.y_embedder.column)
 
     def on_train_start(self) -> None:
@@ -105,7 +105,7 @@ class TrainingModule(LightningModule):
             self._start_afresh()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of a micro-batch: the objective's, if the phase has it, and the method's weighted terms."""
+        """Compute the loss of a micro-batch from the objective's, if the phase has it, and the method's."""
         del batch_idx
         total = self._total(self.terms(batch))
         if self.trainer.world_size == 1:
@@ -114,7 +114,9 @@ class TrainingModule(LightningModule):
         return total + self._idle_sum(self.method.flags(phase).idle)
 
     def terms(self, batch: Batch, draws: Draws | None = None) -> dict[str, Term]:
-        """The named parts of a micro-batch's loss, none of them recorded: needs no trainer.
+        """Compute the named parts of a micro-batch's loss.
+
+        None of them is recorded, and no trainer is needed.
 
         Args:
             batch: on this module's device.
@@ -153,7 +155,7 @@ class TrainingModule(LightningModule):
         return terms | self.method.losses(step)
 
     def _total(self, terms: Mapping[str, Term]) -> Tensor:
-        """Σ weight · value; the sum, every value and every weight but the objective's are recorded."""
+        """Sum weight · value. The sum, every value and every weight but the objective's are recorded."""
         weighted = [term.weight * term.value for term in terms.values() if term.weight is not None]
         total = torch.stack(weighted).sum()
         self.means.add("loss", total)
@@ -164,7 +166,7 @@ class TrainingModule(LightningModule):
         return total
 
     def configure_optimizers(self) -> Optimizer:
-        """AdamW over everything that trains."""
+        """Make AdamW over everything that trains."""
         config = self.config
         return torch.optim.AdamW(
             [parameter for parameter in self.parameters() if parameter.requires_grad],
@@ -212,7 +214,7 @@ class TrainingModule(LightningModule):
 
     @torch.no_grad()
     def update_ema(self) -> None:
-        """EMA ← decay·EMA + (1 − decay)·backbone, every parameter of the backbone."""
+        """Compute EMA ← decay·EMA + (1 − decay)·backbone, for every parameter of the backbone."""
         if self._averaged is None:
             # walking the modules costs more than a small network's average
             self._averaged = list(self.ema.parameters()), list(self.backbone.parameters())
@@ -227,15 +229,15 @@ class TrainingModule(LightningModule):
         self.means.load_state_dict(checkpoint[CHECKPOINT_KEY]["means"])
 
     def fetch_means(self) -> None:
-        """Bring the recorded values to the host, averaged over the ranks; every rank must call it."""
+        """Bring the recorded values to the host, averaged over the ranks. Every rank must call it."""
         self.means.fetch(self.over_ranks)
 
     def take_means(self) -> dict[str, float]:
-        """Means since the last call, over steps and ranks; every rank must call it."""
+        """Return means since the last call, over steps and ranks. Every rank must call it."""
         return self.means.take(self.over_ranks)
 
     def over_ranks(self, values: Tensor) -> Tensor:
-        """Return the mean of values over the ranks; every rank must call it."""
+        """Return the mean of values over the ranks. Every rank must call it."""
         if self.trainer.world_size == 1:
             return values
         reduced: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op="mean")
@@ -260,7 +262,10 @@ class TrainingModule(LightningModule):
         return draws.micro_batch(batch.micro, size)
 
     def _seed_method(self, batch: Batch) -> torch.Generator:
-        """The method's own stream, one per micro-batch: how much a method draws is not known here."""
+        """Seed the method's own stream, one for each micro-batch.
+
+        How much a method draws is not known here.
+        """
         if self._method_generator is None:
             self._method_generator = torch.Generator(self.device)
         key = (self.config.seed, "method", self.global_rank, batch.step, batch.micro)
@@ -275,7 +280,7 @@ class TrainingModule(LightningModule):
         return forward
 
     def _idle(self, prefixes: tuple[str, ...]) -> list[nn.Parameter]:
-        """Parameters that no loss of the phase reaches."""
+        """List parameters that no loss of the phase reaches."""
         if prefixes not in self._idle_parameters:
             self._idle_parameters[prefixes] = [
                 parameter
@@ -285,7 +290,7 @@ class TrainingModule(LightningModule):
         return self._idle_parameters[prefixes]
 
     def _idle_sum(self, prefixes: tuple[str, ...]) -> Tensor:
-        """0 × the sum of the parameters that no loss reaches: DDP waits for a gradient of each."""
+        """Compute 0 × the sum of the parameters that no loss reaches, as DDP waits for a gradient of each."""
         total = torch.zeros((), device=self.device)
         for parameter in self._idle(prefixes):
             total = total + 0.0 * parameter.float().sum()
@@ -301,7 +306,7 @@ class TrainingModule(LightningModule):
 def build_backbone(
     config: BackboneConfig, method: Method, seed: int, condition: ConditionColumn | None = None
 ) -> Backbone:
-    """Return the backbone with its conditioner; its weights depend on the seed, not on the method.
+    """Return the backbone with its conditioner. Its weights depend on the seed, not on the method.
 
     Args:
         config: architecture.

@@ -11,11 +11,11 @@ import torch
 
 
 def derived_seed(*key: int | str) -> int:
-    """A seed in [0, 2⁶³) from a key: SHA-256 of its parts."""
+    """Derive a seed in [0, 2⁶³) from a key by SHA-256 of its parts."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def generator_for(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator on a device, seeded by a key, for example ``(seed, "step", rank, step)``."""
+    """Make a generator on a device, seeded by a key, for example ``(seed, "step", rank, step)``."""
     return torch.Generator(device).manual_seed(derived_seed(*key))
