@@ -14,11 +14,12 @@ from repa.commands.sample import SampleFlags, sample
 from repa.data.errors import RepaError
 from repa.trainer.models import registry
 from repa.trainer.models.capture import Capture, Captured
+from repa.trainer.models.published import PublishedCheckpoint
 from repa.trainer.models.registry import BACKBONES, Family
 from repa.trainer.objectives.registry import OBJECTIVES, from_plain, make_objective, to_plain
 from repa.trainer.run.checks import check
 from repa.trainer.run.metrics import read_metrics
-from repa.trainer.sampling.generate import model_of_run
+from repa.trainer.sampling.generate import model_of_file, model_of_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -213,3 +214,42 @@ def test_tables_that_no_state_dict_holds(printed: dict[str, Any], monkeypatch: p
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
     with pytest.raises(RepaError):
         registry.load(config, {"table": torch.zeros(3)})
+
+
+def test_published_checkpoints_of_whichever_family(
+    printed: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    backbone = printed["backbone"]
+    config = registry.config_of("UNet-12", input_size=4, in_channels=4, num_classes=3)
+    weights = registry.build(config).state_dict()
+
+    def read(path: Path, *, weights: str) -> PublishedCheckpoint:
+        state = torch.load(path, weights_only=True)
+        if "output.weight" not in state:
+            raise RepaError(f"{path} holds no UNet", "give one")
+        return PublishedCheckpoint(
+            config=config,
+            network=backbone.UNet,
+            backbone=state,
+            projectors={},
+            weights=weights,
+            objective={"limit": "2.0"},
+            steps=7,
+        )
+
+    torch.save(weights, tmp_path / "unet.pt")
+    with pytest.raises(RepaError) as caught:
+        model_of_file(tmp_path / "unet.pt")
+    assert "UNet" not in caught.value.what
+
+    family = Family(config=backbone.UNetConfig, build=backbone.UNet, objective="clean", published=read)
+    monkeypatch.setitem(BACKBONES, "UNet", family)
+    model = model_of_file(tmp_path / "unet.pt")
+    assert (model.steps, model.objective.config.limit) == (7, 2.0)
+    assert torch.equal(model.backbone.state_dict()["output.weight"], weights["output.weight"])
+
+    torch.save({"other": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(RepaError) as caught:
+        model_of_file(tmp_path / "other.pt")
+    assert "SiT" in caught.value.what
+    assert "UNet" in caught.value.what
