@@ -99,12 +99,17 @@ class TrainFlags:
     random_weights: LiveRandom = False
     assignments: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any other setting of config.yaml; may repeat."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Any other setting, see --help-settings; may repeat."
+        ),
     ] = None
     config: Annotated[
         Path | None, typer.Option(help="YAML file of settings, as config.yaml of another run.")
     ] = None
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False
+    help_settings: Annotated[
+        bool, typer.Option("--help-settings", help="Print every setting with type and default, and stop.")
+    ] = False
 
 
 _SETTINGS = ("method", "model", "cache", "max_steps", "batch_size", "lr", "seed", "targets", "init")
@@ -129,6 +134,9 @@ def train(flags: TrainFlags, *, console: Console | None = None) -> None:
     from .shared.terminal import PlainConsole
 
     console = console or PlainConsole()
+    if flags.help_settings:
+        _print_settings(console)
+        return
     settings, folder = _settings(flags)
     refuse_foreign_folder(folder)
     if not settings.cache:
@@ -261,6 +269,22 @@ def _print_plan(
         console.print(f"note: {warning}", highlight=False, soft_wrap=True)
     if checked.problems:
         raise ProblemsError(checked.problems)
+
+
+def _print_settings(console: Console) -> None:
+    """What ``--help-settings`` prints."""
+    from ..trainer.settings_list import list_settings
+
+    section = ""
+    for each in list_settings():
+        if each.section != section:
+            section = each.section
+            console.print(
+                f"\n{section}" if section != "train" else "settings of config.yaml", highlight=False
+            )
+        default = f", default {each.default}" if each.default else ""
+        console.print(f"  {each.key} ({each.type}{default})", highlight=False, soft_wrap=True)
+        console.print(f"      {each.help}", highlight=False, soft_wrap=True)
 
 
 def _print_sizes(checked: Checked, config: TrainConfig, console: Console) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -16,10 +16,11 @@ from ..data.format.opening import open_manifest
 from ..data.units import counted, human_bytes, human_rate, human_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rich.console import Console
 
+    from ..data.format.manifest import Manifest
     from .plan import Plan, SourcePlan
     from .shard_loop.ranks import Rank
     from .shard_loop.worker import Tally
@@ -133,6 +134,28 @@ def warn_of_random_weights(plan: Plan, console: Console) -> None:
         )
 
 
+def chosen_ranks(manifest: Manifest, sources: Sequence[str]) -> list[str]:
+    """Return a line for each source whose attention was cut as far as ``--attention-kl`` allows.
+
+    Args:
+        manifest: of the cache.
+        sources: those to look at.
+    """
+    lines = []
+    for source in sources:
+        provenance = manifest.sources.get(source)
+        notes: Mapping[str, Any] = {} if provenance is None else provenance.notes
+        fidelity, tolerance = notes.get("fidelity"), notes.get("tolerance")
+        if tolerance is None or fidelity is None:
+            continue
+        lines.append(
+            f"{source}: --attention-kl {tolerance:g} chose rank {fidelity['rank']}: "
+            f"{fidelity['kl_worst_head']:.3g} nats in the worst head, {fidelity['kl_mean']:.3g} on average, "
+            f"{human_bytes(fidelity['bytes_per_image'])} per image"
+        )
+    return lines
+
+
 def show_summary(plan: Plan, rank: Rank, tallies: Sequence[Tally], seconds: float, console: Console) -> None:
     """Print what was written, what was left out and why, and where the time went.
 
@@ -151,6 +174,8 @@ def show_summary(plan: Plan, rank: Rank, tallies: Sequence[Tally], seconds: floa
         console,
         f"wrote {counted(images, 'image')} to {plan.config.cache} in {human_seconds(seconds)}{rate}{whose}",
     )
+    for line in chosen_ranks(open_manifest(plan.config.cache), [each.source for each in plan.sources]):
+        say(console, f"  {line}")
     written: Counter[str] = Counter()
     rows: Counter[str] = Counter()
     for tally in tallies:

@@ -49,60 +49,9 @@ _OWNED_TRAINER_KEYS = {
     "default_root_dir": "--run",
 }
 _NAMED_SECTIONS = ("method", "objective")
-_SECTIONS = (*_NAMED_SECTIONS, "trainer")
+SECTIONS = (*_NAMED_SECTIONS, "trainer")
 # settings of the objective that were settings of the run before there was another
 _OF_OBJECTIVE = ("path", "times")
-
-OnResume: TypeAlias = Literal["free", "recorded", "bound"]
-
-# what a run that is resumed does with another value of a setting:
-#   free      take it, for nothing that is computed depends on it
-#   recorded  take it from that step on, and say so in run.json
-#   bound     refuse it, for the steps before would not be of the same run
-ON_RESUME: Mapping[str, OnResume] = {
-    "cache": "free",  # another place; that it holds the same rows, the checkpoint checks
-    "init": "bound",
-    "targets": "bound",
-    "model": "bound",
-    "method": "bound",
-    "condition": "bound",
-    "qk_norm": "bound",
-    "objective": "bound",
-    "latent_scale": "bound",
-    "latent_shift": "bound",
-    "seed": "bound",
-    "order": "bound",
-    "shuffle_buffer": "bound",
-    "batch_size": "bound",
-    "accumulate": "bound",
-    "max_steps": "free",
-    "lr": "recorded",
-    "lr_warmup": "recorded",
-    "lr_schedule": "recorded",
-    "betas": "recorded",
-    "weight_decay": "recorded",
-    "ema_decay": "recorded",
-    "clip": "recorded",
-    "label_dropout": "recorded",
-    "precision": "bound",
-    "compile": "bound",
-    "holdout": "bound",
-    "eval_every": "free",
-    "checkpoint_every": "free",
-    "keep_last": "free",
-    "keep_every": "free",
-    "preview_every": "free",
-    "preview_count": "free",
-    "preview_steps": "free",
-    "preview_guidance": "free",
-    "gradient_angle_every": "free",
-    "gradient_angle_block": "free",
-    "log_every": "free",
-    "threads": "free",
-    "check_crc": "free",
-    "direct": "free",
-    "trainer": "free",
-}
 
 # no quantity here is larger in earnest, and what is would end in an overflow deep inside a library
 _MOST = 10**12
@@ -210,7 +159,7 @@ class TrainConfig:
     trainer: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_fields(self, leave_out=_SECTIONS)
+        check_fields(self, leave_out=SECTIONS)
 
     @property
     def default_run_name(self) -> str:
@@ -268,7 +217,7 @@ def build(
     annotations = _annotations()
     for key in values:
         if key not in annotations:
-            raise unknown_setting(key, (*annotations, *_SECTIONS, *_dotted(kind)))
+            raise unknown_setting(key, (*annotations, *SECTIONS, *_dotted(kind)))
     typed = {key: coerce(value, annotations[key], key) for key, value in values.items()}
     return TrainConfig(method_name=name, method=method, objective=objective, trainer=trainer, **typed)
 
@@ -331,13 +280,13 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
             raise _not_a_section("trainer", value)
         values[key] = value
         return
-    if section not in _SECTIONS:
+    if section not in SECTIONS:
         raise unknown_setting(key, (*_annotations(), *_dotted()))
     values.setdefault(section, {})[rest] = value
 
 
 def _check_sections(values: Mapping[str, Any]) -> None:
-    for section in _SECTIONS:
+    for section in SECTIONS:
         given = values.get(section, {})
         if not isinstance(given, Mapping):
             raise _not_a_section(section, given)
@@ -363,7 +312,7 @@ def _dotted(kind: type[MethodConfig] = RepaConfig) -> list[str]:
 def _annotations() -> dict[str, Any]:
     """Key → type and bounds, of the settings that are no sections."""
     found = get_type_hints(TrainConfig, include_extras=True)
-    return {key: kind for key, kind in found.items() if key not in (*_SECTIONS, "method_name")}
+    return {key: kind for key, kind in found.items() if key not in (*SECTIONS, "method_name")}
 
 
 def _trainer_settings(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -390,69 +339,3 @@ def _trainer_settings(values: Mapping[str, Any]) -> dict[str, Any]:
         if hints.get(name) in (bool, bool | None):
             settings[name] = coerce(settings[name], bool | None, key)
     return settings
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """A setting that a run goes on with at another value.
-
-    Attributes:
-        key: dotted key.
-        before: the value so far; None where there was none.
-        now: the value from here on; None where there is none.
-    """
-
-    key: str
-    before: Any
-    now: Any
-
-    def __str__(self) -> str:
-        return f"{self.key} ({_shown(self.before)} → {_shown(self.now)})"
-
-
-def changes(before: Mapping[str, Any], now: TrainConfig) -> list[Change]:
-    """Return what differs from the settings that a run had and is not free to.
-
-    Args:
-        before: `TrainConfig.to_dict` of the run; a key that was not there yet had its default.
-        now: settings to go on with.
-
-    Raises:
-        RepaError: a setting that the run is bound to differs; ``field`` is the first one's key.
-    """
-    defaults = _flat(TrainConfig().to_dict())
-    old, new = _flat(before), _flat(now.to_dict())
-    found = [
-        Change(key=key, before=then, now=new.get(key))
-        for key in dict.fromkeys((*old, *new))
-        if (then := old.get(key, None if key.startswith("method.") else defaults.get(key))) != new.get(key)
-    ]
-    bound = [each for each in found if on_resume(each.key, now) == "bound"]
-    if bound:
-        raise RepaError(
-            f"the run has other settings: {', '.join(map(str, bound))}",
-            "give the settings it has, or begin another run with --run, from these weights with --init",
-            field=bound[0].key,
-        )
-    return [each for each in found if on_resume(each.key, now) == "recorded"]
-
-
-def on_resume(key: str, config: TrainConfig) -> OnResume:
-    """Return what a resumed run does with another value of a setting, see `ON_RESUME`."""
-    if key == "max_steps" and config.lr_schedule != "constant":
-        return "recorded"  # the learning rate falls towards it
-    return ON_RESUME.get(key.partition(".")[0], "bound")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _shown(value: Any) -> str:
-    return "none" if value is None else shortened(value)

@@ -11,10 +11,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from repa.data.errors import RepaError
-from repa.trainer.config import ON_RESUME, TrainConfig, build, changes
+from repa.trainer.config import TrainConfig, build
 from repa.trainer.methods.base import MethodConfig
 from repa.trainer.methods.repa import RepaConfig
 from repa.trainer.objectives.flow import FlowConfig
+from repa.trainer.resuming import ON_RESUME, changes
 from repa.trainer.settings_file import MOST_BYTES, load_yaml, parse_yaml
 from repa.trainer.typed import coerce
 

@@ -48,8 +48,9 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
     from rich.console import Console
 
-    from ..config import Change, TrainConfig
+    from ..config import TrainConfig
     from ..input.online import LiveTargets
+    from ..resuming import Change
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...data.errors import RepaError
 from ...data.storage.files import make_folder, open_lock, os_errors, write_file
-from ..config import build, changes
+from ..config import build
 from ..methods.outside import FLAG as METHOD_FLAG
+from ..resuming import changes
 from ..settings_file import load_yaml
 from ..step.checkpoints import checkpoints_of, load_checkpoint
 from ..step.module import CHECKPOINT_KEY
@@ -25,7 +26,8 @@ from ..step.module import CHECKPOINT_KEY
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ..config import Change, TrainConfig
+    from ..config import TrainConfig
+    from ..resuming import Change
 
 CONFIG_FILE = "config.yaml"
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import Trainer
 
-    from ..config import Change, TrainConfig
+    from ..config import TrainConfig
+    from ..resuming import Change
     from .checked import Checked
 
 RECORD_FILE = "run.json"

@@ -59,6 +59,8 @@ def test_the_smallest_rank_that_meets_the_tolerance_is_taken(tmp_path: Path) -> 
     printed = demo(tmp_path / "kl", attention_kl=tolerance)
     assert "≤" in printed
     recorded = notes(tmp_path / "kl")
+    assert f"chose rank {recorded['fidelity']['rank']}" in " ".join(printed.split())
+    assert f"{recorded['fidelity']['kl_worst_head']:.3g} nats in the worst head" in " ".join(printed.split())
     assert (recorded["rank"], recorded["tolerance"], recorded["form"]) == (16, tolerance, "truncated")
     # the very same columns as of that rank
     for kind in ("q", "q-scale", "k", "k-scale"):
