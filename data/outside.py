@@ -25,7 +25,7 @@ _imported: dict[tuple[str, str], Any] = {}
 
 
 def names_object(text: str) -> bool:
-    """Tell whether a text has the form ``module:Class``, with or without packages before."""
+    """Return whether a text has the form ``module:Class``, with or without packages before."""
     return _OBJECT.fullmatch(text) is not None
 
 

@@ -19,9 +19,7 @@ NORM_FLOOR = 1e-12
 
 
 def projector(width: int, hidden: int, teacher_width: int) -> nn.Sequential:
-    """Build REPA's h_φ of Linear, SiLU, Linear, SiLU, Linear.
-
-    It has Xavier weights and zero biases as the whole model.
+    """Build REPA's h_φ, three linear layers with SiLU between, Xavier weights and zero biases.
 
     Args:
         width: channels of the student's tokens.
@@ -42,7 +40,7 @@ def projector(width: int, hidden: int, teacher_width: int) -> nn.Sequential:
 
 
 def cosine_similarity(tokens: Tensor, targets: Tensor) -> Tensor:
-    """Compute the cosine of each token with its target, in float32 or better whatever comes in.
+    """Return the cosine of each token with its target, in float32 or better whatever comes in.
 
     A token or target of zero norm has no direction: its cosine is 0 and it sends no gradient.
 
@@ -74,7 +72,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def stored_columns(column: str, specs: Mapping[str, ColumnSpec]) -> tuple[str, ...]:
-    """Name what must be read to know a column. It is the column and, if that is stored as int8, its scales.
+    """Name what must be read to know a column, itself and, if it is stored as int8, its scales.
 
     Args:
         column: name of the column.
@@ -88,7 +86,7 @@ def stored_columns(column: str, specs: Mapping[str, ColumnSpec]) -> tuple[str, .
 def target(
     columns: Mapping[str, Tensor], column: str, specs: Mapping[str, ColumnSpec], *, at: int | None = None
 ) -> Tensor:
-    """Return a column's values, decoded where they lie. Int8 becomes float32, floats are returned as stored.
+    """Decode a column's values where they lie. Int8 becomes float32, what is stored as floats is returned.
 
     Args:
         columns: column → values as stored, ``[B, …]``, at least those of `stored_columns`.

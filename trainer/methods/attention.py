@@ -21,7 +21,7 @@ def attention_alignment(
     scale: float,
     teacher_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropy H(P_T, P_S), and what of it is not the teacher's own entropy.
+    """Return the cross entropy H(P_T, P_S), and what of it is not the teacher's own entropy.
 
     P = softmax over the keys of (q · kᵀ) · scale, the mean is over images, heads and query rows. The cross
     entropy is least where P_S = P_T; it is the teacher's entropy there, not 0, and so the excess
@@ -86,5 +86,5 @@ class _Alignment(torch.autograd.Function):
 
 
 def _log_probabilities(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Compute log softmax over the keys of (q · kᵀ) · scale, ``[B, H, T, T]``."""
+    """Return log softmax over the keys of (q · kᵀ) · scale, ``[B, H, T, T]``."""
     return torch.log_softmax((queries @ keys.mT).mul_(scale), dim=-1)

@@ -106,7 +106,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """A named part of the loss. It is a scalar, unweighted, with its weight at this step.
+    """A named part of the loss with its weight at this step.
 
     Without a weight it is no part of the loss, only logged: give it detached.
     """
@@ -135,7 +135,7 @@ class Requirement(ABC):
 
     @abstractmethod
     def problems(self, method: Method) -> Iterable[Problem]:
-        """Say what is missing, and the remedy. It is nothing where the need is met.
+        """Say what is missing and the remedy, or nothing where the need is met.
 
         Args:
             method: freshly constructed.
@@ -152,7 +152,7 @@ def filled(config: C, preset: MethodConfig | None) -> C:
 
 
 class Method(nn.Module, ABC):
-    """Base of all methods. The defaults are plain SiT in one phase.
+    """Base of all methods, whose defaults add nothing in one phase.
 
     A constructor must not fail where a requirement is not met: the checks before step 0 collect all problems.
 
@@ -201,7 +201,7 @@ class Method(nn.Module, ABC):
         return (Phase(name="train"),)
 
     def phase_at(self, step: int) -> Phase:
-        """Return the phase of a step, which is a pure function of the step.
+        """Return the phase of a step, a pure function of the step.
 
         Raises:
             ValueError: no phase holds the step.
@@ -217,33 +217,30 @@ class Method(nn.Module, ABC):
         return ()
 
     def attention_blocks(self) -> tuple[int, ...]:
-        """Name the blocks of a teacher whose queries and keys the losses compare, counted from 1, ascending.
+        """Return the blocks of a teacher whose queries and keys the losses compare, from 1, ascending.
 
         Known without any teacher: who computes targets live must know what to compute.
         """
         return ()
 
     def capture(self, phase: Phase) -> Capture:
-        """Name the activations that the losses of a phase read."""
+        """Ask for the activations that the losses of a phase read."""
         del phase
         return NOTHING
 
     def make_conditioner(self, num_classes: int) -> Conditioner | None:
-        """Make the conditioner the backbone is built with and owns. None stands for class labels."""
+        """Return the conditioner the backbone is built with and owns, None for class labels."""
         del num_classes
         return None
 
     def time_law(self, phase: Phase) -> TimeLaw | None:
-        """Return the law of time.
-
-        None stands for the one that the run is configured with (uniform by default).
-        """
+        """Return the law of time, None for the one that the run is configured with (uniform by default)."""
         del phase
         return None
 
     @abstractmethod
     def losses(self, step: Step) -> dict[str, Term]:
-        """Compute the terms beside the objective's own, by name."""
+        """Return the terms beside the objective's own, by name."""
 
     def flags(self, phase: Phase) -> Flags:
         """Say what else a phase needs."""

@@ -36,7 +36,7 @@ PLAIN = "plain"
 
 @dataclass(frozen=True, kw_only=True)
 class HasteConfig(RepaConfig):
-    """Settings of HASTE. They are those of REPA, and of the attention.
+    """Settings of HASTE, which are those of REPA and of the attention.
 
     What is none or empty is the preset of the backbone's size.
 
@@ -143,10 +143,7 @@ class Haste(Repa):
         return Flags(idle=("method.",)) if phase.name == PLAIN else Flags()
 
     def losses(self, step: Step) -> dict[str, Term]:
-        """Return ``repa`` and ``attention``, and for the record ``attention_excess``.
-
-        After τ there are none.
-        """
+        """Return ``repa``, ``attention`` and, for the record, ``attention_excess`` before τ, then none."""
         if self.phase_at(step.index).name == PLAIN:
             return {}
         cross_entropy, excess = self._attention(step)
@@ -162,7 +159,7 @@ class Haste(Repa):
         return tuple(f"{teacher}/{kind}" for teacher in first for kind in ATTENTION_KINDS)
 
     def _attention(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute means over the pairs of blocks. Of the cache's blocks only those in use are decoded."""
+        """Return the means over the pairs of blocks. Of the cache's blocks only those in use are decoded."""
         queries_name, keys_name = self._attention_columns()
         heads = self.specs[queries_name].shape[1]
         noted = self.notes[source_of(queries_name)]

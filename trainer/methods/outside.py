@@ -79,7 +79,7 @@ def origin_of(name: str) -> dict[str, str | None]:
 
 
 def _checked(target: str, found: Any) -> type[Method]:
-    """Return what was imported, if it can be a method. That is found out before anything is built on it.
+    """Return what was imported if it can be a method, found out before anything is built on it.
 
     Raises:
         RepaError: it is no class of methods, leaves a question open, or its settings cannot be read.

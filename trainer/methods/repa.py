@@ -93,7 +93,7 @@ class Repa(Method):
         return NOTHING if self.config.depth is None else Capture(hidden=(self.config.depth,))
 
     def losses(self, step: Step) -> dict[str, Term]:
-        """Return one term, ``repa``, which is −1 when the projected tokens point where the targets point."""
+        """Return one term, ``repa``, −1 when the projected tokens point where the targets point."""
         assert self.config.depth is not None, "a missing depth is reported before step 0"
         hidden = step.student.hidden[self.config.depth]
         similarities = [

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class NeedsColumn(Requirement):
-    """Targets of a teacher. It is one that was chosen by the setting ``encoders``, or the cache's only one.
+    """Need targets of a teacher, chosen by the setting ``encoders`` or the cache's only one.
 
     Args:
         kinds: kinds of the columns that each teacher must have, as ``patch``.
@@ -66,7 +66,7 @@ class NeedsColumn(Requirement):
 
 
 class HasPreset(Requirement):
-    """Settings that somebody chose, the user or the preset of the backbone's size.
+    """Need settings that the user or the preset of the backbone's size says.
 
     Args:
         settings: names of the settings.
@@ -80,7 +80,8 @@ class HasPreset(Requirement):
         missing = [f"method.{name}" for name in self._settings if not _is_set(method, name)]
         if not missing:
             return
-        size = method.backbone.size_name or f"a backbone of depth {method.backbone.depth}"
+        backbone = method.backbone
+        size = f"size {backbone.size_name}" if backbone.size_name else f"a backbone of depth {backbone.depth}"
         example = _example(method)
         values = [f"--set {key}={_written(getattr(example, key.partition('.')[2], '…'))}" for key in missing]
         yield Problem(
@@ -92,7 +93,7 @@ class HasPreset(Requirement):
 
 
 class DepthWithin(Requirement):
-    """Blocks of the backbone that there are.
+    """Need blocks that the backbone has.
 
     Args:
         settings: names of the settings, each a block counted from 1 or several of them.
@@ -121,7 +122,7 @@ class DepthWithin(Requirement):
 
 
 class Paired(Requirement):
-    """Two lists of blocks, paired in order.
+    """Need two lists of blocks that can be paired in order.
 
     Args:
         first: name of a setting.
@@ -144,7 +145,7 @@ class Paired(Requirement):
 
 
 class AlignsFirst(Requirement):
-    """Alignment in the first step at least.
+    """Need alignment in the first step at least.
 
     Args:
         stop: name of the setting that says the first step without.
@@ -165,7 +166,7 @@ class AlignsFirst(Requirement):
 
 
 class SameGrid(Requirement):
-    """Targets that lie on the grid of the backbone's tokens.
+    """Need targets that lie on the grid of the backbone's tokens.
 
     Args:
         blocks: kind of the columns, whose last axis but one is their tokens → name of the setting that says
@@ -176,7 +177,7 @@ class SameGrid(Requirement):
         self._blocks = blocks
 
     def problems(self, method: Method) -> Iterator[Problem]:
-        """Report columns on another grid. What lies on one grid of one teacher is reported once."""
+        """Report columns on another grid, once for all that lie on one grid of one teacher."""
         reported = set()
         for kind, setting in self._blocks.items():
             grids = [
@@ -216,7 +217,7 @@ class SameGrid(Requirement):
 
 
 class HeadsFit(Requirement):
-    """A head of the student for each of the teacher's.
+    """Need a head of the student for each of the teacher's.
 
     Args:
         kind: kind of the teacher's column, whose second axis is its heads.
@@ -244,7 +245,7 @@ class HeadsFit(Requirement):
 
 
 class StoredAttention(Requirement):
-    """Queries and keys of a teacher's blocks, those that the method reads as columns of the kinds q and k.
+    """Need queries and keys of a teacher's blocks, read as columns of the kinds q and k.
 
     Args:
         blocks: name of the setting that says which of the teacher's blocks.
@@ -284,10 +285,7 @@ class StoredAttention(Requirement):
     def _stored(
         self, method: Method, teacher: str, stored: Sequence[int], depth: int | None
     ) -> Iterator[Problem]:
-        """Check whether the blocks are there, and are meant.
-
-        A preset's numbers are for a teacher of its depth.
-        """
+        """Report blocks that are absent, or of a teacher of another depth than the preset is for."""
         setting = f"method.{self._blocks}"
         preset = method.preset_of(method.backbone)
         for_depth = getattr(preset, self._teacher_depth, None)
@@ -319,7 +317,7 @@ def _blocks(method: Method, setting: str) -> tuple[int, ...]:
 
 
 def _as_blocks(value: Any) -> tuple[int, ...]:
-    """Return the blocks that a setting names, which are one, several, or none."""
+    """Return the blocks that a setting names, which are one, several or none."""
     if value is None:
         return ()
     return (value,) if isinstance(value, int) else tuple(value)
@@ -335,10 +333,7 @@ def _written(value: Any) -> str:
 
 
 def _example(method: Method) -> MethodConfig | None:
-    """Choose the preset to show.
-
-    It is that of B if its blocks lie in this backbone, else the first in the table.
-    """
+    """Return the preset to show, B's if its blocks lie in this backbone, else the first in the table."""
     blocks = [each for each in method.requires if isinstance(each, DepthWithin)]
     common = method.presets.get("B")
     if common is not None and all(each.fits(common, method.backbone.depth) for each in blocks):
@@ -347,7 +342,7 @@ def _example(method: Method) -> MethodConfig | None:
 
 
 def _read(method: Method, kind: str) -> list[str]:
-    """List columns of a kind that the losses read in some phase, in the cache or not."""
+    """Return the columns of a kind that the losses read in some phase, in the cache or not."""
     names = (column for phase in method.phases() for column in method.columns(phase))
     return [name for name in dict.fromkeys(names) if name.rpartition("/")[2] == kind]
 
@@ -365,7 +360,7 @@ def _grid(method: Method, column: str) -> tuple[int, int]:
 
 
 def _describes(noted: Mapping[str, Any], specs: Sequence[ColumnSpec]) -> bool:
-    """Tell whether what the manifest notes of attention fits the shapes of queries and keys."""
+    """Return whether what the manifest notes of attention fits the shapes of queries and keys."""
     blocks, scale = noted.get("blocks"), noted.get("logit_scale")
     if not isinstance(blocks, list | tuple) or not isinstance(scale, float | int):
         return False

@@ -32,7 +32,7 @@ RANDOM_WEIGHTS = "good for trying things out, not for results"
 
 
 class ProblemsError(RepaError):
-    """A run cannot start. The message lists every problem and its remedy.
+    """A run cannot start, and the message lists every problem and its remedy.
 
     Attributes:
         problems: all of them.
@@ -50,7 +50,7 @@ class ProblemsError(RepaError):
 
 @dataclass(kw_only=True)
 class Checked:
-    """What the checks found. What could not be found for a problem is None.
+    """What the checks found, None where a problem kept it from being found.
 
     Attributes:
         problems: everything that keeps the run from starting.

@@ -88,7 +88,7 @@ def make_method(
 
 
 def attention_blocks(config: TrainConfig) -> tuple[int, ...]:
-    """Return the blocks of a live teacher whose attention the method compares, or none if that is not known.
+    """Return the blocks of a live teacher whose attention the method compares, none if that cannot be told.
 
     Raises:
         RepaError: there is no cache.

@@ -37,7 +37,7 @@ from .lightning_trainer import (
     restoring,
 )
 from .previews import LatentDecoder, Previews
-from .starts import add_start, describe_start
+from .starts import add_start, describe_start, method_changed
 from .stop import Stop, requeue
 
 if TYPE_CHECKING:
@@ -190,6 +190,10 @@ def _train(
         start["init"] = None if initial is None else initial.record
         if from_step is not None:
             start["from_step"], start["set_aside"] = from_step, set_newer_aside(run, from_step)
+        if method_changed(run, start):
+            say(
+                f"[yellow]note[/yellow]: the file of method {config.method_name} changed since the last start"
+            )
         add_start(run, start)
     if resumed:
         say(f"resuming {run} at step {resumed:,}")

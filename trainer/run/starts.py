@@ -17,6 +17,7 @@ from ...data.edge import parse, read_json
 from ...data.errors import RepaError
 from ...data.storage.files import os_errors, write_file
 from ..methods.outside import origin_of
+from ..methods.registry import METHODS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ class _Start:
     first_step: int = 0
     from_step: int | None = None
     live: dict[str, Any] | None = None
+    method: dict[str, str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,23 @@ def describe_start(
         "cpus": os.cpu_count(),
         "libraries": _versions(),
     }
+
+
+def method_changed(run: Path, start: Mapping[str, Any]) -> bool:
+    """Return whether the file of a method from outside is another than at the run's last start.
+
+    Args:
+        run: folder of the run.
+        start: what will be recorded, as of `describe_start`.
+
+    Raises:
+        RepaError: the file of the starts is damaged.
+    """
+    now, starts = start["method"], read_starts(run)
+    # the code of repa itself is told by its commit and version
+    if now["name"] in METHODS or not starts or "method" not in starts[-1]:
+        return False
+    return bool(starts[-1]["method"].get("file_sha256") != now["file_sha256"])
 
 
 def add_start(run: Path, start: Mapping[str, Any]) -> None:

@@ -58,6 +58,9 @@ def run_train(place: Path, cache: Path, tiny: str) -> Train:
 
 
 class Pixels:
+    name = "pixels"
+    weights_sha256 = "0"
+
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         return (128 + 20 * latent[:, :3]).clamp(0, 255).to(torch.uint8)
 
@@ -71,7 +74,9 @@ def test_it_trains_resumes_and_samples(
     assert "demo/cls" in run_train(dry_run=True)
     assert not (place / "run").exists()
     run_train()
-    assert "resuming" in run_train(max_steps=4)
+    resumed = run_train(max_steps=4)
+    assert "resuming" in resumed
+    assert "note" not in resumed
     run_train(max_steps=4, run=place / "whole", assignments=(*SMALL, "checkpoint_every=2"))
     same_run(place / "run", place / "whole", 4)
     rows = read_metrics(place / "run" / "metrics.csv")
@@ -83,6 +88,8 @@ def test_it_trains_resumes_and_samples(
     starts = json.loads((place / "run" / "run.json").read_text())["starts"]
     assert [start["method"] for start in starts] == [{"name": NAME, **origin_of(NAME)}] * 2
     assert starts[0]["method"]["file_sha256"]
+    (place / "pooled.py").write_text((place / "pooled.py").read_text() + "# other\n")
+    assert "note" in run_train(max_steps=5)
     # sampling needs nothing of the method
     (place / "pooled.py").unlink()
     monkeypatch.setattr(outside, "_imported", {})

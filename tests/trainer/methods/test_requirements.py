@@ -18,7 +18,7 @@ SPECS = {
         ("a", "patch", (16, 8)),
         ("a", "cls", (8,)),
         ("b", "patch", (16, 8)),
-        ("c", "cls", (8,)),
+        ("d", "cls", (8,)),
     )
 }
 
@@ -62,7 +62,7 @@ def test_nothing_is_needed_by_default() -> None:
         ((), 0),  # a alone has both columns
         (("a",), 0),
         (("b",), 1),
-        (("b", "c"), 2),
+        (("b", "d"), 2),
         (("x",), 2),
         (("a", "a"), 1),
     ],
