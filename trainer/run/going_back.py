@@ -74,7 +74,7 @@ def set_newer_aside(run: Path, step: int) -> str:
     aside = run / f"{_ASIDE}-{len(read_starts(run))}"
     newer = {each: path for each, path in checkpoints_of(run).items() if each > step}
     with os_errors("write", aside):
-        make_folder(aside)
+        make_folder(aside, run)
         metrics = run / METRICS_FILE
         if metrics.exists() and not (aside / METRICS_FILE).exists():
             write_file(aside / METRICS_FILE, metrics.read_bytes(), run)

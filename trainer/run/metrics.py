@@ -88,8 +88,12 @@ class MetricsFile:
         """
         if not self._path.exists():
             self._rewrite()
-        with os_errors("write", self._path), self._path.open("r+b") as file:
-            os.fsync(file.fileno())
+        with os_errors("write", self._path):
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def _append(self, row: list[str]) -> None:
         while row and not row[-1]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zipfile
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,8 +62,14 @@ def save_png(image: Image.Image, path: Path, root: Path | None = None) -> None:
     with os_errors("write", path):
         make_folder(path.parent, root)
         partial = partial_path(path)
-        with open(create_file(partial), "wb") as file:
-            image.save(file, format="PNG")
+        try:
+            with open(create_file(partial), "wb") as file:
+                image.save(file, format="PNG")
+        except OSError:
+            # a full disk needs the room
+            with suppress(OSError):
+                partial.unlink()
+            raise
         partial.replace(path)
 
 
