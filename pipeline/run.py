@@ -132,7 +132,8 @@ def share_out(plan: Plan, rank: Rank) -> list[Job]:
         return [job(rank.rank, rank.world, rank.local_rank)]
     missing = set[int]().union(*(source.missing for source in plan.sources))
     busy = sorted({shard % config.devices for shard in missing})
-    return [job(number, config.devices, number) for number in busy]
+    # where nothing is left to do, what it would have cost is still asked
+    return [job(number, config.devices, number) for number in busy or [0]]
 
 
 def _check_devices(processes: int, gpus: int, cores: int) -> None:

@@ -183,7 +183,13 @@ class _Facts:
 
 
 def tar_key(key: str) -> str:
-    """The key under which WebDataset knows the image ``key``; different for different images."""
+    """The key under which WebDataset knows the image ``key``; different for different images.
+
+    Raises:
+        CacheError: as the name of a file it would lie outside the folder that a tar is unpacked in.
+    """
+    if key.startswith("/") or ".." in key.split("/"):
+        raise CacheError(f"image key {key!r} is no path within a folder", "encode the images from a folder")
     folder, slash, name = key.rpartition("/")
     name = name.replace("%", "%25").replace(".", "%2E")
     whole = f"{folder}{slash}{name}"

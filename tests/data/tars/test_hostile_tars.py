@@ -18,6 +18,7 @@ from repa.data.errors import CacheError, RepaError
 from repa.data.tars.cache import TarCache
 from repa.data.tars.export import export_cache, import_cache
 from repa.data.tars.reader import open_tar
+from repa.data.tars.shards import tar_key
 from repa.data.testing import folder_contents, synthetic_cache
 
 if TYPE_CHECKING:
@@ -69,6 +70,13 @@ def test_a_source_that_is_a_path_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CacheError):
         TarCache(pattern, ("demo/patch",))
     assert folder_contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("key", ["/etc/x", "../x", "a/../../x", ".."])
+def test_no_member_of_a_tar_leads_out_of_its_folder(key: str) -> None:
+    with pytest.raises(CacheError):
+        tar_key(key)
+    assert tar_key("a/..b/c..d") == "a/..b/c%2E%2Ed"
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
