@@ -163,7 +163,7 @@ def _run(
             busy[name] = busy.get(name, 0.0) + seconds
 
     for number in range(count):
-        images = [pixels[(number * size + place) % len(pixels)] for place in range(size)]
+        images = [pixels[(number * size + index) % len(pixels)] for index in range(size)]
         waiting.append(lanes.submit(Batch(shard=0, rows=list(range(size)), images=images), tasks))
         if len(waiting) == lanes.ahead:
             finish()

@@ -180,12 +180,12 @@ def _draw(runs: Sequence[DemoRun], path: Path) -> None:
 
     figure = plt.figure(figsize=(5.2 * len(runs), 6.4), layout="constrained")
     grids = figure.add_gridspec(2, 2 * len(runs), height_ratios=(3.2, 2.6))
-    for place, run in enumerate(runs):
-        axes = figure.add_subplot(grids[0, 2 * place : 2 * place + 2])
+    for index, run in enumerate(runs):
+        axes = figure.add_subplot(grids[0, 2 * index : 2 * index + 2])
         axes.imshow(_grid(*_samples(run)), interpolation="nearest")
         axes.set_title(f"{run.method}: {PER_CLASS} samples of each class")
-        places = [RESOLUTION * (label + 0.5) for label in range(len(CLASS_NAMES))]
-        axes.set_xticks(places, CLASS_NAMES, rotation=35, ha="right", fontsize=8)
+        ticks = [RESOLUTION * (label + 0.5) for label in range(len(CLASS_NAMES))]
+        axes.set_xticks(ticks, CLASS_NAMES, rotation=35, ha="right", fontsize=8)
         axes.tick_params(length=0)
         axes.set_yticks([])
         axes.set_frame_on(False)

@@ -1,6 +1,6 @@
 """The index at the end of a shard file, in Zarr v3's public sharding layout.
 
-A shard file is its inner chunks, in any place, followed by the index: for each inner chunk in C order a pair
+A shard file is its inner chunks, in any order, followed by the index: for each inner chunk in C order a pair
 of uint64 (offset, nbytes), little endian, and a crc32c of those pairs; a missing chunk is (2⁶⁴−1, 2⁶⁴−1).
 Source: Zarr v3 specification, "sharding_indexed" codec, version 1.0, with ``index_location: end`` and index
 codecs bytes + crc32c. Here an inner chunk is one row and view: ``[rows, V]`` pairs, each chunk its raw bytes

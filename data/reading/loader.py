@@ -20,7 +20,7 @@ import torch
 from ..errors import CacheError, RepaError
 from ..format.columns import LABEL, ColumnSpec
 from ..units import counted
-from .order import ORDERS, EpochOrder, batch_views, block_starts, place_of, rank_slice
+from .order import ORDERS, EpochOrder, batch_views, block_starts, cursor_of, rank_slice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -74,7 +74,7 @@ class CacheLoader:
         world: number of ranks.
         accumulate: micro-batches of a step.
         seed: of the order and of the views.
-        order: ``full``, any image at any place; or ``blocks``, a few shards at a time, for slow disks (see
+        order: ``full``, any image anywhere; or ``blocks``, a few shards at a time, for slow disks (see
             `BlockPermutation`); then ``rows`` must ascend.
         images_seen: state to begin with.
         last_image: stop once that many images were seen; never, if None.
@@ -106,7 +106,7 @@ class CacheLoader:
         prefetch: int = 2,
         pin_memory: bool = False,
     ) -> None:
-        place_of(images_seen, batch_size=batch_size, count=len(rows))
+        cursor_of(images_seen, batch_size=batch_size, count=len(rows))
         micro = counted(accumulate, "micro-batch")
         if world < 1 or accumulate < 1 or not 0 <= rank < world:
             raise RepaError(
@@ -158,7 +158,7 @@ class CacheLoader:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on from a state. Iterators from before it end."""
-        place_of(state["images_seen"], batch_size=self.batch_size, count=len(self.rows))
+        cursor_of(state["images_seen"], batch_size=self.batch_size, count=len(self.rows))
         self.close()
         self._images_seen = state["images_seen"]
 
@@ -190,12 +190,15 @@ class CacheLoader:
         self, images_seen: int, micro: int, pool: ThreadPoolExecutor
     ) -> tuple[Batch, list[Future[None]]]:
         """Make a batch, and start the reads that fill it."""
-        place = place_of(images_seen, batch_size=self.batch_size, count=len(self.rows))
+        cursor = cursor_of(images_seen, batch_size=self.batch_size, count=len(self.rows))
         rows = self._mine(self.rows[self._order.batch(images_seen, self.batch_size)], micro)
         views = batch_views(
-            seed=self.seed, step=place.step, batch_size=self.batch_size, views=len(self.reader.manifest.views)
+            seed=self.seed,
+            step=cursor.step,
+            batch_size=self.batch_size,
+            views=len(self.reader.manifest.views),
         )
-        columns = [column for column in dict.fromkeys(self.columns_at(place.step)) if column != LABEL]
+        columns = [column for column in dict.fromkeys(self.columns_at(cursor.step)) if column != LABEL]
         self.reader.manifest.require(tuple(columns), where=str(self.reader.path))
         arrays: dict[str, NDArray[Any]] = {}
         tensors: dict[str, Tensor] = {}
@@ -204,7 +207,7 @@ class CacheLoader:
             spec = self.reader.manifest.columns[column]
             arrays[column], tensors[column] = self._memory.take(column, len(rows), spec)
         batch = Batch(
-            step=place.step,
+            step=cursor.step,
             micro=micro,
             images_seen=images_seen + self.batch_size,
             rows=torch.from_numpy(rows),

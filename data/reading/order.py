@@ -39,7 +39,7 @@ ORDERS = ("full", "blocks")
 SORTED_UP_TO = 2**26
 
 
-class Place(NamedTuple):
+class Cursor(NamedTuple):
     """Where a run stands.
 
     Attributes:
@@ -53,8 +53,8 @@ class Place(NamedTuple):
     batch: int
 
 
-def place_of(images_seen: int, *, batch_size: int, count: int) -> Place:
-    """Compute the position in the epochs of the batch that comes after ``images_seen`` images.
+def cursor_of(images_seen: int, *, batch_size: int, count: int) -> Cursor:
+    """Compute the epoch, and the batch in it, of the batch that comes after ``images_seen`` images.
 
     Args:
         images_seen: images of all global batches before it.
@@ -76,7 +76,7 @@ def place_of(images_seen: int, *, batch_size: int, count: int) -> Place:
         raise RepaError(f"images seen cannot be {images_seen}", "the state of the loader is damaged")
     step = images_seen // batch_size
     epoch, batch = divmod(step, count // batch_size)
-    return Place(step, epoch, batch)
+    return Cursor(step, epoch, batch)
 
 
 def permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
@@ -117,19 +117,19 @@ class EpochOrder:
         A function of the arguments and of nothing that was asked for before.
 
         Raises:
-            RepaError: as `place_of`.
+            RepaError: as `cursor_of`.
         """
-        place = place_of(images_seen, batch_size=batch_size, count=self.count)
-        if self._permutation is None or place.epoch != self._epoch:
+        cursor = cursor_of(images_seen, batch_size=batch_size, count=self.count)
+        if self._permutation is None or cursor.epoch != self._epoch:
             # let go of the last one first: two would not fit where one does
             self._permutation = None
             self._permutation = (
-                _full(self.seed, place.epoch, self.count)
+                _full(self.seed, cursor.epoch, self.count)
                 if self._blocks is None
-                else BlockPermutation(self.seed, place.epoch, self._blocks)
+                else BlockPermutation(self.seed, cursor.epoch, self._blocks)
             )
-            self._epoch = place.epoch
-        start = place.batch * batch_size
+            self._epoch = cursor.epoch
+        start = cursor.batch * batch_size
         return self._permutation.slice(start, start + batch_size)
 
 

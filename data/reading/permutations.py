@@ -63,13 +63,13 @@ class SortedPermutation:
 class FeistelPermutation:
     """A pseudo-random permutation that is computed where it is read, in the same small memory for any count.
 
-    A place is a pair of digits (x mod a, x div a) with a·b ≥ count, both about √count; each of eight rounds
-    adds a hash of one digit to the other, which can be undone. What falls outside ``0 … count−1`` is permuted
-    again until it does not (*cycle walking*); with these digits that is one place in √count at most. Source:
-    Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002, methods 2 and 3; the hash is the
-    finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) with a key a round.
+    A position is a pair of digits (x mod a, x div a) with a·b ≥ count, both about √count; each of eight
+    rounds adds a hash of one digit to the other, which can be undone. What falls outside ``0 … count−1`` is
+    permuted again until it does not (*cycle walking*); with these digits that is one position in √count at
+    most. Source: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002, methods 2 and 3;
+    the hash is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) with a key a round.
 
-    It is for counts that are large: of the permutations of two or three places it reaches few.
+    It is for counts that are large: of the permutations of two or three positions it reaches few.
 
     Args:
         seed: seed of the run, 0 … 2⁶⁴−1.
@@ -108,14 +108,14 @@ class FeistelPermutation:
 class BlockPermutation:
     """Whole blocks of neighbours in random order, shuffled together a few at a time.
 
-    For disks that are slow at random places: at any time only `WINDOW_BLOCKS` blocks are read. Neighbours of
+    For disks that are slow at random offsets: at any time only `WINDOW_BLOCKS` blocks are read. Neighbours of
     a block are likelier to meet in a batch than in a full permutation, and in a source sorted by class they
     are of one class.
 
     Args:
         seed: seed of the run, 0 … 2⁶⁴−1.
         epoch: number of the epoch.
-        starts: first place of each block, ascending from 0, and the count at the end, ``int64 [blocks+1]``.
+        starts: first position of each block, ascending from 0, and then the count, ``int64 [blocks+1]``.
 
     Raises:
         RepaError: the seed is out of range.
@@ -127,7 +127,7 @@ class BlockPermutation:
         self._blocks = sorted_order(philox_words(seed, epoch, BLOCK_STREAM, len(starts) - 1))
         sizes = np.diff(starts)[self._blocks]
         firsts = range(0, len(sizes), WINDOW_BLOCKS)
-        # places before each window, and all of them
+        # positions before each window, and all of them
         self._before = np.concatenate([[0], np.cumsum(np.add.reduceat(sizes, firsts))]).astype(np.int64)
         self._window = -1
         self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
@@ -145,11 +145,11 @@ class BlockPermutation:
     def _shuffled(self, window: int) -> NDArray[np.int64]:
         if window != self._window:
             blocks = self._blocks[window * WINDOW_BLOCKS : (window + 1) * WINDOW_BLOCKS]
-            places = np.concatenate(
+            positions = np.concatenate(
                 [np.arange(*self._starts[block : block + 2]) for block in blocks.tolist()]
             )
-            words = philox_words(*self._key, WINDOW_STREAM, len(places), substream=window)
-            self._window, self._order = window, places[sorted_order(words)]
+            words = philox_words(*self._key, WINDOW_STREAM, len(positions), substream=window)
+            self._window, self._order = window, positions[sorted_order(words)]
         return self._order
 
 

@@ -276,20 +276,20 @@ class RemoteFiles:
         """Do nothing, as the bucket refuses by itself."""
 
 
-def is_remote(place: str | os.PathLike[str]) -> bool:
+def is_remote(given: str | os.PathLike[str]) -> bool:
     """Tell by its address whether a path is a bucket's."""
-    return _URL.fullmatch(os.fspath(place)) is not None
+    return _URL.fullmatch(os.fspath(given)) is not None
 
 
-def cache_path(place: str | CachePath) -> CachePath:
+def cache_path(given: str | CachePath) -> CachePath:
     """Turn what the user gave into a cache's folder or prefix.
 
     Raises:
         RepaError: the package that reaches buckets is not installed, or the address is none.
     """
-    if isinstance(place, RemotePath):
-        return place
-    return RemotePath(Bucket(str(place))) if is_remote(place) else Path(place)
+    if isinstance(given, RemotePath):
+        return given
+    return RemotePath(Bucket(str(given))) if is_remote(given) else Path(given)
 
 
 def file_bytes(path: CachePath) -> int:

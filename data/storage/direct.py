@@ -1,6 +1,6 @@
 """Reading past the page cache (O_DIRECT), and the question whether a disk is faster that way.
 
-The kernel then wants the place in the file, the length and the memory aligned, which chunks are not: what is
+The kernel then wants the offset in the file, the length and the memory aligned, which chunks are not: what is
 read begins before the chunk and ends after it, in memory of the thread's own, and the chunk is copied out of
 it. The copy is nothing beside a disk, but the page cache remembers nothing: what fits in memory is better
 left to it, and is read from the disk once.

@@ -1,4 +1,4 @@
-"""Where the bytes of shard files come from, for the reader: a few open files, and reads at any place of them.
+"""Where the bytes of shard files come from, for the reader: a few open files, and reads anywhere in them.
 
 `BufferedFiles` are local files by way of the page cache, `direct.DirectFiles` past it, `remote.RemoteFiles`
 objects of a bucket. Threads share them.

@@ -57,12 +57,12 @@ class TarCache:
     def __init__(self, pattern: str, columns: Sequence[str]) -> None:
         self.path = pattern
         self.columns = tuple(columns)
-        self._places = present_tars(pattern)
-        header = _first_header(self._places[0])
+        self._tars = present_tars(pattern)
+        header = _first_header(self._tars[0])
         self.manifest = header.manifest
-        if len(self._places) != self.manifest.num_shards:
+        if len(self._tars) != self.manifest.num_shards:
             raise CacheError(
-                f"{pattern} names {counted(len(self._places), 'tar')}, the export has "
+                f"{pattern} names {counted(len(self._tars), 'tar')}, the export has "
                 f"{self.manifest.num_shards}",
                 "name them all, in order",
             )
@@ -88,22 +88,20 @@ class TarCache:
             CacheError: the tar is not that shard's, or a sample is missing or damaged.
             RepaError: it cannot be read.
         """
-        place = self._places[shard]
-        with open_tar(place) as reader:
+        tar = self._tars[shard]
+        with open_tar(tar) as reader:
             members = iter(reader)
             header = read_header(reader, members)
             if header.manifest != self.manifest or not np.array_equal(header.all_invalid, self.invalid_rows):
-                raise CacheError(
-                    f"{place} is of another export than {self._places[0]}", "name the tars of one"
-                )
+                raise CacheError(f"{tar} is of another export than {self._tars[0]}", "name the tars of one")
             if header.shard != shard:
                 raise CacheError(
-                    f"{place} is shard {header.shard}, named as number {shard} of {self.path}",
+                    f"{tar} is shard {header.shard}, named as number {shard} of {self.path}",
                     "name the tars in order",
                 )
             yield from read_samples(reader, members, header, columns_of)
 
 
-def _first_header(place: str) -> ShardHeader:
-    with open_tar(place) as reader:
+def _first_header(tar: str) -> ShardHeader:
+    with open_tar(tar) as reader:
         return read_header(reader, iter(reader))

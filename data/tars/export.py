@@ -112,13 +112,13 @@ def export_cache(
     with CacheReader(path, names) as reader, ThreadPoolExecutor(reader.threads_for(1)) as pool:
         read = partial(_read, reader, pool, chosen)
         for shard in range(manifest.num_shards):
-            place = folder / _tar_name(f"{shard:06d}")
+            target = folder / _tar_name(f"{shard:06d}")
             own = header.of(shard)
-            if _is_there(place, own):
+            if _is_there(target, own):
                 kept += 1
             else:
-                with os_errors("write", place):
-                    _write_tar(place, own, read, header.calibrations if shard == 0 else {})
+                with os_errors("write", target):
+                    _write_tar(target, own, read, header.calibrations if shard == 0 else {})
                 images += len(own.rows)
             if progress is not None:
                 progress(shard + 1, manifest.num_shards)
@@ -180,22 +180,22 @@ class _Headers:
         )
 
 
-def _is_there(place: Path, header: ShardHeader) -> bool:
+def _is_there(path: Path, header: ShardHeader) -> bool:
     """Tell whether the tar was written by an earlier call. One that was cut off since is written again.
 
     Raises:
         CacheError: it is another one.
     """
-    if not place.exists():
+    if not path.exists():
         return False
-    with open_tar(str(place)) as reader:
+    with open_tar(str(path)) as reader:
         members = iter(reader)
         try:
             own = read_header(reader, members).encode() == header.encode()
         except RepaError:
             own = False
         if not own:
-            raise CacheError(f"{place} is of another export", "choose another --out, or delete it")
+            raise CacheError(f"{path} is of another export", "choose another --out, or delete it")
         try:
             deque(members, maxlen=0)
         except RepaError:
@@ -203,13 +203,13 @@ def _is_there(place: Path, header: ShardHeader) -> bool:
     return True
 
 
-def _write_tar(place: Path, header: ShardHeader, read: Read, calibrations: Mapping[str, bytes]) -> None:
+def _write_tar(path: Path, header: ShardHeader, read: Read, calibrations: Mapping[str, bytes]) -> None:
     try:
         from webdataset.writer import TarWriter
     except ImportError:
         raise missing_webdataset("tars are written by") from None
-    make_folder(place.parent, place.parent)
-    unfinished = partial_path(place)
+    make_folder(path.parent, path.parent)
+    unfinished = partial_path(path)
     try:
         with open(create_file(unfinished), "wb") as file:
             with TarWriter(file, user=_OWNER, group=_OWNER, mtime=0, encoder=False) as tar:
@@ -220,7 +220,7 @@ def _write_tar(place: Path, header: ShardHeader, read: Read, calibrations: Mappi
                     tar.write(sample)
             file.flush()
             os.fsync(file.fileno())
-        publish(unfinished, place, place.parent)
+        publish(unfinished, path, path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -234,9 +234,9 @@ def _samples(header: ShardHeader, read: Read) -> Iterator[dict[str, str | bytes]
     for first in range(0, len(rows), _ROWS):
         batch = rows[first : first + _ROWS]
         arrays = read(np.array(batch, dtype=np.int64))
-        for place, row in enumerate(batch):
+        for position, row in enumerate(batch):
             key, label = header.keys[row - start], int(header.labels[row - start])
-            data = {name: array[place].tobytes() for name, array in arrays.items()}
+            data = {name: array[position].tobytes() for name, array in arrays.items()}
             sums = {name: crc32c(values) for name, values in data.items()}
             yield {
                 "__key__": tar_key(key),
@@ -317,7 +317,7 @@ def import_cache(pattern: str, path: Path, progress: Progress | None = None) -> 
     return Transfer(shards=len(headers), kept=kept, images=images, bytes=images * row_bytes)
 
 
-def _calibrations(manifest: Manifest, found: Mapping[str, bytes], place: str) -> dict[str, bytes]:
+def _calibrations(manifest: Manifest, found: Mapping[str, bytes], path: str) -> dict[str, bytes]:
     """Source → its calibration in the tar of shard 0.
 
     Raises:
@@ -329,12 +329,12 @@ def _calibrations(manifest: Manifest, found: Mapping[str, bytes], place: str) ->
         if recorded is None:
             continue
         if hashlib.sha256(found.get(source, b"")).hexdigest() != recorded:
-            raise CacheError(f"{place} lacks the calibration of {source}, or it is damaged", f"{AGAIN}")
+            raise CacheError(f"{path} lacks the calibration of {source}, or it is damaged", f"{AGAIN}")
         calibrations[source] = found[source]
     return calibrations
 
 
-def _import_shard(place: str, header: ShardHeader, writers: Mapping[str, SourceWriter]) -> None:
+def _import_shard(path: str, header: ShardHeader, writers: Mapping[str, SourceWriter]) -> None:
     columns = [name for name in header.manifest.columns if source_of(name) in writers]
     with ExitStack() as stack:
         shards = {
@@ -343,10 +343,10 @@ def _import_shard(place: str, header: ShardHeader, writers: Mapping[str, SourceW
         for source, shard in shards.items():
             for row, reason in header.invalid[source].items():
                 shard.mark_invalid(row, reason)
-        with open_tar(place) as reader:
+        with open_tar(path) as reader:
             members = iter(reader)
             if read_header(reader, members).encode() != header.encode():
-                raise RepaError(f"{place} has changed while it was imported", "run the same command again")
+                raise RepaError(f"{path} has changed while it was imported", "run the same command again")
             for row, _, arrays in read_samples(reader, members, header, lambda _: columns):
                 for name, array in arrays.items():
                     shards[source_of(name)].write(row, name, array)

@@ -23,9 +23,9 @@ _WILD = "*?["
 _ENDINGS = ("gz", "xz", "bz2", "zst")
 
 
-def is_stream(place: str) -> bool:
+def is_stream(tar: str) -> bool:
     """Tell whether a name is a pipe or URL, which can only be read from its beginning on."""
-    return _STREAM.match(place) is not None
+    return _STREAM.match(tar) is not None
 
 
 def names_tars(text: str) -> bool:
@@ -42,7 +42,7 @@ def command_in(text: str) -> str | None:
     Raises:
         RepaError: the pattern names too many.
     """
-    return next((place for place in _braces(text) if place.startswith(_PIPE)), None)
+    return next((tar for tar in _braces(text) if tar.startswith(_PIPE)), None)
 
 
 def expand_tars(pattern: str) -> list[str]:
@@ -54,21 +54,21 @@ def expand_tars(pattern: str) -> list[str]:
     Raises:
         RepaError: nothing matches, a tar is named twice, or the pattern names too many.
     """
-    places: list[str] = []
+    tars: list[str] = []
     for each in _braces(pattern):
         if is_stream(each) or not any(sign in each for sign in _WILD) or Path(each).exists():
-            places.append(each)
+            tars.append(each)
             continue
         root = Path(each).anchor
         found = sorted(str(path) for path in Path(root or ".").glob(each[len(root) :]))
         if not found:
             raise RepaError(f"no tar matches {each}", "check the pattern")
         # a file may be named as a pipe is written
-        places += [f"./{place}" if is_stream(place) else place for place in found]
-    if len(set(places)) < len(places):
-        twice = next(place for place in places if places.count(place) > 1)
+        tars += [f"./{tar}" if is_stream(tar) else tar for tar in found]
+    if len(set(tars)) < len(tars):
+        twice = next(tar for tar in tars if tars.count(tar) > 1)
         raise RepaError(f"{pattern} names {twice} twice", "name each tar once")
-    return places
+    return tars
 
 
 def present_tars(pattern: str) -> list[str]:
@@ -77,45 +77,45 @@ def present_tars(pattern: str) -> list[str]:
     Raises:
         RepaError: as there; or one is missing, or is no file.
     """
-    places = expand_tars(pattern)
+    tars = expand_tars(pattern)
     missing = []
-    for place in places:
-        if is_stream(place):
+    for tar in tars:
+        if is_stream(tar):
             continue
-        with os_errors("read", Path(place)):
+        with os_errors("read", Path(tar)):
             try:
-                kind = other_kind(os.stat(place).st_mode)
+                kind = other_kind(os.stat(tar).st_mode)
             except (FileNotFoundError, NotADirectoryError):
-                missing.append(place)
+                missing.append(tar)
                 continue
         if kind == "a folder":
-            raise _is_folder(place)
+            raise _is_folder(tar)
         if kind:
             raise RepaError(
-                f"tar {place} is {kind}, not a file", "copy what it gives into a file, and name that"
+                f"tar {tar} is {kind}, not a file", "copy what it gives into a file, and name that"
             )
-    if missing and len(places) == 1:
+    if missing and len(tars) == 1:
         raise RepaError(f"tar {missing[0]} is missing", "look at its name, or fetch it")
     if missing:
         raise RepaError(
-            f"{pattern} names {len(places)} tars, of which {counted(len(missing), 'tar')} cannot be found, "
+            f"{pattern} names {len(tars)} tars, of which {counted(len(missing), 'tar')} cannot be found, "
             f"first {missing[0]}",
             "fetch what is missing, or name only tars that are there",
         )
-    return places
+    return tars
 
 
-def _is_folder(place: str) -> RepaError:
-    names = sorted(path.name for path in Path(place).glob("*.tar"))
+def _is_folder(tar: str) -> RepaError:
+    names = sorted(path.name for path in Path(tar).glob("*.tar"))
     if names:
-        return RepaError(f"{place} is a folder", f"name the tars in it, '{Path(place) / '*.tar'}'")
-    if (Path(place) / "zarr.json").exists():
+        return RepaError(f"{tar} is a folder", f"name the tars in it, '{Path(tar) / '*.tar'}'")
+    if (Path(tar) / "zarr.json").exists():
         return RepaError(
-            f"{place} is a cache, not tars of one",
-            f"write its tars with `repa cache export {place} --out OUT`",
+            f"{tar} is a cache, not tars of one",
+            f"write its tars with `repa cache export {tar} --out OUT`",
         )
     return RepaError(
-        f"{place} is a folder without tars", "name tars, as 'OUT/*.tar' of `repa cache export --out OUT`"
+        f"{tar} is a folder without tars", "name tars, as 'OUT/*.tar' of `repa cache export --out OUT`"
     )
 
 

@@ -243,7 +243,7 @@ class TarReader:
 
 
 @contextmanager
-def open_tar(place: str, *, headers: bool = False) -> Iterator[TarReader]:
+def open_tar(tar: str, *, headers: bool = False) -> Iterator[TarReader]:
     """Open a tar that `expand_tars` named.
 
     A path and an object are ours to open, a pipe or URL is opened by WebDataset.
@@ -254,22 +254,22 @@ def open_tar(place: str, *, headers: bool = False) -> Iterator[TarReader]:
     Raises:
         RepaError: it cannot be opened or read, or its command failed.
     """
-    if not is_stream(place):
-        with os_errors("read", Path(place)), open_regular(place) as file:
+    if not is_stream(tar):
+        with os_errors("read", Path(tar)), open_regular(tar) as file:
             status = os.fstat(file.fileno())
-            yield TarReader(file, place, status.st_size)
+            yield TarReader(file, tar, status.st_size)
         return
-    if is_remote(place):
-        with open_object(place, little=headers) as opened:
-            yield TarReader(opened, place, opened.size)
+    if is_remote(tar):
+        with open_object(tar, little=headers) as opened:
+            yield TarReader(opened, tar, opened.size)
         return
     gopen, set_options = _gopen()
     try:
-        stream = gopen(place)
+        stream = gopen(tar)
         # whoever stops reading early breaks the pipe, and that is no mistake of the command's
         set_options(stream, ignore_errors=True)
         with stream:
-            reader = TarReader(stream, place)
+            reader = TarReader(stream, tar)
             try:
                 yield reader
             finally:
@@ -278,7 +278,7 @@ def open_tar(place: str, *, headers: bool = False) -> Iterator[TarReader]:
                     # the command's failure is the cause of whatever its tar lacks
                     raise OSError(f"its command ended with status {status}{reader.progress}")
     except (OSError, ValueError) as error:
-        raise RepaError(f"cannot read {place}: {error}", "try its command or URL by itself") from error
+        raise RepaError(f"cannot read {tar}: {error}", "try its command or URL by itself") from error
 
 
 def _gopen() -> tuple[Any, Any]:

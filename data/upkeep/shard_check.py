@@ -79,7 +79,7 @@ class _Stored(Protocol):
         """Read the last bytes, at most ``size`` of them."""
         ...
 
-    def chunks(self, places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, memoryview]]:
+    def chunks(self, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, memoryview]]:
         """Read the bytes at each (offset, length), with its number, in any order.
 
         They are fewer where the file ends.
@@ -150,10 +150,10 @@ class ShardCheck:
             return [self._finding(f"has no sound index ({error})")]
         findings, sound = self._check_index(index)
         checksums = np.zeros(self._shape, dtype="<u4")
-        places = [(int(index[chunk][0]), int(index[chunk][1])) for chunk in sound]
-        for number, data in stored.chunks(places):
+        ranges = [(int(index[chunk][0]), int(index[chunk][1])) for chunk in sound]
+        for number, data in stored.chunks(ranges):
             row = self._record.rows[0] + sound[number][0]
-            if len(data) != places[number][1]:
+            if len(data) != ranges[number][1]:
                 findings.append(self._finding("ends in the middle of the row", row))
                 continue
             checksum = int.from_bytes(data[-CHECKSUM_BYTES:], "little")
@@ -217,9 +217,9 @@ class _File:
     def tail(self, size: int) -> bytes:
         return os.pread(self._descriptor, size, max(self.size - size, 0))
 
-    def chunks(self, places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, memoryview]]:
-        buffer = memoryview(bytearray(max((size for _, size in places), default=0)))
-        for number, (offset, size) in enumerate(places):
+    def chunks(self, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, memoryview]]:
+        buffer = memoryview(bytearray(max((size for _, size in ranges), default=0)))
+        for number, (offset, size) in enumerate(ranges):
             count = os.preadv(self._descriptor, [buffer[:size]], offset)
             yield number, buffer[:count]
 
@@ -236,17 +236,17 @@ class _Object:
         size = min(size, self.size)
         return bytes(self._read(self.size - size, size)) if size else b""
 
-    def chunks(self, places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, memoryview]]:
+    def chunks(self, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, memoryview]]:
         asked: deque[tuple[_Piece, Future[Any]]] = deque()
         try:
-            for piece in _pieces(places):
+            for piece in _pieces(ranges):
                 asked.append(
                     (piece, self._requests.submit(self._read, piece.start, piece.stop - piece.start))
                 )
                 if len(asked) > _AHEAD:
-                    yield from _cut(places, *asked.popleft())
+                    yield from _cut(ranges, *asked.popleft())
             while asked:
-                yield from _cut(places, *asked.popleft())
+                yield from _cut(ranges, *asked.popleft())
         finally:
             for _, answer in asked:
                 answer.cancel()
@@ -260,7 +260,7 @@ class _Piece:
     """Neighbouring chunks.
 
     Attributes:
-        numbers: which places.
+        numbers: which ranges.
         start: offset of the first byte.
         stop: offset after the last.
     """
@@ -270,14 +270,14 @@ class _Piece:
     stop: int
 
 
-def _pieces(places: Sequence[tuple[int, int]]) -> Iterator[_Piece]:
+def _pieces(ranges: Sequence[tuple[int, int]]) -> Iterator[_Piece]:
     """Group ranges in the order of their offsets, neighbours together.
 
     A group has at most `_PIECE` bytes, or one range.
     """
     piece: _Piece | None = None
-    for number in sorted(range(len(places)), key=places.__getitem__):
-        start, stop = places[number][0], sum(places[number])
+    for number in sorted(range(len(ranges)), key=ranges.__getitem__):
+        start, stop = ranges[number][0], sum(ranges[number])
         if piece is not None and start <= piece.stop + _GAP and stop - piece.start <= _PIECE:
             piece.numbers.append(number)
             piece.stop = max(piece.stop, stop)
@@ -290,9 +290,9 @@ def _pieces(places: Sequence[tuple[int, int]]) -> Iterator[_Piece]:
 
 
 def _cut(
-    places: Sequence[tuple[int, int]], piece: _Piece, answer: Future[Any]
+    ranges: Sequence[tuple[int, int]], piece: _Piece, answer: Future[Any]
 ) -> Iterator[tuple[int, memoryview]]:
     data = memoryview(answer.result())
     for number in piece.numbers:
-        offset, size = places[number]
+        offset, size = ranges[number]
         yield number, data[offset - piece.start : offset - piece.start + size]

@@ -156,10 +156,10 @@ def attention_summary(form: AttentionForm, divergence: NDArray[np.float64]) -> d
         {
             "block": block,
             "head": head + 1,
-            "mean": rounded(means[place, head]),
-            "p99": rounded(tails[place, head]),
+            "mean": rounded(means[index, head]),
+            "p99": rounded(tails[index, head]),
         }
-        for place, block in enumerate(form.blocks)
+        for index, block in enumerate(form.blocks)
         for head in range(form.heads)
     ]
     return {

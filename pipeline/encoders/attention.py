@@ -53,7 +53,7 @@ class AttentionCapture(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._name = name
-        self._places = {block: place for place, block in enumerate(blocks)}
+        self._indexes = {block: index for index, block in enumerate(blocks)}
         self._depth = depth
         self._shape = (heads, tokens, head_width)
         self._prefix_tokens = prefix_tokens
@@ -89,16 +89,16 @@ class AttentionCapture(TorchFunctionMode):
 
     def _see(self, call: dict[str, Any]) -> None:
         self._calls += 1
-        place = self._places.get(self._calls)
-        if place is None:
+        index = self._indexes.get(self._calls)
+        if index is None:
             return
         query, key = call["query"], call["key"]
         self._check(query, key, call)
         if self._kept is None:
-            shape = (len(query), len(self._places), *self._shape)
+            shape = (len(query), len(self._indexes), *self._shape)
             self._kept = (torch.empty(shape, device=query.device), torch.empty(shape, device=query.device))
         for kept, values in zip(self._kept, (query, key), strict=True):
-            kept[:, place].copy_(values[:, :, self._prefix_tokens :])
+            kept[:, index].copy_(values[:, :, self._prefix_tokens :])
 
     def _check(self, query: Tensor, key: Tensor, call: dict[str, Any]) -> None:
         """Refuse whatever would make the map another than the softmax of q·kᵀ over √Dh."""

@@ -142,7 +142,7 @@ class TarImages:
         for tar in self._tars:
             if is_stream(tar) and not is_remote(tar):
                 raise RepaError(
-                    f"images are read from tars by their place, which {tar} has none of",
+                    f"images are read from tars by their offset, which {tar} has none of",
                     "fetch it to a disk, or name it in a bucket, s3://… or gs://…",
                 )
         index = _Index()

@@ -2,7 +2,7 @@
 
 An image's features are the same bits as in a float32 cache written on the same machine if *one thread*
 computes a batch, as in `lanes`, and each row stands where it stood then, see `passes`. Rows that stood at the
-same place need batches of their own, padded with zeros: for B rows from batches of S, with B far below S,
+same position need batches of their own, padded with zeros: for B rows from batches of S, with B far below S,
 most of the computing is for the exactness (of a cache written with ``--batch-size 1``, none is). A GPU used
 for training therefore computes plain batches, unless exactness is asked for.
 """
@@ -35,7 +35,7 @@ from ..images.base import AUTO_LABELS, FOLDER_LABELS, NO_LABELS, ONLY_CLASS
 from ..images.open import open_source
 from ..images.workers import decode_row
 from ..lanes.lanes import usable_cores
-from .placement import Pass, Places
+from .placement import Pass, Placement
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -201,7 +201,7 @@ class LiveTeachers:
             encoder,
             batch_size=batch_size,
             blocks=self._blocks[name],
-            places=Places(valid_rows, self._manifest.shard_rows, batch_size),
+            placement=Placement(valid_rows, self._manifest.shard_rows, batch_size),
             device=device,
         )
 
@@ -269,13 +269,13 @@ class _Teacher:
         *,
         batch_size: int,
         blocks: tuple[int, ...],
-        places: Places,
+        placement: Placement,
         device: torch.device,
     ) -> None:
         self.encoder = encoder
         self.batch_size = batch_size
         self._blocks = blocks
-        self._places = places
+        self._placement = placement
         self._device = device
         self._lanes = _one_thread_lanes(min(MAX_LANES, usable_cores())) if device.type == "cpu" else None
 
@@ -288,19 +288,19 @@ class _Teacher:
         exact: bool,
     ) -> dict[str, Tensor]:
         """Compute features float32 ``[B, …]`` of some kinds, of images uint8 ``[3, R, R]`` of rows."""
-        passes = list(self._places.passes(rows, exact=exact or self._lanes is not None))
+        passes = list(self._placement.passes(rows, exact=exact or self._lanes is not None))
         run = map if self._lanes is None else self._lanes.map
         outputs = run(lambda each: self._encode(each, images, kinds), passes)
         features: dict[str, Tensor] = {}
         for each, output in zip(passes, outputs, strict=True):
-            wanted, places = torch.from_numpy(each.rows), torch.from_numpy(each.places)
+            wanted, positions = torch.from_numpy(each.rows), torch.from_numpy(each.positions)
             for kind, values in output.items():
                 if kind not in features:
                     # not of inference mode, whose tensors no gradient may be computed beside
                     features[kind] = torch.empty(
                         (len(rows), *values.shape[1:]), dtype=torch.float32, device=self._device
                     )
-                features[kind][wanted.to(self._device)] = values[places.to(self._device)]
+                features[kind][wanted.to(self._device)] = values[positions.to(self._device)]
         return features
 
     def close(self) -> None:
@@ -311,8 +311,8 @@ class _Teacher:
         self, one: Pass, images: Sequence[NDArray[np.uint8]], kinds: Sequence[str]
     ) -> dict[str, Tensor]:
         pixels = torch.zeros((one.size, *images[0].shape), dtype=torch.uint8)
-        for row, place in zip(one.rows, one.places, strict=True):
-            pixels[place] = torch.from_numpy(images[row])
+        for row, position in zip(one.rows, one.positions, strict=True):
+            pixels[position] = torch.from_numpy(images[row])
         blocks = self._blocks if {"q", "k"} & set(kinds) else ()
         output = self.encoder.encode(pixels.to(self._device), attention=blocks)
         return {kind: output[kind] for kind in kinds}

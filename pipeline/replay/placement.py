@@ -1,9 +1,9 @@
 """Which rows of a cache a teacher computes together when it is called live, so that the bits are the cache's.
 
 An output is computed from its own image by instructions that depend on the size of the batch and on the
-image's place in it, not on the other images. Measured with torch 2.15 on one thread: the AVX-512 and SSE
-kernels round alike for any size and place (demo, DINOv2-S and -B, DINOv3-S, SigLIP 2), the AVX2 kernels do
-not (demo: in batches of 2, 3 and 7 images some places differ in the last bits). So `exact` passes put each
+image's position in it, not on the other images. Measured with torch 2.15 on one thread: the AVX-512 and SSE
+kernels round alike for any size and position (demo, DINOv2-S and -B, DINOv3-S, SigLIP 2), the AVX2 kernels do
+not (demo: in batches of 2, 3 and 7 images some positions differ in the last bits). So `exact` passes put each
 row where it stood when the cache was written, into a batch of that size.
 """
 
@@ -27,15 +27,15 @@ class Pass:
     Attributes:
         size: images of the batch.
         rows: positions, among the rows that were asked for, of those that it computes, int64 ``[n]``.
-        places: their places in the batch, int64 ``[n]``; the others are zeros.
+        positions: their positions in the batch, int64 ``[n]``; the others are zeros.
     """
 
     size: int
     rows: NDArray[np.int64]
-    places: NDArray[np.int64]
+    positions: NDArray[np.int64]
 
 
-class Places:
+class Placement:
     """Where each row of a cache stood when it was computed. It is the counterpart of `batches.batches`.
 
     Args:
@@ -60,23 +60,23 @@ class Places:
         return np.minimum(stop - first - begun, self._batch_size), number % self._batch_size
 
     def passes(self, rows: NDArray[np.int64], *, exact: bool) -> Iterator[Pass]:
-        """Forward passes that compute some rows.
+        """Yield forward passes that compute some rows.
 
         Args:
             rows: valid rows.
-            exact: in batches of the size and at the place they were written with; else one after the other.
+            exact: at the position, in batches of the size, of the time of writing; else one after the other.
         """
         if not exact:
             for start in range(0, len(rows), self._batch_size):
                 mine = np.arange(start, min(start + self._batch_size, len(rows)))
                 yield Pass(len(mine), mine, mine - start)
             return
-        sizes, places = self.of(rows)
+        sizes, positions = self.of(rows)
         waiting = np.arange(len(rows))
         while len(waiting):
             size = int(sizes[waiting[0]])
             alike = waiting[sizes[waiting] == size]
-            _, first = np.unique(places[alike], return_index=True)
+            _, first = np.unique(positions[alike], return_index=True)
             taken = alike[first]
-            yield Pass(size, taken, places[taken])
+            yield Pass(size, taken, positions[taken])
             waiting = np.setdiff1d(waiting, taken)

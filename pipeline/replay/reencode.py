@@ -1,10 +1,10 @@
 """Random rows of a cache encoded once more, each column held against what it was rounded from.
 
-A row is computed in a batch of the size and at the place that it had when the cache was written (`passes`),
-so on the CPU that wrote it every bit is the same. Elsewhere the float32 numbers x of now differ from those of
-then by the noise of another device or library; a stored value s must then lie within its rounding of x, and
-that noise: |s − x| ≤ rounding(s) + noise · max|x|, the maximum taken over the row. The rounding is nothing
-for float32, half the distance of neighbouring numbers for float16, half a scale for int8.
+A row is computed in a batch of the size and at the position that it had when the cache was written
+(`passes`), so on the CPU that wrote it every bit is the same. Elsewhere the float32 numbers x of now differ
+from those of then by the noise of another device or library; a stored value s must then lie within its
+rounding of x, and that noise: |s − x| ≤ rounding(s) + noise · max|x|, the maximum taken over the row. The
+rounding is nothing for float32, half the distance of neighbouring numbers for float16, half a scale for int8.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ...data.reading.reader import CacheReader
 from ..images.workers import decode_row
 from ..lanes.batches import Batch
 from ..lanes.lanes import Task, open_lanes
-from .placement import Pass, Places
+from .placement import Pass, Placement
 from .recorded import recorded_config, recorded_images, recorded_job, recorded_model
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _compute(
 ) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]]:
     """Compute columns of some rows, and what they were rounded from, pass by pass."""
     assert job.config.batch_size is not None, "recorded"
-    places = Places(valid, job.manifest.shard_rows, job.config.batch_size)
+    placement = Placement(valid, job.manifest.shard_rows, job.config.batch_size)
     task = Task(model=model.name, sources=(source,), compute=partial(_encode, model, source))
     waiting: deque[tuple[Pass, Any]] = deque()
     with open_lanes(job.device, job.threads) as lanes:
@@ -141,9 +141,9 @@ def _compute(
         def oldest() -> tuple[NDArray[np.int64], dict[str, NDArray[Any]]]:
             one, pending = waiting.popleft()
             columns = pending.result().batch.columns
-            return rows[one.rows], {name: values[one.places] for name, values in columns.items()}
+            return rows[one.rows], {name: values[one.positions] for name, values in columns.items()}
 
-        for one in places.passes(rows, exact=True):
+        for one in placement.passes(rows, exact=True):
             waiting.append((one, lanes.submit(_batch(one, rows, images, job), [task])))
             if len(waiting) == lanes.ahead:
                 yield oldest()
@@ -159,7 +159,7 @@ def _encode(model: SourceModel, source: str, images: torch.Tensor) -> dict[str, 
 def _batch(one: Pass, rows: NDArray[np.int64], images: ImageSource, job: Job) -> Batch:
     side = job.config.resolution
     pixels = [np.zeros((3, side, side), np.uint8) for _ in range(one.size)]
-    for row, place in zip(rows[one.rows].tolist(), one.places.tolist(), strict=True):
+    for row, position in zip(rows[one.rows].tolist(), one.positions.tolist(), strict=True):
         decoded = decode_row(images, row, side)
         if isinstance(decoded, str):
             raise CacheError(
@@ -167,7 +167,7 @@ def _batch(one: Pass, rows: NDArray[np.int64], images: ImageSource, job: Job) ->
                 f"be decoded any more ({decoded})",
                 "restore the image",
             )
-        pixels[place] = decoded
+        pixels[position] = decoded
     return Batch(shard=0, rows=list(range(one.size)), images=pixels)
 
 
@@ -191,15 +191,15 @@ class _SourceCheck:
         self._reader.read_rows(rows, tuple(stored), stored)
         for name, result in self.columns.items():
             scales = stored.get(scale_column(name))
-            for place, row in enumerate(rows.tolist()):
+            for position, row in enumerate(rows.tolist()):
                 same = all(
-                    stored[each][place].tobytes() == computed[each][place].tobytes()
+                    stored[each][position].tobytes() == computed[each][position].tobytes()
                     for each in (name, scale_column(name))
                     if each in stored
                 )
-                exact = computed[f"{name}{_EXACT}"][place].astype(np.float64)
-                scale = None if scales is None else scales[place]
-                result.add(row, same, _excess(stored[name][place], scale, exact, result.noise))
+                exact = computed[f"{name}{_EXACT}"][position].astype(np.float64)
+                scale = None if scales is None else scales[position]
+                result.add(row, same, _excess(stored[name][position], scale, exact, result.noise))
 
 
 def _excess(

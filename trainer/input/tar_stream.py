@@ -176,7 +176,7 @@ class _Epoch:
         coming = np.concatenate(rows)
         order = buffered_order(loader.seed, epoch, loader.rank, len(coming), loader.buffer)
         self._leaving: NDArray[np.int64] = coming[order]
-        self._place = dict(zip(self._leaving.tolist(), range(len(coming)), strict=True))
+        self._positions = dict(zip(self._leaving.tolist(), range(len(coming)), strict=True))
 
     def batches(self, first: int) -> Iterator[Batch]:
         """Yield micro-batches from batch ``first`` of the epoch on."""
@@ -201,10 +201,10 @@ class _Epoch:
         def columns_of(row: int) -> Sequence[str]:
             if self._stopped.is_set():
                 raise _StoppedError
-            place = self._place[row]
-            if not start <= place < end:
+            position = self._positions[row]
+            if not start <= position < end:
                 return ()
-            columns = self._loader.columns_at(self._first_step + place // self._size)
+            columns = self._loader.columns_at(self._first_step + position // self._size)
             return [name for name in columns if name != LABEL]
 
         for tar in self._tars.tolist():
@@ -241,8 +241,8 @@ class _Epoch:
             tensor = torch.empty(
                 (len(rows), *spec.shape), dtype=getattr(torch, spec.dtype), pin_memory=loader.pinned
             )
-            for place, ((_, arrays), view) in enumerate(zip(samples, views, strict=True)):
-                tensor.numpy()[place] = arrays[name][view]
+            for position, ((_, arrays), view) in enumerate(zip(samples, views, strict=True)):
+                tensor.numpy()[position] = arrays[name][view]
             columns[name] = tensor
         return Batch(
             step=step,

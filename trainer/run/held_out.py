@@ -76,8 +76,8 @@ def held_out_times(first: int, count: int) -> Tensor:
     Our choice: any number of consecutive rows covers the times evenly, so a few hundred rows give a steady
     number.
     """
-    places = torch.arange(first, first + count, dtype=torch.float64) + 0.5
-    return (places * _GOLDEN).frac().float()
+    middles = torch.arange(first, first + count, dtype=torch.float64) + 0.5
+    return (middles * _GOLDEN).frac().float()
 
 
 @torch.no_grad()

@@ -156,7 +156,7 @@ class _WatchedFile(io.BufferedWriter):
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes beside the place, syncs and renames, so that a kill at any moment leaves only whole checkpoints.
+    """Writes beside the path, syncs and renames, so that a kill at any moment leaves only whole checkpoints.
 
     Lightning's own writer keeps a second copy of the checkpoint in memory and does not sync.
     """
@@ -170,17 +170,17 @@ class AtomicCheckpointIO(CheckpointIO):
             RepaError: the disk refuses.
         """
         del storage_options
-        place = Path(path)
-        with os_errors("write", place):
-            make_folder(place.parent, place.parent.parent)
-            partial = partial_path(place)
+        target = Path(path)
+        with os_errors("write", target):
+            make_folder(target.parent, target.parent.parent)
+            partial = partial_path(target)
             try:
                 with _WatchedFile(io.FileIO(create_file(partial), "wb")) as file:
                     _save(checkpoint, file)
                     file.flush()
                     os.fsync(file.fileno())
                 # up to the folder of the run's folder: the run itself must be there after a power cut
-                publish(partial, place, place.parent.parent)
+                publish(partial, target, target.parent.parent)
             except OSError:
                 # half a checkpoint on a full disk helps nobody
                 with suppress(OSError):

@@ -8,8 +8,8 @@ from repa.data.errors import RepaError
 from repa.data.reading.order import (
     EpochOrder,
     batch_views,
+    cursor_of,
     permutation,
-    place_of,
     rank_slice,
     split_holdout,
 )
@@ -92,20 +92,20 @@ def test_a_batch_depends_on_nothing_asked_for_before(seed: int, seen: int, batch
 
 
 def test_place_counts_steps_epochs_and_batches() -> None:
-    assert place_of(0, batch_size=4, count=10) == (0, 0, 0)
-    assert place_of(4, batch_size=4, count=10) == (1, 0, 1)
-    assert place_of(8, batch_size=4, count=10) == (2, 1, 0)
-    assert place_of(28, batch_size=4, count=10) == (7, 3, 1)
-    assert place_of(10**15, batch_size=1, count=1) == (10**15, 10**15, 0)
+    assert cursor_of(0, batch_size=4, count=10) == (0, 0, 0)
+    assert cursor_of(4, batch_size=4, count=10) == (1, 0, 1)
+    assert cursor_of(8, batch_size=4, count=10) == (2, 1, 0)
+    assert cursor_of(28, batch_size=4, count=10) == (7, 3, 1)
+    assert cursor_of(10**15, batch_size=1, count=1) == (10**15, 10**15, 0)
 
 
 def test_a_new_batch_size_continues_as_if_the_run_always_had_it() -> None:
     # 7 steps of 6 of 20 images, then batches of 4: 42 images are 10 steps of 4, and two images more
-    assert place_of(42, batch_size=4, count=20) == (10, 2, 0)
+    assert cursor_of(42, batch_size=4, count=20) == (10, 2, 0)
     order = EpochOrder(seed=3, count=20)
     for later in range(0, 80, 4):
         assert np.array_equal(order.batch(42 + later, 4), order.batch(40 + later, 4))
-        assert place_of(42 + later, batch_size=4, count=20).step == 10 + later // 4
+        assert cursor_of(42 + later, batch_size=4, count=20).step == 10 + later // 4
 
 
 def test_batch_larger_than_the_image_set_is_refused() -> None:
@@ -117,7 +117,7 @@ def test_batch_larger_than_the_image_set_is_refused() -> None:
 @pytest.mark.parametrize(("images_seen", "batch_size"), [(-1, 4), (0, 0), (0, -4)])
 def test_numbers_out_of_range_are_refused(images_seen: int, batch_size: int) -> None:
     with pytest.raises(RepaError):
-        place_of(images_seen, batch_size=batch_size, count=8)
+        cursor_of(images_seen, batch_size=batch_size, count=8)
 
 
 @given(st.integers(1, 12), st.integers(1, 20))

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from repa.data.errors import RepaError
 from repa.data.reading import order as ordering
-from repa.data.reading.order import EpochOrder, block_starts, permutation, place_of, rank_slice
+from repa.data.reading.order import EpochOrder, block_starts, cursor_of, permutation, rank_slice
 from repa.data.reading.permutations import WINDOW_BLOCKS, BlockPermutation, FeistelPermutation
 
 SEEDS = st.integers(0, 2**64 - 1)
@@ -149,7 +149,7 @@ def test_global_batches_are_equal_for_every_world_size_and_after_resume(
         for start in (0, 3):
             seen = np.concatenate(expected[start : start + 3])
             assert len(set(seen.tolist())) == 72
-            assert place_of(first + start * batch, batch_size=batch, count=count).batch == 0
+            assert cursor_of(first + start * batch, batch_size=batch, count=count).batch == 0
 
 
 @settings(deadline=None, max_examples=100)

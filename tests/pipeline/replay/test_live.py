@@ -19,7 +19,7 @@ from repa.data.reading.reader import CacheReader
 from repa.pipeline.encoders import load_encoder
 from repa.pipeline.lanes.batches import batches
 from repa.pipeline.replay.live import LiveTeachers
-from repa.pipeline.replay.placement import Places
+from repa.pipeline.replay.placement import Placement
 from safetensors.torch import save_file
 
 CPU = torch.device("cpu")
@@ -138,16 +138,16 @@ def test_passes_are_the_batches_of_preprocess(cache: Path, batch_size: int) -> N
         for batch in batches(iter(decoded), manifest, batch_size)
         for place, row in enumerate(batch.rows)
     }
-    places = Places(valid, manifest.shard_rows, batch_size)
+    placement = Placement(valid, manifest.shard_rows, batch_size)
     rows = np.random.Generator(np.random.Philox(key=1)).permutation(np.concatenate([valid, valid[:5]]))
     found: list[int] = []
-    for one in places.passes(rows, exact=True):
-        assert len(set(one.places.tolist())) == len(one.places) <= one.size
-        for position, place in zip(one.rows.tolist(), one.places.tolist(), strict=True):
+    for one in placement.passes(rows, exact=True):
+        assert len(set(one.positions.tolist())) == len(one.positions) <= one.size
+        for position, place in zip(one.rows.tolist(), one.positions.tolist(), strict=True):
             assert stood[int(rows[position])] == (one.size, place)
         found += one.rows.tolist()
     assert sorted(found) == list(range(len(rows)))
-    plain = list(places.passes(rows, exact=False))
+    plain = list(placement.passes(rows, exact=False))
     assert [one.size for one in plain[:-1]] == [batch_size] * (len(plain) - 1)
     assert np.concatenate([one.rows for one in plain]).tolist() == list(range(len(rows)))
 
