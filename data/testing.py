@@ -25,7 +25,8 @@ from .format.columns import (
     source_of,
     split_column,
 )
-from .format.manifest import ORIGINAL_VIEW, Manifest, Provenance
+from .format.manifest import FORMAT_VERSION, ORIGINAL_VIEW, Manifest, Provenance
+from .format.opening import labels_sha256
 from .writing.store import ensure_cache, ensure_source, keys_sha256
 from .writing.writer import SourceWriter
 
@@ -98,6 +99,7 @@ def synthetic_cache(
     random_weights: bool = False,
     notes: Mapping[str, Mapping[str, Any]] = _NO_NOTES,
     written: bool = True,
+    format_version: int = FORMAT_VERSION,
 ) -> Manifest:
     """Write a complete cache of deterministic values, or add the columns that an earlier call did not.
 
@@ -115,12 +117,14 @@ def synthetic_cache(
         random_weights: what the provenance says of the weights.
         notes: source → notes of its provenance, over those of `synthetic_provenance`.
         written: whether to write the rows; if not, the columns are declared and no shard is there.
+        format_version: of the cache; 1 is what was written before there was another.
 
     Returns:
         The manifest, as on disk.
     """
     fingerprint = hashlib.sha256(f"{seed} {num_rows} {num_classes}".encode()).hexdigest()
     keys = [f"images/{row:06d}.png" for row in range(num_rows)]
+    labels = expected_labels(num_rows, num_classes, seed)
     manifest = ensure_cache(
         path,
         Manifest(
@@ -133,10 +137,12 @@ def synthetic_cache(
             source_kind="synthetic",
             source_fingerprint=f"sha256:{fingerprint}",
             keys_sha256=keys_sha256(keys),
+            labels_sha256="" if format_version == 1 else labels_sha256(labels),
+            format_version=format_version,
             class_names=tuple(f"class {index}" for index in range(num_classes)),
         ),
         keys,
-        expected_labels(num_rows, num_classes, seed),
+        labels,
     )
     sources: dict[str, dict[str, ColumnSpec]] = {}
     for column, spec in columns.items():

@@ -12,7 +12,7 @@ from ..data.errors import CacheError, RepaError
 from ..data.format.columns import AUTOENCODER, MOMENTS, ColumnSpec, column_name, model_of
 from ..data.format.commits import is_committed
 from ..data.format.manifest import DEFAULT_SHARD_ROWS, Manifest, Provenance
-from ..data.format.opening import open_manifest
+from ..data.format.opening import labels_sha256, open_manifest
 from ..data.format.shard_index import index_bytes
 from ..data.storage.local import CHECKSUM_BYTES
 from ..data.units import human_bytes
@@ -177,6 +177,7 @@ def make_plan(config: PreprocessConfig) -> Plan:
         source_kind=images.kind,
         source_fingerprint=images.fingerprint,
         keys_sha256=keys_sha256(images.keys),
+        labels_sha256=labels_sha256(images.labels),
         class_names=_class_names(images, present),
     )
     if present is not None:

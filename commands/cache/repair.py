@@ -50,7 +50,7 @@ def repair(
     console = console or PlainConsole()
     path = cache or default_cache()
     if restore_group(path):
-        _say(console, f"{path}: zarr.json was damaged around its manifest, and is written again")
+        _say(console, f"{path}: zarr.json was damaged, and is written again from the copy beside it")
     findings = check_bytes(path, console).findings
     plan = plan_repair(path, findings)
     if not findings:

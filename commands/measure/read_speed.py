@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...data.format.columns import source_of
+from ...data.format.opening import labels_sha256
 from ...data.reading.reader import CacheReader
 from ...data.storage.files import os_errors
 from ...data.writing.store import create_cache, ensure_source, keys_sha256
@@ -84,16 +85,17 @@ def _speed(reader: CacheReader, column: str, rows: NDArray[np.int64], out: NDArr
 def _write_plain(reader: CacheReader, path: Path, column: str, values: NDArray[Any]) -> None:
     """Write a cache of one column and one view, uncompressed, with these rows ``[n, *shape]``."""
     count, source = len(values), source_of(column)
-    keys = [str(row) for row in range(count)]
+    keys, labels = [str(row) for row in range(count)], np.zeros(count, dtype=np.int32)
     empty = replace(
         reader.manifest,
         num_rows=count,
         views=reader.manifest.views[:1],
         keys_sha256=keys_sha256(keys),
+        labels_sha256=labels_sha256(labels) if reader.manifest.format_version > 1 else "",
         columns={},
         sources={},
     )
-    create_cache(path, empty, keys, np.zeros(count, dtype=np.int32))
+    create_cache(path, empty, keys, labels)
     columns = {column: replace(reader.manifest.columns[column], compressor=None)}
     manifest = ensure_source(path, source, reader.manifest.sources[source], columns)
     with SourceWriter(path, manifest, source, range(manifest.num_shards)) as writer:

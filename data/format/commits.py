@@ -1,19 +1,24 @@
-"""Commit records: what makes a shard of a source exist.
+"""Commit records: what makes a shard of a source exist, and what tells it from every other.
 
 ``commits/<source>/<shard>.json`` is written after the shard files of all the source's columns are in place.
 It holds nothing of when, where or by whom, so its bytes depend on the shard alone, and it holds its own
-checksum.
+checksum. From format version 2 on it says whose it is, by the identities of its cache and of its source's
+declaration, and has the checksum of every row: an intact file in the wrong place is not taken for the right
+one. The files themselves are the same in both versions.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+from base64 import b64decode, b64encode
 from collections.abc import Mapping  # noqa: TC003 - annotations are read when records are parsed
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from annotated_types import Len
+from annotated_types import Ge, Len, Lt
 
 from ..edge import MOST_BYTES, parse_json
 from ..errors import CacheError
@@ -22,7 +27,9 @@ from ..storage.files import os_errors, read_file
 from ..storage.local import CHECKSUM_BYTES
 from ..units import counted
 from .bounds import MOST_COLUMNS, Bytes, Count, Rows, Sha256, Text
-from .layout import canonical_json, commit_file, shard_file
+from .canonical import canonical_json
+from .columns import source_of
+from .layout import commit_file, shard_file
 from .shard_index import index_bytes
 
 if TYPE_CHECKING:
@@ -33,7 +40,7 @@ if TYPE_CHECKING:
     from .columns import ColumnSpec
     from .manifest import Manifest
 
-_CHECKSUM = "sha256"
+_AFTER = b',"shard":'
 _REDO = "delete it and run the same `repa preprocess` again"
 
 
@@ -46,10 +53,15 @@ class ColumnRecord:
         chunks_sha256: sha256 over the stored crc32c of every row and view of a full shard, in order (uint32,
             little endian; four zero bytes for a missing chunk). The crc32c of a compressed chunk is that of
             its encoded bytes. Two intact shards differ here.
+        chunks_crc32c: what is hashed there, ``uint32 [rows of a full shard, V]``; empty in format version 1.
+        index_crc32c: the last four bytes of the file; None in format version 1. Shards of equal shape have
+            equal indexes where they are not compressed, so this alone tells little.
     """
 
     file_bytes: int
     chunks_sha256: str
+    chunks_crc32c: bytes = b""
+    index_crc32c: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,26 +73,44 @@ class CommitRecord:
         rows: first row, and the row after the last.
         columns: name → what was written.
         invalid: row → why its image has no data.
+        cache: identity of the cache it belongs to, see `Manifest.identity`; empty in format version 1.
+        source: identity of its source's declaration, see `Manifest.source_identities`; empty likewise.
     """
 
     shard: int
     rows: tuple[int, int]
     columns: Mapping[str, ColumnRecord]
     invalid: Mapping[int, str] = field(default_factory=dict)
+    cache: str = ""
+    source: str = ""
+
+    @property
+    def format_version(self) -> int:
+        """Of the record; a cache that is half upgraded has both."""
+        return 2 if self.cache else 1
 
     def encode(self) -> bytes:
         """The record's file: canonical JSON with its own checksum, and a newline."""
-        values = {
+        columns: dict[str, dict[str, Any]] = {
+            name: {"bytes": column.file_bytes, "chunks_sha256": column.chunks_sha256}
+            for name, column in self.columns.items()
+        }
+        values: dict[str, Any] = {
             "shard": self.shard,
             "rows": list(self.rows),
-            "columns": {
-                name: {"bytes": column.file_bytes, "chunks_sha256": column.chunks_sha256}
-                for name, column in self.columns.items()
-            },
+            "columns": columns,
             "invalid": {str(row): reason for row, reason in self.invalid.items()},
         }
-        checksum = hashlib.sha256(canonical_json(values)).hexdigest()
-        return canonical_json({**values, _CHECKSUM: checksum}) + b"\n"
+        if self.format_version > 1:
+            values |= {"cache": self.cache, "source": self.source}
+            for name, column in self.columns.items():
+                columns[name]["chunks_crc32c"] = b64encode(column.chunks_crc32c).decode()
+                columns[name]["index_crc32c"] = column.index_crc32c
+        plain = canonical_json(values)
+        checksum = hashlib.sha256(plain).hexdigest()
+        # where sorting would put it: spelling the table of checksums twice would take as long as reading it
+        head, tail = plain.rsplit(_AFTER, 1)
+        return b"".join((head, f',"sha256":"{checksum}"'.encode(), _AFTER, tail, b"\n"))
 
     @classmethod
     def decode(cls, data: bytes, *, where: str) -> CommitRecord:
@@ -99,13 +129,20 @@ class CommitRecord:
                 shard=stored.shard,
                 rows=stored.rows,
                 columns={
-                    name: ColumnRecord(file_bytes=column.bytes, chunks_sha256=column.chunks_sha256)
+                    name: ColumnRecord(
+                        file_bytes=column.bytes,
+                        chunks_sha256=column.chunks_sha256,
+                        chunks_crc32c=b64decode(column.chunks_crc32c),
+                        index_crc32c=column.index_crc32c,
+                    )
                     for name, column in stored.columns.items()
                 },
                 invalid=stored.invalid,
+                cache=stored.cache,
+                source=stored.source,
             )
             intact = record.encode() == data and all(row in range(*record.rows) for row in record.invalid)
-        except CacheError:
+        except (CacheError, ValueError):
             intact = False
         if not intact:
             raise CacheError(f"commit record {where} is damaged", _REDO)
@@ -116,6 +153,8 @@ class CommitRecord:
 class _StoredColumn:
     bytes: Bytes
     chunks_sha256: Sha256
+    chunks_crc32c: str = ""
+    index_crc32c: Annotated[int, Ge(0), Lt(2**32)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +166,23 @@ class _Stored:
     columns: Annotated[Mapping[str, _StoredColumn], Len(0, MOST_COLUMNS)]
     invalid: Mapping[int, Text]
     sha256: Sha256
+    cache: Annotated[str, Len(0, 64)] = ""
+    source: Annotated[str, Len(0, 64)] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardProblem:
+    """What keeps a record from standing for its shard.
+
+    Attributes:
+        what: a clause that names the file.
+        column: the column, where it is about one.
+        foreign: whether there is something else in its place, and not nothing or a part.
+    """
+
+    what: str
+    column: str = ""
+    foreign: bool = False
 
 
 def read_commit(path: CachePath, source: str, shard: int) -> CommitRecord | None:
@@ -158,8 +214,8 @@ def read_commit(path: CachePath, source: str, shard: int) -> CommitRecord | None
 def record_misfit(manifest: Manifest, columns: Mapping[str, ColumnSpec], record: CommitRecord) -> str | None:
     """Return what keeps an intact record from being of a cache at all, None where nothing does.
 
-    Its shard must be one of the cache's, its rows that shard's, its columns the source's, and its files as
-    large as their rows, where those are not compressed.
+    Its shard must be one of the cache's, its rows that shard's, its columns the source's, its files as large
+    as their rows, where those are not compressed, and cache and source the ones that it names.
 
     Args:
         manifest: of the cache.
@@ -174,9 +230,26 @@ def record_misfit(manifest: Manifest, columns: Mapping[str, ColumnSpec], record:
     views = len(manifest.views)
     chunks = views * (len(rows) - len(record.invalid))
     for name, spec in columns.items():
+        column = record.columns[name]
         expected = chunks * (spec.row_bytes + CHECKSUM_BYTES) + index_bytes(manifest.shard_rows, views)
-        if spec.compressor is None and record.columns[name].file_bytes != expected:
-            return f"its {name} has {record.columns[name].file_bytes:,} bytes, its rows take {expected:,}"
+        if spec.compressor is None and column.file_bytes != expected:
+            return f"its {name} has {column.file_bytes:,} bytes, its rows take {expected:,}"
+        whole = len(column.chunks_crc32c) == 4 * manifest.shard_rows * views
+        if record.format_version > 1 and not (whole and column.index_crc32c is not None):
+            return f"its {name} has checksums of {len(column.chunks_crc32c) // 4} chunks"
+    return _foreign(manifest, columns, record)
+
+
+def _foreign(manifest: Manifest, columns: Mapping[str, ColumnSpec], record: CommitRecord) -> str | None:
+    """What says that a record is another cache's, or of other weights or settings."""
+    if record.format_version == 1:
+        return None if manifest.format_version == 1 else "it does not say whose it is"
+    # while a cache is upgraded its records are, and its manifest last
+    if manifest.format_version > 1 and record.cache != manifest.identity:
+        return "it is of another cache"
+    source = source_of(next(iter(columns)))
+    if record.source != manifest.source_identities[source]:
+        return f"it is of {source} from another model or in another form"
     return None
 
 
@@ -186,8 +259,12 @@ def record_problem(
     source: str,
     record: CommitRecord,
     columns: Mapping[str, ColumnSpec] | None = None,
-) -> str | None:
-    """What keeps a record from standing for its shard, or None: rows, columns, or a file's presence and size.
+) -> ShardProblem | None:
+    """Return what keeps a record from standing for its shard, None where nothing does.
+
+    A file must be there, as large as recorded, and end in the recorded checksums of its last chunk and of its
+    index. That tells one shard from another at the price of a small read; the checksums of the other rows are
+    compared when they are read. In a bucket, where a small read is a request, the file's end is left to that.
 
     Args:
         path: folder of the cache.
@@ -198,17 +275,53 @@ def record_problem(
     """
     columns = manifest.source_columns(source) if columns is None else columns
     if problem := record_misfit(manifest, columns, record):
-        return problem
+        return ShardProblem(
+            what=f"commit record {commit_file(path, source, record.shard)} is not its own: {problem}",
+            foreign=True,
+        )
     for name, column in record.columns.items():
         file = shard_file(path, name, columns[name], record.shard)
         with os_errors("read", file):
             try:
-                found = file_bytes(file)
+                found = _end_of(file, manifest) if isinstance(file, Path) else (file_bytes(file), None, None)
             except FileNotFoundError:
-                return f"{file} is missing"
-        if found != column.file_bytes:
-            return f"{file} has {counted(found, 'byte')} of {column.file_bytes}"
+                return ShardProblem(what=f"{file} is missing", column=name)
+        size, last, index = found
+        if size != column.file_bytes:
+            return ShardProblem(
+                what=f"{file} has {counted(size, 'byte')} of {column.file_bytes}", column=name
+            )
+        if index is not None and column.index_crc32c is not None:
+            expected = _last_checksum(manifest, record, column)
+            if index != column.index_crc32c or last not in (expected, None):
+                what = f"{file} is not the file that was committed there"
+                return ShardProblem(what=what, column=name, foreign=True)
     return None
+
+
+def _end_of(file: Path, manifest: Manifest) -> tuple[int, int | None, int | None]:
+    """Size of a shard file, and the checksums of its last chunk and of its index, None if too short."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        size = os.fstat(descriptor).st_size
+        before_index = size - index_bytes(manifest.shard_rows, len(manifest.views))
+        if before_index < 0:
+            return size, None, None
+        index = os.pread(descriptor, CHECKSUM_BYTES, size - CHECKSUM_BYTES)
+        last = os.pread(descriptor, CHECKSUM_BYTES, before_index - CHECKSUM_BYTES) if before_index else None
+    finally:
+        os.close(descriptor)
+    return size, None if last is None else int.from_bytes(last, "little"), int.from_bytes(index, "little")
+
+
+def _last_checksum(manifest: Manifest, record: CommitRecord, column: ColumnRecord) -> int | None:
+    """The recorded checksum of the last chunk of a file; None where it has none."""
+    start, stop = record.rows
+    row = next((row for row in reversed(range(start, stop)) if row not in record.invalid), None)
+    if row is None:
+        return None
+    end = 4 * (row - start + 1) * len(manifest.views)
+    return int.from_bytes(column.chunks_crc32c[end - 4 : end], "little")
 
 
 def is_committed(path: CachePath, manifest: Manifest, source: str, shard: int) -> bool:
@@ -253,12 +366,14 @@ class Survey:
     Attributes:
         records: source → the intact record of every shard that has one of this cache, ascending.
         absent: source → shards that are not committed (see `is_committed`), ascending.
+        foreign: source → shard → what stands in the place of one that was committed, ascending.
         damaged: what is wrong with records that are not intact.
         file_bytes: column → bytes of its recorded shards.
     """
 
     records: Mapping[str, Sequence[CommitRecord]]
     absent: Mapping[str, Sequence[int]]
+    foreign: Mapping[str, Mapping[int, ShardProblem]]
     damaged: Sequence[CacheError]
     file_bytes: Mapping[str, int]
 
@@ -294,6 +409,7 @@ def survey(path: CachePath, manifest: Manifest) -> Survey:
     """
     records: dict[str, list[CommitRecord]] = {}
     absent: dict[str, list[int]] = {}
+    foreign: dict[str, dict[int, ShardProblem]] = {}
     damaged: list[CacheError] = []
     sizes = dict.fromkeys(manifest.columns, 0)
 
@@ -302,20 +418,34 @@ def survey(path: CachePath, manifest: Manifest) -> Survey:
 
         def look(
             shard: int, source: str = source, columns: Mapping[str, ColumnSpec] = columns
-        ) -> tuple[CommitRecord | CacheError | None, bool]:
+        ) -> tuple[CommitRecord | CacheError | None, ShardProblem | None]:
             try:
                 record = read_commit(path, source, shard)
             except CacheError as error:
-                return error, False
-            if record is None or record_misfit(manifest, columns, record):
-                return None, False
-            return record, record_problem(path, manifest, source, record, columns) is None
+                return error, None
+            if record is None:
+                return None, None
+            return record, record_problem(path, manifest, source, record, columns)
 
         found = map_files(look, range(manifest.num_shards), path)
-        absent[source] = [shard for shard, (_, committed) in enumerate(found) if not committed]
+        absent[source] = [
+            shard
+            for shard, (record, problem) in enumerate(found)
+            if not isinstance(record, CommitRecord) or problem is not None
+        ]
+        foreign[source] = {
+            shard: problem
+            for shard, (_, problem) in enumerate(found)
+            if problem is not None and problem.foreign
+        }
         damaged += [record for record, _ in found if isinstance(record, CacheError)]
-        records[source] = [record for record, _ in found if isinstance(record, CommitRecord)]
+        records[source] = [
+            record
+            for record, problem in found
+            # one that is not its own says nothing of this cache
+            if isinstance(record, CommitRecord) and (problem is None or problem.column)
+        ]
         for record in records[source]:
             for name, column in record.columns.items():
                 sizes[name] += column.file_bytes
-    return Survey(records=records, absent=absent, damaged=damaged, file_bytes=sizes)
+    return Survey(records=records, absent=absent, foreign=foreign, damaged=damaged, file_bytes=sizes)

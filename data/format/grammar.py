@@ -14,7 +14,9 @@ from ..edge import shortened
 from ..errors import CacheError
 
 MOST_LETTERS = 100
-RESERVED = frozenset({"c", "calibration", "commits", "keys.txt", "label", "zarr.json"})
+RESERVED = frozenset(
+    {"c", "calibration", "commits", "keys.txt", "label", "valid", "zarr.json", "zarr.json.copy"}
+)
 """What lies in a cache's folder beside its sources, and a chunk's folder in an array's."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")

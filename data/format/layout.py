@@ -6,7 +6,6 @@ reader expects and lets them reach the disk whole, in an order of our choosing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..storage.bucket import CachePath, RemotePath
 from .bounds import MOST_COLUMNS
+from .canonical import canonical_sha256
 from .columns import LABEL, ColumnSpec, split_column
 from .grammar import checked_name
 from .manifest import ATTRIBUTE
@@ -30,11 +30,15 @@ if TYPE_CHECKING:
 PathT = TypeVar("PathT", Path, RemotePath, CachePath)
 
 GROUP_FILE = "zarr.json"
+GROUP_COPY = "zarr.json.copy"
+"""The same document again, for the day that it is damaged."""
+
 KEYS_FILE = "keys.txt"
 LOCK_FILE = ".lock"
 COMMITS_FOLDER = "commits"
 CALIBRATION_FOLDER = "calibration"
 LABEL_CHUNK = f"{LABEL}/c/0"
+VALID = "valid"
 CHECKSUM_ATTRIBUTE = f"{ATTRIBUTE}_sha256"
 
 
@@ -77,6 +81,11 @@ def commit_file(path: PathT, source: str, shard: int) -> PathT:
     return commit_folder(path, source) / f"{shard:d}.json"
 
 
+def valid_chunk(path: PathT, shard: int) -> PathT:
+    """Return the file of a shard's rows in the array ``valid``."""
+    return path.joinpath(VALID, "c", f"{shard:d}")
+
+
 def calibration_file(path: PathT, source: str) -> PathT:
     """What was fitted to some images before a source was written (`calibrations`).
 
@@ -95,16 +104,10 @@ def calibration_lock(path: PathT, source: str) -> PathT:
     return path / CALIBRATION_FOLDER / f".{checked_name(source)}{LOCK_FILE}"
 
 
-def canonical_json(values: Mapping[str, Any]) -> bytes:
-    """JSON with one spelling only: sorted keys, no spaces, UTF-8."""
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode()
-
-
 def group_attributes(manifest: Manifest) -> dict[str, Any]:
     """The attributes of the cache's group: the manifest and the sha256 of its canonical JSON."""
     values = manifest.to_json()
-    return {ATTRIBUTE: values, CHECKSUM_ATTRIBUTE: hashlib.sha256(canonical_json(values)).hexdigest()}
+    return {ATTRIBUTE: values, CHECKSUM_ATTRIBUTE: canonical_sha256(values)}
 
 
 def zarr_documents(
@@ -147,6 +150,17 @@ def zarr_documents(
     )
     if labels is not None:
         label[:] = labels
+    if manifest.format_version > 1:
+        group.create_array(
+            VALID,
+            shape=(manifest.num_rows,),
+            dtype="bool",
+            chunks=(manifest.shard_rows,),
+            compressors=[Crc32cCodec()],
+            serializer=BytesCodec(endian=None),
+            fill_value=False,
+            config={"write_empty_chunks": True},
+        )
     views = len(manifest.views)
     for source in dict.fromkeys(split_column(column)[0] for column in manifest.columns):
         group.create_group(source)

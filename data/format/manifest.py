@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
 from annotated_types import Len, Predicate
@@ -25,11 +26,16 @@ from .bounds import (
     Text,
     Word,
 )
+from .canonical import canonical_sha256
 from .columns import AUTOENCODER, LABEL, ColumnSpec, check_column, model_of, source_of
 from .grammar import checked_name
 from .notes import check_notes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of what is written. Version 1 had no digest of the labels, no `valid`, and records that did not know whose
+they were."""
+
+READ_VERSIONS = (1, 2)
 ATTRIBUTE = "repa"
 DEFAULT_SHARD_ROWS = 1024
 ORIGINAL_VIEW = "original"
@@ -99,6 +105,7 @@ class Manifest:
         source_kind: ``folder``, ``tars``, ``hf`` or ``demo``.
         source_fingerprint: ``sha256:…`` over keys, labels and sizes of the source.
         keys_sha256: sha256 of ``keys.txt``.
+        labels_sha256: sha256 of the labels, int32 little endian, in row order; empty in format version 1.
         class_names: label → name.
         columns: name → spec of every column that has been declared, complete or not; without ``label``.
         sources: source → provenance.
@@ -115,6 +122,7 @@ class Manifest:
     source_kind: Text
     source_fingerprint: Text
     keys_sha256: Sha256
+    labels_sha256: Annotated[str, Len(0, 64)] = ""
     class_names: tuple[Text, ...]
     columns: Annotated[Mapping[str, ColumnSpec], Len(0, MOST_COLUMNS)] = field(default_factory=dict)
     sources: Annotated[Mapping[str, Provenance], Len(0, MOST_SOURCES)] = field(default_factory=dict)
@@ -146,7 +154,33 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, for the group's attributes."""
         values: dict[str, Any] = _plain(asdict(self))
+        if self.format_version == 1:
+            del values["labels_sha256"]
         return values
+
+    def fixed(self) -> dict[str, Any]:
+        """Return what a cache is from its first day on: everything but columns and sources."""
+        return {name: value for name, value in self.to_json().items() if name not in {"columns", "sources"}}
+
+    @cached_property
+    def identity(self) -> str:
+        """Which cache this is, the hex sha256 of what is fixed: the same whoever writes it, and when."""
+        return canonical_sha256(self.fixed())
+
+    @cached_property
+    def source_identities(self) -> dict[str, str]:
+        """Source → the hex sha256 of what binds of its declaration: its model, settings and columns."""
+        return {
+            source: canonical_sha256(
+                {
+                    "provenance": provenance.identity(),
+                    "columns": {
+                        name: _plain(asdict(spec)) for name, spec in self.source_columns(source).items()
+                    },
+                }
+            )
+            for source, provenance in self.sources.items()
+        }
 
     @classmethod
     def from_json(cls, values: Any, *, where: str) -> Manifest:
@@ -161,14 +195,20 @@ class Manifest:
                 or a name that no cache has.
         """
         version = values.get("format_version") if isinstance(values, Mapping) else None
-        if version != FORMAT_VERSION or isinstance(version, bool):
+        if version not in READ_VERSIONS or isinstance(version, bool):
             raise CacheError(
                 f"{where} is a cache of format version {shortened(version)}",
-                f"this repa reads version {FORMAT_VERSION}: "
+                f"this repa reads versions {' and '.join(map(str, READ_VERSIONS))}: "
                 "write it again with `repa preprocess`, or use the repa that wrote it",
                 field="format_version",
             )
         manifest = parse(cls, values, where=f"the manifest of {where}", remedy=_AGAIN)
+        if len(manifest.labels_sha256) != (64 if version > 1 else 0):
+            raise CacheError(
+                f"the manifest of {where} has {shortened(manifest.labels_sha256)} as digest of the labels",
+                _AGAIN,
+                field="labels_sha256",
+            )
         manifest._check_names(where)
         for source, provenance in manifest.sources.items():
             check_notes(source, provenance.notes, where=f"the manifest of {where}", remedy=_AGAIN)

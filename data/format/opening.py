@@ -19,6 +19,7 @@ from ..storage.bucket import file_bytes
 from ..storage.files import os_errors, read_file
 from ..storage.local import CHECKSUM_BYTES
 from ..units import counted
+from .columns import LABEL
 from .group import read_group
 from .layout import KEYS_FILE, LABEL_CHUNK
 from .manifest import ATTRIBUTE, LOADED_NOTE, Manifest
@@ -101,7 +102,7 @@ def read_labels(path: CachePath, manifest: Manifest) -> NDArray[np.int32]:
     """The label of every row, int32 ``[N]``.
 
     Raises:
-        CacheError: the label array is missing, cut off or does not match its checksum.
+        CacheError: the label array is missing, cut off, does not match its checksum, or is another cache's.
     """
     file = path / LABEL_CHUNK
     data = _read(file, 4 * manifest.num_rows + CHECKSUM_BYTES)
@@ -111,7 +112,15 @@ def read_labels(path: CachePath, manifest: Manifest) -> NDArray[np.int32]:
             f"{file} does not match its checksum",
             _RESTORE,
         )
-    return np.frombuffer(values, dtype="<i4").astype(np.int32)
+    labels = np.frombuffer(values, dtype="<i4").astype(np.int32)
+    if manifest.labels_sha256 not in ("", labels_sha256(labels)):
+        raise CacheError(f"{file} holds other labels than the manifest is of", _RESTORE, field=LABEL)
+    return labels
+
+
+def labels_sha256(labels: NDArray[np.int32]) -> str:
+    """Return the manifest's ``labels_sha256`` of labels int32 ``[N]``."""
+    return hashlib.sha256(labels.astype("<i4", copy=False).tobytes()).hexdigest()
 
 
 def declaration(provenance: Provenance, columns: Mapping[str, ColumnSpec]) -> dict[str, Any]:

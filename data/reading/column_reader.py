@@ -94,6 +94,8 @@ class ColumnReader:
         manifest: its manifest, which declares the column.
         column: name of the column.
         check_crc: compare every row with its checksum.
+        checksums: those recorded when the rows were committed, ``uint32 [≥ N, V]``, so that an intact row of
+            another place is not taken for this one; None compares with those stored behind the rows.
 
     Attributes:
         manifest: as given.
@@ -107,12 +109,21 @@ class ColumnReader:
         RepaError: the column's compressor needs a package that is not installed.
     """
 
-    def __init__(self, path: CachePath, manifest: Manifest, column: str, *, check_crc: bool) -> None:
+    def __init__(
+        self,
+        path: CachePath,
+        manifest: Manifest,
+        column: str,
+        *,
+        check_crc: bool,
+        checksums: NDArray[np.uint32] | None = None,
+    ) -> None:
         self.column = column
         self.spec = manifest.columns[column]
         self.row_bytes = self.spec.row_bytes
         self.codec = chunk_codec(self.spec)
         self.check_crc = check_crc
+        self._checksums = checksums
         self._path = path
         self.manifest = manifest
         self._chunk_bytes = self.row_bytes + CHECKSUM_BYTES
@@ -151,7 +162,10 @@ class ColumnReader:
                     sizes.append(int(known.sizes[where]))
         row_bytes = self.row_bytes
         outs = [memory[start : start + row_bytes] for start in (places.targets * row_bytes).tolist()]
-        return RowReads(self, files, handles, places.rows, offsets, sizes, outs)
+        recorded = None
+        if self._checksums is not None and self.check_crc:
+            recorded = self._checksums[places.rows, places.views].tolist()
+        return RowReads(self, files, handles, places.rows, offsets, sizes, outs, recorded)
 
     def load_index(self, files: ShardFiles, row: int) -> None:
         """Read the index of a row's shard, as the first read of the shard does.
@@ -246,6 +260,7 @@ class RowReads:
         offsets: of their chunks, or why there is none.
         sizes: of their chunks, checksums included; only of a compressed column.
         outs: where each row goes.
+        recorded: checksum of each, as committed.
     """
 
     def __init__(
@@ -257,6 +272,7 @@ class RowReads:
         offsets: Sequence[int],
         sizes: Sequence[int],
         outs: Sequence[memoryview],
+        recorded: Sequence[int] | None,
     ) -> None:
         self._column = column
         self._files = files
@@ -264,6 +280,7 @@ class RowReads:
         self._rows = rows
         self._offsets = offsets
         self._outs = outs
+        self._recorded = recorded
         self._chunks = (
             outs if column.codec is None else [memoryview(bytearray(size - CHECKSUM_BYTES)) for size in sizes]
         )
@@ -306,9 +323,13 @@ class RowReads:
         """Compare a row that was read with its checksum; decode it if the column is compressed."""
         column, chunk = self._column, self._chunks[at]
         reason = None
-        if column.check_crc and crc32c(chunk) != int.from_bytes(self._checksum, "little"):
-            reason = "wrong checksum"
-        elif column.codec is not None:
+        if column.check_crc:
+            found = crc32c(chunk)
+            if found != int.from_bytes(self._checksum, "little"):
+                reason = "wrong checksum"
+            elif self._recorded is not None and found != self._recorded[at]:
+                reason = "intact, but not what was committed there"
+        if reason is None and column.codec is not None:
             reason = column.codec.decode(chunk, self._outs[at])
         if reason is not None:
             raise column.corrupt(self._rows[at], reason)

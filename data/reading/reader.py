@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from ..format.commits import CommitRecord, Survey
+    from ..format.manifest import Manifest
     from ..storage.local import ShardFiles
 
 
@@ -111,7 +113,7 @@ class CacheReader:
         self.manifest.require(self.columns, where=str(self.path))
         found = survey(self.path, self.manifest)
         for source in dict.fromkeys(source_of(column) for column in self.columns):
-            self._require_committed(source, found.absent[source])
+            self._require_committed(source, found)
         self.labels = read_labels(self.path, self.manifest)
         self.invalid_rows = found.invalid_rows()
         self._valid = np.ones(self.manifest.num_rows, dtype=bool)
@@ -119,7 +121,13 @@ class CacheReader:
         self.valid_rows: NDArray[np.int64] = np.flatnonzero(self._valid).astype(np.int64, copy=False)
         self._column_bytes = {column: found.file_bytes[column] for column in self.columns}
         self._readers = {
-            column: ColumnReader(self.path, self.manifest, column, check_crc=check_crc)
+            column: ColumnReader(
+                self.path,
+                self.manifest,
+                column,
+                check_crc=check_crc,
+                checksums=_checksums(self.manifest, column, found.records[source_of(column)]),
+            )
             for column in self.columns
         }
         # which they are is decided when the first rows are asked for
@@ -325,7 +333,15 @@ class CacheReader:
             )
         return _Target(column, array, array.reshape(-1).view(np.uint8).data, self._readers[column])
 
-    def _require_committed(self, source: str, absent: Sequence[int]) -> None:
+    def _require_committed(self, source: str, found: Survey) -> None:
+        for shard, problem in found.foreign[source].items():
+            place = problem.column or source
+            raise CacheError(
+                f"shard {shard} of {place} is not the one that was committed: {problem.what}",
+                f"`repa cache verify {self.path}` lists them all, `repa cache repair` encodes them again",
+                field=place,
+            )
+        absent = found.absent[source]
         if absent:
             raise CacheError(
                 f"{len(absent)} of the {self.manifest.num_shards} shards of {source} in {self.path} are not "
@@ -338,6 +354,17 @@ class CacheReader:
         self._lock = threading.Lock()
         if self._files is not None:
             self._files.after_fork()
+
+
+def _checksums(manifest: Manifest, column: str, records: Sequence[CommitRecord]) -> NDArray[np.uint32] | None:
+    """The recorded checksum of every row and view ``[S · rows of a shard, V]``, of a column wholly committed.
+
+    None where a record has none: it was written before records had them.
+    """
+    tables = [record.columns[column].chunks_crc32c for record in records]
+    if not all(tables):
+        return None
+    return np.frombuffer(b"".join(tables), dtype="<u4").reshape(-1, len(manifest.views))
 
 
 def _probe(

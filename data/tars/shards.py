@@ -27,9 +27,9 @@ from crc32c import crc32c
 from ..edge import MOST_BYTES, parse_json
 from ..errors import CacheError, RepaError
 from ..format.bounds import Count, Label, Sha256, Text  # noqa: TC001 - read when headers are parsed
+from ..format.canonical import canonical_json
 from ..format.columns import source_of
 from ..format.grammar import is_name
-from ..format.layout import canonical_json
 from ..format.manifest import Manifest
 from .names import present_tars
 from .reader import open_tar, split_member

@@ -13,10 +13,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import CacheError, RepaError
-from ..format.columns import AUTOENCODER, LABEL, column_name, model_of, source_of
+from ..format.columns import AUTOENCODER, column_name, model_of, source_of
 from ..format.layout import (
     CALIBRATION_FOLDER,
-    COMMITS_FOLDER,
     GROUP_FILE,
     calibration_file,
     calibration_lock,
@@ -25,6 +24,7 @@ from ..format.layout import (
 from ..format.opening import open_manifest
 from ..storage.files import os_errors, sync_folders
 from ..writing.store import cache_lock, write_manifest
+from ..writing.valid_rows import settle_valid
 from ..writing.writer import SourceWriter
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def drop_source(path: Path, source: str, *, autoencoder: bool = False) -> Manife
             "say --autoencoder if that is meant",
             field="SOURCE",
         )
-    _check_name(source)
+    column_name(model_of(source), "cls")  # what is no name of a model is no path either
     if source not in manifest.sources and not _left_of(path, source, manifest):
         raise CacheError(
             f"cache {path} has no source {source}",
@@ -83,6 +83,9 @@ def _drop(path: Path, source: str) -> Manifest:
                 sources={name: each for name, each in manifest.sources.items() if name != source},
             )
             write_manifest(path, manifest)
+        if manifest.format_version > 1:
+            for shard in range(manifest.num_shards):
+                settle_valid(path, manifest, shard)
         for place in _left_of(path, source, manifest):
             if place.is_dir() and not place.is_symlink():
                 shutil.rmtree(place)
@@ -93,13 +96,6 @@ def _drop(path: Path, source: str) -> Manifest:
                 folder.rmdir()
         sync_folders(path, path)
     return manifest
-
-
-def _check_name(source: str) -> None:
-    """Keep what is no name from becoming a path, and what is in every cache from being removed."""
-    column_name(model_of(source), "cls")
-    if source in (LABEL, COMMITS_FOLDER, CALIBRATION_FOLDER):
-        raise CacheError(f"{source} is no source", "name one that `repa cache info` shows", field="SOURCE")
 
 
 def _left_of(path: Path, source: str, manifest: Manifest) -> list[Path]:

@@ -22,6 +22,8 @@ import numpy as np
 from ..errors import CacheError, RepaError
 from ..format.commits import invalid_reasons, is_committed
 from ..format.layout import calibration_file
+from ..format.manifest import FORMAT_VERSION
+from ..format.opening import labels_sha256
 from ..reading.reader import CacheReader
 from ..units import human_bytes
 from ..writing.calibrations import check_calibration, ensure_calibration, read_calibration, recorded_sha256
@@ -106,6 +108,8 @@ def _manifest_of(images: ImageSet, part: Manifest) -> Manifest:
         num_rows=len(images.keys),
         source_fingerprint=images.fingerprint,
         keys_sha256=keys_sha256(images.keys),
+        labels_sha256=labels_sha256(images.labels),
+        format_version=FORMAT_VERSION,
         class_names=images.class_names,
         columns={},
         sources={},

@@ -1,7 +1,7 @@
 """Making a damaged cache one that only lacks what its writers can write again.
 
-A manifest is the first thing: where its document is damaged around it, that is written again, and where it is
-of another cache than the folder's, nothing is done.
+A manifest is the first thing: where its document is damaged it is taken from the second one beside it, and
+where it is of another cache than the folder's, nothing is done.
 
 What `verify_cache` finds falls into four kinds. Shards that are not as committed are *withdrawn*: record
 first, then files, so that whoever resumes writes them again. Metadata, keys and labels follow from the
@@ -24,10 +24,11 @@ import numpy as np
 from ..errors import CacheError
 from ..format.columns import LABEL
 from ..format.commits import CommitRecord, record_misfit
-from ..format.group import rescued_manifest
+from ..format.group import has_sound_copy
 from ..format.layout import (
     CALIBRATION_FOLDER,
     COMMITS_FOLDER,
+    GROUP_COPY,
     GROUP_FILE,
     KEYS_FILE,
     LABEL_CHUNK,
@@ -36,11 +37,13 @@ from ..format.layout import (
     commit_file,
     same_document,
     shard_file,
+    valid_chunk,
     zarr_documents,
 )
-from ..format.opening import open_manifest, read_keys, read_labels
+from ..format.opening import labels_sha256, open_manifest, read_keys, read_labels
 from ..storage.files import locked, os_errors, partial_path, refuse_links, sync_folders, write_file
 from ..writing.store import encode_keys, keys_sha256, metadata_documents
+from ..writing.valid_rows import settle_valid
 from ..writing.writer import SourceWriter
 
 if TYPE_CHECKING:
@@ -59,7 +62,8 @@ class RepairPlan:
     Attributes:
         shards: source → its shards that are not as committed, or not committed, ascending.
         rows: source → rows of those shards known to be bad; the others of the shard may be sound.
-        documents: Zarr's metadata that are not what the manifest makes them.
+        documents: Zarr's metadata that are not what the manifest makes them, the second document of the
+            group, and chunks of the array of valid rows.
         tables: ``keys.txt`` or the labels, which the images are needed for.
         calibrations: sources whose calibration is missing or damaged.
         leftovers: files of a writer that was killed; nobody needs them.
@@ -115,7 +119,7 @@ def plan_repair(path: Path, findings: Sequence[Finding]) -> RepairPlan:
             calibrations.append(finding.source)
         elif file.name.startswith(".") and file == partial_path(file.with_name(file.name[1:-8])):
             leftovers.append(file)
-        elif file.name == GROUP_FILE and str(file.relative_to(path)) in zarr_documents(manifest):
+        elif _is_document(file, path, manifest):
             documents.append(file)
         else:
             strays.append(finding)
@@ -131,8 +135,15 @@ def plan_repair(path: Path, findings: Sequence[Finding]) -> RepairPlan:
     )
 
 
+def _is_document(file: Path, path: Path, manifest: Manifest) -> bool:
+    """Whether a file follows from the manifest and the records."""
+    if file == path / GROUP_COPY or file.parent == valid_chunk(path, 0).parent:
+        return True
+    return file.name == GROUP_FILE and str(file.relative_to(path)) in zarr_documents(manifest)
+
+
 def restore_group(path: Path) -> bool:
-    """Write the group's document again where it is damaged around a manifest that is as it was written.
+    """Write the group's document again where it is damaged or lost, and the second one is as it was written.
 
     Args:
         path: folder of the cache.
@@ -144,16 +155,14 @@ def restore_group(path: Path) -> bool:
         CacheError: the manifest is of another format version.
         RepaError: the operating system refuses.
     """
-    file = path / GROUP_FILE
-    if not file.is_file():
+    if not (path / GROUP_COPY).is_file():
         return False
     with os_errors("write", path), locked(path / LOCK_FILE):
         try:
             open_manifest(path)
         except CacheError:
-            manifest = rescued_manifest(file.read_bytes())
-            if manifest is not None:
-                write_file(file, zarr_documents(manifest)[GROUP_FILE], path)
+            if has_sound_copy(path):
+                write_file(path / GROUP_FILE, (path / GROUP_COPY).read_bytes(), path)
                 return True
         return False
 
@@ -182,6 +191,14 @@ def _refuse_foreign_manifest(path: Path, manifest: Manifest) -> None:
         raise CacheError(
             f"the manifest in {path / GROUP_FILE} is of another cache: neither {first} nor {second} is as it "
             "says",
+            "restore the file that was there",
+        )
+    known = [record.cache for _, record in declared if record.cache]
+    one_other = len(known) > 1 and len(set(known)) == 1 and known[0] != manifest.identity
+    if one_other and manifest.format_version > 1:
+        raise CacheError(
+            f"the manifest in {path / GROUP_FILE} is of another cache: all {len(known)} commit records "
+            "are of one that it does not describe",
             "restore the file that was there",
         )
 
@@ -239,7 +256,11 @@ def restore_documents(path: Path, plan: RepairPlan) -> None:
         manifest = open_manifest(path)
         documents = metadata_documents(path, manifest)
         for file in plan.documents:
-            write_file(file, documents[str(file.relative_to(path))], path)
+            name = str(file.relative_to(path))
+            if file.parent == valid_chunk(path, 0).parent:
+                settle_valid(path, manifest, int(file.name))
+            else:
+                write_file(file, documents[GROUP_FILE if name == GROUP_COPY else name], path)
         for file in plan.leftovers:
             with suppress(FileNotFoundError):
                 file.unlink()
@@ -260,6 +281,8 @@ def restore_tables(path: Path, manifest: Manifest, keys: Sequence[str], labels: 
     """
     if keys_sha256(keys) != manifest.keys_sha256:
         raise CacheError(f"these are not the images of cache {path}: their keys differ", "give its --data")
+    if manifest.labels_sha256 not in ("", labels_sha256(labels)):
+        raise CacheError(f"these are not the images of cache {path}: their labels differ", "give its --data")
     try:
         read_keys(path, manifest)
     except CacheError as error:
@@ -315,6 +338,9 @@ def withdraw(path: Path, manifest: Manifest, shards: Mapping[str, Iterable[int]]
                     sync_folders(record.parent, path)
                     for file in files:
                         file.unlink(missing_ok=True)
+                    if manifest.format_version > 1:
+                        with locked(path / LOCK_FILE):
+                            settle_valid(path, manifest, number)
 
 
 def withdraw_calibration(path: Path, source: str) -> None:

@@ -10,6 +10,7 @@ A cache in a bucket is checked as one in a folder, and as strictly: what was cop
 
 from __future__ import annotations
 
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
@@ -20,29 +21,36 @@ import numpy as np
 
 from ..errors import CacheError
 from ..format.columns import LABEL, source_of
-from ..format.commits import read_commit
+from ..format.commits import read_commit, record_misfit
+from ..format.group import read_group
 from ..format.layout import (
     CALIBRATION_FOLDER,
+    GROUP_COPY,
     GROUP_FILE,
     KEYS_FILE,
     LABEL_CHUNK,
     LOCK_FILE,
+    VALID,
     calibration_file,
     calibration_lock,
     commit_file,
     commit_folder,
     same_document,
     shard_file,
+    valid_chunk,
     zarr_documents,
 )
+from ..format.manifest import ATTRIBUTE
 from ..format.opening import open_manifest, read_keys, read_labels
+from ..format.valid import encode_valid
 from ..storage.bucket import REQUESTS, RemotePath, map_files
-from ..storage.files import os_errors, partial_path
+from ..storage.files import os_errors, partial_path, read_file
+from ..storage.local import CHECKSUM_BYTES
 from ..writing.calibrations import check_calibration, read_calibration, recorded_sha256
 from .shard_check import REDO, Finding, ShardCheck
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Sequence
+    from collections.abc import Callable, Container, Iterable, Mapping, Sequence
     from concurrent.futures import Executor
 
     from ..format.commits import CommitRecord
@@ -90,8 +98,13 @@ def verify_cache(
         manifest.require(tuple(columns), where=str(path))
     checked = [name for name in manifest.columns if columns is None or name in columns]
 
-    findings = [*_check_metadata(path, manifest), *_check_keys_and_labels(path, manifest)]
+    findings = [
+        *_check_metadata(path, manifest),
+        *_check_copy(path, manifest),
+        *_check_keys_and_labels(path, manifest),
+    ]
     records: dict[tuple[str, int], CommitRecord] = {}
+    unsound: set[int | None] = set()  # shards with a record that is there and not to be believed
     for source in dict.fromkeys(source_of(name) for name in checked):
         findings += _check_calibration(path, manifest, source)
         for found in map_files(
@@ -101,6 +114,8 @@ def verify_cache(
         ):
             if isinstance(found, Finding):
                 findings.append(found)
+                if found.remedy != _RESUME:
+                    unsound.add(found.shard)
             else:
                 records[source, found.shard] = found
     usual = _REMOTE_FILES if isinstance(path, RemotePath) else min(8, os.cpu_count() or 1)
@@ -113,6 +128,8 @@ def verify_cache(
         ]
         findings += _run(tasks, requests, progress, threads or usual)
     if columns is None:
+        if manifest.format_version > 1:
+            findings += _check_valid(path, manifest, records, unsound)
         findings += _check_strays(path, manifest, records.keys())
     return [_of_a_copy(finding) for finding in findings] if isinstance(path, RemotePath) else findings
 
@@ -147,6 +164,50 @@ def _check_metadata(path: CachePath, manifest: Manifest) -> list[Finding]:
                 Finding(path=file, what=f"{file} {what}", remedy=_AGAIN, source=source, column=column)
             )
     return findings
+
+
+def _check_copy(path: CachePath, manifest: Manifest) -> list[Finding]:
+    """The second document of the group against the first."""
+    if manifest.format_version == 1:
+        return []
+    file = path / GROUP_COPY
+    try:
+        document = read_group(path, GROUP_COPY)
+        values = document["attributes"][ATTRIBUTE]
+        same = values == manifest.to_json() and same_document(
+            json.dumps(document).encode(), zarr_documents(manifest)[GROUP_FILE]
+        )
+        what = f"{file} does not say what {path / GROUP_FILE} does"
+    except CacheError as error:
+        same, what = False, error.what
+    return [] if same else [Finding(path=file, what=what, remedy=_AGAIN)]
+
+
+def _check_valid(
+    path: CachePath,
+    manifest: Manifest,
+    records: Mapping[tuple[str, int], CommitRecord],
+    unsound: Container[int | None],
+) -> list[Finding]:
+    """The array of valid rows against the records, but of shards whose records are not all sound."""
+    committed: dict[int, set[int]] = {}
+    for (_, shard), record in records.items():
+        committed.setdefault(shard, set()).update(record.invalid)
+
+    def check(shard: int) -> Finding | None:
+        file = valid_chunk(path, shard)
+        with os_errors("read", file):
+            try:
+                data = read_file(file, manifest.shard_rows + CHECKSUM_BYTES)
+            except FileNotFoundError:
+                return Finding(path=file, column=VALID, what=f"{file} is missing", remedy=_AGAIN)
+        if data == encode_valid(manifest, shard, committed[shard]):
+            return None
+        what = f"{file} does not say which rows have data"
+        return Finding(path=file, column=VALID, what=what, remedy=_AGAIN)
+
+    found = map_files(check, [shard for shard in sorted(committed) if shard not in unsound], path)
+    return [finding for finding in found if finding is not None]
 
 
 def _check_keys_and_labels(path: CachePath, manifest: Manifest) -> list[Finding]:
@@ -194,17 +255,15 @@ def _check_calibration(path: CachePath, manifest: Manifest, source: str) -> list
 def _check_record(path: CachePath, manifest: Manifest, source: str, shard: int) -> CommitRecord | Finding:
     """A shard's record, or why it has none."""
     file = commit_file(path, source, shard)
-    rows = manifest.shard_range(shard)
-    columns = manifest.source_columns(source).keys()
+    columns = manifest.source_columns(source)
     try:
         record = read_commit(path, source, shard)
     except CacheError as error:
         return Finding(path=file, source=source, shard=shard, what=error.what, remedy=error.remedy)
     if record is None:
         what, remedy = f"shard {shard} of {source} is not committed: {file} is missing", _RESUME
-    elif record.rows != (rows.start, rows.stop) or record.columns.keys() != columns:
-        what = f"commit record {file} is of other rows or columns than shard {shard} of {source}"
-        remedy = REDO
+    elif misfit := record_misfit(manifest, columns, record):
+        what, remedy = f"commit record {file} is not of shard {shard} of {source}: {misfit}", REDO
     else:
         return record
     return Finding(path=file, source=source, shard=shard, what=what, remedy=remedy)
@@ -241,8 +300,11 @@ def _check_strays(path: CachePath, manifest: Manifest, committed: Iterable[tuple
     """Files that no part of the cache explains; those of a shard not committed are a run's in progress."""
     done = set(committed)
     present = _names_of_files(path)
-    known: set[str] = {*zarr_documents(manifest), LOCK_FILE, KEYS_FILE, LABEL_CHUNK}
     root = Path()
+    known: set[str] = {*zarr_documents(manifest), LOCK_FILE, KEYS_FILE, LABEL_CHUNK, GROUP_COPY}
+    # an upgrade that was stopped has begun with them
+    known.add(f"{VALID}/{GROUP_FILE}")
+    known.update(str(valid_chunk(root, shard)) for shard in range(manifest.num_shards))
     for source in manifest.sources:
         known.add(str(commit_folder(root, source) / LOCK_FILE))
         for shard in range(manifest.num_shards):

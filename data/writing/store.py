@@ -18,6 +18,7 @@ from ..format.commits import committed_shards
 from ..format.group import read_group
 from ..format.layout import (
     CALIBRATION_FOLDER,
+    GROUP_COPY,
     GROUP_FILE,
     KEYS_FILE,
     LOCK_FILE,
@@ -25,7 +26,7 @@ from ..format.layout import (
     group_attributes,
     zarr_documents,
 )
-from ..format.opening import declaration, differences, open_manifest, read_labels
+from ..format.opening import declaration, differences, labels_sha256, open_manifest, read_labels
 from ..storage.files import locked, make_folder, os_errors, partial_path, sync_folders, write_file
 from .writer import SourceWriter
 
@@ -87,7 +88,7 @@ def ensure_cache(path: Path, manifest: Manifest, keys: Sequence[str], labels: ND
             if not (path / GROUP_FILE).exists():
                 _create(path, manifest, keys, labels)
     present = open_manifest(path)
-    different = differences(_fixed(present), _fixed(manifest))
+    different = differences(_fixed(present, present), _fixed(manifest, present))
     if different:
         raise CacheError(
             f"{path} is a cache of something else: {different}",
@@ -194,10 +195,13 @@ def _create(path: Path, manifest: Manifest, keys: Sequence[str], labels: NDArray
         raise ValueError(f"{manifest.num_rows} rows, {len(keys)} keys, labels {labels.dtype}[{len(labels)}]")
     if hashlib.sha256(data).hexdigest() != manifest.keys_sha256:
         raise ValueError("keys_sha256 of the manifest is not the one of the keys")
+    if manifest.format_version > 1 and labels_sha256(labels) != manifest.labels_sha256:
+        raise ValueError("labels_sha256 of the manifest is not the one of the labels")
     documents = zarr_documents(manifest, labels=labels)
     files = {KEYS_FILE: data, **documents}
     left = {path / LOCK_FILE, partial_path(path / GROUP_FILE), partial_path(path / KEYS_FILE)}
     left |= {path / name.split("/")[0] for name in (*files, CALIBRATION_FOLDER)}
+    left |= {path / GROUP_COPY, partial_path(path / GROUP_COPY)}
     foreign = sorted(str(each) for each in path.iterdir() if each not in left)
     if foreign:
         raise CacheError(
@@ -206,7 +210,7 @@ def _create(path: Path, manifest: Manifest, keys: Sequence[str], labels: NDArray
     group = files.pop(GROUP_FILE)
     for name, content in files.items():
         write_file(path / name, content, path)
-    write_file(path / GROUP_FILE, group, path)
+    write_group(path, manifest, group)
     sync_folders(path.parent, path.parent)
 
 
@@ -228,7 +232,7 @@ def _declare(path: Path, manifest: Manifest, source: str) -> Manifest:
     for name, content in documents.items():
         if name in own or (name == model and not (path / name).exists()):
             write_file(path / name, content, path)
-    write_file(path / GROUP_FILE, documents[GROUP_FILE], path)
+    write_group(path, manifest, documents[GROUP_FILE])
     return manifest
 
 
@@ -243,7 +247,25 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         CacheError: the group's document, whose other attributes are kept, is damaged.
         OSError: the operating system refuses.
     """
-    write_file(path / GROUP_FILE, metadata_documents(path, manifest)[GROUP_FILE], path)
+    write_group(path, manifest, metadata_documents(path, manifest)[GROUP_FILE])
+
+
+def write_group(path: Path, manifest: Manifest, document: bytes) -> None:
+    """Write both documents of a cache's group, the one that counts last.
+
+    Killed in between, the second document may know of a source that nobody has written anything of.
+
+    Args:
+        path: folder of the cache, whose lock the caller holds.
+        manifest: in the document; of format version 1, there is one document.
+        document: its bytes.
+
+    Raises:
+        OSError: the operating system refuses.
+    """
+    if manifest.format_version > 1:
+        write_file(path / GROUP_COPY, document, path)
+    write_file(path / GROUP_FILE, document, path)
 
 
 def encode_keys(keys: Sequence[str]) -> bytes:
@@ -270,7 +292,7 @@ def _encodes(key: str) -> bool:
     return True
 
 
-def _fixed(manifest: Manifest) -> dict[str, Any]:
-    """What two manifests of one cache share: everything but columns and sources."""
-    values = manifest.to_json()
-    return {key: value for key, value in values.items() if key not in {"columns", "sources"}}
+def _fixed(manifest: Manifest, present: Manifest) -> dict[str, Any]:
+    """What two manifests of one cache share, as far as the version of the one that is there has it."""
+    later = {"format_version", "labels_sha256"} if present.format_version == 1 else set()
+    return {name: value for name, value in manifest.fixed().items() if name not in later}

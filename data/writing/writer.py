@@ -22,9 +22,11 @@ from ..errors import CacheError
 from ..format.commits import ColumnRecord, CommitRecord, is_committed
 from ..format.compression import chunk_codec
 from ..format.layout import LOCK_FILE, commit_file, commit_folder, shard_file
+from ..format.opening import open_manifest
 from ..format.shard_index import MISSING, encode_index
 from ..storage.files import (
     create_file,
+    locked,
     make_folder,
     open_lock,
     os_errors,
@@ -34,6 +36,7 @@ from ..storage.files import (
     write_file,
 )
 from ..storage.local import CHECKSUM_BYTES
+from .valid_rows import settle_valid
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -161,6 +164,11 @@ class ShardWriter:
         self.rows = manifest.shard_range(shard)
         self._specs = manifest.source_columns(source)
         self._layout = (self.rows.start, manifest.shard_rows, len(manifest.views))
+        self._whose = (
+            {"cache": manifest.identity, "source": manifest.source_identities[source]}
+            if manifest.format_version > 1
+            else {}
+        )
         self._files: dict[str, _ColumnFile] = {}
         self._invalid: dict[int, str] = {}
 
@@ -226,7 +234,7 @@ class ShardWriter:
         columns = {}
         for column, file in self._files.items():
             with os_errors("write", file.place):
-                columns[column] = file.finish()
+                columns[column] = file.finish(with_table=bool(self._whose))
         record_file = commit_file(self.path, self.source, self.number)
         with os_errors("write", record_file):
             if record_file.exists():
@@ -240,8 +248,19 @@ class ShardWriter:
                 rows=(self.rows.start, self.rows.stop),
                 columns=columns,
                 invalid=self._invalid,
+                **self._whose,
             )
-            write_file(record_file, record.encode(), self.path)
+            self._publish(record_file, record)
+
+    def _publish(self, file: Path, record: CommitRecord) -> None:
+        """Write the record, and before it what Zarr readers are told of its rows."""
+        if record.format_version == 1:
+            write_file(file, record.encode(), self.path)
+            return
+        # another source's record of these rows must not come in between
+        with locked(self.path / LOCK_FILE):
+            settle_valid(self.path, open_manifest(self.path), self.number, {self.source: record})
+            write_file(file, record.encode(), self.path)
 
     def _abandon(self) -> None:
         with ExitStack() as stack:
@@ -311,13 +330,15 @@ class _ColumnFile:
             return self._codec.encode(values)
         return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
-    def finish(self) -> ColumnRecord:
+    def finish(self, *, with_table: bool) -> ColumnRecord:
         index = encode_index(self._index)
         os.fsync(self._write([index]))
         self._close()
         return ColumnRecord(
             file_bytes=self._offset + len(index),
             chunks_sha256=hashlib.sha256(self._checksums.tobytes()).hexdigest(),
+            chunks_crc32c=self._checksums.tobytes() if with_table else b"",
+            index_crc32c=int.from_bytes(index[-CHECKSUM_BYTES:], "little") if with_table else None,
         )
 
     def abandon(self) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load, save
 
 from ...data.errors import RepaError
-from ...data.format.layout import canonical_json
+from ...data.format.canonical import canonical_json
 from ...data.units import counted
 from ..images.workers import decode_row
 

@@ -242,8 +242,9 @@ def test_an_image_changed_since_is_noticed(cache: Path, pictures: Path, tmp_path
 
 
 def test_a_damaged_manifest_is_beyond_repair(cache: Path, pictures: Path) -> None:
-    text = (cache / "zarr.json").read_text()
-    (cache / "zarr.json").write_text(text.replace("adm-center", "adm-centre"))
+    for name in ("zarr.json", "zarr.json.copy"):
+        text = (cache / name).read_text()
+        (cache / name).write_text(text.replace("adm-center", "adm-centre"))
     with pytest.raises(CacheError, match="does not match its checksum; restore it, or write"):
         mend(cache, pictures)
 

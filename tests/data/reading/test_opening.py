@@ -14,6 +14,7 @@ from repa.data.format.columns import MOMENTS, ColumnSpec, source_of
 from repa.data.format.commits import ColumnRecord, CommitRecord
 from repa.data.format.layout import commit_file, shard_file
 from repa.data.format.manifest import Manifest
+from repa.data.format.opening import labels_sha256
 from repa.data.format.shard_index import encode_index
 from repa.data.testing import synthetic_provenance
 from repa.data.writing.store import create_cache, ensure_source, keys_sha256
@@ -59,6 +60,7 @@ with CacheReader(sys.argv[1], ["sd-vae/moments", "dinov2-b/patch"]) as reader:
 
 def make(path: Path) -> None:
     keys = [f"{row:07d}.JPEG" for row in range(NUM_ROWS)]
+    labels = np.zeros(NUM_ROWS, dtype=np.int32)
     manifest = Manifest(
         num_rows=NUM_ROWS,
         resolution=256,
@@ -67,9 +69,10 @@ def make(path: Path) -> None:
         source_kind="synthetic",
         source_fingerprint="sha256:",
         keys_sha256=keys_sha256(keys),
+        labels_sha256=labels_sha256(labels),
         class_names=("one",),
     )
-    create_cache(path, manifest, keys, np.zeros(NUM_ROWS, dtype=np.int32))
+    create_cache(path, manifest, keys, labels)
     nothing = hashlib.sha256(b"").hexdigest()
     for column, spec in COLUMNS.items():
         source, chunk = source_of(column), spec.row_bytes + 4
@@ -86,8 +89,19 @@ def make(path: Path) -> None:
             with open(file, "wb") as out:
                 out.seek(chunk * len(rows))
                 out.write(tail)
-            record = ColumnRecord(file_bytes=chunk * len(rows) + len(tail), chunks_sha256=nothing)
-            commit = CommitRecord(shard=shard, rows=(rows.start, rows.stop), columns={column: record})
+            record = ColumnRecord(
+                file_bytes=chunk * len(rows) + len(tail),
+                chunks_sha256=nothing,
+                chunks_crc32c=bytes(4 * manifest.shard_rows),  # as in the file, a hole
+                index_crc32c=int.from_bytes(tail[-4:], "little"),
+            )
+            commit = CommitRecord(
+                shard=shard,
+                rows=(rows.start, rows.stop),
+                columns={column: record},
+                cache=manifest.identity,
+                source=manifest.source_identities[source],
+            )
             commit_file(path, source, shard).write_bytes(commit.encode())
 
 

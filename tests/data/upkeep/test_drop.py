@@ -107,12 +107,12 @@ def test_what_was_killed_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_what_is_refused(tmp_path: Path) -> None:
     cache = make(tmp_path / "cache", ALL)
     before = folder_contents(cache)
-    for source in ("sd-vae", "dinov2-b", "label"):
+    for source in ("sd-vae", "dinov2-b"):
         with pytest.raises(CacheError) as caught:
             drop_source(cache, source)
         assert caught.value.field == "SOURCE"
         assert caught.value.remedy
-    for source in ("../other", "demo/patch", ""):
+    for source in ("../other", "demo/patch", "", "label", "valid"):
         with pytest.raises(RepaError):
             drop_source(cache, source)
     manifest = open_manifest(cache)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ COLUMNS = {**SYNTHETIC_COLUMNS, "demo/cls": ColumnSpec(shape=(16,), dtype="float
 DOCUMENTS = (
     "zarr.json",
     "label/zarr.json",
+    "valid/zarr.json",
     "sd-vae/zarr.json",
     "demo/zarr.json",
     "sd-vae/moments/zarr.json",
@@ -143,7 +143,7 @@ def test_all_at_once_and_again(cache: Path, whole: Path) -> None:
         damage(cache / name)
     change(zarr_format=2)(cache / "zarr.json")
     assert [str(each.path.relative_to(cache)) for each in verify_cache(cache)] == list(DOCUMENTS)
-    assert mend(cache).startswith(f"{cache}: 7 files of metadata to write\n")
+    assert mend(cache).startswith(f"{cache}: 8 files of metadata to write\n")
     assert folder_contents(cache) == folder_contents(whole)
     assert mend(cache) == f"{cache}: all is as committed: nothing to repair\n"
     assert folder_contents(cache) == folder_contents(whole)
@@ -176,101 +176,90 @@ def test_killed_between_two_documents_it_goes_on(
             mend(cache)
     assert written == list(DOCUMENTS[1:4])
     left = [finding.path.name for finding in verify_cache(cache)]
-    assert left == ["zarr.json"] * 3 + [".zarr.json.partial"]
+    assert left == ["zarr.json"] * 4 + [".zarr.json.partial"]
     mend(cache)
     assert folder_contents(cache) == folder_contents(whole)
 
 
-GROUP_WORDS = "zarr.json was damaged around its manifest, and is written again"
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of format version 1, whose group has one document."""
+    path = tmp_path_factory.mktemp("metadata") / "old"
+    synthetic_cache(
+        path, num_rows=11, shard_rows=4, columns=COLUMNS, invalid={5: "cut off"}, format_version=1
+    )
+    return path
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda data: data[:-1],
-        lambda data: data[: data.index(b'"zarr_format"')],
-        lambda data: data[: data.index(b'repa_sha256": "') + 15 + 40],
-        lambda data: data + b"{",
-        lambda data: re.sub(rb'(repa_sha256": ")[0-9a-f]{30}', rb"\1" + b"?" * 30, data),
-        lambda data: data.replace(b'"attributes"', b'"atributes"'),
-        lambda data: data.replace(b'"repa_sha256"', b'"repa_sha265"'),
-        lambda data: data[: data.index(b'repa_sha256": "') + 25] + b"\xff" * 9 + data[-3:],
-    ],
+def lose_checksum_of(data: bytes) -> bytes:
+    group = json.loads(data)
+    del group["attributes"]["repa_sha256"]
+    return json.dumps(group).encode()
+
+
+GROUP_DAMAGES: tuple[Callable[[bytes], bytes | None], ...] = (
+    lambda data: None,
+    lambda data: b"",
+    lambda data: data[:-1],
+    lambda data: data[: data.index(b'repa_sha256": "') + 15 + 40],
+    lambda data: data + b"{",
+    lambda data: data.replace(b'"attributes"', b'"atributes"'),
+    lambda data: data.replace(b'"num_rows": 11', b'"num_rows": 12'),
+    lambda data: b"{}",
+    lose_checksum_of,
 )
-def test_a_group_damaged_around_its_manifest(
-    damage: Callable[[bytes], bytes], cache: Path, whole: Path
-) -> None:
+
+
+def damage_group(cache: Path, damage: Callable[[bytes], bytes | None]) -> None:
     file = cache / "zarr.json"
     damaged = damage(file.read_bytes())
-    file.write_bytes(damaged)
-    findings = verify_cache(cache)
-    if damaged.count(b"\xff"):
-        # ten digits of the checksum are no proof
-        assert [str(each) for each in findings] == [f"{file} is damaged or no Zarr v3 group; {RESTORE}"]
-        with pytest.raises(CacheError, match="is damaged or no Zarr v3 group; restore it"):
-            mend(cache)
-        assert file.read_bytes() == damaged
-        return
-    (finding,) = findings
-    assert finding.path == file
-    assert str(finding).startswith(str(file)) or str(finding).startswith(f"the manifest in {file}")
-    assert str(finding).endswith(f"; {AGAIN}")
-    assert mend(cache).splitlines()[0] == f"{cache}: {GROUP_WORDS}"
+    if damaged is None:
+        file.unlink()
+    else:
+        file.write_bytes(damaged)
+
+
+@pytest.mark.parametrize("damage", GROUP_DAMAGES)
+def test_a_damaged_group_is_taken_from_its_copy(
+    damage: Callable[[bytes], bytes | None], cache: Path, whole: Path
+) -> None:
+    damage_group(cache, damage)
+    with pytest.raises(CacheError) as caught:
+        open_manifest(cache)
+    assert caught.value.remedy == AGAIN
+    mend(cache)
     assert folder_contents(cache) == folder_contents(whole)
 
 
-def lose_attributes(group: dict[str, Any]) -> None:
-    group["attributes"] = {}
-
-
-def lose_checksum(group: dict[str, Any]) -> None:
-    del group["attributes"]["repa_sha256"]
-
-
-def change_manifest(group: dict[str, Any]) -> None:
-    group["attributes"]["repa"]["num_rows"] = 12
-
-
-@pytest.mark.parametrize(
-    ("damage", "what"),
-    [
-        (lose_attributes, "{file} has lost the manifest, which says what is in cache {cache}"),
-        (lose_checksum, "the manifest in {file} does not match its checksum"),
-        (change_manifest, "the manifest in {file} does not match its checksum"),
-    ],
-)
-def test_a_manifest_that_is_lost_is_not_guessed(
-    damage: Callable[[dict[str, Any]], None], what: str, cache: Path
+@pytest.mark.parametrize("damage", GROUP_DAMAGES)
+def test_without_a_sound_copy_nothing_is_guessed(
+    damage: Callable[[bytes], bytes | None], cache: Path, old: Path, tmp_path: Path
 ) -> None:
-    file = cache / "zarr.json"
-    group = json.loads(file.read_text())
-    damage(group)
-    file.write_text(json.dumps(group))
-    before = folder_contents(cache)
-    message = f"{what.format(file=file, cache=cache)}; {RESTORE}"
-    assert [str(finding) for finding in verify_cache(cache)] == [message]
-    with pytest.raises(CacheError) as caught:
-        mend(cache)
-    assert str(caught.value) == message
-    assert folder_contents(cache) == before
+    (cache / "zarr.json.copy").write_bytes((cache / "zarr.json.copy").read_bytes()[:-1])
+    for path in (cache, shutil.copytree(old, tmp_path / "old")):
+        damage_group(path, damage)
+        before = folder_contents(path)
+        with pytest.raises(CacheError) as caught:
+            mend(path)
+        assert caught.value.remedy == RESTORE
+        assert folder_contents(path) == before
 
 
-def test_a_missing_group_is_said_and_not_made(cache: Path, tmp_path: Path) -> None:
-    (cache / "zarr.json").unlink()
-    before = folder_contents(cache)
-    with pytest.raises(CacheError) as caught:
+def test_a_copy_that_says_something_else_is_written_again(cache: Path, whole: Path, tmp_path: Path) -> None:
+    synthetic_cache(tmp_path / "other", num_rows=11, shard_rows=4)
+    copy = cache / "zarr.json.copy"
+    for data in (None, b"", copy.read_bytes()[:-1], (tmp_path / "other" / "zarr.json").read_bytes()):
+        if data is None:
+            copy.unlink()
+        else:
+            copy.write_bytes(data)
+        (finding,) = verify_cache(cache)
+        assert (finding.path, finding.remedy) == (copy, AGAIN)
         mend(cache)
-    assert str(caught.value) == (
-        f"{cache}/zarr.json is missing, which says what is in cache {cache}; {RESTORE}"
-    )
-    assert folder_contents(cache) == before
-    with pytest.raises(CacheError, match="there is no cache at"):
-        mend(tmp_path / "nowhere")
-    assert not (tmp_path / "nowhere").exists()
+        assert folder_contents(cache) == folder_contents(whole)
 
 
 FIRST = "{cache}/commits/demo/0.json (rows 0 to 3 of demo/cls, demo/patch)"
-LAST = "{cache}/commits/demo/2.json (rows 8 to 10 of demo/cls, demo/patch)"
 FLOATS = {name: ColumnSpec(shape=(2, *spec.shape), dtype="float32") for name, spec in COLUMNS.items()}
 PACKED = {
     name: ColumnSpec(shape=spec.shape, dtype="int8", compressor="zstd") for name, spec in COLUMNS.items()
@@ -285,7 +274,7 @@ PACKED = {
             FIRST,
             "sd-vae/moments/zarr.json",
         ),
-        ({"num_rows": 13}, LAST, "keys.txt"),
+        ({"num_rows": 13}, FIRST, "keys.txt"),
         (
             {"views": ("a", "b")},
             FIRST,
@@ -296,7 +285,7 @@ PACKED = {
             FIRST,
             "sd-vae/moments/zarr.json",
         ),
-        ({"columns": PACKED}, "{cache}/sd-vae/moments/zarr.json", "demo/patch/zarr.json"),
+        ({"columns": PACKED}, FIRST, "sd-vae/moments/zarr.json"),
         (
             {"num_rows": 30, "columns": {"other/patch": COLUMNS["demo/patch"]}},
             FIRST,
@@ -308,7 +297,8 @@ def test_the_manifest_of_another_cache_is_refused_and_nothing_touched(
     other: dict[str, Any], first: str, second: str, cache: Path, whole: Path, tmp_path: Path
 ) -> None:
     synthetic_cache(tmp_path / "other", **{"num_rows": 11, "shard_rows": 4, "columns": COLUMNS, **other})
-    shutil.copy(tmp_path / "other" / "zarr.json", cache / "zarr.json")
+    for name in ("zarr.json", "zarr.json.copy"):
+        shutil.copy(tmp_path / "other" / name, cache / name)
     before = folder_contents(cache)
     assert verify_cache(cache)
     with pytest.raises(CacheError) as caught:
@@ -318,7 +308,8 @@ def test_the_manifest_of_another_cache_is_refused_and_nothing_touched(
         f"{cache}/{second} is as it says; restore the file that was there"
     )
     assert folder_contents(cache) == before
-    shutil.copy(whole / "zarr.json", cache / "zarr.json")
+    for name in ("zarr.json", "zarr.json.copy"):
+        shutil.copy(whole / name, cache / name)
     assert verify_cache(cache) == []
 
 

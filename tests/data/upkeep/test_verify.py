@@ -112,9 +112,9 @@ def test_a_flipped_bit_in_any_other_file_is_found(cache: Path) -> None:
         for file in sorted(cache.rglob("*"))
         if file.is_file()
         and file.stat().st_size
-        and (file.suffix in {".json", ".txt"} or "label" in file.parts)
+        and (file.suffix in {".json", ".txt", ".copy"} or {"label", "valid"}.intersection(file.parts))
     ]
-    assert len(others) == 1 + 1 + 2 + 2 + 3 + 2 * 3
+    assert len(others) == 2 + 1 + 2 + 2 + 3 + 2 * 3 + 1 + 3
     for file in others:
         for _ in range(12):
             bit = bits.randrange(8 * file.stat().st_size)

@@ -15,6 +15,7 @@ from repa.data.errors import RepaError
 from repa.data.format.columns import MOMENTS, ColumnSpec
 from repa.data.format.commits import committed_shards, invalid_reasons
 from repa.data.format.manifest import Manifest
+from repa.data.format.opening import labels_sha256
 from repa.data.testing import synthetic_provenance
 from repa.data.writing.store import ensure_cache, ensure_source, keys_sha256
 from repa.data.writing.writer import SourceWriter
@@ -43,6 +44,7 @@ def manifest() -> Manifest:
         source_kind="synthetic",
         source_fingerprint="sha256:0",
         keys_sha256=keys_sha256(KEYS),
+        labels_sha256=labels_sha256(np.zeros(ROWS, np.int32)),
         class_names=("c",),
     )
 

@@ -1,0 +1,59 @@
+"""Keeping the array ``valid`` in step with the commit records (`format.valid`)."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from ..errors import CacheError
+from ..format.commits import read_commit
+from ..format.layout import valid_chunk
+from ..format.valid import encode_valid
+from ..storage.files import sync_folders, write_file
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from ..format.commits import CommitRecord
+    from ..format.manifest import Manifest
+
+_NO_RECORDS: Mapping[str, CommitRecord] = {}
+
+
+def settle_valid(
+    path: Path, manifest: Manifest, shard: int, about: Mapping[str, CommitRecord] = _NO_RECORDS
+) -> None:
+    """Have the chunk of a shard say what its records say; the caller holds the cache's lock.
+
+    Args:
+        path: folder of the cache.
+        manifest: its manifest, with the array.
+        shard: index of the shard.
+        about: source → record that is about to be written.
+
+    Raises:
+        OSError: the operating system refuses.
+    """
+    records = dict(about)
+    for source in manifest.sources:
+        if source not in records:
+            # one that is damaged is written again, and this with it
+            with suppress(CacheError):
+                record = read_commit(path, source, shard)
+                if record is not None:
+                    records[source] = record
+    file = valid_chunk(path, shard)
+    if not records:
+        with suppress(FileNotFoundError):
+            file.unlink()
+            sync_folders(file.parent, path)
+        return
+    invalid = {row for record in records.values() for row in record.invalid}
+    data = encode_valid(manifest, shard, invalid.intersection(manifest.shard_range(shard)))
+    try:
+        same = file.read_bytes() == data
+    except FileNotFoundError:
+        same = False
+    if not same:
+        write_file(file, data, path)
