@@ -21,7 +21,7 @@ from .checked import RANDOM_WEIGHTS, Checked, ProblemsError
 from .checkpointing import Checkpoints
 from .checks import check
 from .divergence import refuse_lost
-from .folder import locked_run, refuse_foreign_folder, settle_config
+from .folder import changed_settings, locked_run, refuse_foreign_folder, settle_config
 from .going_back import checkpoint_to_go_on_from, set_newer_aside
 from .gradient_angle import GradientAngle
 from .held_out import held_out_batches, held_out_sums
@@ -119,6 +119,9 @@ def fit(
         identity = identity_of(checked, config)
         newest, going_back = checkpoint_to_go_on_from(run, from_step, say)
         if newest is not None:
+            if leader:
+                # before what follows from it: with other targets the cache is another too
+                changed_settings(config, run, newest[1])
             check_resumable(newest[1], identity)
         changed: list[Change] = []
         if leader:

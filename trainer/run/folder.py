@@ -111,6 +111,18 @@ def locked_run(run: Path, *, leader: bool) -> Iterator[None]:
 def settle_config(config: TrainConfig, run: Path, newest: Path | None = None) -> list[Change]:
     """Write the configuration, if it is the run's but for what may change.
 
+    Arguments, result and errors are those of `changed_settings`.
+    """
+    changed = changed_settings(config, run, newest)
+    place = run / CONFIG_FILE
+    with os_errors("write", place):
+        write_file(place, config.to_yaml().encode(), run)
+    return changed
+
+
+def changed_settings(config: TrainConfig, run: Path, newest: Path | None = None) -> list[Change]:
+    """Compare the configuration with the run's, and refuse what may not change.
+
     Args:
         config: settings to go on with.
         run: its folder.
@@ -123,18 +135,14 @@ def settle_config(config: TrainConfig, run: Path, newest: Path | None = None) ->
     Raises:
         RepaError: the folder holds another run, or checkpoints without a configuration.
     """
-    place = run / CONFIG_FILE
-    changed: list[Change] = []
-    if place.exists():
+    if (run / CONFIG_FILE).exists():
         before = _build_without_cache(run).to_dict()
-        changed = changes(before if newest is None else _trained_with(newest, before), config)
-    elif checkpoints_of(run):
+        return changes(before if newest is None else _trained_with(newest, before), config)
+    if checkpoints_of(run):
         raise RepaError(
             f"{run} has checkpoints but no {CONFIG_FILE}", "start another run with --run", field="--run"
         )
-    with os_errors("write", place):
-        write_file(place, config.to_yaml().encode(), run)
-    return changed
+    return []
 
 
 def _trained_with(checkpoint: Path, configuration: dict[str, Any]) -> dict[str, Any]:
