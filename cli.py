@@ -27,7 +27,10 @@ from .commands.shared.flags import takes_flags
 from .commands.train import TrainFlags, train
 from .data.edge import printable
 from .data.errors import RepaError
+from .data.storage.files import remedy_of
 
+# of files, processes and memory, wherever one more is asked for
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 _SUMMARY = "Encode an image set once, then train every representation-alignment method from the cache."
 
 app = typer.Typer(
@@ -69,7 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _fail(f"cannot use {error.filename}: {error.strerror}")
         if _is_output_error(error):
             _fail(f"cannot write the output: {error.strerror}")
+        if error.errno in _EXHAUSTED:
+            _fail(f"the system has no more to give: {error.strerror}; {remedy_of(error)}")
         raise
+    except MemoryError:
+        _fail("the memory is used up; give a smaller --batch-size, fewer --workers or fewer --limit images")
 
 
 def _prepare_streams() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import shlex
 import subprocess
@@ -101,6 +102,22 @@ def test_errors_of_the_system_without_a_path_are_not_hidden(monkeypatch: pytest.
     monkeypatch.setattr("repa.cli.train", fail)
     with pytest.raises(OSError, match="a library is not there"):
         main(["train"])
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EMFILE, "Too many open files"), OSError(errno.EAGAIN, "no"), MemoryError()]
+)
+def test_what_the_system_has_no_more_of_is_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def exhaust(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("repa.cli.preprocess", exhaust)
+    with pytest.raises(SystemExit) as caught:
+        main(["preprocess"])
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_an_unknown_flag_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:

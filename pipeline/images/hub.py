@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...data.errors import RepaError
+from ...data.storage.regular import read_regular
 from ...data.units import counted
 from .base import AUTO_LABELS, NO_LABELS, ONLY_CLASS
-from .decode import decode_image
+from .decode import MAX_BYTES, decode_image
 from .listing import fingerprint_of, numbered_classes, spaced
 from .names import HUGGING_FACE
 
@@ -102,7 +103,7 @@ class HubImages:
             value = self._data[int(self._rows[index])][self._image]
             content = value["bytes"]
             if content is None:
-                content = Path(value["path"]).read_bytes()
+                content = read_regular(value["path"], MAX_BYTES + 1)
         except OSError as error:
             raise RepaError(
                 f"image {self.keys[index]} of {self.name} cannot be read ({error})", "mend the file"
