@@ -272,7 +272,7 @@ def _print_plan(
 
 
 def _print_settings(console: Console) -> None:
-    """What ``--help-settings`` prints."""
+    """Print what ``--help-settings`` shows."""
     from ..trainer.settings_list import list_settings
 
     section = ""

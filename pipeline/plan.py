@@ -189,7 +189,7 @@ def make_plan(config: PreprocessConfig) -> Plan:
 
 
 def _class_names(images: ImageSource, present: Manifest | None) -> tuple[str, ...]:
-    """The names of the classes, those of the cache where only a folder's own name is another.
+    """Return the names of the classes, those of the cache where only a folder's own name is another.
 
     The one class of a flat folder is called after the folder, which may have been renamed since.
     """
@@ -201,7 +201,7 @@ def _class_names(images: ImageSource, present: Manifest | None) -> tuple[str, ..
 
 
 def present_manifest(cache: Path) -> Manifest | None:
-    """The manifest of the cache, or None when nothing is there yet.
+    """Read the manifest of the cache, or None when nothing is there yet.
 
     Raises:
         CacheError: a file stands there or in its way, or a cache that cannot be read.
@@ -215,7 +215,7 @@ def present_manifest(cache: Path) -> Manifest | None:
 def missing_shards(
     cache: Path, present: Manifest | None, source: str, shards: Iterable[int]
 ) -> tuple[int, ...]:
-    """Those of ``shards`` that a source has not committed; all, when the cache does not know it.
+    """List those of ``shards`` that a source has not committed. They are all when the cache does not know it.
 
     Args:
         cache: folder of the cache.
@@ -229,7 +229,7 @@ def missing_shards(
 
 
 def _resolve(config: PreprocessConfig, present: Manifest | None) -> PreprocessConfig:
-    """Fill in what was left open: as the cache has it, else the default."""
+    """Fill in what was left open, as the cache has it, else by the default."""
     recorded = present.sources if present is not None else {}
     vae = config.vae
     if vae is None and AUTOENCODER in recorded:
@@ -256,7 +256,9 @@ def _resolve(config: PreprocessConfig, present: Manifest | None) -> PreprocessCo
 
 
 def _default_batch_size(resolution: int) -> int:
-    """As many images as take the memory of 32 images of 256×256 on a GPU, or of 8 on a CPU; at most 64.
+    """Choose as many images as take the memory of 32 images of 256×256 on a GPU, or of 8 on a CPU.
+
+    They are at most 64.
 
     A CPU computes as many batches at a time as it has cores, see `lanes`.
     """
@@ -301,7 +303,7 @@ def _plan_source(
 
 
 def _bytes(manifest: Manifest, missing: Sequence[int], columns: Mapping[str, ColumnSpec]) -> int:
-    """What the missing shards of some columns take before compression, checksums and indexes included."""
+    """Count what the missing shards of some columns take uncompressed, with checksums and indexes."""
     rows = sum(len(manifest.shard_range(shard)) for shard in missing)
     views = len(manifest.views)
     index = len(missing) * index_bytes(manifest.shard_rows, views)
@@ -309,13 +311,13 @@ def _bytes(manifest: Manifest, missing: Sequence[int], columns: Mapping[str, Col
 
 
 def _attention(config: PreprocessConfig, source: str) -> AttentionSettings | None:
-    """How a source's attention is to be stored; None: it is none."""
+    """Return how a source's attention is to be stored, or None if it is none."""
     encoder = model_of(source)
     return None if encoder == source else config.attention_settings(encoder)
 
 
 def _columns(config: PreprocessConfig, source: str, *, smallest: bool = False) -> dict[str, ColumnSpec]:
-    """The columns a source would have, from what is known of it without its weights.
+    """Return the columns a source would have, from what is known of it without its weights.
 
     Of the ranks that attention may get the largest, or the smallest.
     """
@@ -349,7 +351,7 @@ def _columns(config: PreprocessConfig, source: str, *, smallest: bool = False) -
 
 
 def _is_drawn(config: PreprocessConfig, source: str) -> bool:
-    """Whether the weights would be drawn: asked for, and none at hand."""
+    """Tell whether the weights would be drawn because that is asked for and none are at hand."""
     if source == AUTOENCODER:
         from .encoders.vae import is_drawn
 
@@ -396,7 +398,7 @@ def _check_declared(
 
 
 def nearest_folder(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
+    """Return the path, or the nearest folder above it that is there."""
     for each in (path.absolute(), *path.absolute().parents):
         if each.is_dir():
             return each

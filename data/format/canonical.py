@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def canonical_json(values: Mapping[str, Any]) -> bytes:
-    """Return JSON with one spelling only: sorted keys, no spaces, UTF-8."""
+    """Return JSON with one spelling only, with sorted keys, no spaces and UTF-8."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode()
 

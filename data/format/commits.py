@@ -86,11 +86,11 @@ class CommitRecord:
 
     @property
     def format_version(self) -> int:
-        """Of the record; a cache that is half upgraded has both."""
+        """Version of the record. A cache that is half upgraded has both."""
         return 2 if self.cache else 1
 
     def encode(self) -> bytes:
-        """The record's file: canonical JSON with its own checksum, and a newline."""
+        """Write the record's file as canonical JSON with its own checksum and a newline."""
         columns: dict[str, dict[str, Any]] = {
             name: {"bytes": column.file_bytes, "chunks_sha256": column.chunks_sha256}
             for name, column in self.columns.items()
@@ -114,7 +114,7 @@ class CommitRecord:
 
     @classmethod
     def decode(cls, data: bytes, *, where: str) -> CommitRecord:
-        """The record in a file's bytes.
+        """Parse the record in a file's bytes.
 
         Args:
             data: the bytes.
@@ -186,7 +186,7 @@ class ShardProblem:
 
 
 def read_commit(path: CachePath, source: str, shard: int) -> CommitRecord | None:
-    """The commit record of a shard, or None when it is not committed.
+    """Read the commit record of a shard, or None when it is not committed.
 
     Args:
         path: folder of the cache.
@@ -241,7 +241,7 @@ def record_misfit(manifest: Manifest, columns: Mapping[str, ColumnSpec], record:
 
 
 def _foreign(manifest: Manifest, columns: Mapping[str, ColumnSpec], record: CommitRecord) -> str | None:
-    """What says that a record is another cache's, or of other weights or settings."""
+    """Say what shows that a record is another cache's, or of other weights or settings."""
     if record.format_version == 1:
         return None if manifest.format_version == 1 else "it does not say whose it is"
     # while a cache is upgraded its records are, and its manifest last
@@ -300,7 +300,7 @@ def record_problem(
 
 
 def _end_of(file: Path, manifest: Manifest) -> tuple[int, int | None, int | None]:
-    """Size of a shard file, and the checksums of its last chunk and of its index, None if too short."""
+    """Return the size of a shard file, the checksums of its last chunk and of its index, or None."""
     descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         size = os.fstat(descriptor).st_size
@@ -315,7 +315,7 @@ def _end_of(file: Path, manifest: Manifest) -> tuple[int, int | None, int | None
 
 
 def _last_checksum(manifest: Manifest, record: CommitRecord, column: ColumnRecord) -> int | None:
-    """The recorded checksum of the last chunk of a file; None where it has none."""
+    """Return the recorded checksum of the last chunk of a file, or None where it has none."""
     start, stop = record.rows
     row = next((row for row in reversed(range(start, stop)) if row not in record.invalid), None)
     if row is None:
@@ -325,7 +325,10 @@ def _last_checksum(manifest: Manifest, record: CommitRecord, column: ColumnRecor
 
 
 def is_committed(path: CachePath, manifest: Manifest, source: str, shard: int) -> bool:
-    """Whether a shard has an intact record and files of the recorded sizes; if not, it is to be written."""
+    """Tell whether a shard has an intact record and files of the recorded sizes.
+
+    If not, it is to be written.
+    """
     try:
         record = read_commit(path, source, shard)
     except CacheError:
@@ -334,7 +337,7 @@ def is_committed(path: CachePath, manifest: Manifest, source: str, shard: int) -
 
 
 def committed_shards(path: CachePath, manifest: Manifest, source: str) -> list[int]:
-    """The shards of a source that are committed (see `is_committed`), ascending."""
+    """List the shards of a source that are committed (see `is_committed`), ascending."""
     committed = map_files(
         lambda shard: is_committed(path, manifest, source, shard), range(manifest.num_shards), path
     )
@@ -351,7 +354,7 @@ def invalid_reasons(path: CachePath, manifest: Manifest) -> dict[int, str]:
 
 
 def invalid_rows(path: CachePath, manifest: Manifest) -> NDArray[np.int64]:
-    """The rows of `invalid_reasons`, int64, ascending: the union over all sources.
+    """List the rows of `invalid_reasons`, int64, ascending. They are the union over all sources.
 
     Raises:
         CacheError: a commit record is damaged.
@@ -393,7 +396,7 @@ class Survey:
         return dict(sorted(reasons.items()))
 
     def invalid_rows(self) -> NDArray[np.int64]:
-        """The rows of `invalid_reasons`, int64, ascending.
+        """List the rows of `invalid_reasons`, int64, ascending.
 
         Raises:
             CacheError: as there.

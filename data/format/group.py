@@ -24,7 +24,7 @@ _REPAIR = "have it written again by `repa cache repair`"
 
 
 def read_group(path: CachePath, name: str = GROUP_FILE) -> dict[str, Any]:
-    """The group's document, its manifest checked against its checksum.
+    """Read the group's document, its manifest checked against its checksum.
 
     Args:
         path: folder of the cache, or its prefix in a bucket.

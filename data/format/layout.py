@@ -43,7 +43,9 @@ CHECKSUM_ATTRIBUTE = f"{ATTRIBUTE}_sha256"
 
 
 def shard_file(path: PathT, column: str, spec: ColumnSpec, shard: int) -> PathT:
-    """The file of one shard of one column: ``<column>/c/<shard>/0/0…``, a zero per view and shape axis.
+    """Return the path of one shard of one column.
+
+    It is ``<column>/c/<shard>/0/0…``, with a zero for each view and shape axis.
 
     Args:
         path: folder of the cache.
@@ -59,12 +61,12 @@ def shard_file(path: PathT, column: str, spec: ColumnSpec, shard: int) -> PathT:
 
 @lru_cache(maxsize=MOST_COLUMNS)
 def _column_parts(column: str) -> tuple[str, str]:
-    """The components of a column's path, each of the grammar: the column's name is checked to be one."""
+    """Split a column's path into its components, each checked to be of the grammar."""
     return split_column(column)
 
 
 def commit_folder(path: PathT, source: str) -> PathT:
-    """The folder of a source's commit records and of its writers' lock.
+    """Return the folder of a source's commit records and of its writers' lock.
 
     Raises:
         CacheError: the source's name is not of the grammar.
@@ -73,7 +75,7 @@ def commit_folder(path: PathT, source: str) -> PathT:
 
 
 def commit_file(path: PathT, source: str, shard: int) -> PathT:
-    """The commit record of one shard of a source.
+    """Return the path of the commit record of one shard of a source.
 
     Raises:
         CacheError: the source's name is not of the grammar.
@@ -87,7 +89,7 @@ def valid_chunk(path: PathT, shard: int) -> PathT:
 
 
 def calibration_file(path: PathT, source: str) -> PathT:
-    """What was fitted to some images before a source was written (`calibrations`).
+    """Return the path of what was fitted to some images before a source was written (`calibrations`).
 
     Raises:
         CacheError: the source's name is not of the grammar.
@@ -96,7 +98,7 @@ def calibration_file(path: PathT, source: str) -> PathT:
 
 
 def calibration_lock(path: PathT, source: str) -> PathT:
-    """The lock under which that file is made.
+    """Return the path of the lock under which that file is made.
 
     Raises:
         CacheError: the source's name is not of the grammar.
@@ -105,7 +107,10 @@ def calibration_lock(path: PathT, source: str) -> PathT:
 
 
 def group_attributes(manifest: Manifest) -> dict[str, Any]:
-    """The attributes of the cache's group: the manifest and the sha256 of its canonical JSON."""
+    """Make the attributes of the cache's group.
+
+    They are the manifest and the sha256 of its canonical JSON.
+    """
     values = manifest.to_json()
     return {ATTRIBUTE: values, CHECKSUM_ATTRIBUTE: canonical_sha256(values)}
 
@@ -116,7 +121,7 @@ def zarr_documents(
     attributes: Mapping[str, Any] | None = None,
     labels: NDArray[np.int32] | None = None,
 ) -> dict[str, bytes]:
-    """Every Zarr metadata document of a cache, relative path → bytes, as zarr-python makes them.
+    """Make every Zarr metadata document of a cache, relative path → bytes, as zarr-python makes them.
 
     Args:
         manifest: the cache.
@@ -180,7 +185,7 @@ def zarr_documents(
 
 
 def same_document(data: bytes, expected: bytes) -> bool:
-    """Whether a Zarr document says what another does.
+    """Tell whether a Zarr document says what another does.
 
     Raises:
         ValueError: it is not JSON.
@@ -190,7 +195,7 @@ def same_document(data: bytes, expected: bytes) -> bool:
 
 
 def _comparable(document: bytes) -> Any:
-    """A Zarr document without what users may add and writers may leave out."""
+    """Strip a Zarr document of what users may add and writers may leave out."""
     values = json.loads(document)
     if not isinstance(values, dict):
         return values

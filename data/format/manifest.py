@@ -49,7 +49,7 @@ _AGAIN = "restore it, or write the cache again"
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Which model wrote a source's columns, and how: enough to write the same bytes again.
+    """Which model wrote a source's columns and how, enough to write the same bytes again.
 
     Attributes:
         model: identity of the model, a hub id, a timm name or the folder's name.
@@ -130,20 +130,20 @@ class Manifest:
 
     @property
     def num_shards(self) -> int:
-        """Shards of every column; the last may be part empty."""
+        """Shards of every column. The last may be part empty."""
         return -(-self.num_rows // self.shard_rows)
 
     def shard_range(self, shard: int) -> range:
-        """Rows of a shard."""
+        """Return the rows of a shard."""
         start = shard * self.shard_rows
         return range(start, min(start + self.shard_rows, self.num_rows))
 
     def source_columns(self, source: str) -> dict[str, ColumnSpec]:
-        """Columns of one source, name → spec."""
+        """Return the columns of one source, name → spec."""
         return {name: spec for name, spec in self.columns.items() if source_of(name) == source}
 
     def with_source(self, source: str, provenance: Provenance, columns: Mapping[str, ColumnSpec]) -> Manifest:
-        """A manifest with one more source and its columns, in place of what it said of that source."""
+        """Return a manifest with one more source and its columns, in place of what it said of that source."""
         others = {name: spec for name, spec in self.columns.items() if source_of(name) != source}
         return replace(
             self,
@@ -159,17 +159,20 @@ class Manifest:
         return values
 
     def fixed(self) -> dict[str, Any]:
-        """Return what a cache is from its first day on: everything but columns and sources."""
+        """Return what a cache is from its first day on, which is everything but columns and sources."""
         return {name: value for name, value in self.to_json().items() if name not in {"columns", "sources"}}
 
     @cached_property
     def identity(self) -> str:
-        """Which cache this is, the hex sha256 of what is fixed: the same whoever writes it, and when."""
+        """Return the hex sha256 of what is fixed.
+
+        It says which cache this is, whoever writes it, and when.
+        """
         return canonical_sha256(self.fixed())
 
     @cached_property
     def source_identities(self) -> dict[str, str]:
-        """Source → the hex sha256 of what binds of its declaration: its model, settings and columns."""
+        """Return source → the hex sha256 of what binds of its declaration (model, settings, columns)."""
         return {
             source: canonical_sha256(
                 {
@@ -184,7 +187,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, values: Any, *, where: str) -> Manifest:
-        """The manifest of a group's attributes.
+        """Parse the manifest of a group's attributes.
 
         Args:
             values: the JSON values.
@@ -215,7 +218,7 @@ class Manifest:
         return manifest
 
     def _check_names(self, where: str) -> None:
-        """Check what the types of the fields do not say: names, and what they have to do with one another."""
+        """Check what the types of the fields do not say, the names and how they belong together."""
         for source in self.sources:
             checked_name(source)
         if len(set(self.views)) < len(self.views):
@@ -264,7 +267,7 @@ class Manifest:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, mappings as dicts: what a JSON round trip gives back."""
+    """Turn tuples into lists and mappings into dicts, as a JSON round trip does."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):

@@ -40,7 +40,7 @@ _UNPROVED_ROWS = 2**16
 
 
 def open_manifest(path: CachePath) -> Manifest:
-    """The manifest of the cache at ``path``.
+    """Read the manifest of the cache at ``path``.
 
     Raises:
         CacheError: there is no cache, it is of another format version, or its manifest is damaged.
@@ -99,7 +99,7 @@ def read_keys(path: CachePath, manifest: Manifest) -> list[str]:
 
 
 def read_labels(path: CachePath, manifest: Manifest) -> NDArray[np.int32]:
-    """The label of every row, int32 ``[N]``.
+    """Read the label of every row, int32 ``[N]``.
 
     Raises:
         CacheError: the label array is missing, cut off, does not match its checksum, or is another cache's.
@@ -124,7 +124,10 @@ def labels_sha256(labels: NDArray[np.int32]) -> str:
 
 
 def declaration(provenance: Provenance, columns: Mapping[str, ColumnSpec]) -> dict[str, Any]:
-    """What binds of a source; notes and columns each for itself, so that the one that differs is named."""
+    """Return what binds of a source.
+
+    Notes and columns stand each for itself, so that the one that differs is named.
+    """
     values = provenance.identity()
     notes = values.pop("notes")
     # a model's folder may be moved: the weights' hash says whether it is the same
@@ -154,7 +157,7 @@ def as_recorded(found: Provenance, recorded: Iterable[Provenance]) -> Provenance
 
 
 def differences(here: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """``field is a, not b`` of every field that differs, values that are long left out."""
+    """Say ``field is a, not b`` of every field that differs. Values that are long are left out."""
     parts = []
     for key in dict.fromkeys([*here, *wanted]):
         if here.get(key) != wanted.get(key):

@@ -51,7 +51,7 @@ class _Chunks(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Which rows are read and where they go, as all columns need it; `places_of` makes it.
+    """Which rows are read and where they go, as all columns need it. `places_of` makes it.
 
     Attributes:
         rows: rows of the cache.
@@ -73,7 +73,7 @@ class Places(NamedTuple):
 def places_of(
     manifest: Manifest, rows: NDArray[np.int64], views: NDArray[np.int64], targets: NDArray[np.intp]
 ) -> Places:
-    """Where rows lie in the shards of a cache, whatever the column.
+    """Find where rows lie in the shards of a cache, whatever the column.
 
     Args:
         manifest: the cache's.
@@ -87,7 +87,7 @@ def places_of(
 
 
 class ColumnReader:
-    """Reads rows of one column; threads may share it.
+    """Reads rows of one column. Threads may share it.
 
     Args:
         path: folder of the cache.
@@ -133,7 +133,9 @@ class ColumnReader:
         self._irregular = False
 
     def start(self, files: ShardFiles, places: Places, memory: memoryview) -> RowReads:
-        """The reads of some rows, their files open; nothing is read yet but indexes that are not known.
+        """Prepare the reads of some rows and open their files.
+
+        Nothing is read yet but indexes that are not known.
 
         Args:
             files: where the bytes come from.
@@ -177,7 +179,7 @@ class ColumnReader:
         self.start(files, places_of(self.manifest, rows, first, first), memoryview(b""))
 
     def shard_path(self, shard: int) -> str:
-        """The file of a shard."""
+        """Return the path of a shard's file."""
         # building a path takes as long as reading 50 kB; a batch may touch a shard per row
         path = self._paths.get(shard)
         if path is None:
@@ -185,12 +187,12 @@ class ColumnReader:
         return path
 
     def corrupt(self, row: int, reason: str) -> CorruptRowError:
-        """The error of a row whose stored bytes are not what was written."""
+        """Make the error of a row whose stored bytes are not what was written."""
         path = self.shard_path(row // self.manifest.shard_rows)
         return CorruptRowError(row=row, column=self.column, path=path, reason=reason)
 
     def unreadable(self, row: int, error: OSError) -> CacheError:
-        """The error of a row whose file the operating system does not read."""
+        """Make the error of a row whose file the operating system does not read."""
         path = self.shard_path(row // self.manifest.shard_rows)
         remedy = (
             "look at the connection and the credentials"
@@ -202,7 +204,7 @@ class ColumnReader:
         )
 
     def _open(self, files: ShardFiles, places: Places) -> Sequence[Any]:
-        """The file of every row."""
+        """Open the file of every row."""
         # per row this is a look into a dictionary, and hardly more may be: it holds up the other threads
         try:
             paths = list(map(self._paths.__getitem__, places.shards))
@@ -220,7 +222,7 @@ class ColumnReader:
             self._irregular = True
 
     def _load(self, files: ShardFiles, handle: Any, row: int) -> _Chunks:
-        """The index of a row's shard, as far as it must be kept."""
+        """Load the index of a row's shard, as far as it must be kept."""
         shard_rows, views = self.manifest.shard_rows, len(self.manifest.views)
         shard = row // shard_rows
         path = self.shard_path(shard)
@@ -250,7 +252,7 @@ class ColumnReader:
 
 
 class RowReads:
-    """Rows of one column on their way into the caller's memory: first `take_ready`, then `wait`.
+    """Rows of one column on their way into the caller's memory. Call `take_ready` first, then `wait`.
 
     Args:
         column: the column's.
@@ -288,7 +290,7 @@ class RowReads:
         self._waiting: Sequence[int] = ()
 
     def take_ready(self) -> None:
-        """Read the rows that are in memory; of the others, ask for the bytes.
+        """Read the rows that are in memory and ask for the bytes of the others.
 
         Raises:
             CorruptRowError: stored bytes are missing or do not match their checksum.
@@ -320,7 +322,7 @@ class RowReads:
             self._finish(at)
 
     def _finish(self, at: int) -> None:
-        """Compare a row that was read with its checksum; decode it if the column is compressed."""
+        """Compare a row that was read with its checksum, and decode it if the column is compressed."""
         column, chunk = self._column, self._chunks[at]
         reason = None
         if column.check_crc:

@@ -54,7 +54,7 @@ _AT_ONCE = 32
 
 
 class _Target(NamedTuple):
-    """Where a column's rows go: the bytes of ``out[column]``, row after row.
+    """Where a column's rows go, the bytes of ``out[column]`` row after row.
 
     The array itself is kept too: it may be what tells its owner that the memory is in use, and NumPy's views
     of it would not.
@@ -67,7 +67,9 @@ class _Target(NamedTuple):
 
 
 class CacheReader:
-    """Reads rows of the columns of one cache; safe to share between threads, to fork with and to pickle.
+    """Reads rows of the columns of one cache.
+
+    It is safe to share between threads, to fork with and to pickle.
 
     Starts no threads and opens no shard before the first row is read.
 
@@ -156,12 +158,15 @@ class CacheReader:
             return dict(self._bytes_read)
 
     def close(self) -> None:
-        """Close the shard files; reading afterwards opens them again."""
+        """Close the shard files. Reading afterwards opens them again."""
         if self._files is not None:
             self._files.close()
 
     def threads_for(self, threads: int) -> int:
-        """How many threads should read where the user asked for so many: more, where each mostly waits."""
+        """Choose how many threads should read where the user asked for so many.
+
+        There are more where each mostly waits.
+        """
         return max(threads, REQUESTS) if isinstance(self.path, RemotePath) else threads
 
     def read_rows(
@@ -209,7 +214,7 @@ class CacheReader:
         pool: Executor,
         parts: int = 1,
     ) -> list[Future[None]]:
-        """Like `read_rows`, but returns at once: ``out`` is filled when every future is done.
+        """Begin what `read_rows` does and return at once. ``out`` is filled when every future is done.
 
         Errors of the arguments are raised here, those of the files by the futures.
         """
@@ -223,7 +228,7 @@ class CacheReader:
         views: NDArray[np.int64] | None,
         parts: int,
     ) -> Iterator[partial[None]]:
-        """Calls that together read a batch, each for consecutive rows of it in the order of the files."""
+        """Split a batch into calls, each for consecutive rows of it in the order of the files."""
         self._check_rows(rows, views)
         targets = [self._target(column, len(rows), out) for column in columns if column != LABEL]
         files = self._opened(parts)
@@ -259,7 +264,7 @@ class CacheReader:
                 self._bytes_read[target.column] += target.reader.row_bytes * len(rows)
 
     def _opened(self, threads: int) -> ShardFiles:
-        """Where the bytes come from; chosen the first time, for so many threads."""
+        """Open where the bytes come from. It is chosen the first time, for so many threads."""
         if self._files is None:
             with self._lock:
                 if self._files is None:
@@ -357,7 +362,7 @@ class CacheReader:
 
 
 def _checksums(manifest: Manifest, column: str, records: Sequence[CommitRecord]) -> NDArray[np.uint32] | None:
-    """The recorded checksum of every row and view ``[S · rows of a shard, V]``, of a column wholly committed.
+    """Return the recorded checksums ``[S · rows of a shard, V]`` of a column wholly committed.
 
     None where a record has none: it was written before records had them.
     """

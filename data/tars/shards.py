@@ -78,7 +78,7 @@ class ShardHeader:
     chunks_sha256: Mapping[str, str]
 
     def encode(self) -> bytes:
-        """The header's JSON; not sorted, for the order of a manifest's fields is part of a cache's bytes."""
+        """Write the header's JSON unsorted, as the order of the fields is part of a cache's bytes."""
         values = {
             "format": FORMAT,
             "manifest": self.manifest.to_json(),
@@ -96,7 +96,7 @@ class ShardHeader:
 
     @classmethod
     def decode(cls, data: bytes, *, where: str) -> ShardHeader:
-        """The header in a member's bytes.
+        """Parse the header in a member's bytes.
 
         Raises:
             CacheError: it is of another format or not a header.
@@ -183,7 +183,7 @@ class _Facts:
 
 
 def tar_key(key: str) -> str:
-    """The key under which WebDataset knows the image ``key``; different for different images.
+    """Make the key under which WebDataset knows the image ``key``. It differs for different images.
 
     Raises:
         CacheError: as the name of a file it would lie outside the folder that a tar is unpacked in.
@@ -197,12 +197,12 @@ def tar_key(key: str) -> str:
 
 
 def column_field(column: str) -> str:
-    """The field of a column: ``dinov2-b.patch.npy``."""
+    """Name the field of a column, for example ``dinov2-b.patch.npy``."""
     return f"{column.replace('/', '.')}.npy"
 
 
 def npy_header(spec: ColumnSpec, views: int) -> bytes:
-    """The header of a column's row ``[V, *shape]`` in NumPy's format 1.0, to a multiple of 64 bytes.
+    """Write the header of a column's row ``[V, *shape]`` in NumPy's format 1.0, to a multiple of 64 bytes.
 
     Source: numpy.lib.format, "Format Version 1.0".
     """
@@ -214,12 +214,12 @@ def npy_header(spec: ColumnSpec, views: int) -> bytes:
 
 
 def sample_facts(row: int, key: str, label: int, sums: Mapping[str, int]) -> bytes:
-    """The ``.json`` of a sample."""
+    """Write the ``.json`` of a sample."""
     return canonical_json({"row": row, "key": key, "label": label, "crc32c": dict(sums)})
 
 
 def read_header(reader: TarReader, members: Iterator[Member]) -> ShardHeader:
-    """The header, which must be the tar's first member.
+    """Read the header, which must be the tar's first member.
 
     Raises:
         CacheError: it is not.
@@ -239,7 +239,7 @@ def read_samples(
     header: ShardHeader,
     columns_of: Callable[[int], Collection[str]],
 ) -> Iterator[tuple[int, int, dict[str, NDArray[np.generic]]]]:
-    """The samples of a tar whose header has been read, each checked against its checksums.
+    """Yield the samples of a tar whose header has been read, each checked against its checksums.
 
     Args:
         reader: the tar.
@@ -283,7 +283,7 @@ def read_samples(
 
 
 class _Sample:
-    """The members of one key so far; the first, of no key, has none."""
+    """The members of one key so far. The first, of no key, has none."""
 
     def __init__(
         self, where: str, header: ShardHeader, key: str = "", row: int = -1, wanted: Sequence[str] = ()
@@ -338,7 +338,7 @@ class _Sample:
 
 
 def restricted(manifest: Manifest, columns: Sequence[str]) -> Manifest:
-    """A manifest of some of its columns and their sources alone, in its order."""
+    """Return a manifest of some of its columns and their sources alone, in its order."""
     sources = {source_of(name) for name in columns}
     return replace(
         manifest,
@@ -348,7 +348,7 @@ def restricted(manifest: Manifest, columns: Sequence[str]) -> Manifest:
 
 
 def read_headers(pattern: str) -> dict[int, tuple[str, ShardHeader, dict[str, bytes]]]:
-    """Shard → place, header and calibrations of every tar of an export; all tars are opened.
+    """Read shard → tar, header and calibrations of every tar of an export. All tars are opened.
 
     Raises:
         CacheError: a tar is no cache's, of another export, comes twice, or some are missing.

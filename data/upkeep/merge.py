@@ -102,7 +102,10 @@ def merge_caches(
 
 
 def _manifest_of(images: ImageSet, part: Manifest) -> Manifest:
-    """That of the whole before anything is joined: rows of the images, the rest as of a part."""
+    """Make the manifest of the whole before anything is joined.
+
+    The rows are those of the images, the rest is as of a part.
+    """
     return replace(
         part,
         num_rows=len(images.keys),
@@ -117,7 +120,7 @@ def _manifest_of(images: ImageSet, part: Manifest) -> Manifest:
 
 
 def _copy_calibration(part: Part, out: Path, source: str) -> None:
-    """Parts that share a calibration hand it on."""
+    """Hand on the calibration that parts share."""
     recorded = recorded_sha256(part.manifest.sources[source])
     if recorded is None:
         return
@@ -177,7 +180,7 @@ class _Copier:
         self._reasons = [invalid_reasons(part.path, part.manifest) for part in parts]
 
     def copy(self, manifest: Manifest, source: str) -> Iterator[int]:
-        """Write the shards of a source that are not there; rows done, shard by shard."""
+        """Write the shards of a source that are not there. It yields rows done, shard by shard."""
         with SourceWriter(self._out, manifest, source, range(manifest.num_shards)) as writer:
             remaining = frozenset(writer.remaining)
             for number in writer.shards:
@@ -206,7 +209,7 @@ class _Copier:
                     shard.write(row, column, values)
 
     def _read(self, rows: Sequence[int], column: str, manifest: Manifest) -> NDArray[Any]:
-        """Rows of the whole ``[B, V, *shape]``, each from its part."""
+        """Read rows of the whole ``[B, V, *shape]``, each from its part."""
         spec = manifest.columns[column]
         out = np.empty((len(rows), len(manifest.views), *spec.shape), dtype=spec.numpy_dtype)
         origin = self._origin[rows]

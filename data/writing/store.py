@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def keys_sha256(keys: Sequence[str]) -> str:
-    """The manifest's ``keys_sha256`` of these keys: hex sha256 of the bytes of ``keys.txt``.
+    """Compute the manifest's ``keys_sha256`` of these keys, the hex sha256 of the bytes of ``keys.txt``.
 
     Raises:
         CacheError: a key that cannot be a line of UTF-8.
@@ -50,7 +50,7 @@ def keys_sha256(keys: Sequence[str]) -> str:
 
 
 def create_cache(path: Path, manifest: Manifest, keys: Sequence[str], labels: NDArray[np.int32]) -> None:
-    """Make a cache without sources; it exists once its ``zarr.json`` does, which comes last.
+    """Make a cache without sources. It exists once its ``zarr.json`` does, which comes last.
 
     Args:
         path: its folder, absent or empty (or left by a process killed at this).
@@ -70,7 +70,7 @@ def create_cache(path: Path, manifest: Manifest, keys: Sequence[str], labels: ND
 
 
 def ensure_cache(path: Path, manifest: Manifest, keys: Sequence[str], labels: NDArray[np.int32]) -> Manifest:
-    """The manifest of the cache at ``path``, which is made if it is not there.
+    """Return the manifest of the cache at ``path``, which is made if it is not there.
 
     Args:
         path: its folder.
@@ -102,7 +102,7 @@ def ensure_cache(path: Path, manifest: Manifest, keys: Sequence[str], labels: ND
 def ensure_source(
     path: Path, source: str, provenance: Provenance, columns: Mapping[str, ColumnSpec]
 ) -> Manifest:
-    """Declare a source and its columns, or check that it was declared alike; nothing else changes.
+    """Declare a source and its columns, or check that it was declared alike. Nothing else changes.
 
     A declaration binds from the first committed shard on: before that, and while nobody writes the source,
     another takes its place, so that a first attempt that failed can be repeated in another way.
@@ -147,7 +147,7 @@ def ensure_source(
 
 
 def metadata_documents(path: Path, manifest: Manifest) -> dict[str, bytes]:
-    """Every Zarr metadata document of a cache as ``manifest`` makes it, relative path → bytes.
+    """Make every Zarr metadata document of a cache from ``manifest``, relative path → bytes.
 
     Raises:
         CacheError: the group's own document, whose other attributes are kept, is missing or damaged.
@@ -215,7 +215,7 @@ def _create(path: Path, manifest: Manifest, keys: Sequence[str], labels: NDArray
 
 
 def _forget_records(path: Path, source: str) -> None:
-    """Remove records that a drop has left: they stand for what was declared before."""
+    """Remove records that a drop has left. They stand for what was declared before."""
     folder = commit_folder(path, source)
     with os_errors("remove", folder):
         left = sorted(folder.glob("*.json"))
@@ -269,7 +269,7 @@ def write_group(path: Path, manifest: Manifest, document: bytes) -> None:
 
 
 def encode_keys(keys: Sequence[str]) -> bytes:
-    """The bytes of ``keys.txt``.
+    """Write the bytes of ``keys.txt``.
 
     Raises:
         CacheError: a key that cannot be a line of UTF-8.
@@ -293,6 +293,6 @@ def _encodes(key: str) -> bool:
 
 
 def _fixed(manifest: Manifest, present: Manifest) -> dict[str, Any]:
-    """What two manifests of one cache share, as far as the version of the one that is there has it."""
+    """Return what two manifests of one cache share, as far as the version of the one that is there has it."""
     later = {"format_version", "labels_sha256"} if present.format_version == 1 else set()
     return {name: value for name, value in manifest.fixed().items() if name not in later}

@@ -24,7 +24,7 @@ _NO_RECORDS: Mapping[str, CommitRecord] = {}
 def settle_valid(
     path: Path, manifest: Manifest, shard: int, about: Mapping[str, CommitRecord] = _NO_RECORDS
 ) -> None:
-    """Have the chunk of a shard say what its records say; the caller holds the cache's lock.
+    """Have the chunk of a shard say what its records say. The caller holds the cache's lock.
 
     Args:
         path: folder of the cache.

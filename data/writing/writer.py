@@ -58,7 +58,7 @@ _CAN_FLUSH = hasattr(os, "posix_fadvise")
 
 
 class SourceWriter:
-    """The one writer of some shards of a source: a context manager that holds their locks.
+    """The one writer of some shards of a source. As a context manager it holds their locks.
 
     A lock is one byte per shard of ``commits/<source>/.lock``, so processes that own different shards coexist
     and no two can own the same. Locks end with the process, however it ends. A process has one writer of a
@@ -137,7 +137,7 @@ class SourceWriter:
         ]
 
     def shard(self, shard: int) -> ShardWriter:
-        """A writer of one owned shard; one that is committed is written anew.
+        """Make a writer of one owned shard. One that is committed is written anew.
 
         Raises:
             ValueError: the shard is not owned, or the locks are not held.
@@ -148,7 +148,7 @@ class SourceWriter:
 
 
 class ShardWriter:
-    """One shard of a source: a context manager; without `commit` it leaves nothing behind.
+    """One shard of a source. As a context manager it leaves nothing behind without `commit`.
 
     Args:
         path: folder of the cache.

@@ -28,7 +28,7 @@ FLAG = "--init"
 
 @dataclass(frozen=True, kw_only=True)
 class Initial:
-    """Weights that a run begins with; the optimiser's moments are not taken.
+    """Weights that a run begins with. The optimiser's moments are not taken.
 
     Attributes:
         backbone: state dict of the backbone.
@@ -45,7 +45,7 @@ class Initial:
     notes: tuple[str, ...] = ()
 
     def load_into(self, module: TrainingModule) -> None:
-        """Copy the weights; those of another method are left out.
+        """Copy the weights. Those of another method are left out.
 
         Raises:
             RepaError: the backbone is conditioned in another way.
@@ -107,7 +107,7 @@ def _file_of(place: Path) -> Path:
 
 
 def _of_a_run(file: Path) -> Mapping[str, Any] | None:
-    """The checkpoint, if it is one of ours; what else the file may be, the published loader says."""
+    """Load the checkpoint if it is one of ours. What else the file may be, the published loader says."""
     try:
         return load_checkpoint(file)
     except RepaError:
@@ -155,6 +155,6 @@ def _published(file: Path) -> tuple[Initial, BackboneConfig]:
 
 
 def _fits(network: nn.Module, weights: Mapping[str, Tensor]) -> bool:
-    """Whether a network has exactly these weights, by name and shape."""
+    """Tell whether a network has exactly these weights, by name and shape."""
     own = network.state_dict()
     return own.keys() == weights.keys() and all(own[key].shape == weights[key].shape for key in own)
