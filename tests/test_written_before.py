@@ -16,6 +16,7 @@ from repa.commands.sample import SampleFlags, sample
 from repa.data.format.opening import open_manifest, read_keys
 from repa.data.reading.reader import CacheReader
 from repa.data.tars.export import export_cache, export_pattern, import_cache
+from repa.data.upkeep.upgrade import upgrade_cache
 from repa.data.upkeep.verify import verify_cache
 from repa.trainer.config import build
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
@@ -65,6 +66,18 @@ def assert_read_as_written(cache: Path) -> None:
 def test_the_cache_is_whole_and_reads_the_same_numbers() -> None:
     assert verify_cache(WRITTEN / "cache") == []
     assert_read_as_written(WRITTEN / "cache")
+
+
+def test_the_cache_is_upgraded_in_place(old: Path) -> None:
+    assert open_manifest(old / "cache").outdated
+    before = contents(old / "cache")
+    assert upgrade_cache(old / "cache")
+    assert not open_manifest(old / "cache").outdated
+    assert verify_cache(old / "cache") == []
+    assert_read_as_written(old / "cache")
+    after = contents(old / "cache")
+    changed = {name for name in before if before[name] != after[name]}
+    assert all(name == "zarr.json" or name.startswith("commits/") for name in changed)
 
 
 def test_the_cache_goes_through_tars_unchanged(tmp_path: Path) -> None:

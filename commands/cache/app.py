@@ -131,6 +131,14 @@ def _cache_drop(
     drop(source=source, cache=cache, autoencoder=autoencoder)
 
 
+@cache_app.command("upgrade")
+def _cache_upgrade(cache: CacheArgument = None) -> None:
+    """Bring a cache of an earlier version to today's, in place; no column is rewritten."""
+    from .upgrade import upgrade
+
+    upgrade(cache=cache)
+
+
 @cache_app.command("merge")
 def _cache_merge(
     parts: Annotated[

@@ -67,6 +67,8 @@ def info(*, cache: Path | str | None = None, as_json: bool = False, console: Con
     print_compression(found, console)
     console.print(_sources(found))
     print_notes(found, console)
+    if manifest.outdated:
+        console.print(f"it {manifest.outdated}", style="yellow", markup=False, soft_wrap=True)
     if not found.complete:
         remedy = "copy the rest there" if found.remote else "the same `repa preprocess` goes on with it"
         console.print(f"not complete: {remedy}", style="yellow")

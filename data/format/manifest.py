@@ -158,6 +158,16 @@ class Manifest:
             del values["labels_sha256"]
         return values
 
+    @property
+    def outdated(self) -> str:
+        """What a cache of an earlier format version lacks, as a note; empty for one of today's."""
+        if self.format_version == FORMAT_VERSION:
+            return ""
+        return (
+            f"was written before rows knew whose they are (format version {self.format_version}); "
+            "`repa cache upgrade` adds it in place"
+        )
+
     def fixed(self) -> dict[str, Any]:
         """Return what a cache is from its first day on, which is everything but columns and sources."""
         return {name: value for name, value in self.to_json().items() if name not in {"columns", "sources"}}

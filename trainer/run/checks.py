@@ -249,6 +249,8 @@ def _check_columns(config: TrainConfig, manifest: Manifest, method: Method, foun
     if names_tars(config.cache):
         found.reader = found.attempt(lambda: TarCache(config.cache, present))
         return
+    if manifest.outdated:
+        found.warnings.append(f"cache {config.cache} {manifest.outdated}")
     found.reader = found.attempt(
         lambda: CacheReader(config.cache, present, check_crc=config.check_crc, direct=config.direct)
     )

@@ -1,0 +1,52 @@
+"""`repa cache upgrade`: a cache of an earlier format version becomes one of today's, in place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...pipeline.images.names import default_cache
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.console import Console
+
+
+def upgrade(*, cache: Path | None = None, console: Console | None = None) -> None:
+    """Upgrade a cache; the same command again goes on where it was stopped.
+
+    Args:
+        cache: folder of the cache; by default the only one under ``caches/``.
+        console: where to print; standard output by default.
+
+    Raises:
+        CacheError: there is no cache, a process writes it, or something in it is damaged.
+        RepaError: the operating system refuses.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.text import Text
+
+    from ...data.edge import printable
+    from ...data.format.manifest import FORMAT_VERSION
+    from ...data.upkeep.upgrade import upgrade_cache
+
+    console = console or Console()
+    path = cache or default_cache()
+    bars = Progress(
+        TextColumn("upgrading"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with bars:
+        task = bars.add_task("upgrading", total=None)
+
+        def progress(done: int, of: int) -> None:
+            bars.update(task, completed=done, total=of)
+
+        changed = upgrade_cache(path, progress)
+    what = "is now" if changed else "is already"
+    console.print(Text(f"{printable(path)} {what} of format version {FORMAT_VERSION}"), soft_wrap=True)

@@ -1,0 +1,133 @@
+"""Bringing a cache of format version 1 to the version that is written today, in place.
+
+No column is rewritten: its files are the same in both versions. What is added is a digest of the labels, the
+array of valid rows, a second document of the group, and in every commit record whose it is and the checksum
+of every row, read from behind the rows and proved by the record's own sha256 over all of them.
+
+The manifest changes last, in one rename, and until then the cache is of version 1, with records of either
+version. So an upgrade that was stopped leaves a cache that can be used, and the same call goes on with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import CacheError
+from ..format.commits import read_commit, record_misfit, record_problem
+from ..format.layout import GROUP_FILE, VALID, commit_file, shard_file, zarr_documents
+from ..format.manifest import FORMAT_VERSION
+from ..format.opening import labels_sha256, open_manifest, read_keys, read_labels
+from ..format.shard_index import MISSING, decode_index, index_bytes
+from ..storage.files import os_errors, write_file
+from ..storage.local import CHECKSUM_BYTES
+from ..writing.store import cache_lock, write_manifest
+from ..writing.valid_rows import settle_valid
+from ..writing.writer import SourceWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from ..format.manifest import Manifest
+
+_REPAIR = "mend it with `repa cache repair`, then upgrade it"
+
+
+def upgrade_cache(path: Path, progress: Callable[[int, int], None] | None = None) -> bool:
+    """Upgrade a cache, or go on with it.
+
+    Args:
+        path: folder of the cache.
+        progress: called with shards done and shards in all, each counted once a source.
+
+    Returns:
+        Whether there was anything to do.
+
+    Raises:
+        CacheError: a process writes the cache; a record, a shard's index or a stored checksum is damaged, or
+            a file is not the one that was committed.
+        RepaError: the operating system refuses.
+    """
+    manifest = open_manifest(path)
+    if manifest.format_version == FORMAT_VERSION:
+        return False
+    with ExitStack() as stack:
+        for source in manifest.sources:
+            stack.enter_context(SourceWriter(path, manifest, source, range(manifest.num_shards)))
+        stack.enter_context(cache_lock(path))
+        stack.enter_context(os_errors("write", path))
+        manifest = open_manifest(path)
+        read_keys(path, manifest)
+        labels = read_labels(path, manifest)
+        upgraded = replace(manifest, format_version=FORMAT_VERSION, labels_sha256=labels_sha256(labels))
+        done, total = 0, manifest.num_shards * len(manifest.sources)
+        for source in manifest.sources:
+            for shard in range(manifest.num_shards):
+                _upgrade_record(path, manifest, upgraded, source, shard)
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+        write_file(path / VALID / GROUP_FILE, zarr_documents(upgraded)[f"{VALID}/{GROUP_FILE}"], path)
+        for shard in range(manifest.num_shards):
+            settle_valid(path, upgraded, shard)
+        write_manifest(path, upgraded)
+    return True
+
+
+def _upgrade_record(path: Path, manifest: Manifest, upgraded: Manifest, source: str, shard: int) -> None:
+    """Give the record of a shard what it lacks; a shard that is not committed has none."""
+    record = read_commit(path, source, shard)
+    if record is None:
+        return
+    columns = manifest.source_columns(source)
+    if record.format_version > 1 and record_misfit(upgraded, columns, record) is None:
+        return
+    problem = record_problem(path, manifest, source, record, columns)
+    if problem is not None:
+        raise CacheError(
+            f"shard {shard} of {source} cannot be upgraded: {problem.what}", _REPAIR, field=source
+        )
+    whole = {}
+    for name, spec in columns.items():
+        file = shard_file(path, name, spec, shard)
+        try:
+            table, index_crc32c = _stored_checksums(file, manifest)
+        except CacheError as error:
+            raise CacheError(error.what, _REPAIR, field=name) from error
+        if hashlib.sha256(table).hexdigest() != record.columns[name].chunks_sha256:
+            what = f"shard {shard} of {name} cannot be upgraded: {file} is not the file that was committed"
+            raise CacheError(what, _REPAIR, field=name)
+        whole[name] = replace(record.columns[name], chunks_crc32c=table, index_crc32c=index_crc32c)
+    record = replace(
+        record, columns=whole, cache=upgraded.identity, source=upgraded.source_identities[source]
+    )
+    write_file(commit_file(path, source, shard), record.encode(), path)
+
+
+def _stored_checksums(file: Path, manifest: Manifest) -> tuple[bytes, int]:
+    """Return the checksum behind every chunk, ``uint32 [rows, V]`` as bytes, and that of the index.
+
+    Raises:
+        CacheError: the file is too short, or its index damaged.
+    """
+    shape = (manifest.shard_rows, len(manifest.views))
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(descriptor).st_size
+        tail = os.pread(descriptor, index_bytes(*shape), size - index_bytes(*shape))
+        index = decode_index(tail, size, str(file), *shape)
+        table = np.zeros(shape, dtype="<u4")
+        for place in np.ndindex(shape):
+            offset, length = index[place].tolist()
+            if offset != MISSING and CHECKSUM_BYTES < length <= size and offset + length <= size:
+                stored = os.pread(descriptor, CHECKSUM_BYTES, offset + length - CHECKSUM_BYTES)
+                table[place] = int.from_bytes(stored, "little")
+    finally:
+        os.close(descriptor)
+    return table.tobytes(), int.from_bytes(tail[-CHECKSUM_BYTES:], "little")
