@@ -191,14 +191,18 @@ def _encoders(names: Sequence[str], demo: bool) -> tuple[str, ...]:
         return (DEMO_DATA,) if demo else (DEFAULT_ENCODER,)
     if NO_ENCODER in names:
         if len(names) > 1:
-            raise RepaError(f"--encoder {NO_ENCODER} writes latents only", "give it alone, or leave it out")
+            raise RepaError(
+                f"--encoder {NO_ENCODER} writes latents only",
+                "give it alone, or leave it out",
+                field="--encoder",
+            )
         return ()
     return tuple(names)
 
 
 def _check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise RepaError(f"{flag} {value!r} is unknown", f"the choices are {', '.join(choices)}")
+        raise RepaError(f"{flag} {value!r} is unknown", f"the choices are {', '.join(choices)}", field=flag)
 
 
 def _leave(message: str) -> NoReturn:

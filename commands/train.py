@@ -181,7 +181,9 @@ def _live(config: TrainConfig, flags: TrainFlags, folder: Path) -> LiveTeachers 
     if config.targets != "online":
         if needless := flags_given(flags):
             raise RepaError(
-                f"{', '.join(needless)} choose live teachers", "add --targets online, or leave them out"
+                f"{', '.join(needless)} choose live teachers",
+                "add --targets online, or leave them out",
+                field=needless[0],
             )
         return None
     from ..trainer.run.starts import read_starts

@@ -42,7 +42,7 @@ def describe(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         said = " and ".join(bound for limit in arguments[1:] for bound in _bounds_of(limit))
-        return f"{describe(arguments[0])} {said}"
+        return f"{describe(arguments[0])} {said.replace(' and to ', ' to ')}"
     if origin is Literal:
         return "one of " + ", ".join(str(choice) for choice in arguments)
     if origin in (Union, types.UnionType):

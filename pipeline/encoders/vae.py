@@ -242,6 +242,7 @@ def _check_stride(name: str, resolution: int, stride: int) -> None:
         raise RepaError(
             f"resolution {resolution} is not a multiple of {stride}, the stride of autoencoder {name}",
             "give another --resolution",
+            field="--resolution",
         )
 
 
@@ -259,6 +260,7 @@ def _local_folder(name: str) -> Path | None:
             f"autoencoder {name} is not a folder",
             f"give --vae a folder with {CONFIG} and {WEIGHTS[0]}, "
             f"a name on the hub such as {DEFAULT_VAE}, or demo",
+            field="--vae",
         )
     return None
 
@@ -291,7 +293,7 @@ def _from_folder(folder: Path) -> Any:
     _read_config(folder)
     remedy = _FOLDER_REMEDY
     if not any((folder / weights).is_file() for weights in WEIGHTS):
-        raise RepaError(f"autoencoder folder {folder} has no {WEIGHTS[0]}", f"{remedy}")
+        raise RepaError(f"autoencoder folder {folder} has no {WEIGHTS[0]}", remedy, field="--vae")
     kl: Any = diffusers.AutoencoderKL
     logs: Any = diffusers.utils.logging
     verbosity = logs.get_verbosity()
@@ -303,7 +305,7 @@ def _from_folder(folder: Path) -> Any:
     # a broken file or a wrong shape: OSError, ValueError, RuntimeError, SafetensorError, by version
     except Exception as error:
         raise RepaError(
-            f"the weights in {folder} do not fit its {CONFIG} ({one_line(error)})", f"{remedy}"
+            f"the weights in {folder} do not fit its {CONFIG} ({one_line(error)})", remedy, field="--vae"
         ) from error
     finally:
         logs.set_verbosity(verbosity)
@@ -313,7 +315,8 @@ def _from_folder(folder: Path) -> Any:
             raise RepaError(
                 f"the weights in {folder} do not fit its {CONFIG}: {counted(len(names), 'tensor')} {kind} "
                 f"({some(names)})",
-                f"{remedy}",
+                remedy,
+                field="--vae",
             )
     return model
 

@@ -223,19 +223,20 @@ def test_without_an_autoencoder_nothing_is_sampled(
         ({"labels": ("-1",)}, "--label"),
         ({"labels": ("9" * 5000,)}, "--label"),
         ({"labels": ("nothing like it",)}, "--label"),
-        ({"solver": "rk4"}, None),
-        ({"interval": (0.8, 0.1)}, None),
+        ({"solver": "rk4"}, "--solver"),
+        ({"solver": "sde", "steps": 1}, "--steps"),
+        ({"interval": (0.8, 0.1)}, "--interval"),
         ({"weights": "best"}, "--weights"),
     ],
 )
 def test_mistakes(
-    run: Path, tmp_path: Path, options: dict[str, Any], field: str | None, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, options: dict[str, Any], field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: LatentPixels())
     flags = SampleFlags(**({"run": run, **options} if options else {}), out=tmp_path / "o")
     with pytest.raises(RepaError) as caught:
         sample(flags, console=Console(file=io.StringIO()))
-    assert field is None or caught.value.field == field
+    assert caught.value.field == field
     assert caught.value.remedy
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "o").exists()
@@ -423,6 +424,14 @@ def test_checkpoints_that_others_edited_are_one_line(run: Path, tmp_path: Path, 
         model_of_file(tmp_path / "edited.ckpt")
     assert str(caught.value).isprintable()
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("content", [5, {1: torch.zeros(2)}, {"repa": {}}, {"repa": 5, "state_dict": {}}, {}])
+def test_files_that_are_no_checkpoint_of_anything(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "file.pt")
+    with pytest.raises(RepaError) as caught:
+        model_of_file(tmp_path / "file.pt")
+    assert str(caught.value).isprintable()
 
 
 def test_guidance_needs_a_null_class_that_was_trained(run: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ...data.edge import shortened
 from ...data.errors import RepaError
 from ...data.storage.files import os_errors
 from ...data.units import counted
@@ -136,6 +137,12 @@ def _tensors(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
         raise RepaError(
             f"{path} holds no weights of a SiT (it has {_some(others) or 'nothing'})",
             'a published checkpoint has "ema" and "model", or is a state dict',
+        )
+    if wrong := [key for key in state if not isinstance(key, str)]:
+        raise RepaError(
+            f"{path} names a tensor {shortened(wrong[0])}, which is no text",
+            "give a state dict, or a checkpoint that repa train wrote",
+            field="--ckpt",
         )
     return {key: value.detach() for key, value in state.items()}
 

@@ -60,17 +60,24 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
-            raise RepaError(f"solver {self.solver!r} is unknown", f"the solvers are {', '.join(SOLVERS)}")
+            raise RepaError(
+                f"solver {self.solver!r} is unknown",
+                f"the solvers are {', '.join(SOLVERS)}",
+                field="--solver",
+            )
         least = 2 if self.solver == "sde" else 1
         if self.steps < least:
             raise RepaError(
-                f"{self.steps} sampling steps are too few for {self.solver}", f"take {least} or more"
+                f"{self.steps} sampling steps are too few for {self.solver}",
+                f"take {least} or more",
+                field="--steps",
             )
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise RepaError(
                 f"guidance interval [{low}, {high}] is not inside [0, 1] with low ≤ high",
                 "set --interval to such times",
+                field="--interval",
             )
 
     def times(self) -> list[float]:
