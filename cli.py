@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.stdout.flush()
             raise
     except RepaError as error:
-        _fail(str(error))
+        _fail(*error.lines)
     except KeyboardInterrupt:
         _fail("interrupted", status=130, prefix="")
     except BrokenPipeError:
@@ -90,10 +90,10 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _fail(what: str, *, status: int = 1, prefix: str = "error: ") -> NoReturn:
-    """End with one line on standard error, in which text of others does nothing but appear."""
+def _fail(*lines: str, status: int = 1, prefix: str = "error: ") -> NoReturn:
+    """End with a line on standard error, or a few, in which text of others does nothing but appear."""
     with suppress(OSError, ValueError):
-        print(f"{prefix}{printable(what)}", file=sys.stderr)
+        print(prefix + "\n".join(printable(line) for line in lines), file=sys.stderr)
         sys.stderr.flush()
     _drop_output()
     sys.exit(status)

@@ -24,6 +24,11 @@ class RepaError(Exception):
     def __str__(self) -> str:
         return f"{self.what}; {self.remedy}" if self.remedy else self.what
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Lines in which it is shown, one but for an error that lists several problems."""
+        return (str(self),)
+
 
 class CacheError(RepaError):
     """A cache that is missing, incomplete, of another kind, or in use by another writer."""

@@ -13,6 +13,7 @@ import pytest
 import typer
 from repa import __version__
 from repa.cli import app, main
+from repa.data.testing import synthetic_cache
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,6 +51,23 @@ def test_a_mistake_is_one_line_and_status_1(tmp_path: Path, capsys: pytest.Captu
     assert output.err.startswith("error: ")
     assert output.err.count("\n") == 1
     assert "repa preprocess" in output.err
+
+
+def test_several_problems_are_a_line_each_and_a_line_for_each_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever stands in them: a name with a line break adds no line of its own."""
+    synthetic_cache(tmp_path / "cache", num_rows=16)
+    words = ["train", "--cache", str(tmp_path / "cache"), "--run", str(tmp_path / "run"), "--batch-size", "8"]
+    asked = ["--set", "method.depth=99", "--set", "method.encoders=[\x1b[31mred\nerror: b]"]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--model", "SiT-T/2", *asked])
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1
+    assert lines[0].startswith("error: ")
+    assert [line.lstrip()[0] for line in lines[1:]] == ["1", "→", "2", "→"]
+    assert all(line.isprintable() for line in lines)
+    assert not (tmp_path / "run").exists()
 
 
 def words_of_paths(place: str) -> dict[str, list[str]]:

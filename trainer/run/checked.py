@@ -39,13 +39,18 @@ class ProblemsError(RepaError):
     """
 
     def __init__(self, problems: list[Problem]) -> None:
-        count = counted(len(problems), "problem")
-        lines = [
-            f"\n  {number}. {each.what}\n     → {each.remedy}"
-            for number, each in enumerate(problems, start=1)
-        ]
-        super().__init__(f"the run cannot start: {count}{''.join(lines)}")
         self.problems = problems
+        super().__init__("\n".join(self.lines))
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """One line for all, then two for each problem, what is wrong and the remedy."""
+        each = (
+            line
+            for number, problem in enumerate(self.problems, start=1)
+            for line in (f"  {number}. {problem.what}", f"     → {problem.remedy}")
+        )
+        return f"the run cannot start: {counted(len(self.problems), 'problem')}", *each
 
 
 @dataclass(kw_only=True)

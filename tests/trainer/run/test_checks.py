@@ -56,6 +56,7 @@ def test_all_problems_come_together(settings: Settings) -> None:
     message = str(ProblemsError(found.problems))
     assert "4 problems" in message
     assert message.count("→") == 4
+    assert len(ProblemsError(found.problems).lines) == 9
     assert all(problem.remedy for problem in found.problems)
 
 
