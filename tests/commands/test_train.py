@@ -14,7 +14,9 @@ from repa.trainer.config import build
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
 from repa.trainer.run.checked import ProblemsError
 from repa.trainer.run.fit import Outcome
+from repa.trainer.run.starts import read_starts
 from repa.trainer.settings_file import load_yaml
+from repa.trainer.step.checkpoints import checkpoints_of
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -65,6 +67,21 @@ def test_a_resumed_run_keeps_its_cache(here: Path, run_train: Callable[..., str]
     assert "resuming" in run_train(max_steps=3)
     with pytest.raises(CacheError, match="2 caches"):
         run_train(run=Path("runs/new"))
+
+
+def test_a_run_named_alone_goes_on_with_its_own_configuration(
+    here: Path, run_train: Callable[..., str]
+) -> None:
+    run_train(run=Path("mine"), lr=2e-4, seed=3)
+    synthetic_cache(here / "caches" / "two", num_rows=24, seed=1)
+    before = (here / "mine" / "metrics.csv").read_bytes()
+    train(TrainFlags(run=Path("mine"), max_steps=3), console=Console(file=io.StringIO()))
+    config = build(load_yaml(here / "mine" / "config.yaml"))
+    assert (config.lr, config.seed, config.max_steps, config.model) == (2e-4, 3, 3, "SiT-T/2")
+    assert Path(config.cache) == Path("caches/one")
+    assert (here / "mine" / "metrics.csv").read_bytes().startswith(before)
+    assert checkpoints_of(here / "mine").keys() >= {3}
+    assert read_starts(here / "mine")[-1]["changed"] == []
 
 
 def test_dry_run_prints_and_writes_nothing(here: Path, run_train: Callable[..., str]) -> None:

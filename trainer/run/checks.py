@@ -20,7 +20,7 @@ from ..input.online import live_columns, offer, read_columns
 from ..input.tar_stream import GUARANTEES
 from ..methods.outside import find_method
 from ..models import registry as backbones
-from ..models.conditioning import ConditionColumn
+from ..models.conditioning import DROP_PROBABILITY, ConditionColumn
 from ..step.randomness import derived_seed
 from .checked import RANDOM_WEIGHTS, Checked
 from .gradient_angle import angle_problems
@@ -199,6 +199,13 @@ def _check_condition(
     if conditioner is None:
         return
     found.condition_column = conditioner.column
+    if conditioner.column != LABEL and config.label_dropout != DROP_PROBABILITY:
+        found.add(
+            f"label_dropout={config.label_dropout:g} is of labels, and the network is conditioned on "
+            f"{conditioner.column}",
+            "leave label_dropout out",
+            field="label_dropout",
+        )
     if conditioner.sequence and not backbone.takes_sequences:
         found.add(
             f"the condition {conditioner.column} is a sequence, and {config.model} takes one vector",

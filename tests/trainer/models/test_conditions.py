@@ -118,3 +118,9 @@ def test_the_label_is_the_default(settings: Settings) -> None:
 def test_balanced_labels() -> None:
     assert balanced_labels(7, 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert balanced_labels(4, 1000).tolist() == [0, 250, 500, 750]
+
+
+def test_the_dropout_of_labels_is_not_of_other_conditions(settings: Settings) -> None:
+    (problem,) = check(settings(condition="demo/cls", label_dropout=0.2)).problems
+    assert problem.field == "label_dropout"
+    assert not check(settings(label_dropout=0.2)).problems
