@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.markup import escape
 
 from ...data.errors import RepaError
 from ...data.format.columns import LABEL, MOMENTS
@@ -174,7 +173,7 @@ def _train(
     if initial is not None:
         initial.load_into(module)
         for line in (f"begins with the weights of {initial.record['file']}", *initial.notes):
-            say(escape(line))
+            say(line)
     clock = Clock()
     held_out = _held_out_evaluation(config, checked)
     if decoder is None and config.preview_every:

@@ -38,14 +38,15 @@ _SIGNALS = {number: _REASONS.index(number.name) for number in map(signal.Signals
 _WARNINGS = ("SIGUSR1", "SIGUSR2")
 _DURATION = re.compile(r"(\d+):(\d\d):(\d\d):(\d\d)")
 _SCONTROL_SECONDS = 60
+_MOST_STEPS = 100  # between two times that ranks tell one another
 
 
 class Stop(StepCallback):
     """Finishes the step, has it saved and ends the run when a signal came or the time is up.
 
-    Several ranks agree on the step: each tells the others after every step whether it was asked to stop, and
-    reads the answers one step later, so that no step waits. One process alone tells nobody anything. A second
-    Ctrl-C stops at once.
+    Several ranks agree on the step: about once a second each tells the others whether it was asked to stop,
+    and reads the answers one step later, so that no step waits. One process alone tells nobody anything. A
+    second Ctrl-C stops at once.
 
     Must stand before the checkpoints.
 
@@ -66,6 +67,8 @@ class Stop(StepCallback):
         self._asked = 0
         self._agreed = 0
         self._heard: tuple[Tensor, Any] | None = None
+        self._due = 0
+        self._told = (0, time.monotonic())
         self.began = False
 
     @property
@@ -75,18 +78,20 @@ class Stop(StepCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen, in place of Lightning, which has just begun to and puts back what was there before."""
-        del trainer, pl_module
+        del pl_module
         self.began = True
+        # it asks rank 0 before every micro-batch, and waits, whether a handler that is gone heard SIGTERM
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 signal.signal(number, self._ask)
 
     def on_step(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
         """Stop if somebody asked."""
-        del module, step
+        del module
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self._asked = max(self._asked, _REASONS.index(MAX_TIME))
-        self._agreed = self._asked if trainer.world_size == 1 else self._agree(trainer)
+        self._agreed = self._asked if trainer.world_size == 1 else self._agree(trainer, step)
         if self._agreed:
             trainer.should_stop = True
 
@@ -95,27 +100,41 @@ class Stop(StepCallback):
         del trainer, pl_module
         self._listen()
 
-    def _agree(self, trainer: Trainer) -> int:
-        """Return what all ranks had heard by the step before, and tell them what this one has heard."""
-        agreed = self._listen()
-        # filled on the device: a copy to it would wait
-        heard = torch.full((), self._asked, dtype=torch.int32, device=trainer.strategy.root_device)
-        self._heard = heard, distributed.all_reduce(heard, distributed.ReduceOp.MAX, async_op=True)
+    def _agree(self, trainer: Trainer, step: int) -> int:
+        """What all ranks had heard when they last told one another; tells what this one has heard by now."""
+        agreed = 0
+        if self._heard is not None:
+            agreed, interval = self._listen()
+            self._due = self._told[0] + interval
+        if step >= self._due:
+            before, then = self._told
+            self._told = step, time.monotonic()
+            # the steps of a second, as this rank sees them; all take the same
+            interval = round((step - before) / max(self._told[1] - then, 1e-6)) if self._due else 1
+            said = torch.tensor([self._asked, min(max(interval, 1), _MOST_STEPS)], dtype=torch.int32)
+            heard = said.to(trainer.strategy.root_device, non_blocking=True)
+            self._heard = heard, distributed.all_reduce(heard, distributed.ReduceOp.MAX, async_op=True)
         return agreed
 
-    def _listen(self) -> int:
+    def _listen(self) -> tuple[int, int]:
+        """What was asked of any rank, and the steps until they tell one another again."""
         if self._heard is None:
-            return 0
+            return 0, 1
         heard, work = self._heard
         self._heard = None
         work.wait()
-        return int(heard)
+        asked, interval = heard.tolist()
+        return asked, interval
 
     def _ask(self, number: int, frame: Any) -> None:
         del frame
         if number == signal.SIGINT and self._asked >= _SIGNALS[signal.SIGINT]:
             raise KeyboardInterrupt
         self._asked = max(self._asked, _SIGNALS[signal.Signals(number)])
+
+
+def _nothing() -> None:
+    """Stand for what is not needed."""
 
 
 def duration(value: Any) -> float | None:
