@@ -14,6 +14,7 @@ from hostile_json import hostile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from repa.data.errors import CacheError, RepaError
+from repa.data.format.canonical import canonical_json
 from repa.data.format.columns import ColumnSpec
 from repa.data.format.commits import survey
 from repa.data.format.grammar import is_name
@@ -23,7 +24,6 @@ from repa.data.format.layout import (
     KEYS_FILE,
     LABEL_CHUNK,
     calibration_file,
-    canonical_json,
     commit_file,
     shard_file,
 )
