@@ -10,6 +10,7 @@ A cache in a bucket is checked as one in a folder, and as strictly: what was cop
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -201,6 +202,10 @@ def _check_valid(
                 data = read_file(file, manifest.shard_rows + CHECKSUM_BYTES)
             except FileNotFoundError:
                 return Finding(path=file, column=VALID, what=f"{file} is missing", remedy=_AGAIN)
+            except OSError as error:
+                if error.errno != errno.EFBIG:
+                    raise
+                data = b""  # longer than any
         if data == encode_valid(manifest, shard, committed[shard]):
             return None
         what = f"{file} does not say which rows have data"

@@ -145,7 +145,7 @@ def test_zarr_readers_see_which_rows_have_data(tmp_path: Path) -> None:
     assert np.array_equal(valid(), expected & ~((np.arange(20) >= 8) & (np.arange(20) < 16)))
 
 
-@pytest.mark.parametrize("damage", ["missing", "flipped", "older"])
+@pytest.mark.parametrize("damage", ["missing", "flipped", "older", "longer"])
 def test_the_array_of_valid_rows_is_checked_and_mended(damage: str, tmp_path: Path) -> None:
     cache = make(tmp_path / "cache", num_rows=20, invalid={3: "cut off"})
     before = folder_contents(cache)
@@ -154,6 +154,8 @@ def test_the_array_of_valid_rows_is_checked_and_mended(damage: str, tmp_path: Pa
         file.unlink()
     elif damage == "older":
         shutil.copy(valid_chunk(cache, 1), file)
+    elif damage == "longer":
+        file.write_bytes(file.read_bytes() * 9)
     else:
         data = bytearray(file.read_bytes())
         data[1] ^= 1
