@@ -34,12 +34,14 @@ MOST_PROCESSES = 8
 
 # these files take longest (`pytest --durations 40`) and are begun first, so that none is left at the end
 LONGEST = (
-    "trainer/input/test_tar_ranks.py",
     "pipeline/shard_loop/test_kill_resume.py",
-    "trainer/run/test_haste_runs.py",
     "trainer/run/test_fit.py",
+    "trainer/input/test_tar_ranks.py",
+    "trainer/run/test_stop.py",
+    "trainer/run/test_launch.py",
+    "trainer/run/test_haste_runs.py",
     "trainer/run/test_resume.py",
-    "commands/bench/test_bench_command.py",
+    "test_house.py",
     "commands/demo/test_demo_command.py",
     "data/writing/test_store_crash.py",
     "data/reading/test_reading_cold.py",
@@ -78,7 +80,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with the files that take longest, and leave out what is thorough unless it is asked for."""
-    rank = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    rank = {ROOT / "tests" / name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
     if "thorough" in config.option.markexpr:
         return

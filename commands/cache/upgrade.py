@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def upgrade(*, cache: Path | None = None, console: Console | None = None) -> None:
-    """Upgrade a cache; the same command again goes on where it was stopped.
+    """Upgrade a cache. The same command again goes on where it was stopped.
 
     Args:
         cache: folder of the cache; by default the only one under ``caches/``.

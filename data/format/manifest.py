@@ -160,7 +160,7 @@ class Manifest:
 
     @property
     def outdated(self) -> str:
-        """What a cache of an earlier format version lacks, as a note; empty for one of today's."""
+        """Say what a cache of an earlier format version lacks, as a note. It is empty for one of today's."""
         if self.format_version == FORMAT_VERSION:
             return ""
         return (

@@ -81,7 +81,7 @@ def upgrade_cache(path: Path, progress: Callable[[int, int], None] | None = None
 
 
 def _upgrade_record(path: Path, manifest: Manifest, upgraded: Manifest, source: str, shard: int) -> None:
-    """Give the record of a shard what it lacks; a shard that is not committed has none."""
+    """Give the record of a shard what it lacks. A shard that is not committed has none."""
     record = read_commit(path, source, shard)
     if record is None:
         return

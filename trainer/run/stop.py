@@ -101,7 +101,7 @@ class Stop(StepCallback):
         self._listen()
 
     def _agree(self, trainer: Trainer, step: int) -> int:
-        """What all ranks had heard when they last told one another; tells what this one has heard by now."""
+        """Return what all ranks had heard by the step before, and tell them what this one has heard."""
         agreed = 0
         if self._heard is not None:
             agreed, interval = self._listen()
@@ -117,7 +117,7 @@ class Stop(StepCallback):
         return agreed
 
     def _listen(self) -> tuple[int, int]:
-        """What was asked of any rank, and the steps until they tell one another again."""
+        """Return what was asked of any rank, and the steps until they tell one another again."""
         if self._heard is None:
             return 0, 1
         heard, work = self._heard
