@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..edge import MOST_BYTES
 from ..errors import CacheError
 from ..format.columns import LABEL
 from ..format.commits import CommitRecord, record_misfit
@@ -41,7 +42,7 @@ from ..format.layout import (
     zarr_documents,
 )
 from ..format.opening import labels_sha256, open_manifest, read_keys, read_labels
-from ..storage.files import locked, os_errors, partial_path, refuse_links, sync_folders, write_file
+from ..storage.files import locked, os_errors, partial_path, read_file, refuse_links, sync_folders, write_file
 from ..writing.store import encode_keys, keys_sha256, metadata_documents
 from ..writing.valid_rows import settle_valid
 from ..writing.writer import SourceWriter
@@ -162,7 +163,7 @@ def restore_group(path: Path) -> bool:
             open_manifest(path)
         except CacheError:
             if has_sound_copy(path):
-                write_file(path / GROUP_FILE, (path / GROUP_COPY).read_bytes(), path)
+                write_file(path / GROUP_FILE, read_file(path / GROUP_COPY, MOST_BYTES), path)
                 return True
         return False
 
@@ -210,7 +211,7 @@ def _intact_records(path: Path) -> list[tuple[str, CommitRecord]]:
         for file in sorted((path / COMMITS_FOLDER).glob("*/*.json")):
             # one that is damaged or of another name bears no witness
             with suppress(CacheError):
-                record = CommitRecord.decode(file.read_bytes(), where=str(file))
+                record = CommitRecord.decode(read_file(file, MOST_BYTES), where=str(file))
                 if file.stem == str(record.shard):
                     found.append((file.parent.name, record))
     return found
@@ -235,7 +236,7 @@ def _array_misfits(path: Path, manifest: Manifest) -> list[str]:
     for array in (LABEL, *manifest.columns):
         file = path / array / GROUP_FILE
         with suppress(OSError, ValueError, RecursionError):
-            if not same_document(file.read_bytes(), documents[f"{array}/{GROUP_FILE}"]):
+            if not same_document(read_file(file, MOST_BYTES), documents[f"{array}/{GROUP_FILE}"]):
                 found.append(f"{file}")
     return found
 

@@ -15,7 +15,7 @@ from ..errors import CacheError
 from ..format.commits import committed_shards
 from ..format.layout import GROUP_FILE, calibration_file, calibration_lock
 from ..format.opening import open_manifest
-from ..storage.files import locked, make_folder, os_errors, write_file
+from ..storage.files import locked, make_folder, os_errors, read_file, write_file
 from .store import refuse_foreign_folder
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..storage.bucket import CachePath
 
 NOTE = "calibration"
+_MOST_BYTES = 1 << 28
 
 
 def ensure_calibration(
@@ -93,7 +94,7 @@ def read_calibration(path: CachePath, source: str) -> bytes | None:
     file = calibration_file(path, source)
     with os_errors("read", file):
         try:
-            return file.read_bytes()
+            return read_file(file, _MOST_BYTES)
         except FileNotFoundError:
             return None
 

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load, save
 
+from ...data.edge import parse
 from ...data.errors import RepaError
+from ...data.format.bounds import Count
 from ...data.format.canonical import canonical_json
+from ...data.format.notes import AttentionFidelity, TokenFidelity
 from ...data.units import counted
 from ..images.workers import decode_row
 
@@ -32,6 +35,7 @@ FIT_IMAGES = 128
 HELD_OUT_IMAGES = 64
 
 _METADATA = "repa"
+_COUNT: Any = Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +80,10 @@ class Calibration:
             (length,) = struct.unpack_from("<Q", data)
             values = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_METADATA])
             tensors = load(data)
+            parse(_COUNT, values["images"], where="images")
+            # it goes on into the notes of a manifest, which must open
+            kind: type[Any] = AttentionFidelity if "kl" in values["fidelity"] else TokenFidelity
+            parse(kind, values["fidelity"], where="fidelity")
             return cls(**values, projections=(tensors["q"], tensors["k"]) if tensors else None)
         # what the reader of a broken file raises is an Exception of its own
         except Exception as error:

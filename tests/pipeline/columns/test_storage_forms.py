@@ -313,17 +313,26 @@ def test_an_undecodable_image_gives_its_place_to_the_next() -> None:
 
 def test_a_calibration_is_one_spelling_of_its_content() -> None:
     projections = torch.arange(8.0).view(1, 1, 2, 4), torch.ones(1, 1, 2, 4)
+    head = {"block": 1, "head": 1, "mean": 1e-7, "p99": 1e-6}
+    attention = {"kl": [head], "kl_mean": 1e-7, "kl_worst_head": 1e-7, "images": 2, "bytes_per_image": 8}
+    tokens = {
+        "cosine_error_mean": 0.1,
+        "cosine_error_max": 0.2,
+        "repa_loss_change": 0,
+        "images": 2,
+        "bytes_per_image": 8,
+    }
     made = Calibration(
         settings={"b": [1, 2], "a": None},
         images=3,
-        fidelity={"kl_mean": 1e-7},
+        fidelity=attention,
         projections=projections,
     )
     data = made.encode()
     turned = Calibration(
         settings={"a": None, "b": [1, 2]},
         images=3,
-        fidelity={"kl_mean": 1e-7},
+        fidelity=attention,
         projections=projections,
     )
     assert turned.encode() == data
@@ -332,8 +341,12 @@ def test_a_calibration_is_one_spelling_of_its_content() -> None:
     assert again == made
     assert again.projections is not None
     assert torch.equal(again.projections[0], projections[0])
-    bare = Calibration(settings={}, images=0, fidelity={})
+    bare = Calibration(settings={}, images=0, fidelity=tokens)
     assert Calibration.decode(bare.encode()).projections is None
-    for damaged in (b"", data[:20], b"x" * 40, data[:-1]):
+    strange = [
+        Calibration(settings={}, images=images, fidelity=fidelity).encode()
+        for images, fidelity in ((-1, tokens), ("2", tokens), (0, {}), (0, {**tokens, "images": None}))
+    ]
+    for damaged in (b"", data[:20], b"x" * 40, data[:-1], *strange):
         with pytest.raises(ValueError, match="not a calibration"):
             Calibration.decode(damaged)
