@@ -258,11 +258,12 @@ def test_a_file_that_cannot_be_read_stops_the_run_and_keeps_the_shards_before(
 
 
 def newer_format(cache: Path) -> None:
-    from repa.data.format.layout import CHECKSUM_ATTRIBUTE, GROUP_FILE, canonical_json
+    from repa.data.format.canonical import canonical_json
+    from repa.data.format.layout import CHECKSUM_ATTRIBUTE, GROUP_FILE
 
     group = json.loads((cache / GROUP_FILE).read_text())
     values = group["attributes"]["repa"]
-    values["format_version"] = 2
+    values["format_version"] = 99
     import hashlib
 
     group["attributes"][CHECKSUM_ATTRIBUTE] = hashlib.sha256(canonical_json(values)).hexdigest()
@@ -286,7 +287,7 @@ CHANGED: dict[str, tuple[Callable[..., dict[str, Any] | None], tuple[str, ...]]]
         lambda f: {"weights": [f"demo={other_weights(f.tmp / 'other.safetensors')}"]},
         ("weights_sha256", "demo"),
     ),
-    "a newer format": (lambda f: newer_format(f.tmp / "cache"), ("format version 2",)),
+    "a newer format": (lambda f: newer_format(f.tmp / "cache"), ("format version 99",)),
     "a damaged manifest": (
         lambda f: (f.tmp / "cache" / "zarr.json").write_text("{") and None,
         ("zarr.json", "damaged"),
