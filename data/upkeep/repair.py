@@ -137,7 +137,7 @@ def plan_repair(path: Path, findings: Sequence[Finding]) -> RepairPlan:
 
 
 def _is_document(file: Path, path: Path, manifest: Manifest) -> bool:
-    """Whether a file follows from the manifest and the records."""
+    """Tell whether a file follows from the manifest and the records."""
     if file == path / GROUP_COPY or file.parent == valid_chunk(path, 0).parent:
         return True
     return file.name == GROUP_FILE and str(file.relative_to(path)) in zarr_documents(manifest)
@@ -205,7 +205,7 @@ def _refuse_foreign_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def _intact_records(path: Path) -> list[tuple[str, CommitRecord]]:
-    """(source, record) of all that are on disk, of sources that the manifest knows or not."""
+    """Collect (source, record) of all that are on disk, of sources that the manifest knows or not."""
     found = []
     with os_errors("read", path / COMMITS_FOLDER):
         for file in sorted((path / COMMITS_FOLDER).glob("*/*.json")):
@@ -218,7 +218,7 @@ def _intact_records(path: Path) -> list[tuple[str, CommitRecord]]:
 
 
 def _fits(record: CommitRecord, source: str, manifest: Manifest) -> bool:
-    """Whether a record may be of the cache that the manifest describes."""
+    """Tell whether a record may be of the cache that the manifest describes."""
     return record_misfit(manifest, manifest.source_columns(source), record) is None
 
 
@@ -230,7 +230,7 @@ def _keys_misfit(path: Path, manifest: Manifest) -> list[str]:
 
 
 def _array_misfits(path: Path, manifest: Manifest) -> list[str]:
-    """Documents of arrays that are there and readable, but not what the manifest says."""
+    """List the documents of arrays that are there and readable, but not what the manifest says."""
     documents = zarr_documents(manifest)
     found = []
     for array in (LABEL, *manifest.columns):
@@ -300,7 +300,10 @@ def restore_tables(path: Path, manifest: Manifest, keys: Sequence[str], labels: 
 
 
 def _refuse_foreign_keys(path: Path, keys: Sequence[str], cause: CacheError) -> None:
-    """A file that is damaged still has most of its lines; one of other images has none of them."""
+    """Refuse the keys of other images.
+
+    A file that is damaged still has most of its lines, one of other images has none of them.
+    """
     with suppress(FileNotFoundError):
         there = (path / KEYS_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
         if there and not set(keys).intersection(there):
@@ -312,7 +315,7 @@ def _refuse_foreign_keys(path: Path, keys: Sequence[str], cause: CacheError) -> 
 
 
 def withdraw(path: Path, manifest: Manifest, shards: Mapping[str, Iterable[int]]) -> None:
-    """Take shards back: afterwards they are not committed, and their files are gone.
+    """Take shards back. Afterwards they are not committed, and their files are gone.
 
     Args:
         path: folder of the cache.

@@ -137,12 +137,12 @@ def verify_cache(
 
 
 def _of_a_copy(finding: Finding) -> Finding:
-    """A finding in a bucket: no command of ours writes there."""
+    """Word a finding for a bucket, where no command of ours writes."""
     return replace(finding, remedy="copy it there again") if "`repa " in finding.remedy else finding
 
 
 def _check_metadata(path: CachePath, manifest: Manifest) -> list[Finding]:
-    """Zarr's documents against those that the manifest makes."""
+    """Compare Zarr's documents with those that the manifest makes."""
     findings = []
     for name, expected in zarr_documents(manifest).items():
         file = path / name
@@ -169,7 +169,7 @@ def _check_metadata(path: CachePath, manifest: Manifest) -> list[Finding]:
 
 
 def _check_copy(path: CachePath, manifest: Manifest) -> list[Finding]:
-    """The second document of the group against the first."""
+    """Compare the second document of the group with the first."""
     if manifest.format_version == 1:
         return []
     file = path / GROUP_COPY
@@ -191,7 +191,7 @@ def _check_valid(
     records: Mapping[tuple[str, int], CommitRecord],
     unsound: Container[int | None],
 ) -> list[Finding]:
-    """The array of valid rows against the records, but of shards whose records are not all sound."""
+    """Compare the array of valid rows with the records, but of shards whose records are not all sound."""
     committed: dict[int, set[int]] = {}
     for (_, shard), record in records.items():
         committed.setdefault(shard, set()).update(record.invalid)
@@ -242,7 +242,7 @@ def _check_keys_and_labels(path: CachePath, manifest: Manifest) -> list[Finding]
 
 
 def _check_calibration(path: CachePath, manifest: Manifest, source: str) -> list[Finding]:
-    """The file that a source's notes speak of."""
+    """Check the file that a source's notes speak of."""
     recorded = recorded_sha256(manifest.sources[source])
     if recorded is None:
         return []
@@ -259,7 +259,7 @@ def _check_calibration(path: CachePath, manifest: Manifest, source: str) -> list
 
 
 def _check_record(path: CachePath, manifest: Manifest, source: str, shard: int) -> CommitRecord | Finding:
-    """A shard's record, or why it has none."""
+    """Read a shard's record, or say why it has none."""
     file = commit_file(path, source, shard)
     columns = manifest.source_columns(source)
     try:
@@ -281,7 +281,7 @@ def _run(
     progress: Callable[[int, int], None] | None,
     threads: int,
 ) -> list[Finding]:
-    """All tasks' findings, in the order of the tasks."""
+    """Collect all tasks' findings, in the order of the tasks."""
     total = sum(task.bytes for task in tasks)
     done = 0
     found: dict[int, list[Finding]] = {}
@@ -303,7 +303,10 @@ def _run(
 
 
 def _check_strays(path: CachePath, manifest: Manifest, committed: Iterable[tuple[str, int]]) -> list[Finding]:
-    """Files that no part of the cache explains; those of a shard not committed are a run's in progress."""
+    """Find files that no part of the cache explains.
+
+    Those of a shard that is not committed are a run's in progress.
+    """
     done = set(committed)
     present = _names_of_files(path)
     root = Path()
@@ -330,7 +333,7 @@ def _check_strays(path: CachePath, manifest: Manifest, committed: Iterable[tuple
 
 
 def _names_of_files(path: CachePath) -> list[str]:
-    """Every file below a folder or prefix, by its name within it, as sorted paths are."""
+    """List every file below a folder or prefix, by its name within it, as sorted paths are."""
     with os_errors("read", path):
         if isinstance(path, RemotePath):
             sizes = path.bucket.sizes()
@@ -347,7 +350,7 @@ def _names_of_files(path: CachePath) -> list[str]:
 
 
 def _known_calibrations(present: Iterable[str], manifest: Manifest, committed: Container[str]) -> set[str]:
-    """Calibrations that notes speak of, and those of sources that nobody has committed a shard of yet."""
+    """List calibrations that notes speak of, and those of sources with no committed shard yet."""
     known = set()
     root = Path()
     # a calibration is made before its source is declared, and its lock before it
