@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from repa.data.format.columns import MOMENTS, ColumnSpec
-from repa.data.format.manifest import Manifest
+from repa.data.format.manifest import FORMAT_VERSION, Manifest
 from repa.data.reading.reader import CacheReader
 from repa.data.testing import synthetic_cache
 from shard_files_read import read_index
@@ -31,9 +31,15 @@ VIEWS = ("original", "mirrored")
 INVALID = {2: "cut off"}
 
 
-def write(path: Path) -> Manifest:
+def write(path: Path, format_version: int = FORMAT_VERSION) -> Manifest:
     return synthetic_cache(
-        path, num_rows=ROWS, columns=COLUMNS, shard_rows=SHARD_ROWS, views=VIEWS, invalid=INVALID
+        path,
+        num_rows=ROWS,
+        columns=COLUMNS,
+        shard_rows=SHARD_ROWS,
+        views=VIEWS,
+        invalid=INVALID,
+        format_version=format_version,
     )
 
 

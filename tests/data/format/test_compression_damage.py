@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from compressed_cache import COLUMNS, COMPRESSED, SHARD_ROWS, VIEWS, index_of, read_one
+from compressed_cache import COLUMNS, COMPRESSED, SHARD_ROWS, VIEWS, index_of, read_one, write
 from crc32c import crc32c
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,12 +52,14 @@ def test_a_flipped_bit_in_any_region_is_found_by_reader_and_verify(copy: Path, n
         bit = bits.randrange(8 * region.start, 8 * region.stop)
         data = bytearray(whole)
         data[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(whole)
+        reader = CacheReader(copy, [name])  # before the damage, some of which opening finds
         file.write_bytes(data)
         findings = verify_cache(copy, [name], threads=1)
         assert [(finding.path, finding.column, finding.shard, finding.row) for finding in findings] == [
             (file, name, 1, row)
         ]
-        with CacheReader(copy, [name]) as reader, pytest.raises(CorruptRowError) as caught:
+        with reader, pytest.raises(CorruptRowError) as caught:
             read_one(reader, name, 5 if row is None else row)
         assert (caught.value.column, caught.value.path) == (name, str(file))
         assert caught.value.row == (5 if row is None else row)
@@ -76,7 +78,9 @@ def forge(file: Path, row: int, chunk: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", ["zstd-float16/patch", "blosc-int8/patch", "pcodec-float32/patch"])
-def test_a_chunk_with_the_right_checksum_and_the_wrong_content_is_corrupt(copy: Path, name: str) -> None:
+def test_a_chunk_with_the_right_checksum_and_the_wrong_content_is_corrupt(tmp_path: Path, name: str) -> None:
+    copy = tmp_path / "old"
+    write(copy, 1)  # later records have the checksum that is right
     spec = COLUMNS[name]
     file = shard_file(copy, name, spec, 1)
     whole = file.read_bytes()
@@ -105,12 +109,10 @@ def test_an_index_that_asks_for_absurd_sizes_is_corrupt(copy: Path, size: int) -
     index = index_of(file)
     data = file.read_bytes()[: -index_bytes(SHARD_ROWS, len(VIEWS))]
     index[1, 0, 1] = size
-    file.write_bytes(data + encode_index(index))
-    with (
-        CacheReader(copy, [name]) as reader,
-        pytest.raises(CorruptRowError, match="its chunk has another size"),
-    ):
-        read_one(reader, name, 5)
+    with CacheReader(copy, [name]) as reader:
+        file.write_bytes(data + encode_index(index))
+        with pytest.raises(CorruptRowError, match="its chunk has another size"):
+            read_one(reader, name, 5)
     (finding,) = verify_cache(copy, [name])
     assert finding.row == 5
     assert "an index that points outside its data" in finding.what

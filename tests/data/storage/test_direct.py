@@ -74,8 +74,8 @@ def test_direct_reads_bypass_the_page_cache(cache: Path, monkeypatch: pytest.Mon
             flags.append(given)
         return opened(path, given, *rest, **more)
 
-    monkeypatch.setattr(os, "open", watched)
     with CacheReader(cache, list(COLUMNS), direct="on") as reader:
+        monkeypatch.setattr(os, "open", watched)
         read(reader, reader.valid_rows)
     assert flags
     assert all(flag & os.O_DIRECT for flag in flags)
@@ -174,10 +174,10 @@ def test_a_bad_row_met_while_deciding_is_left_to_whoever_asks_for_it(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reader_module, "fits_in_memory", lambda size: False)
-    for shard in range(5):
-        path = shard_file(cache, MOMENTS, COLUMNS[MOMENTS], shard)
-        path.write_bytes(bytes(path.stat().st_size))
     with CacheReader(cache, list(COLUMNS)) as reader:
+        for shard in range(5):
+            path = shard_file(cache, MOMENTS, COLUMNS[MOMENTS], shard)
+            path.write_bytes(bytes(path.stat().st_size))
         out = {PATCH: np.empty((2, 3, 7), dtype=np.float16)}
         reader.read_rows(np.array([1, 2]), [PATCH], out)
         with pytest.raises(CorruptRowError, match=f"row 1 of {MOMENTS}"):
