@@ -226,7 +226,7 @@ def record_misfit(manifest: Manifest, columns: Mapping[str, ColumnSpec], record:
     rows = manifest.shard_range(record.shard)
     if record.rows != (rows.start, rows.stop) or not rows:
         return f"its rows are {record.rows}, the shard's are {(rows.start, rows.stop)}"
-    if record.columns.keys() != columns.keys():
+    if not columns or record.columns.keys() != columns.keys():
         return f"it has columns {sorted(record.columns)}, the source has {sorted(columns)}"
     views = len(manifest.views)
     chunks = views * (len(rows) - len(record.invalid))

@@ -20,6 +20,7 @@ from repa.data.format.commits import survey
 from repa.data.format.grammar import is_name
 from repa.data.format.layout import (
     CHECKSUM_ATTRIBUTE,
+    GROUP_COPY,
     GROUP_FILE,
     KEYS_FILE,
     LABEL_CHUNK,
@@ -71,12 +72,12 @@ def use(path: Path) -> None:
             reader.read_rows(reader.valid_rows, list(manifest.columns), out)
 
 
-def write_manifest(path: Path, group: Any, manifest: Any) -> None:
+def write_manifest(path: Path, group: Any, manifest: Any, name: str = GROUP_FILE) -> None:
     """Put a manifest into a group's document, with its right checksum."""
     group["attributes"][ATTRIBUTE] = manifest
     with suppress(ValueError):
         group["attributes"][CHECKSUM_ATTRIBUTE] = hashlib.sha256(canonical_json(manifest)).hexdigest()
-    (path / GROUP_FILE).write_text(json.dumps(group))
+    (path / name).write_text(json.dumps(group))
 
 
 @settings(max_examples=120)
@@ -156,6 +157,23 @@ def test_rows_that_a_record_marks_invalid_are_of_its_shard(cache: Path, tmp_path
         found = survey(tmp_path / "c", open_manifest(tmp_path / "c"))
         assert found.absent["demo"] == [1]
         assert len(found.damaged) == 1
+
+
+def test_a_source_without_columns_has_no_shards(cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(cache, tmp_path / "c")
+    group = json.loads((cache / GROUP_FILE).read_bytes())
+    manifest = group["attributes"][ATTRIBUTE]
+    columns = {name: spec for name, spec in manifest["columns"].items() if name.startswith("sd-vae")}
+    for name in (GROUP_FILE, GROUP_COPY):
+        write_manifest(tmp_path / "c", group, {**manifest, "columns": columns}, name)
+    for file in (tmp_path / "c" / "commits" / "demo").glob("*.json"):
+        values = {**json.loads(file.read_bytes()), "columns": {}}
+        del values["sha256"]
+        values["sha256"] = hashlib.sha256(canonical_json(values)).hexdigest()
+        file.write_bytes(canonical_json(values) + b"\n")
+    found = survey(tmp_path / "c", open_manifest(tmp_path / "c"))
+    assert found.absent["demo"] == [0, 1]
+    use(tmp_path / "c")
 
 
 @pytest.mark.parametrize(
