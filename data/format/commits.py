@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from .manifest import Manifest
 
 _AFTER = b',"shard":'
-_CAN_ADVISE = hasattr(os, "posix_fadvise")
 _REDO = "delete it and run the same `repa preprocess` again"
 
 
@@ -305,9 +304,6 @@ def _end_of(file: Path, manifest: Manifest) -> tuple[int, int | None, int | None
     descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         size = os.fstat(descriptor).st_size
-        if _CAN_ADVISE:
-            # eight bytes are wanted, and not what lies around them
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         before_index = size - index_bytes(manifest.shard_rows, len(manifest.views))
         if before_index < 0:
             return size, None, None
