@@ -17,12 +17,12 @@ from crc32c import crc32c
 from ..errors import CacheError, RepaError
 from ..format.columns import LABEL, SCALE_SUFFIX, source_of
 from ..format.commits import invalid_reasons, is_committed, read_commit
-from ..format.opening import open_manifest, read_keys
+from ..format.opening import labels_sha256, open_manifest, read_keys
 from ..reading.reader import CacheReader
 from ..storage.bucket import map_files
 from ..storage.files import create_file, make_folder, os_errors, partial_path, publish
 from ..writing.calibrations import ensure_calibration, read_calibration, recorded_sha256
-from ..writing.store import ensure_cache, ensure_source
+from ..writing.store import ensure_cache, ensure_source, keys_sha256
 from ..writing.writer import SourceWriter
 from .reader import missing_webdataset, open_tar
 from .shards import (
@@ -291,6 +291,7 @@ def import_cache(pattern: str, path: Path, progress: Progress | None = None) -> 
     manifest = headers[0].manifest
     keys = [key for header in headers for key in header.keys]
     labels = np.concatenate([header.labels for header in headers])
+    _check_tables(manifest, keys, labels, pattern)
     calibrations = _calibrations(manifest, tars[0][2], tars[0][0])
     # first of all, for nothing may get into another cache
     ensure_cache(path, replace(manifest, columns={}, sources={}), keys, labels)
@@ -315,6 +316,23 @@ def import_cache(pattern: str, path: Path, progress: Progress | None = None) -> 
                 progress(shard + 1, len(headers))
     row_bytes = sum(spec.row_bytes for spec in manifest.columns.values()) * len(manifest.views)
     return Transfer(shards=len(headers), kept=kept, images=images, bytes=images * row_bytes)
+
+
+def _check_tables(manifest: Manifest, keys: Sequence[str], labels: NDArray[np.int32], pattern: str) -> None:
+    """Compare the keys and labels of all headers with the digests in their manifest.
+
+    Raises:
+        CacheError: they are others.
+    """
+    digests = {"keys_sha256": keys_sha256(keys)}
+    if manifest.format_version > 1:
+        digests["labels_sha256"] = labels_sha256(labels)
+    for field, digest in digests.items():
+        if digest != getattr(manifest, field):
+            what = field.removesuffix("_sha256")
+            raise CacheError(
+                f"the {what} in the tars of {pattern} are not its manifest's", AGAIN, field=field
+            )
 
 
 def _calibrations(manifest: Manifest, found: Mapping[str, bytes], path: str) -> dict[str, bytes]:

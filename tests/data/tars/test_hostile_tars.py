@@ -72,6 +72,20 @@ def test_a_source_that_is_a_path_is_refused(tmp_path: Path) -> None:
     assert folder_contents(tmp_path) == before
 
 
+@pytest.mark.parametrize(("field", "value"), [("keys", "other"), ("labels", 2)])
+def test_keys_and_labels_are_those_of_the_manifest(tmp_path: Path, field: str, value: Any) -> None:
+    synthetic_cache(tmp_path / "cache", num_rows=11)
+    export_cache(tmp_path / "cache", tmp_path / "out")
+
+    def change(header: dict[str, Any]) -> dict[str, Any]:
+        return {**header, field: [value] * len(header[field])}
+
+    with pytest.raises(CacheError) as caught:
+        import_cache(hostile_export(tmp_path / "out", tmp_path / "evil", change), tmp_path / "new")
+    assert caught.value.field == f"{field}_sha256"
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("key", ["/etc/x", "../x", "a/../../x", ".."])
 def test_no_member_of_a_tar_leads_out_of_its_folder(key: str) -> None:
     with pytest.raises(CacheError):
