@@ -18,7 +18,7 @@ from repa.data.format.columns import ColumnSpec, source_of
 from repa.data.format.layout import commit_file, shard_file
 from repa.data.format.manifest import Manifest
 from repa.data.format.shard_index import MISSING, index_bytes
-from repa.data.testing import synthetic_cache
+from repa.data.testing import folder_contents, synthetic_cache
 from shard_files_read import read_index
 
 ROWS, SHARD_ROWS, SHARDS = 7, 3, 3
@@ -223,3 +223,15 @@ class CacheOnDisk:
                     if not self.ends_as_committed(name):
                         return False
         return True
+
+
+def data_of_a_cache(path: Path) -> dict[str, object]:
+    """Every file of a cache but those that say which image set it is of; records without whose they are."""
+    found: dict[str, object] = {}
+    for name, content in folder_contents(path).items():
+        if name.startswith("commits/") and name.endswith(".json"):
+            values = json.loads((path / name).read_bytes())
+            found[name] = {key: values[key] for key in values.keys() - {"cache", "source", "sha256"}}
+        elif name not in ("zarr.json", "zarr.json.copy", "keys.txt"):
+            found[name] = content
+    return found
