@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..trainer.models.conditioning import Conditioner
     from ..trainer.sampling.generate import TrainedModel
     from ..trainer.sampling.record import SamplingRecord
+    from ..trainer.sampling.sampler import SamplerConfig
     from .shared.decoder import Decoder
     from .shared.sampling import SamplingJob
 
@@ -107,7 +108,7 @@ def sample(flags: SampleFlags, *, console: Console | None = None) -> None:
 
     from ..data.storage.files import os_errors, refuse_links
     from ..trainer.sampling.generate import model_of_file
-    from ..trainer.sampling.record import SampleFolder, SamplingRecord, sha256_of
+    from ..trainer.sampling.record import SampleFolder
     from ..trainer.sampling.sampler import SamplerConfig
 
     settings = SamplerConfig(
@@ -128,7 +129,36 @@ def sample(flags: SampleFlags, *, console: Console | None = None) -> None:
     condition = _conditions(model.backbone.y_embedder, asked, flags)
     # before the sampling, which may take hours: without an autoencoder it would be for nothing
     decoder = _decoder(model, flags.vae, "cuda" if cuda else "cpu", console)
-    record = SamplingRecord(
+    record = _record(flags, settings, checkpoint, model, decoder, asked)
+    if flags.out is None:
+        # a run that others made may have links where its samples go
+        with os_errors("write", out):
+            refuse_links(out, flags.run or out.parent)
+    folder = SampleFolder(out, record)
+    folder.open(replace_other=flags.replace)
+    missing = folder.missing()
+    jobs = _jobs(flags, model, record, condition, missing, out)
+    left = sum(min(flags.batch_size, flags.num - first) for first in missing)
+    if left < flags.num:
+        _say(console, f"{flags.num - left:,} of {counted(flags.num, 'image', ',')} are in {out} already.")
+    with _progress(left, console) as report:
+        _run(jobs, model, decoder, report)
+    folder.finish(condition)
+    _say(console, f"Wrote {counted(flags.num, 'image', ',')} to {out}.")
+
+
+def _record(
+    flags: SampleFlags,
+    settings: SamplerConfig,
+    checkpoint: Path,
+    model: TrainedModel,
+    decoder: Decoder,
+    asked: tuple[int, ...],
+) -> SamplingRecord:
+    """Say what the sampling is of, and how it is made."""
+    from ..trainer.sampling.record import SamplingRecord, sha256_of
+
+    return SamplingRecord(
         checkpoint=checkpoint.name,
         checkpoint_sha256=sha256_of(checkpoint),
         step=model.steps,
@@ -145,21 +175,6 @@ def sample(flags: SampleFlags, *, console: Console | None = None) -> None:
         batch_size=flags.batch_size,
         form="npz" if flags.npz else "png",
     )
-    if flags.out is None:
-        # a run that others made may have links where its samples go
-        with os_errors("write", out):
-            refuse_links(out, flags.run or out.parent)
-    folder = SampleFolder(out, record)
-    folder.open(replace_other=flags.replace)
-    missing = folder.missing()
-    jobs = _jobs(flags, model, record, condition, missing, out)
-    left = sum(min(flags.batch_size, flags.num - first) for first in missing)
-    if left < flags.num:
-        _say(console, f"{flags.num - left:,} of {counted(flags.num, 'image', ',')} are in {out} already.")
-    with _progress(left, console) as report:
-        _run(jobs, model, decoder, report)
-    folder.finish(condition)
-    _say(console, f"Wrote {counted(flags.num, 'image', ',')} to {out}.")
 
 
 def _check(flags: SampleFlags) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..data.errors import CacheError, RepaError
 from ..data.format.columns import AUTOENCODER, model_of
-from ..data.format.commits import committed_shards
+from ..data.format.survey import committed_shards
 from ..data.launchers import tasks_without_srun
 from ..data.units import counted
 from ..data.writing.store import ensure_source

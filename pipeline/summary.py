@@ -11,8 +11,8 @@ from rich.text import Text
 
 from ..data.edge import printable
 from ..data.format.columns import SCALE_SUFFIX, scale_column, source_of, split_column
-from ..data.format.commits import invalid_reasons
 from ..data.format.opening import open_manifest
+from ..data.format.survey import invalid_reasons
 from ..data.units import counted, human_bytes, human_rate, human_seconds
 
 if TYPE_CHECKING:

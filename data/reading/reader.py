@@ -23,8 +23,8 @@ import numpy as np
 
 from ..errors import CacheError, RepaError
 from ..format.columns import LABEL, source_of
-from ..format.commits import survey
 from ..format.opening import open_manifest, read_labels
+from ..format.survey import survey
 from ..storage.bucket import REQUESTS, CachePath, RemoteFiles, RemotePath, cache_path
 from ..storage.direct import (
     DIRECT_CHOICES,
@@ -44,8 +44,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ..format.commits import CommitRecord, Survey
+    from ..format.commits import CommitRecord
     from ..format.manifest import Manifest
+    from ..format.survey import Survey
     from ..storage.local import ShardFiles
 
 

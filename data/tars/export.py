@@ -16,8 +16,9 @@ from crc32c import crc32c
 
 from ..errors import CacheError, RepaError
 from ..format.columns import LABEL, SCALE_SUFFIX, source_of
-from ..format.commits import invalid_reasons, is_committed, read_commit
+from ..format.commits import is_committed, read_commit
 from ..format.opening import labels_sha256, open_manifest, read_keys
+from ..format.survey import invalid_reasons
 from ..reading.reader import CacheReader
 from ..storage.bucket import map_files
 from ..storage.files import create_file, make_folder, os_errors, partial_path, publish

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..format.commits import Survey, survey
 from ..format.opening import open_manifest
+from ..format.survey import Survey, survey
 from ..storage.bucket import CachePath, RemotePath
 from ..storage.files import os_errors
 

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import CacheError, RepaError
-from ..format.commits import invalid_reasons, is_committed
+from ..format.commits import is_committed
 from ..format.layout import calibration_file
 from ..format.manifest import FORMAT_VERSION
 from ..format.opening import labels_sha256
+from ..format.survey import invalid_reasons
 from ..reading.reader import CacheReader
 from ..units import human_bytes
 from ..writing.calibrations import check_calibration, ensure_calibration, read_calibration, recorded_sha256

@@ -12,9 +12,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ..errors import CacheError
-from ..format.commits import committed_shards
 from ..format.layout import GROUP_FILE, calibration_file, calibration_lock
 from ..format.opening import open_manifest
+from ..format.survey import committed_shards
 from ..storage.files import locked, make_folder, os_errors, read_file, write_file
 from .store import refuse_foreign_folder
 

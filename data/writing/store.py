@@ -14,7 +14,6 @@ import numpy as np
 
 from ..errors import CacheError
 from ..format.columns import AUTOENCODER, model_of, source_of
-from ..format.commits import committed_shards
 from ..format.group import read_group
 from ..format.layout import (
     CALIBRATION_FOLDER,
@@ -27,6 +26,7 @@ from ..format.layout import (
     zarr_documents,
 )
 from ..format.opening import declaration, differences, labels_sha256, open_manifest, read_labels
+from ..format.survey import committed_shards
 from ..storage.files import locked, make_folder, os_errors, partial_path, sync_folders, write_file
 from .writer import SourceWriter
 

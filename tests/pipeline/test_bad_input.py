@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from repa.data.errors import RepaError
 from repa.data.format.columns import MOMENTS
-from repa.data.format.commits import committed_shards, invalid_reasons
 from repa.data.format.opening import open_manifest
+from repa.data.format.survey import committed_shards, invalid_reasons
 from repa.data.reading.reader import CacheReader
 from repa.data.testing import folder_contents
 from repa.pipeline import plan as plan_module

@@ -17,9 +17,9 @@ from repa.commands.cache.merge import merge
 from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.data.errors import CacheError, CorruptRowError, RepaError
 from repa.data.format.columns import source_of
-from repa.data.format.commits import committed_shards
 from repa.data.format.layout import shard_file
 from repa.data.format.opening import open_manifest, read_keys
+from repa.data.format.survey import committed_shards
 from repa.data.reading.reader import CacheReader
 from repa.data.testing import folder_contents
 from repa.data.upkeep.verify import verify_cache

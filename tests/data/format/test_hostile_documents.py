@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from repa.data.errors import CacheError, RepaError
 from repa.data.format.canonical import canonical_json
 from repa.data.format.columns import ColumnSpec
-from repa.data.format.commits import survey
 from repa.data.format.grammar import is_name
 from repa.data.format.layout import (
     CHECKSUM_ATTRIBUTE,
@@ -30,6 +29,7 @@ from repa.data.format.layout import (
 )
 from repa.data.format.manifest import ATTRIBUTE
 from repa.data.format.opening import open_manifest, read_keys
+from repa.data.format.survey import survey
 from repa.data.reading.reader import CacheReader
 from repa.data.testing import SYNTHETIC_COLUMNS, synthetic_cache
 from repa.data.upkeep.info import cache_info

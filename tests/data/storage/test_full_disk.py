@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from repa.data.errors import RepaError
 from repa.data.format.columns import ColumnSpec
-from repa.data.format.commits import committed_shards
 from repa.data.format.opening import open_manifest
+from repa.data.format.survey import committed_shards
 from repa.data.testing import folder_contents, synthetic_cache
 from repa.data.upkeep.verify import verify_cache
 

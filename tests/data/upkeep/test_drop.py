@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from repa.data.errors import CacheError, RepaError
 from repa.data.format.columns import MOMENTS, ColumnSpec
-from repa.data.format.commits import committed_shards
 from repa.data.format.opening import open_manifest
+from repa.data.format.survey import committed_shards
 from repa.data.testing import SYNTHETIC_COLUMNS, folder_contents, synthetic_cache
 from repa.data.upkeep.drop import drop_source
 from repa.data.upkeep.verify import verify_cache

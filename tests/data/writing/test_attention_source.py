@@ -13,10 +13,10 @@ import torch
 import zarr
 from repa.data.errors import CacheError, CorruptRowError
 from repa.data.format.columns import MOMENTS, ColumnSpec
-from repa.data.format.commits import committed_shards
 from repa.data.format.int8 import dequantise
 from repa.data.format.layout import shard_file
 from repa.data.format.opening import open_manifest
+from repa.data.format.survey import committed_shards
 from repa.data.reading.loader import CacheLoader
 from repa.data.reading.reader import CacheReader
 from repa.data.testing import expected_row, synthetic_cache, synthetic_provenance

@@ -14,11 +14,12 @@ import tensorstore
 import zarr
 from repa.data.errors import CacheError
 from repa.data.format.columns import MOMENTS, ColumnSpec
-from repa.data.format.commits import committed_shards, invalid_reasons, invalid_rows, read_commit
+from repa.data.format.commits import read_commit
 from repa.data.format.layout import shard_file
 from repa.data.format.manifest import Manifest
 from repa.data.format.opening import labels_sha256, open_manifest, read_keys, read_labels
 from repa.data.format.shard_index import MISSING
+from repa.data.format.survey import committed_shards, invalid_reasons, invalid_rows
 from repa.data.testing import (
     SYNTHETIC_COLUMNS,
     expected_labels,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from killed_writers import finish_writers, kill_writers, start_writer
-from repa.data.format.commits import committed_shards
 from repa.data.format.opening import open_manifest
+from repa.data.format.survey import committed_shards
 from repa.data.testing import SYNTHETIC_COLUMNS, folder_contents, synthetic_cache
 from repa.data.upkeep.verify import verify_cache
 

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from repa.data.errors import CacheError, CorruptRowError
 from repa.data.format.columns import source_of
-from repa.data.format.commits import committed_shards
 from repa.data.format.layout import zarr_documents
 from repa.data.format.manifest import Manifest
 from repa.data.format.opening import open_manifest, read_keys, read_labels
+from repa.data.format.survey import committed_shards
 from repa.data.reading.reader import CacheReader
 from repa.data.testing import expected_labels, expected_row
 from repa.data.upkeep import repair, verify

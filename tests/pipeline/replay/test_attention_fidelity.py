@@ -13,10 +13,10 @@ import torch
 from attention_forms import ATTENTION, BLOCKS, HELD_OUT, SHARD, demo, divergences, notes, other_weights, read
 from repa.commands.cache.fidelity import verify_fidelity
 from repa.data.errors import CacheError, RepaError
-from repa.data.format.commits import committed_shards
 from repa.data.format.int8 import dequantise
 from repa.data.format.manifest import Manifest
 from repa.data.format.opening import open_manifest
+from repa.data.format.survey import committed_shards
 from repa.data.reading.reader import CacheReader
 from repa.data.upkeep.verify import verify_cache
 from repa.data.writing.writer import SourceWriter

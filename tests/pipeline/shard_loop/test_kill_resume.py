@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from PIL import Image
-from repa.data.format.commits import committed_shards, invalid_reasons
 from repa.data.format.opening import open_manifest
+from repa.data.format.survey import committed_shards, invalid_reasons
 from repa.data.testing import folder_contents
 from repa.data.upkeep.verify import verify_cache
 

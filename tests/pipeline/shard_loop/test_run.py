@@ -13,9 +13,9 @@ import pytest
 import torch
 from repa.data.errors import RepaError
 from repa.data.format.columns import MOMENTS, ColumnSpec
-from repa.data.format.commits import committed_shards, invalid_reasons
 from repa.data.format.manifest import Manifest
 from repa.data.format.opening import labels_sha256
+from repa.data.format.survey import committed_shards, invalid_reasons
 from repa.data.testing import synthetic_provenance
 from repa.data.writing.store import ensure_cache, ensure_source, keys_sha256
 from repa.data.writing.writer import SourceWriter
