@@ -195,6 +195,22 @@ def test_what_no_manifest_says_is_named(cache: Path, tmp_path: Path, field: str,
     assert caught.value.remedy
 
 
+@pytest.mark.parametrize("name", ["logit_scale", "tolerance"])
+def test_numbers_of_notes_are_those_of_float64(cache: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(cache, tmp_path / "c")
+    group = json.loads((cache / GROUP_FILE).read_bytes())
+    manifest = group["attributes"][ATTRIBUTE]
+    for value, fits in ((1, True), (0.5, True), (10**400, False), ("1", False), (True, False)):
+        manifest["sources"]["demo+attention"]["notes"][name] = value
+        write_manifest(tmp_path / "c", group, manifest)
+        if fits:
+            assert open_manifest(tmp_path / "c").sources["demo+attention"].notes[name] == value
+            continue
+        with pytest.raises(CacheError) as caught:
+            open_manifest(tmp_path / "c")
+        assert caught.value.field.startswith(f"sources.demo+attention.notes.{name}")
+
+
 names = st.text(st.sampled_from("aZ0._+-/\\ \x00\n~é"), max_size=8) | st.sampled_from(
     [
         "commits",
