@@ -99,8 +99,8 @@ def read_plain(folder: Path, count: int) -> Iterator[Pair]:
     plain = np.memmap(folder / "rows.bin", dtype=np.uint8, mode="r", shape=(count, ROW_BYTES))
     buffer = np.ones((BATCH_SIZE, ROW_BYTES), dtype=np.uint8)
     for rows in batches_of(count):
-        for place, row in enumerate(rows.tolist()):
-            buffer[place] = plain[row]
+        for position, row in enumerate(rows.tolist()):
+            buffer[position] = plain[row]
         yield (
             buffer[:, :LATENT_BYTES].view(np.float32).reshape(-1, *LATENT[0]),
             buffer[:, LATENT_BYTES:].view(np.float16).reshape(-1, *TOKENS[0]),
@@ -158,8 +158,8 @@ def read_zarr(folder: Path, count: int, *, pipeline: str = "") -> Iterator[Pair]
     buffers = [np.empty((BATCH_SIZE, *shape), dtype=dtype) for shape, dtype in (LATENT, TOKENS)]
     for rows in batches_of(count):
         for array, buffer in zip(arrays, buffers, strict=True):
-            for place, row in enumerate(rows.tolist()):
-                buffer[place] = array[row, 0]
+            for position, row in enumerate(rows.tolist()):
+                buffer[position] = array[row, 0]
         yield buffers[0], buffers[1]
 
 

@@ -104,7 +104,7 @@ class Plan:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise RepaError(
                 f"cannot write cache {self.config.cache}: folder {folder} is read-only for you",
-                "name another place with --cache",
+                "name another folder with --cache",
             )
         if not self.fits:
             raise _too_small(self.config.cache, self.bytes, self.free_bytes)
@@ -208,7 +208,7 @@ def present_manifest(cache: Path) -> Manifest | None:
     """
     for each in (cache, *cache.parents):
         if each.exists() and not each.is_dir():
-            raise CacheError(f"{each} is a file, not a folder", "choose another place with --cache")
+            raise CacheError(f"{each} is a file, not a folder", "choose another folder with --cache")
     return open_manifest(cache) if (cache / "zarr.json").exists() else None
 
 

@@ -191,8 +191,8 @@ def _check_given_weights(plan: Plan, asked: PreprocessConfig) -> None:
     for source in plan.sources:
         if source.missing or source.declared is None:
             continue
-        place = str(Path(asked.vae).resolve()) if asked.vae and Path(asked.vae).is_dir() else asked.vae
-        elsewhere = place is not None and place != source.declared.notes.get("location")
+        location = str(Path(asked.vae).resolve()) if asked.vae and Path(asked.vae).is_dir() else asked.vae
+        elsewhere = location is not None and location != source.declared.notes.get("location")
         if model_of(source.source) in asked.weights or (source.source == AUTOENCODER and elsewhere):
             names.append(source.source)
     if names:

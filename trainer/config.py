@@ -78,8 +78,8 @@ class TrainConfig:
         latent_scale: what latents are multiplied by; none takes the autoencoder's own factor.
         latent_shift: what is subtracted from latents first; none takes the autoencoder's own.
         seed: of initialisation, order and every draw.
-        order: of the images: full, any at any place; or blocks, a few shards of the cache at a time, for
-            disks that are slow at random places.
+        order: of the images: full, any after any other; or blocks, a few shards of the cache at a time, for
+            disks that are slow at random offsets.
         shuffle_buffer: rows of the buffer that shuffles a cache that is read from tars.
         batch_size: images of an optimiser step, over all devices and accumulated micro-batches.
         accumulate: micro-batches of a step.

@@ -17,7 +17,7 @@ OnResume: TypeAlias = Literal["free", "recorded", "bound"]
 #   recorded  take it from that step on, and say so in run.json
 #   bound     refuse it, for the steps before would not be of the same run
 ON_RESUME: Mapping[str, OnResume] = {
-    "cache": "free",  # another place; that it holds the same rows, the checkpoint checks
+    "cache": "free",  # another path; that it holds the same rows, the checkpoint checks
     "init": "bound",
     "targets": "bound",
     "model": "bound",

@@ -162,8 +162,8 @@ class _Bench:
         buffer = np.ones((BATCH_SIZE, self.row_bytes), dtype=np.uint8)
         with _Timer() as timer:
             for start in range(0, len(order), BATCH_SIZE):
-                for place, row in enumerate(order[start : start + BATCH_SIZE]):
-                    buffer[place] = plain[row]
+                for position, row in enumerate(order[start : start + BATCH_SIZE]):
+                    buffer[position] = plain[row]
         return timer.result(len(order))
 
     def _sequential(self) -> _Pass:
@@ -173,10 +173,10 @@ class _Bench:
             for path in self._shards:
                 descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
                 try:
-                    place = 0
-                    while more := os.preadv(descriptor, [memory], place):
-                        place += more
-                    total += place
+                    offset = 0
+                    while more := os.preadv(descriptor, [memory], offset):
+                        offset += more
+                    total += offset
                 finally:
                     os.close(descriptor)
         return timer.result(total // self.row_bytes)
@@ -250,9 +250,9 @@ class _Bench:
         arrays = {column: group[column] for column in self._columns}
         order, buffers = self._rows(_FEW), self._buffers()
         with _Timer() as timer:
-            for place, row in enumerate(order.tolist()):
+            for position, row in enumerate(order.tolist()):
                 for column, array in arrays.items():
-                    buffers[column][place % BATCH_SIZE] = array[row, 0]
+                    buffers[column][position % BATCH_SIZE] = array[row, 0]
         return timer.result(len(order))
 
 

@@ -89,6 +89,6 @@ def _train(say_and_run: Callable[..., None], run: DemoRun, cache: Path, steps: i
     if run.method == "haste":
         settings["method.stop"] = max(2 * steps // 3, 1)
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    place = ("--cache", cache, "--run", run.folder)
+    folders = ("--cache", cache, "--run", run.folder)
     amount = ("--max-steps", steps, "--batch-size", BATCH_SIZE, "--lr", "2e-3")
-    say_and_run("train", "--method", run.method, "--model", MODEL, *place, *amount, *words)
+    say_and_run("train", "--method", run.method, "--model", MODEL, *folders, *amount, *words)

@@ -46,16 +46,16 @@ def takes_flags(flags: type[Flags]) -> Callable[[Callable[[Flags], None]], Calla
     return decorate
 
 
-def local_folder(place: str) -> Path:
+def local_folder(path: str) -> Path:
     """Return the folder that a flag names.
 
     Raises:
         RepaError: it is the address of a bucket.
     """
-    if is_remote(place):
+    if is_remote(path):
         raise RepaError(
-            f"{place} is in a bucket, where caches are only read, by `repa train`, `repa parity` and `repa "
+            f"{path} is in a bucket, where caches are only read, by `repa train`, `repa parity` and `repa "
             "cache info`, `verify` and `export`",
             "name a folder",
         )
-    return Path(place)
+    return Path(path)

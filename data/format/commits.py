@@ -3,7 +3,7 @@
 ``commits/<source>/<shard>.json`` is written after the shard files of all the source's columns are in place.
 It holds nothing of when, where or by whom, so its bytes depend on the shard alone, and it holds its own
 checksum. From format version 2 on it says whose it is, by the identities of its cache and of its source's
-declaration, and has the checksum of every row: an intact file in the wrong place is not taken for the right
+declaration, and has the checksum of every row: an intact file under the wrong name is not taken for the right
 one. The files themselves are the same in both versions.
 """
 
@@ -172,7 +172,7 @@ class ShardProblem:
     Attributes:
         what: a clause that names the file.
         column: the column, where it is about one.
-        foreign: whether there is something else in its place, and not nothing or a part.
+        foreign: whether something else stands under its name, and not nothing or a file cut short.
     """
 
     what: str

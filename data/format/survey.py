@@ -54,7 +54,7 @@ class Survey:
     Attributes:
         records: source → the intact record of every shard that has one of this cache, ascending.
         absent: source → shards that are not committed (see `is_committed`), ascending.
-        foreign: source → shard → what stands in the place of one that was committed, ascending.
+        foreign: source → shard → what stands where a committed one should, ascending.
         damaged: what is wrong with records that are not intact.
         file_bytes: column → bytes of its recorded shards.
     """

@@ -1,7 +1,7 @@
 """The chunks of one column: where each lies in its shard file, and its bytes into the caller's memory.
 
-A row and view is one chunk: its raw bytes and their crc32c, which go straight to their places. The chunks of
-a compressed column take the slow path: read into memory of their own, checked, decoded, copied.
+A row and view is one chunk: its raw bytes and their crc32c, which go straight to where they are wanted.
+Those of a compressed column take the slow path: read into memory of their own, checked, decoded, copied.
 
 Rows are read in two passes: what is in the page cache is taken at once and the rest is asked for; then the
 rest is waited for. So a disk has many requests to work on however few the threads, and what is in memory
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..storage.bucket import CachePath
     from ..storage.local import ShardFiles
 
-# in a table of offsets: the index gives the chunk no place, or one of the wrong size
+# in a table of offsets: the index has no entry for the chunk, or one of the wrong size
 _NO_CHUNK = -1
 _WRONG_SIZE = -2
 _REASONS = {_NO_CHUNK: "its chunk is missing", _WRONG_SIZE: "its chunk has another size"}
@@ -95,7 +95,8 @@ class ColumnReader:
         column: name of the column.
         check_crc: compare every row with its checksum.
         checksums: those recorded when the rows were committed, ``uint32 [≥ N, V]``, so that an intact row of
-            another place is not taken for this one; None compares with those stored behind the rows.
+            another shard or column is not taken for this one. None compares with those stored behind the
+            rows.
 
     Attributes:
         manifest: as given.
@@ -234,7 +235,7 @@ class ColumnReader:
         except CacheError as error:
             raise self.corrupt(row, str(error)) from error
         starts, sizes = index[..., 0], index[..., 1]
-        # a place past 2⁶³ is past the end of any file; it must not turn negative
+        # an offset past 2⁶³ is past the end of any file; it must not turn negative
         offsets = np.minimum(starts, np.uint64(2**63 - 1 - 2**32)).astype(np.int64)
         # what is no size of a chunk must not be asked for as memory either
         wrong = (

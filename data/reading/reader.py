@@ -238,23 +238,23 @@ class CacheReader:
         order = np.argsort(rows, kind="stable")
         parts = max(1, min(parts, len(rows)))
         for start, stop in pairwise(len(rows) * part // parts for part in range(parts + 1)):
-            places = order[start:stop]
-            part_views = np.zeros(len(places), dtype=np.int64) if views is None else views[places]
-            yield partial(self._read_part, files, rows[places], part_views, places, targets, at_once)
+            positions = order[start:stop]
+            part_views = np.zeros(len(positions), dtype=np.int64) if views is None else views[positions]
+            yield partial(self._read_part, files, rows[positions], part_views, positions, targets, at_once)
 
     def _read_part(
         self,
         files: ShardFiles,
         rows: NDArray[np.int64],
         views: NDArray[np.int64],
-        places: NDArray[np.intp],
+        positions: NDArray[np.intp],
         targets: Sequence[_Target],
         at_once: int,
     ) -> None:
-        """Read ascending rows of all columns into the given places of the targets."""
+        """Read ascending rows of all columns into the given positions of the targets."""
         for start in range(0, len(rows), at_once):
             piece = slice(start, start + at_once)
-            where = places_of(self.manifest, rows[piece], views[piece], places[piece])
+            where = places_of(self.manifest, rows[piece], views[piece], positions[piece])
             reads = [target.reader.start(files, where, target.memory) for target in targets]
             for read in reads:
                 read.take_ready()
@@ -341,11 +341,11 @@ class CacheReader:
 
     def _require_committed(self, source: str, found: Survey) -> None:
         for shard, problem in found.foreign[source].items():
-            place = problem.column or source
+            named = problem.column or source
             raise CacheError(
-                f"shard {shard} of {place} is not the one that was committed: {problem.what}",
+                f"shard {shard} of {named} is not the one that was committed: {problem.what}",
                 f"`repa cache verify {self.path}` lists them all, `repa cache repair` encodes them again",
-                field=place,
+                field=named,
             )
         absent = found.absent[source]
         if absent:

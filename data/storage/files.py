@@ -193,7 +193,7 @@ def sync_folders(folder: Path, root: Path) -> None:
 
 
 def publish(partial: Path, path: Path, root: Path) -> None:
-    """Rename a finished, synced file to its place, durably up to the folder ``root``."""
+    """Rename a finished, synced file to its final path, durably up to the folder ``root``."""
     os.replace(partial, path)
     sync_folders(path.parent, root)
 
@@ -202,7 +202,7 @@ def write_file(path: Path, data: bytes, root: Path) -> None:
     """Write a small file whole or not at all, making the folders it needs.
 
     Args:
-        path: its place; a file that is there is replaced.
+        path: its final one; a file that is there is replaced.
         data: all of its bytes.
         root: the folder above it whose entries must be durable too, usually the cache.
     """

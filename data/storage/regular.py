@@ -51,7 +51,7 @@ def read_regular(path: str | Path, most: int | None = None) -> bytes:
     """Return the bytes of a regular file.
 
     Args:
-        path: its place.
+        path: of the file.
         most: of a longer file read so many and no more; None reads all.
 
     Raises:

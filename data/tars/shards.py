@@ -299,11 +299,11 @@ class _Sample:
         if not self.wanted:
             return
         manifest = self._header.manifest
-        place = self._row - manifest.shard_range(self._header.shard).start
-        label = int(self._header.labels[place])
+        within = self._row - manifest.shard_range(self._header.shard).start
+        label = int(self._header.labels[within])
         try:
             facts = self._facts()
-            if (facts.row, facts.key, facts.label) != (self._row, self._header.keys[place], label):
+            if (facts.row, facts.key, facts.label) != (self._row, self._header.keys[within], label):
                 raise self._damaged("its json contradicts the header")
             if int(self.fields[LABEL_FIELD]) != label:
                 raise self._damaged("its cls contradicts the header")
@@ -357,18 +357,18 @@ def read_headers(pattern: str) -> dict[int, tuple[str, ShardHeader, dict[str, by
     found: dict[int, tuple[str, ShardHeader, dict[str, bytes]]] = {}
     first = ""
     identity: Any = None
-    for place in present_tars(pattern):
-        with open_tar(place) as reader:
+    for tar in present_tars(pattern):
+        with open_tar(tar) as reader:
             members = iter(reader)
             header = read_header(reader, members)
             calibrations = _calibrations(reader, members) if header.shard == 0 else {}
         own = (header.manifest, header.all_invalid.tolist())
-        first, identity = first or place, identity or own
+        first, identity = first or tar, identity or own
         if own != identity:
-            raise CacheError(f"{place} and {first} are not of one export", "name the tars of one")
+            raise CacheError(f"{tar} and {first} are not of one export", "name the tars of one")
         if header.shard in found:
-            raise CacheError(f"{place} and {found[header.shard][0]} are the same shard", "name each once")
-        found[header.shard] = (place, header, calibrations)
+            raise CacheError(f"{tar} and {found[header.shard][0]} are the same shard", "name each once")
+        found[header.shard] = (tar, header, calibrations)
     shards = identity[0].num_shards
     if len(found) < shards:
         first_missing = next(shard for shard in range(shards) if shard not in found)

@@ -86,11 +86,11 @@ def _drop(path: Path, source: str) -> Manifest:
         if manifest.format_version > 1:
             for shard in range(manifest.num_shards):
                 settle_valid(path, manifest, shard)
-        for place in _left_of(path, source, manifest):
-            if place.is_dir() and not place.is_symlink():
-                shutil.rmtree(place)
+        for leftover in _left_of(path, source, manifest):
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
             else:
-                place.unlink(missing_ok=True)
+                leftover.unlink(missing_ok=True)
         for folder in (path / model_of(source), path / CALIBRATION_FOLDER):
             with suppress(OSError):  # what others have put there is theirs
                 folder.rmdir()
@@ -101,12 +101,12 @@ def _drop(path: Path, source: str) -> Manifest:
 def _left_of(path: Path, source: str, manifest: Manifest) -> list[Path]:
     """Return what of a source lies in the cache's folder, whether the manifest still has it or not."""
     model = model_of(source)
-    places = [commit_folder(path, source), calibration_file(path, source), calibration_lock(path, source)]
+    paths = [commit_folder(path, source), calibration_file(path, source), calibration_lock(path, source)]
     with suppress(OSError):
-        places += [each for each in (path / model).iterdir() if _is_of(each.name, source)]
+        paths += [each for each in (path / model).iterdir() if _is_of(each.name, source)]
     if all(model_of(other) != model for other in manifest.sources if other != source):
-        places.append(path / model / GROUP_FILE)
-    return [place for place in places if place.is_symlink() or place.exists()]
+        paths.append(path / model / GROUP_FILE)
+    return [each for each in paths if each.is_symlink() or each.exists()]
 
 
 def _is_of(kind: str, source: str) -> bool:

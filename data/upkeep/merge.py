@@ -5,8 +5,8 @@ copied from where they are. For caches from a folder the rows of the whole are s
 been encoded at once; the parts of anything else follow one another. Nothing is encoded, every row's checksum
 is checked on the way, and what was interrupted is resumed by the same call.
 
-On some CPUs (see `pipeline.passes`) and on GPUs the last bits of a feature depend on the image's place in its
-batch. There the rows are those of the parts, and not quite those of a cache made at once.
+On some CPUs (see `pipeline.lanes`) and on GPUs the last bits of a feature depend on the image's position in
+its batch. There the rows are those of the parts, and not quite those of a cache made at once.
 """
 
 from __future__ import annotations

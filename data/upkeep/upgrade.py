@@ -123,11 +123,11 @@ def _stored_checksums(file: Path, manifest: Manifest) -> tuple[bytes, int]:
         tail = os.pread(descriptor, index_bytes(*shape), size - index_bytes(*shape))
         index = decode_index(tail, size, str(file), *shape)
         table = np.zeros(shape, dtype="<u4")
-        for place in np.ndindex(shape):
-            offset, length = index[place].tolist()
+        for chunk in np.ndindex(shape):
+            offset, length = index[chunk].tolist()
             if offset != MISSING and CHECKSUM_BYTES < length <= size and offset + length <= size:
                 stored = os.pread(descriptor, CHECKSUM_BYTES, offset + length - CHECKSUM_BYTES)
-                table[place] = int.from_bytes(stored, "little")
+                table[chunk] = int.from_bytes(stored, "little")
     finally:
         os.close(descriptor)
     return table.tobytes(), int.from_bytes(tail[-CHECKSUM_BYTES:], "little")

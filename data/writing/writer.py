@@ -175,9 +175,9 @@ class ShardWriter:
     def __enter__(self) -> Self:
         try:
             for column, spec in self._specs.items():
-                place = shard_file(self.path, column, spec, self.number)
-                with os_errors("write", place):
-                    self._files[column] = _ColumnFile(place, self.path, spec, *self._layout)
+                path = shard_file(self.path, column, spec, self.number)
+                with os_errors("write", path):
+                    self._files[column] = _ColumnFile(path, self.path, spec, *self._layout)
         except BaseException:
             self._abandon()
             raise
@@ -203,7 +203,7 @@ class ShardWriter:
         if row not in self.rows or row in self._invalid:
             raise ValueError(f"row {row} is invalid or not of shard {self.number} ({self.rows})")
         file = self._files[column]
-        with os_errors("write", file.place):
+        with os_errors("write", file.path):
             file.append(row, array)
 
     def mark_invalid(self, row: int, reason: str) -> None:
@@ -221,7 +221,7 @@ class ShardWriter:
         self._invalid[row] = reason
 
     def commit(self) -> None:
-        """Put the files in their places and write the commit record.
+        """Rename the files to their final paths and write the commit record.
 
         Raises:
             ValueError: a row is neither written in every column nor invalid.
@@ -233,7 +233,7 @@ class ShardWriter:
                     raise ValueError(f"row {row} of {column} is neither written nor invalid")
         columns = {}
         for column, file in self._files.items():
-            with os_errors("write", file.place):
+            with os_errors("write", file.path):
                 columns[column] = file.finish(with_table=bool(self._whose))
         record_file = commit_file(self.path, self.source, self.number)
         with os_errors("write", record_file):
@@ -242,7 +242,7 @@ class ShardWriter:
                 record_file.unlink()
                 sync_folders(record_file.parent, self.path)
             for file in self._files.values():
-                publish(file.partial, file.place, self.path)
+                publish(file.partial, file.path, self.path)
             record = CommitRecord(
                 shard=self.number,
                 rows=(self.rows.start, self.rows.stop),
@@ -269,10 +269,10 @@ class ShardWriter:
 
 
 class _ColumnFile:
-    """A shard file in the making, beside its place.
+    """A shard file in the making, beside its final path.
 
     Args:
-        place: where it belongs.
+        path: where it belongs.
         root: folder of the cache.
         spec: the column's.
         first_row: of the shard.
@@ -281,10 +281,10 @@ class _ColumnFile:
     """
 
     def __init__(
-        self, place: Path, root: Path, spec: ColumnSpec, first_row: int, shard_rows: int, views: int
+        self, path: Path, root: Path, spec: ColumnSpec, first_row: int, shard_rows: int, views: int
     ) -> None:
-        self.place = place
-        self.partial = partial_path(place)
+        self.path = path
+        self.partial = partial_path(path)
         self._shape = (views, *spec.shape)
         self._dtype = spec.numpy_dtype
         self._codec = chunk_codec(spec)
@@ -294,7 +294,7 @@ class _ColumnFile:
         self._flushed = 0
         self._index = np.full((shard_rows, views, 2), MISSING, dtype=np.uint64)
         self._checksums = np.zeros((shard_rows, views), dtype="<u4")
-        make_folder(place.parent, root)
+        make_folder(path.parent, root)
         self._descriptor: int | None = create_file(self.partial)
 
     def has(self, row: int) -> bool:
@@ -355,7 +355,7 @@ class _ColumnFile:
             The file's descriptor.
         """
         if self._descriptor is None:
-            raise ValueError(f"{self.place} has been finished, or a write to it has failed")
+            raise ValueError(f"{self.path} has been finished, or a write to it has failed")
         try:
             written = os.writev(self._descriptor, parts)
             if written < sum(map(len, parts)):

@@ -108,8 +108,8 @@ def choose_images(images: ImageSource, resolution: int) -> ChosenImages:
 
     Up to 128 are to fit to, and up to 64 others, every third, are held out.
 
-    The first images would be of one class where a folder is sorted by class. One that cannot be decoded gives
-    its place to the next that can, as far as the next place.
+    The first images would be of one class where a folder is sorted by class. One that cannot be decoded is
+    replaced by the next that can, as long as that comes before the next image picked.
 
     Args:
         images: the set.
@@ -119,10 +119,10 @@ def choose_images(images: ImageSource, resolution: int) -> ChosenImages:
         RepaError: fewer than two of them can be decoded, or a file cannot be read.
     """
     count = min(len(images), FIT_IMAGES + HELD_OUT_IMAGES)
-    places = [number * len(images) // count for number in range(count + 1)]
+    starts = [number * len(images) // count for number in range(count + 1)]
     picked: dict[int, NDArray[np.uint8]] = {}
-    for place, following in pairwise(places):
-        for row in range(place, following):
+    for start, following in pairwise(starts):
+        for row in range(start, following):
             pixels = decode_row(images, row, resolution)
             if not isinstance(pixels, str):
                 picked[row] = pixels

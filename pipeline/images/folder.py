@@ -67,7 +67,7 @@ class FolderImages:
     Raises:
         RepaError: no such folder, no images, a class folder without images, images both in and beside class
             folders, a ``dataset.json`` that lacks one, a name that keys.txt cannot hold, or something else
-            than a file in the place of an image.
+            than a file where an image is expected.
     """
 
     kind = "folder"
@@ -246,8 +246,8 @@ class _Scan:
         for ending, what in ((".tar", "'{}' for tars"), (".zip", "{} for a ZIP file")):
             names = sorted(path for path, _ in self.skipped if path.lower().endswith(ending))
             if names:
-                place = self.root / names[0]
-                return f"give --data {what.format(place.parent / '*.tar' if ending == '.tar' else place)}"
+                path = self.root / names[0]
+                return f"give --data {what.format(path.parent / '*.tar' if ending == '.tar' else path)}"
         return "give --data the folder whose sub-folders are the classes"
 
     def _images(self, folder: str, prefix: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[str]:
@@ -294,7 +294,7 @@ class _Scan:
 
 
 def _no_file(entry: os.DirEntry[str]) -> RepaError:
-    """Say what stands in the place of an image."""
+    """Say what stands where an image is expected."""
     try:
         kind = other_kind(entry.stat().st_mode)
     except OSError:

@@ -136,16 +136,16 @@ def _open(name: str) -> tuple[Any, str]:
             f"--data {HUGGING_FACE}{name} needs the package datasets, which is not installed",
             "install it with `pip install 'repa[hf]'`",
         ) from None
-    place, _, split = name.partition(":")
-    if not place:
+    data_set, _, split = name.partition(":")
+    if not data_set:
         raise RepaError(f"--data {HUGGING_FACE}{name} names no data set", f"give {HUGGING_FACE}NAME[:SPLIT]")
-    folder = Path(place)
+    folder = Path(data_set)
     saved = any((folder / file).exists() for file in ("state.json", "dataset_dict.json"))
     try:
         if not saved:
             split = split or DEFAULT_SPLIT
-            return load_dataset(place, split=split), split
-        data = load_from_disk(place)
+            return load_dataset(data_set, split=split), split
+        data = load_from_disk(data_set)
     # the library raises anything between an offline hub and a damaged file: one line of it is what matters
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -157,12 +157,12 @@ def _open(name: str) -> tuple[Any, str]:
         split = split or (next(iter(data)) if len(data) == 1 else DEFAULT_SPLIT)
         if split not in data:
             raise RepaError(
-                f"{place} has no split {split} but {', '.join(data)}",
-                f"name one as {HUGGING_FACE}{place}:SPLIT",
+                f"{data_set} has no split {split} but {', '.join(data)}",
+                f"name one as {HUGGING_FACE}{data_set}:SPLIT",
             )
         return data[split], split
     if split:
-        raise RepaError(f"{place} has no splits", f"leave :{split} out")
+        raise RepaError(f"{data_set} has no splits", f"leave :{split} out")
     return data, ""
 
 

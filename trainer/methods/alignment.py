@@ -92,10 +92,10 @@ def target(
         columns: column → values as stored, ``[B, …]``, at least those of `stored_columns`.
         column: name of the column.
         specs: columns that there are.
-        at: place on the first axis after the batch, the only one to decode; None decodes all.
+        at: index on the first axis after the batch, the only one to decode; None decodes all.
 
     Returns:
-        ``[B, …]`` in a floating point dtype, without that axis if a place was given.
+        ``[B, …]`` in a floating point dtype, without that axis if an index was given.
     """
     values, *scale = (
         columns[name] if at is None else columns[name][:, at] for name in stored_columns(column, specs)

@@ -165,14 +165,14 @@ class Haste(Repa):
         noted = self.notes[source_of(queries_name)]
         values = []
         for mine, theirs in zip(self.config.student_blocks, self.config.teacher_blocks, strict=True):
-            place = noted["blocks"].index(theirs)
+            index = noted["blocks"].index(theirs)
             values.append(
                 torch.stack(
                     attention_alignment(
                         step.student.queries[mine][:, :heads],
                         step.student.keys[mine][:, :heads],
-                        target(step.columns, queries_name, self.specs, at=place),
-                        target(step.columns, keys_name, self.specs, at=place),
+                        target(step.columns, queries_name, self.specs, at=index),
+                        target(step.columns, keys_name, self.specs, at=index),
                         scale=step.student.queries[mine].shape[-1] ** -0.5,
                         teacher_scale=noted["logit_scale"],
                     )

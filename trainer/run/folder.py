@@ -114,9 +114,9 @@ def settle_config(config: TrainConfig, run: Path, newest: Path | None = None) ->
     Arguments, result and errors are those of `changed_settings`.
     """
     changed = changed_settings(config, run, newest)
-    place = run / CONFIG_FILE
-    with os_errors("write", place):
-        write_file(place, config.to_yaml().encode(), run)
+    file = run / CONFIG_FILE
+    with os_errors("write", file):
+        write_file(file, config.to_yaml().encode(), run)
     return changed
 
 

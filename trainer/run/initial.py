@@ -62,11 +62,11 @@ class Initial:
             module.method.load_state_dict(self.method)
 
 
-def read_initial(place: str, checked: Checked) -> Initial:
+def read_initial(path: str, checked: Checked) -> Initial:
     """Read the weights that a run is to begin with, and hold them against it.
 
     Args:
-        place: folder of a run, whose newest checkpoint is taken, or a file: a checkpoint of a run, or a
+        path: folder of a run, whose newest checkpoint is taken, or a file: a checkpoint of a run, or a
             published ``.pt`` or ``.safetensors``.
         checked: the new run, that passed the checks.
 
@@ -74,7 +74,7 @@ def read_initial(place: str, checked: Checked) -> Initial:
         RepaError: there is no such file, it cannot be read, its weights are not finite, or its backbone is
             another.
     """
-    file = _file_of(Path(place))
+    file = _file_of(Path(path))
     ours = None if file.suffix == ".safetensors" else _of_a_run(file)
     try:
         initial, backbone = _published(file) if ours is None else _own(file, ours, checked)
@@ -95,15 +95,15 @@ def read_initial(place: str, checked: Checked) -> Initial:
     return initial
 
 
-def _file_of(place: Path) -> Path:
-    if place.is_dir():
-        found = checkpoints_of(place)
+def _file_of(path: Path) -> Path:
+    if path.is_dir():
+        found = checkpoints_of(path)
         if not found:
-            raise RepaError(f"{place} holds no checkpoint", "name a run that has one, or a file", field=FLAG)
+            raise RepaError(f"{path} holds no checkpoint", "name a run that has one, or a file", field=FLAG)
         return found[max(found)]
-    if not place.exists():
-        raise RepaError(f"there is no {place}", "name the folder of a run, or a checkpoint", field=FLAG)
-    return place
+    if not path.exists():
+        raise RepaError(f"there is no {path}", "name the folder of a run, or a checkpoint", field=FLAG)
+    return path
 
 
 def _of_a_run(file: Path) -> Mapping[str, Any] | None:

@@ -58,14 +58,14 @@ def read_starts(run: Path) -> list[dict[str, Any]]:
     Raises:
         RepaError: the file is damaged.
     """
-    place = run / RECORD_FILE
-    if not place.exists():
+    file = run / RECORD_FILE
+    if not file.exists():
         return []
-    with os_errors("read", place):
-        raw = place.read_bytes()
+    with os_errors("read", file):
+        raw = file.read_bytes()
     remedy = "delete it, it only records how the run was started"
-    values = read_json(raw, str(place), remedy=remedy, error=RepaError)
-    parse(_Record, values, where=str(place), remedy=remedy, error=RepaError)
+    values = read_json(raw, str(file), remedy=remedy, error=RepaError)
+    parse(_Record, values, where=str(file), remedy=remedy, error=RepaError)
     starts: list[dict[str, Any]] = values["starts"]
     return starts
 
@@ -132,10 +132,10 @@ def add_start(run: Path, start: Mapping[str, Any]) -> None:
     Raises:
         RepaError: the file is damaged or cannot be written.
     """
-    place = run / RECORD_FILE
+    file = run / RECORD_FILE
     starts = [*read_starts(run), start]
-    with os_errors("write", place):
-        write_file(place, (json.dumps({"starts": starts}, indent=2) + "\n").encode(), run)
+    with os_errors("write", file):
+        write_file(file, (json.dumps({"starts": starts}, indent=2) + "\n").encode(), run)
 
 
 def _versions() -> dict[str, str]:
