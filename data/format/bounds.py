@@ -31,7 +31,7 @@ Bytes = Annotated[int, Ge(0), Lt(2**53)]
 Word = Annotated[str, Len(1, 256)]
 Text = Annotated[str, Len(0, 4096)]
 Sha256 = Annotated[str, Len(64, 64)]
-Number = Annotated[int, Ge(-(2**53)), Le(2**53)] | float
+Number = Annotated[int, Ge(-(2**53)), Le(2**53)] | Annotated[float, Gt(-1e300), Lt(1e300)]
 """An integer stays one, so that what is read is written again as it was, and float64 holds it."""
 
 Positive = Annotated[float, Gt(0), Lt(2**53)]
