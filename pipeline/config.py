@@ -34,14 +34,14 @@ class PreprocessConfig:
 
     Attributes:
         data: image folder or ZIP file; WebDataset tars, as ``shards/train-{0000..0146}.tar``; a Hugging Face
-            data set, ``hf:NAME[:SPLIT]`` or ``hf:FOLDER`` of `save_to_disk`; a source from outside, see
+            data set, ``hf:NAME[:SPLIT]`` or ``hf:FOLDER`` of `save_to_disk`; images from outside, see
             `open_source`; ``demo`` names the drawn images.
         cache: folder of the cache.
         encoders: teachers to run, by name; none writes latents only.
         vae: hub name or folder of an ``AutoencoderKL``, or ``demo``; None: the one the cache was made with,
             else ``stabilityai/sd-vae-ft-mse``, of the demo ``demo``.
         resolution: side in pixels of the crop.
-        limit: take so many images, evenly spaced over the source; of the demo: draw so many. None takes all.
+        limit: take so many images, evenly spaced over the set; of the demo: draw so many. None takes all.
         batch_size: images of a forward pass. It is part of the cache, for features of another batch size may
             differ in the last bits. None: as the cache has it, else by resolution and device.
         devices: processes to start, one a GPU, or sharing the cores; 1 computes in this one. Started by

@@ -92,7 +92,7 @@ def measure_encoding(plan: Plan) -> EncodingSpeed:
     tasks = []
     for model in models:
         model.prepare(_Uncalibrated())
-        sources = tuple(model.parts)
+        sources = tuple(model.declarations)
         tasks.append(Task(model=model.name, sources=sources, compute=partial(model.encode, sources=sources)))
     pixels, decode_seconds = _decode(plan)
     assert job.config.batch_size is not None, "the plan resolves the command"

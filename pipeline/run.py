@@ -201,9 +201,9 @@ def _check_given_weights(plan: Plan, asked: PreprocessConfig) -> None:
         declared = {source.source: source.declared for source in plan.sources}
         for model in load_models(plan.config, names, "cpu"):
             for name in model.sources:
-                part, here = model.parts.get(name), declared[name]
-                if part is not None:
-                    ensure_source(plan.config.cache, name, part.provenance, part.columns)
+                ours, here = model.declarations.get(name), declared[name]
+                if ours is not None:
+                    ensure_source(plan.config.cache, name, ours.provenance, ours.columns)
                 elif here is not None and here.weights_sha256 != model.provenance.weights_sha256:
                     # its form was calibrated when it was written: that needs no repetition here
                     raise CacheError(

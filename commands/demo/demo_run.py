@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoRun:
-    """One method's part of the demo.
+    """What one method leaves in the demo.
 
     Attributes:
         method: name of the method.

@@ -89,11 +89,11 @@ def _read(descriptor: int, total: int, row_bytes: int) -> float:
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
     starts = np.random.default_rng(1).permutation(total // row_bytes) * row_bytes
 
-    def read(part: list[int]) -> int:
+    def read(share: list[int]) -> int:
         buffer = bytearray(row_bytes)
-        return sum(os.preadv(descriptor, [buffer], start) for start in part)
+        return sum(os.preadv(descriptor, [buffer], start) for start in share)
 
     started = time.perf_counter()
     with ThreadPoolExecutor(_THREADS) as pool:
-        count = sum(pool.map(read, [part.tolist() for part in np.array_split(starts, _THREADS)]))
+        count = sum(pool.map(read, [share.tolist() for share in np.array_split(starts, _THREADS)]))
     return count / (time.perf_counter() - started)

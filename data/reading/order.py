@@ -145,9 +145,9 @@ def block_starts(rows: NDArray[np.int64], shard_rows: int) -> NDArray[np.int64]:
 
 
 def rank_slice(batch: NDArray[np.int64], rank: int, world: int) -> NDArray[np.int64]:
-    """Take the part of a global batch that belongs to one of ``world`` equal ranks.
+    """Take the share of a global batch that belongs to one of ``world`` equal ranks.
 
-    Parts are consecutive, in order of the ranks.
+    Shares are consecutive, in order of the ranks.
 
     Raises:
         RepaError: the batch is no multiple of the ranks.
@@ -157,7 +157,7 @@ def rank_slice(batch: NDArray[np.int64], rank: int, world: int) -> NDArray[np.in
     size, rest = divmod(len(batch), world)
     if rest:
         raise RepaError(
-            f"a batch of {counted(len(batch), 'image')} does not divide into {counted(world, 'equal part')}",
+            f"a batch of {counted(len(batch), 'image')} does not divide into {counted(world, 'equal share')}",
             f"set --batch-size to a multiple of {world}",
         )
     return batch[rank * size : (rank + 1) * size]

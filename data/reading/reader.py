@@ -376,11 +376,11 @@ def _checksums(manifest: Manifest, column: str, records: Sequence[CommitRecord])
 def _probe(
     reader: ColumnReader, files: ShardFiles, rows: NDArray[np.int64], pool: Executor, threads: int
 ) -> None:
-    """Read rows of the first view to nowhere, a part a thread."""
+    """Read rows of the first view to nowhere, a share for each thread."""
 
-    def read(part: NDArray[np.int64]) -> None:
-        memory = memoryview(bytearray(len(part) * reader.row_bytes))
-        places = places_of(reader.manifest, part, np.zeros_like(part), np.arange(len(part)))
+    def read(share: NDArray[np.int64]) -> None:
+        memory = memoryview(bytearray(len(share) * reader.row_bytes))
+        places = places_of(reader.manifest, share, np.zeros_like(share), np.arange(len(share)))
         reads = reader.start(files, places, memory)
         reads.take_ready()
         reads.wait()

@@ -87,15 +87,15 @@ class ObjectFile:
             OSError: they cannot be read.
         """
         stop = min(self._at + size, self.size)
-        parts = []
+        pieces = []
         while self._at < stop:
             number, first = divmod(self._at, self._bytes)
-            part = memoryview(self._piece(number))[first : first + stop - self._at]
-            if not part:
+            piece = memoryview(self._piece(number))[first : first + stop - self._at]
+            if not piece:
                 break  # it has become shorter
-            parts.append(part)
-            self._at += len(part)
-        return b"".join(parts)
+            pieces.append(piece)
+            self._at += len(piece)
+        return b"".join(pieces)
 
     def seek(self, offset: int) -> None:
         """Go on from another offset. What lies between is not asked for, except what is on its way."""

@@ -309,15 +309,15 @@ class _ColumnFile:
             raise ValueError(
                 f"row {row} comes after row {self._next_row - 1}; rows are written in ascending order"
             )
-        parts: list[memoryview | bytes] = []
+        pieces: list[memoryview | bytes] = []
         for view, values in enumerate(array):
             data = self._stored_bytes(values)
             checksum = crc32c(data)
-            parts += [data, checksum.to_bytes(CHECKSUM_BYTES, "little")]
+            pieces += [data, checksum.to_bytes(CHECKSUM_BYTES, "little")]
             self._index[row - self._first_row, view] = (self._offset, len(data) + CHECKSUM_BYTES)
             self._checksums[row - self._first_row, view] = checksum
             self._offset += len(data) + CHECKSUM_BYTES
-        descriptor = self._write(parts)
+        descriptor = self._write(pieces)
         self._next_row = row + 1
         if _CAN_FLUSH and self._offset - self._flushed >= _FLUSH_BYTES:
             # Linux begins to write dirty pages that are said not to be needed, and keeps them
@@ -348,7 +348,7 @@ class _ColumnFile:
         with suppress(OSError):
             self.partial.unlink(missing_ok=True)
 
-    def _write(self, parts: Sequence[memoryview | bytes]) -> int:
+    def _write(self, pieces: Sequence[memoryview | bytes]) -> int:
         """Append to the file without a buffer of our own, which would copy every row once more.
 
         Returns:
@@ -357,10 +357,10 @@ class _ColumnFile:
         if self._descriptor is None:
             raise ValueError(f"{self.path} has been finished, or a write to it has failed")
         try:
-            written = os.writev(self._descriptor, parts)
-            if written < sum(map(len, parts)):
-                # a disk that fills up takes a part before it refuses the rest
-                rest = memoryview(b"".join(parts))[written:]
+            written = os.writev(self._descriptor, pieces)
+            if written < sum(map(len, pieces)):
+                # a disk that fills up takes some of it before it refuses the rest
+                rest = memoryview(b"".join(pieces))[written:]
                 while rest:
                     rest = rest[os.write(self._descriptor, rest) :]
         except OSError:

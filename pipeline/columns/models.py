@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """One source of a model.
+class SourceDeclaration:
+    """What a cache's manifest is told of one source of a model.
 
     Attributes:
         provenance: what the manifest keeps of it.
@@ -43,13 +43,13 @@ class SourceModel(Protocol):
         name: of the network.
         sources: the sources it is to give.
         provenance: where its outputs come from, however they are stored.
-        parts: source → what it is; all of ``sources`` once `prepare` has been called.
+        declarations: source → what it is; all of ``sources`` once `prepare` has been called.
     """
 
     name: str
     sources: tuple[str, ...]
     provenance: Provenance
-    parts: Mapping[str, Part]
+    declarations: Mapping[str, SourceDeclaration]
 
     def prepare(self, calibrator: Calibrator) -> None:
         """Settle the storage forms that must be fitted or measured first.
@@ -99,7 +99,9 @@ class AutoencoderModel:
         self.provenance = autoencoder.provenance(batch_size, resolution)
         shape = (2 * autoencoder.latent_channels, *autoencoder.grid(resolution))
         columns = {MOMENTS: ColumnSpec(shape=shape, dtype="float32")}
-        self.parts: Mapping[str, Part] = {AUTOENCODER: Part(provenance=self.provenance, columns=columns)}
+        self.declarations: Mapping[str, SourceDeclaration] = {
+            AUTOENCODER: SourceDeclaration(provenance=self.provenance, columns=columns)
+        }
 
     def prepare(self, calibrator: Calibrator) -> None:
         """Do nothing, as moments are stored as they are."""
@@ -149,18 +151,20 @@ class EncoderModel:
         self.name = encoder.name
         self.sources = tuple(sources)
         self.provenance = as_recorded(encoder.provenance(batch_size), recorded)
-        self.parts: Mapping[str, Part] = {}
+        self.declarations: Mapping[str, SourceDeclaration] = {}
         self._encoder = encoder
         self._settings = attention
         self._attention: AttentionForm | None = None
         self._tokens: TokenForm = token_form(encoder, dtype, compressor)
         if self.name in self.sources and dtype != INT8:
-            self.parts = {self.name: Part(provenance=self.provenance, columns=self._tokens.columns)}
+            self.declarations = {
+                self.name: SourceDeclaration(provenance=self.provenance, columns=self._tokens.columns)
+            }
 
     def prepare(self, calibrator: Calibrator) -> None:
         """Measure what int8 changes of the tokens, and fit and measure the form of the attention."""
         for source in self.sources:
-            if source in self.parts:
+            if source in self.declarations:
                 continue
             columns: Mapping[str, ColumnSpec]
             if source == self.name:
@@ -173,8 +177,8 @@ class EncoderModel:
                 self._attention, columns = form, form.columns
                 if LOADED_NOTE in self.provenance.notes:
                     notes[LOADED_NOTE] = self.provenance.notes[LOADED_NOTE]
-            part = Part(provenance=replace(self.provenance, notes=notes), columns=columns)
-            self.parts = {**self.parts, source: part}
+            declaration = SourceDeclaration(provenance=replace(self.provenance, notes=notes), columns=columns)
+            self.declarations = {**self.declarations, source: declaration}
 
     def encode(self, images: torch.Tensor, sources: Collection[str]) -> dict[str, torch.Tensor]:
         """Compute columns of the sources asked for, from one pass over uint8 images ``[B, 3, R, R]``."""

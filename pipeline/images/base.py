@@ -40,7 +40,7 @@ class SourceOptions:
         limit: number of images to take at most, evenly spaced; None takes all.
         apply_exif: turn images by their EXIF orientation.
         class_names: file with the name of a class in each line, where classes are numbers.
-        labels: where labels come from, one of `LABELS`; ``auto``: what the source has.
+        labels: where labels come from, one of `LABELS`; ``auto``: what the images have.
     """
 
     limit: int | None = None
@@ -54,7 +54,7 @@ class ImageSource(Protocol):
 
     Attributes:
         name: for people: a folder's path, a pattern of tars, ``hf:…`` or ``demo``.
-        kind: ``folder``, ``zip``, ``tars``, ``hf``, ``demo``, or what a source from outside calls itself.
+        kind: ``folder``, ``zip``, ``tars``, ``hf``, ``demo``, or what one from outside calls itself.
         keys: image key of every row, unique, ascending for a folder.
         labels: int32 ``[N]``, position of the class in ``class_names``.
         class_names: label → name.

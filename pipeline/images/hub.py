@@ -88,7 +88,7 @@ class HubImages:
         self.labels: NDArray[np.int32] = values[chosen].astype(np.int32)
         self._rows = chosen
         self._image = image
-        # encoded as they are: decoding is ours, the same for every source
+        # encoded as they are: decoding is ours, the same for every image set
         self._data = data.cast_column(image, _image_feature())
         self.fingerprint = fingerprint_of(
             self.keys, self.labels, _sizes(self._data, image, chosen, self.name)

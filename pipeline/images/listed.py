@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """All images of a source, in its order.
+    """All images of a set, in its order.
 
     Attributes:
         keys: a name of each, unique, without line breaks.
         sizes: bytes of each, as it is encoded; they tell changed images from the old ones.
-        labels: class of each, counted from 0; None where the source has none.
+        labels: class of each, counted from 0; None where the set has none.
         class_names: label → name; None calls classes by their numbers.
         skipped: (name, why) of what was passed over.
         remarks: what a user should look at, a sentence each.
@@ -52,7 +52,7 @@ class ListedImages(ABC):
     - The fingerprint covers key, label and size in bytes of each image taken, and not where they lie.
 
     Args:
-        place: what ``--data`` says after the source's name.
+        place: what ``--data`` says after the image source's name.
         options: of the command.
 
     Raises:
@@ -94,7 +94,7 @@ class ListedImages(ABC):
 
     @property
     def name(self) -> str:
-        """The source for people."""
+        """What people call the images."""
         return self.place
 
     def __len__(self) -> int:

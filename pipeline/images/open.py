@@ -1,7 +1,7 @@
 """The images that ``--data`` names: one row of `SOURCES` a kind, and one file with its `open_images`.
 
-A source from outside the package is an entry point of the group ``repa.sources``, named as ``NAME:PLACE``, or
-named in full as ``my_package.my_module:MySource?PLACE``; see ``docs/extending/source.md``.
+An image source from outside the package is an entry point of the group ``repa.sources``, named as
+``NAME:PLACE``, or named in full as ``my_package.my_module:MySource?PLACE``; see ``docs/extending/source.md``.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def open_source(
     """Return the images that ``--data`` names.
 
     Args:
-        data: folder, ZIP file, tars (see `TarImages`), ``hf:…`` (see `HubImages`), ``demo``, or a source from
-            outside.
+        data: folder, ZIP file, tars (see `TarImages`), ``hf:…`` (see `HubImages`), ``demo``, or an image
+            source from outside.
         limit: number of images; None takes all (of the demo: 2,048).
         apply_exif: turn images by their EXIF orientation.
         class_names: file with the name of a class in each line, where classes are numbers.
@@ -78,7 +78,7 @@ def open_source(
             line may.
 
     Raises:
-        RepaError: a flag that this kind of source cannot follow; see `FolderImages`, `ZipImages`, `TarImages`
+        RepaError: a flag that images of this kind cannot follow; see `FolderImages`, `ZipImages`, `TarImages`
             and `HubImages`.
     """
     if limit is not None and limit < 1:

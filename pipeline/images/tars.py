@@ -154,8 +154,8 @@ class TarImages:
             if any(map(is_remote, self._tars)):
                 found = pool.map(one, numbers)
             try:
-                for tar, (part, stamp) in zip(self._tars, found, strict=True):
-                    index.join(part, tar)
+                for tar, (each, stamp) in zip(self._tars, found, strict=True):
+                    index.join(each, tar)
                     self._stamps.append(stamp)
             except BaseException:
                 # neither an error nor Ctrl-C waits for the other tars
@@ -173,10 +173,10 @@ class TarImages:
         else:
             with os_errors("read", Path(tar)):
                 stamp = _stamp(os.stat(tar))
-        part = _Index()
+        index = _Index()
         with open_tar(tar, headers=True) as reader:
-            part.add(reader, number, stop)
-        return part, stamp
+            index.add(reader, number, stop)
+        return index, stamp
 
     def _object(self, tar: str) -> tuple[Objects, str]:
         """Find where an object lies, and its name there. A connection serves all tars of a prefix."""
@@ -240,14 +240,14 @@ def _stamp(status: os.stat_result) -> tuple[int, int]:
 
 
 def _read(descriptor: int, size: int, offset: int) -> bytes:
-    parts = []
+    pieces = []
     while size:
-        part = os.pread(descriptor, size, offset)
-        if not part:
+        piece = os.pread(descriptor, size, offset)
+        if not piece:
             break
-        parts.append(part)
-        size, offset = size - len(part), offset + len(part)
-    return b"".join(parts)
+        pieces.append(piece)
+        size, offset = size - len(piece), offset + len(piece)
+    return b"".join(pieces)
 
 
 @dataclass

@@ -36,7 +36,7 @@ _LOST = re.compile(r"DataLoader worker \(pid|^got end of file during message$|^$
 ROWS_AHEAD = 16  # decoded images waiting per worker: 0.2 MB each at 256², enough to ride over a slow file
 
 
-def decode_row(source: ImageSource, row: int, resolution: int) -> NDArray[np.uint8] | str:
+def decode_row(images: ImageSource, row: int, resolution: int) -> NDArray[np.uint8] | str:
     """Decode the pixels of a row, cropped.
 
     Returns:
@@ -46,24 +46,24 @@ def decode_row(source: ImageSource, row: int, resolution: int) -> NDArray[np.uin
         RepaError: the file cannot be read.
     """
     try:
-        return np.ascontiguousarray(center_crop_adm(source.load(row), resolution).transpose(2, 0, 1))
+        return np.ascontiguousarray(center_crop_adm(images.load(row), resolution).transpose(2, 0, 1))
     except UndecodableImage as error:
         return error.reason
 
 
 @contextmanager
 def decode_rows(
-    source: ImageSource, rows: Sequence[int], resolution: int, workers: int
+    images: ImageSource, rows: Sequence[int], resolution: int, workers: int
 ) -> Iterator[Iterator[Decoded]]:
     """Decode rows in the order asked for, read ahead by worker processes.
 
     Give it all rows of all shards at once: workers start once (about as long as importing torch) and read on
     across shards. They come from a fork server, never from a fork of this process, whose threads and CUDA
-    context a fork would break; so ``source`` must pickle, and a script must be importable
+    context a fork would break; so ``images`` must pickle, and a script must be importable
     (``if __name__ == "__main__":``). An iterator left early is fine: leaving the context ends the workers.
 
     Args:
-        source: the images.
+        images: the set's.
         rows: rows to decode.
         resolution: side of the crop, R.
         workers: processes; 0 decodes in this one, as it is asked.
@@ -75,9 +75,9 @@ def decode_rows(
         RepaError: (from the iterator) a file cannot be read, or a worker was killed.
     """
     if workers == 0:
-        yield ((row, decode_row(source, row, resolution)) for row in rows)
+        yield ((row, decode_row(images, row, resolution)) for row in rows)
         return
-    iterator = _from_workers(source, rows, resolution, workers)
+    iterator = _from_workers(images, rows, resolution, workers)
     try:
         yield iterator
     finally:
@@ -85,8 +85,8 @@ def decode_rows(
 
 
 class _DecodeDataset(Dataset["tuple[int, NDArray[np.uint8] | str | RepaError]"]):
-    def __init__(self, source: ImageSource, rows: Sequence[int], resolution: int) -> None:
-        self._source = source
+    def __init__(self, images: ImageSource, rows: Sequence[int], resolution: int) -> None:
+        self._images = images
         self._rows = np.asarray(rows, dtype=np.int64)
         self._resolution = resolution
 
@@ -96,7 +96,7 @@ class _DecodeDataset(Dataset["tuple[int, NDArray[np.uint8] | str | RepaError]"])
     def __getitem__(self, index: int) -> tuple[int, NDArray[np.uint8] | str | RepaError]:
         row = int(self._rows[index])
         try:
-            return row, decode_row(self._source, row, self._resolution)
+            return row, decode_row(self._images, row, self._resolution)
         except RepaError as error:
             # as a value: the loader would wrap an exception's message in the worker's traceback
             return row, RepaError(error.what, error.remedy, field=error.field)
@@ -130,7 +130,7 @@ def _end_with(parent: BaseProcess) -> None:
 
 
 def _from_workers(
-    source: ImageSource, rows: Sequence[int], resolution: int, workers: int
+    images: ImageSource, rows: Sequence[int], resolution: int, workers: int
 ) -> Generator[Decoded, None, None]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -138,7 +138,7 @@ def _from_workers(
         # more workers than cores is the caller's choice: files on a network need it
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
         loader = DataLoader(
-            _DecodeDataset(source, rows, resolution),
+            _DecodeDataset(images, rows, resolution),
             batch_size=None,
             num_workers=workers,
             collate_fn=_keep,

@@ -142,9 +142,9 @@ def recorded_model(job: Job, manifest: Manifest, source: str, images: ImageSourc
         )
     _drop_damaged_calibration(cache, manifest, source)
     model.prepare(calibrator(job, images))
-    part = model.parts[source]
+    now = model.declarations[source]
     different = differences(
-        declaration(declared, manifest.source_columns(source)), declaration(part.provenance, part.columns)
+        declaration(declared, manifest.source_columns(source)), declaration(now.provenance, now.columns)
     )
     if different:
         raise CacheError(

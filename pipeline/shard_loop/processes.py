@@ -65,12 +65,12 @@ def deaf_to_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def work_in_processes(jobs: Sequence[Job], source: ImageSource, report: Report) -> list[Tally]:
+def work_in_processes(jobs: Sequence[Job], images: ImageSource, report: Report) -> list[Tally]:
     """Do several jobs, each in a process of its own.
 
     Args:
         jobs: one a process.
-        source: the images.
+        images: the set's.
         report: called here with what every process reports, see `work`.
 
     Returns:
@@ -88,7 +88,7 @@ def work_in_processes(jobs: Sequence[Job], source: ImageSource, report: Report) 
             for index, job in enumerate(jobs):
                 here, there = context.Pipe(duplex=False)
                 child = context.Process(
-                    target=_child, args=(job, source, there, os.getpid()), name=f"repa-{index}"
+                    target=_child, args=(job, images, there, os.getpid()), name=f"repa-{index}"
                 )
                 child.start()
                 there.close()
@@ -155,7 +155,7 @@ def _stop(children: Sequence[SpawnProcess]) -> None:
             child.join()
 
 
-def _child(job: Job, source: ImageSource, connection: Any, parent: int) -> None:
+def _child(job: Job, images: ImageSource, connection: Any, parent: int) -> None:
     """Do the job in a started process, and send a last word to its parent."""
     end_with_parent(parent)
 
@@ -164,7 +164,7 @@ def _child(job: Job, source: ImageSource, connection: Any, parent: int) -> None:
 
     with suppress(KeyboardInterrupt), terminated_as_interrupt():  # the parent ends the run, and says so
         try:
-            connection.send(("done", work(job, source, report)))
+            connection.send(("done", work(job, images, report)))
         except RepaError as error:
             connection.send(("failed", error.what, error.remedy))
         except Exception as error:

@@ -80,12 +80,12 @@ class Tally:
     lanes: int = 1
 
 
-def work(job: Job, source: ImageSource, report: Report) -> Tally:
+def work(job: Job, images: ImageSource, report: Report) -> Tally:
     """Compute and write every missing shard of this process.
 
     Args:
         job: the share.
-        source: the images.
+        images: the set's.
         report: called from the writer's thread after each batch with source → rows written, and with the
             number of images.
 
@@ -108,23 +108,23 @@ def work(job: Job, source: ImageSource, report: Report) -> Tally:
 
     models = load_models(job.config, [name for name, shards in missing.items() if shards], job.device)
     tally.load_seconds = time.perf_counter() - started
-    settles = calibrator(job, source)
+    settles = calibrator(job, images)
     for model in models:
         model.prepare(settles)
     tally.calibrate_seconds = time.perf_counter() - started - tally.load_seconds
-    parts = {name: part for model in models for name, part in model.parts.items()}
+    declarations = {name: each for model in models for name, each in model.declarations.items()}
     if job.config.attention_kl is not None:
         # the plan did not know the rank
-        columns = {name: part.columns for name, part in parts.items()}
+        columns = {name: each.columns for name, each in declarations.items()}
         require_room_for(job.config.cache, job.manifest, columns, job.config.compress is not None)
     # only now: a model that cannot be loaded, or a tolerance that cannot be met, leaves nothing behind
-    write_columns(job, source, models, missing, report, tally)
+    write_columns(job, images, models, missing, report, tally)
     return tally
 
 
 def write_columns(
     job: Job,
-    source: ImageSource,
+    images: ImageSource,
     models: Sequence[SourceModel],
     missing: Mapping[str, Sequence[int]],
     report: Report,
@@ -134,7 +134,7 @@ def write_columns(
 
     Args:
         job: the share.
-        source: the images.
+        images: the set's.
         models: of every source in ``missing`` that misses a shard.
         missing: source → shards to write.
         report: see `work`.
@@ -143,29 +143,29 @@ def write_columns(
     Raises:
         RepaError: see `work`.
     """
-    parts = {name: part for model in models for name, part in model.parts.items()}
-    manifest = ensure_cache(job.config.cache, job.manifest, source.keys, source.labels)
-    for name, part in parts.items():
-        manifest = ensure_source(job.config.cache, name, part.provenance, part.columns)
+    declarations = {name: each for model in models for name, each in model.declarations.items()}
+    manifest = ensure_cache(job.config.cache, job.manifest, images.keys, images.labels)
+    for name, each in declarations.items():
+        manifest = ensure_source(job.config.cache, name, each.provenance, each.columns)
     with ExitStack() as stack:
         writers = {
             name: stack.enter_context(SourceWriter(job.config.cache, manifest, name, missing[name]))
-            for name in parts
+            for name in declarations
         }
-        for name, part in parts.items():
+        for name, each in declarations.items():
             # until a shard is committed or locked, another command may have declared the source anew
-            ensure_source(job.config.cache, name, part.provenance, part.columns)
-        _Loop(job, manifest, source, models, writers, report, tally).run()
+            ensure_source(job.config.cache, name, each.provenance, each.columns)
+        _Loop(job, manifest, images, models, writers, report, tally).run()
 
 
-def calibrator(job: Job, source: ImageSource) -> Calibrator:
+def calibrator(job: Job, images: ImageSource) -> Calibrator:
     """Make what settles the storage forms of a job's models, see `Calibrator`."""
     from ..columns.calibrator import Calibrator
 
     assert job.config.batch_size is not None, "the plan resolves the command"
     return Calibrator(
         job.config.cache,
-        source,
+        images,
         resolution=job.config.resolution,
         batch_size=job.config.batch_size,
         device=job.device,
@@ -180,7 +180,7 @@ class _Loop:
         self,
         job: Job,
         manifest: Manifest,
-        source: ImageSource,
+        images: ImageSource,
         models: Sequence[SourceModel],
         writers: Mapping[str, SourceWriter],
         report: Report,
@@ -188,7 +188,7 @@ class _Loop:
     ) -> None:
         self._job = job
         self._manifest = manifest
-        self._source = source
+        self._images = images
         self._models = models
         self._writers = writers
         self._report = report
@@ -205,12 +205,12 @@ class _Loop:
         started = time.perf_counter()
         with (
             deferred_interrupts() as check,
-            decode_rows(self._source, rows, self._job.config.resolution, self._job.workers) as decoded,
+            decode_rows(self._images, rows, self._job.config.resolution, self._job.workers) as decoded,
             open_lanes(self._job.device, self._job.threads) as lanes,
             WriterThread(
                 self._writers,
                 self._manifest,
-                self._source.keys,
+                self._images.keys,
                 depth=lanes.ahead,
                 on_batch=self._advance,
                 check=check,
@@ -242,7 +242,7 @@ class _Loop:
 
         tasks = []
         for model in self._models:
-            sources = tuple(name for name in model.parts if shard in self._remaining[name])
+            sources = tuple(name for name in model.declarations if shard in self._remaining[name])
             if sources:
                 compute = partial(model.encode, sources=sources)
                 tasks.append(Task(model=model.name, sources=sources, compute=compute))

@@ -118,7 +118,7 @@ def _own(file: Path, checkpoint: Mapping[str, Any], checked: Checked) -> tuple[I
     said = checkpoint[CHECKPOINT_KEY]
     weights = checkpoint["state_dict"]
 
-    def part(name: str) -> dict[str, Tensor]:
+    def under(name: str) -> dict[str, Tensor]:
         return {key.removeprefix(name): each for key, each in weights.items() if key.startswith(name)}
 
     scale = scale_of(said["latent"], where=str(file), remedy="take another file", error=RepaError)
@@ -126,9 +126,9 @@ def _own(file: Path, checkpoint: Mapping[str, Any], checked: Checked) -> tuple[I
     if scale != checked.scale:
         notes.append("they were trained on latents of another scale than this run's")
     initial = Initial(
-        backbone=part("backbone."),
-        ema=part("ema."),
-        method=part("method."),
+        backbone=under("backbone."),
+        ema=under("ema."),
+        method=under("method."),
         record={"file": str(file), "steps": checkpoint["global_step"], "objective": objective_said(said)},
         notes=tuple(notes),
     )

@@ -40,10 +40,13 @@ class Draws:
     dropped: Tensor
 
     def micro_batch(self, index: int, size: int) -> Draws:
-        """Return the part of micro-batch `index` of `size` images."""
-        part = slice(index * size, (index + 1) * size)
+        """Return the share of micro-batch `index` of `size` images."""
+        share = slice(index * size, (index + 1) * size)
         return Draws(
-            posterior=self.posterior[part], noise=self.noise[part], t=self.t[part], dropped=self.dropped[part]
+            posterior=self.posterior[share],
+            noise=self.noise[share],
+            t=self.t[share],
+            dropped=self.dropped[share],
         )
 
 

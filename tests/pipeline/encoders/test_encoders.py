@@ -326,7 +326,7 @@ def test_a_cache_with_the_hash_of_what_was_run_goes_on() -> None:
     before = replace(found, weights_sha256=found.notes[LOADED_NOTE], notes=notes)
     assert as_recorded(found, [before]) == before
     model = EncoderModel(encoder, ["demo"], batch_size=4, dtype="float16", recorded=[before])
-    assert model.parts["demo"].provenance == before
+    assert model.declarations["demo"].provenance == before
     # another model is another model by either count
     other = replace(before, weights_sha256="0" * 64)
     assert as_recorded(found, [other]) == found
