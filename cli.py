@@ -1,4 +1,4 @@
-"""The command line of `repa`; each command is a function of `repa.commands`, its flags a dataclass beside it.
+"""The command line of `repa`, where each command is a function of `repa.commands` with a dataclass of flags.
 
 Nothing heavy is imported before a command runs, so that `repa --help` answers at once.
 """

@@ -1,4 +1,4 @@
-"""What `peers` compares: the same rows in each format, and the ways to read them.
+"""The formats that `peers` compares, each with the same rows and its ways to read them.
 
 Rows are those of `repa bench loader`: a float32 latent [8, 32, 32] and float16 tokens [256, 768], batch 64.
 All but WebDataset give them in random order.

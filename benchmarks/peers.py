@@ -1,4 +1,4 @@
-"""The loader beside other formats and their loaders: the same rows, each in its own format, in one run.
+"""The loader beside other formats and their loaders, on the same rows in one run.
 
     pip install -e '.[peers]'             # in an environment of its own, '.[peers,peers-mds]': MDS too
     python benchmarks/peers.py --folder /disk/to/measure --rows 4096 --rounds 5

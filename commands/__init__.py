@@ -1,1 +1,1 @@
-"""The commands of `repa`: each joins pipeline, trainer and data for one job."""
+"""The commands of `repa`, each of which joins pipeline, trainer and data for one job."""

@@ -1,4 +1,4 @@
-"""`repa parity`: the losses of a method from a cache beside those with the teacher called live.
+"""`repa parity` compares a method's losses from a cache with those of the teacher called live.
 
 Same initial weights, images, noise, times and conditions on both sides; they differ in the targets alone, so
 what differs in the losses is what storing the targets costs.

@@ -1,4 +1,4 @@
-"""`repa plan`: what a cache will take and give, measured here, before anything runs."""
+"""`repa plan` says what a cache will take and give, measured here, before anything runs."""
 
 from __future__ import annotations
 

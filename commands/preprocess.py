@@ -1,4 +1,4 @@
-"""`repa preprocess`: images in, a cache out."""
+"""`repa preprocess` makes a cache of images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`repa sample`: a run or a published checkpoint in, images out."""
+"""`repa sample` makes images from a run or a published checkpoint."""
 
 from __future__ import annotations
 

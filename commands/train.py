@@ -1,4 +1,4 @@
-"""`repa train`: a cache in, a run folder out."""
+"""`repa train` makes a run folder from a cache."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a cache is: written, committed, read, ordered, streamed and verified."""
+"""The cache, as it is written, committed, read, ordered, streamed and verified."""

@@ -1,4 +1,4 @@
-"""Where what others wrote comes in: JSON, settings and names are data until they are parsed.
+"""The edge where what others wrote comes in and stays plain data until it is parsed.
 
 There is one parse. `read_json` bounds size and depth of a document, `parse` turns plain values into a typed
 model or says in one line which of them is wrong. `printable` is for the way out, to a terminal or a page.

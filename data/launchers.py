@@ -1,4 +1,4 @@
-"""The world that a launcher has started this process into: torchrun, or srun within SLURM.
+"""The world that a launcher, torchrun or srun within SLURM, has started this process into.
 
 Both write a cache by several processes and train by several, so what their variables mean is said once.
 """

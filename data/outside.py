@@ -1,4 +1,4 @@
-"""Code from outside the package, found by name: entry points of installed packages, and ``module:Class``.
+"""Code from outside the package, found by the name of an entry point or as ``module:Class``.
 
 What is installed was chosen by the user, so its name is enough. A module that is only named is run by being
 imported, so such a name must come from the command line: a file that somebody else wrote must not run code.

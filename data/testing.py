@@ -1,4 +1,4 @@
-"""Synthetic caches for tests: real caches in every byte, whose values are known without reading them.
+"""Synthetic caches for tests, real ones in every byte, whose values are known without reading them.
 
 Public, so that a method written outside this package can be tested on a cache of its columns::
 

@@ -1,1 +1,1 @@
-"""Stage 1: images → autoencoder and teachers → cache."""
+"""Stage 1, which makes a cache from images, an autoencoder and teachers."""

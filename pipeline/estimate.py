@@ -1,4 +1,4 @@
-"""How fast a `repa preprocess` will be: a few batches encoded in memory, through its own lanes."""
+"""The speed that a `repa preprocess` will have, from a few batches encoded through its own lanes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a running `repa preprocess` shows: bars on a terminal, a line now and then elsewhere."""
+"""The progress of a `repa preprocess`, as bars on a terminal and as a line now and then elsewhere."""
 
 from __future__ import annotations
 

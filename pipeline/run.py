@@ -1,4 +1,4 @@
-"""`repa preprocess` from end to end: plan, check the room, share the shards out, watch, sum up."""
+"""`repa preprocess` from end to end, which plans, shares the shards out, watches and sums up."""
 
 from __future__ import annotations
 

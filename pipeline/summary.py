@@ -1,4 +1,4 @@
-"""What `repa preprocess` says before and after: plan, warnings, what was written and where the time went."""
+"""The words of `repa preprocess` before and after, from the plan to where the time went."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Stage 2: cache → backbone, flow and method → checkpoints, samples, metrics."""
+"""Stage 2, which trains backbones by flow and method from a cache."""

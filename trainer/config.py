@@ -1,4 +1,4 @@
-"""What a training run is: one frozen dataclass, from defaults, a YAML file, flags and ``--set key=value``."""
+"""The configuration of a training run, one frozen dataclass of defaults, a YAML file, flags and ``--set``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run that is resumed does with other settings: one table for all of them."""
+"""The table of what a run that is resumed does with other settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dataclasses from text: dotted keys and YAML values, typed from the annotations of the fields.
+"""Dataclasses from dotted keys and YAML values, typed from the annotations of the fields.
 
 pydantic types and bounds a value. What is ours is what a text may mean: on a command line ``none`` is no text
 where a number may be absent, ``4e5`` is an integer, and ``8,10`` a list.

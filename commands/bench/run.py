@@ -1,4 +1,4 @@
-"""`repa bench`: what caching costs and saves on this machine, every comparison side by side in one run."""
+"""`repa bench` compares what caching costs and saves on this machine, side by side in one run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The words of `repa cache …`: flags here, what they do in the modules they name."""
+"""The flags of `repa cache …`, whose work is in the modules that they name."""
 
 from __future__ import annotations
 

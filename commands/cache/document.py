@@ -1,4 +1,4 @@
-"""What `repa cache info --json` writes: everything that it prints, as one JSON document with stable keys."""
+"""The JSON document of `repa cache info --json`, with all that it prints under stable keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`repa cache drop`: a source and its columns leave a cache."""
+"""`repa cache drop` takes a source and its columns out of a cache."""
 
 from __future__ import annotations
 

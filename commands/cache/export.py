@@ -1,4 +1,4 @@
-"""`repa cache export` and `repa cache import`: a cache as WebDataset tars, and back."""
+"""`repa cache export` and `repa cache import` turn a cache into WebDataset tars and back."""
 
 from __future__ import annotations
 

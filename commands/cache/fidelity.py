@@ -1,4 +1,4 @@
-"""`repa cache verify --fidelity`: what is stored against the teachers, called live."""
+"""`repa cache verify --fidelity` compares what is stored with the teachers, called live."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`repa cache info` and `repa cache verify`: look into a cache and check it."""
+"""`repa cache info` and `repa cache verify` look into a cache and check it."""
 
 from __future__ import annotations
 

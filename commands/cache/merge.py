@@ -1,4 +1,4 @@
-"""`repa cache merge`: caches of parts of one image set become the cache of the whole."""
+"""`repa cache merge` makes caches of parts of one image set the cache of the whole."""
 
 from __future__ import annotations
 

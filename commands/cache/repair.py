@@ -1,4 +1,4 @@
-"""`repa cache repair` and `repa cache verify --reencode`: the same images through the same models again."""
+"""`repa cache repair` and `verify --reencode` put the same images through the same models again."""
 
 from __future__ import annotations
 

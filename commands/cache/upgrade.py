@@ -1,4 +1,4 @@
-"""`repa cache upgrade`: a cache of an earlier format version becomes one of today's, in place."""
+"""`repa cache upgrade` brings a cache of an earlier format version to today's, in place."""
 
 from __future__ import annotations
 

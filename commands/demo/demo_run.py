@@ -1,4 +1,4 @@
-"""One run of the demo: its method, and where it lies."""
+"""One run of the demo, with its method and its folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `repa demo` leaves: a table, its numbers as JSON, and a picture of samples and curves."""
+"""The report of `repa demo` as a table, its numbers as JSON, and a picture of samples and curves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`repa demo`: the main job on what the package carries, with the very commands a user would type."""
+"""`repa demo` does the main job on what the package carries, with the commands that a user would type."""
 
 from __future__ import annotations
 

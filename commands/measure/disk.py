@@ -1,4 +1,4 @@
-"""What a disk gives: a scratch file written, dropped from the page cache, and read back in random pieces."""
+"""The speed of a disk, measured on a scratch file that is read back in random pieces past the page cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``--attention``: names and block numbers to the blocks of each teacher.
+"""The reading of ``--attention``, from names and block numbers to the blocks of each teacher.
 
 The presets are the method's, and stage 1 may not import stage 2: they meet here.
 """

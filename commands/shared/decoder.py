@@ -1,4 +1,4 @@
-"""The autoencoder as what the trainer asks of stage 1: a decoder of latents, loaded when first needed."""
+"""The decoder that the trainer asks of stage 1, an autoencoder that is loaded when first needed."""
 
 from __future__ import annotations
 

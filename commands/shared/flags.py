@@ -1,4 +1,4 @@
-"""The flags of a command are the fields of a dataclass: name, type, default and help, said once.
+"""The flags of a command as fields of a dataclass, with name, type, default and help said once.
 
 Flags that name a folder to write in are parsed by `local_folder`: ``Path`` would make ``s3:/bucket`` of an
 address, and a folder of that name.

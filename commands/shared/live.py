@@ -1,4 +1,4 @@
-"""Live teachers for the commands that use them: which images, which teachers, which blocks."""
+"""Live teachers for the commands that use them, with their images and blocks."""
 
 from __future__ import annotations
 

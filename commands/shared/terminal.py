@@ -1,4 +1,4 @@
-"""The terminal, as commands print to it: text of others appears and does nothing else.
+"""The terminal as commands print to it, where text of others appears and does nothing else.
 
 Names of classes, models, images and columns come from folders, caches and checkpoints that anybody may have
 made. In them an escape sequence would move the cursor, and Rich's markup would colour or fail.

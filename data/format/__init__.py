@@ -1,1 +1,1 @@
-"""What a cache is: its columns, its manifest, where each file lies, and what makes a shard exist."""
+"""The format of a cache, which is its columns, its manifest, its files, and what makes a shard exist."""

@@ -1,4 +1,4 @@
-"""The grammar of columns: ``<model>/<kind>``, one Zarr array each, first axis the image.
+"""The grammar of columns ``<model>/<kind>``, one Zarr array each, whose first axis is the image.
 
 A *source* is what is written and committed together: the columns that one model gave of the images
 (``sd-vae``, ``dinov2-b``). The attention targets of a teacher, ``dinov2-b/q`` and ``dinov2-b/k``, are a
@@ -6,7 +6,7 @@ source of their own, ``dinov2-b+attention``: they can be added to a cache that h
 touched.
 ``label`` is the one column without a source: it is known when the cache is created.
 
-A column stored as int8 has a second one beside it, ``<column>-scale``: see `codec`.
+A column stored as int8 has a second one beside it, ``<column>-scale``: see `int8`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Commit records: what makes a shard of a source exist, and what tells it from every other.
+"""Commit records, which make a shard of a source exist and tell it from every other.
 
 ``commits/<source>/<shard>.json`` is written after the shard files of all the source's columns are in place.
 It holds nothing of when, where or by whom, so its bytes depend on the shard alone, and it holds its own
@@ -103,7 +103,8 @@ class CommitRecord:
                 columns[name]["index_crc32c"] = column.index_crc32c
         plain = canonical_json(values)
         checksum = hashlib.sha256(plain).hexdigest()
-        # where sorting would put it: spelling the table of checksums twice would take as long as reading it
+        # the checksum is inserted where sorted keys put it: making the JSON a second time, with its large
+        # table of checksums, would take as long as reading the record
         head, tail = plain.rsplit(_AFTER, 1)
         return b"".join((head, f',"sha256":"{checksum}"'.encode(), _AFTER, tail, b"\n"))
 
@@ -136,6 +137,7 @@ class CommitRecord:
                 cache=stored.cache,
                 source=stored.source,
             )
+            # there is one way to write a record, so this compares the checksum and every other byte
             intact = record.encode() == data and all(row in range(*record.rows) for row in record.invalid)
         except (CacheError, ValueError):
             intact = False
@@ -239,7 +241,7 @@ def _foreign(manifest: Manifest, columns: Mapping[str, ColumnSpec], record: Comm
     """Say what shows that a record is another cache's, or of other weights or settings."""
     if record.format_version == 1:
         return None if manifest.format_version == 1 else "it does not say whose it is"
-    # while a cache is upgraded its records are, and its manifest last
+    # an upgrade rewrites the records first and the manifest last, so both versions stand together meanwhile
     if manifest.format_version > 1 and record.cache != manifest.identity:
         return "it is of another cache"
     source = source_of(next(iter(columns)))
@@ -296,6 +298,7 @@ def record_problem(
 
 def _end_of(file: Path, manifest: Manifest) -> tuple[int, int | None, int | None]:
     """Return the size of a shard file, the checksums of its last chunk and of its index, or None."""
+    # without waiting: a FIFO under its name would hold the command up for ever
     descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         size = os.fstat(descriptor).st_size

@@ -1,4 +1,4 @@
-"""Lossless compression of a column's chunks: off by default, as it gains little and forbids direct reads.
+"""Lossless compression of a column's chunks, off by default, as it gains little and forbids direct reads.
 
 Float features shrink by a tenth to a fifth: exponents repeat, mantissas are noise. In return every row must
 be decoded, at some hundred megabytes a second and core, where an uncompressed row goes from the file into the

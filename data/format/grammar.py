@@ -1,4 +1,4 @@
-"""The grammar of names that become paths: of sources and models, whoever wrote them down.
+"""The grammar of names that become paths, of sources and models, whoever wrote them down.
 
 A name is letters, digits and ``. _ + -``, begins with a letter or a digit, holds no ``..`` and is at most 100
 characters long, which makes it one component of a path on every file system. `layout` makes no path of

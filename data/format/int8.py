@@ -1,4 +1,4 @@
-"""int8 storage: every number is an integer from -127 to 127 times a scale that all tokens of a channel share.
+"""The storage form int8, where a number is an integer from -127 to 127 times the scale of its channel.
 
 A column of int8 values ``[..., T, C]`` has a column of float32 scales ``[..., C]`` beside it: the axis before
 the last, the tokens, is the one they share. For patch tokens ``[T, D]`` that is a scale per image, view and

@@ -1,4 +1,4 @@
-"""The manifest: what a cache holds and where it came from, kept in the attributes of its Zarr group.
+"""The manifest, which says what a cache holds and where it came from, in the attributes of its Zarr group.
 
 `Manifest` is plain data, JSON in and out; `store` writes it and checks a cache against it.
 """

@@ -1,4 +1,4 @@
-"""What opening a cache is: its manifest, its keys, its labels, and what binds of them.
+"""The opening of a cache, which reads manifest, keys and labels and checks how they bind each other.
 
 A reader needs no more than this and the commit records.
 """

@@ -1,4 +1,4 @@
-"""What the commit records of a cache say together: which shards there are, and which rows are invalid."""
+"""The survey of a cache's commit records, which tells the shards that exist and the rows that are invalid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The array ``valid``: which rows have data, for readers that know nothing of commit records.
+"""The array ``valid``, which says which rows have data to readers that know nothing of commit records.
 
 ``bool [N]`` in the cache's group, one chunk a shard, each a byte per row and a crc32c. A row is true when
 some source has committed its shard and none has marked it invalid; before that it is false, which is also

@@ -1,4 +1,4 @@
-"""The chunks of one column: where each lies in its shard file, and its bytes into the caller's memory.
+"""The reader of one column's chunks, from their offsets in shard files to the caller's memory.
 
 A row and view is one chunk: its raw bytes and their crc32c, which go straight to where they are wanted.
 Those of a compressed column take the slow path: read into memory of their own, checked, decoded, copied.
@@ -151,8 +151,10 @@ class ColumnReader:
         if not self._chunks.keys() >= places.distinct:
             for shard, handle, row in zip(places.shards, handles, places.rows, strict=True):
                 if shard not in self._chunks:
-                    # two threads may do it at once
+                    # two threads may do it at once, with the same result
                     self._add(shard, self._load(files, handle, row))
+        # where chunks follow one another the offsets of all rows are computed together; the rows of other
+        # shards are looked up one by one
         chunks = places.within * len(self.manifest.views) + places.views
         offsets = (chunks * self._chunk_bytes).tolist()
         sizes: list[int] = []
@@ -247,6 +249,7 @@ class ColumnReader:
         offsets[(starts == MISSING) & (sizes == MISSING)] = _NO_CHUNK
         if self.codec is not None:
             return _Chunks(offsets, np.where(wrong, CHECKSUM_BYTES, sizes).astype(np.int64))
+        # the last shard of a cache may be part empty: its index is as long as the others'
         used = len(self.manifest.shard_range(shard))
         regular = np.arange(used * views).reshape(used, views) * self._chunk_bytes
         return _Chunks(None if np.array_equal(offsets[:used], regular) else offsets, None)
@@ -287,6 +290,7 @@ class RowReads:
         self._chunks = (
             outs if column.codec is None else [memoryview(bytearray(size - CHECKSUM_BYTES)) for size in sizes]
         )
+        # one for all rows: each is compared before the next is read
         self._checksum = bytearray(CHECKSUM_BYTES)
         self._waiting: Sequence[int] = ()
 
@@ -296,6 +300,7 @@ class RowReads:
         Raises:
             CorruptRowError: stored bytes are missing or do not match their checksum.
         """
+        # a single look in the usual case, where no chunk is missing
         if min(self._offsets, default=0) < 0:
             at, reason = next((at, _REASONS[offset]) for at, offset in enumerate(self._offsets) if offset < 0)
             raise self._column.corrupt(self._rows[at], reason)
@@ -327,6 +332,7 @@ class RowReads:
         column, chunk = self._column, self._chunks[at]
         reason = None
         if column.check_crc:
+            # two different faults: damaged bytes, and sound bytes of something else
             found = crc32c(chunk)
             if found != int.from_bytes(self._checksum, "little"):
                 reason = "wrong checksum"

@@ -1,4 +1,4 @@
-"""Batches for torch: read ahead by threads, into memory that is reused, in an order that is a pure function.
+"""Batches for torch, read ahead by threads into memory that is reused, in an order that is a pure function.
 
 There is no producer that could be left behind. Asking for a batch hands the reads of a later one to a pool of
 threads and waits for its own; each read is short, so nothing blocks when the consumer stops, and an error is

@@ -1,4 +1,4 @@
-"""Which image comes when: pure functions of (seed, epoch, step), for any number of ranks and threads.
+"""The order of images as pure functions of (seed, epoch, step), for any number of ranks and threads.
 
 An *epoch* is the images of ``count // batch_size`` whole batches of one permutation. Batches never cross an
 epoch: the ``count % batch_size`` images at the end of its permutation are left out, others in every epoch.

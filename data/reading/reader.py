@@ -6,7 +6,7 @@ checksum run without the interpreter's lock, so threads add up.
 
 The chunks of a compressed column take the slow path: read into memory of their own, checked, decoded, copied.
 It is the same threads that do it, the codecs run without the lock too, and one batch may mix both. So they do
-for reads past the page cache (`direct`) and for rows of a bucket (`remote`).
+for reads past the page cache (`direct`) and for rows of a bucket (`bucket`).
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ class CacheReader:
         self.direct = direct
         self.manifest = open_manifest(self.path)
         self.manifest.require(self.columns, where=str(self.path))
+        # a shard that is missing is told now, not hours into a training run
         found = survey(self.path, self.manifest)
         for source in dict.fromkeys(source_of(column) for column in self.columns):
             self._require_committed(source, found)
@@ -133,7 +134,7 @@ class CacheReader:
             )
             for column in self.columns
         }
-        # which they are is decided when the first rows are asked for
+        # whether they are read directly is measured when the first rows are asked for: opening stays quick
         self._files: ShardFiles | None = None
         self._bytes_read = dict.fromkeys(self.columns, 0)
         self._lock = threading.Lock()
@@ -233,8 +234,10 @@ class CacheReader:
         self._check_rows(rows, views)
         targets = [self._target(column, len(rows), out) for column in columns if column != LABEL]
         files = self._opened(parts)
-        # files in use stay open whether they are held or not
+        # a file stays open while it is read, even past the limit: what all threads and columns read at once
+        # is bounded, so that it adds half of the limit at most, or one file a thread and column
         at_once = max(1, min(_AT_ONCE, self.max_open_files // (2 * parts * max(1, len(targets)))))
+        # in the order of the files, so that neighbours share a shard and a disk is read forwards
         order = np.argsort(rows, kind="stable")
         parts = max(1, min(parts, len(rows)))
         for start, stop in pairwise(len(rows) * part // parts for part in range(parts + 1)):
@@ -256,16 +259,19 @@ class CacheReader:
             piece = slice(start, start + at_once)
             where = places_of(self.manifest, rows[piece], views[piece], positions[piece])
             reads = [target.reader.start(files, where, target.memory) for target in targets]
+            # the disk gets the requests of all columns before any of them is waited for
             for read in reads:
                 read.take_ready()
             for read in reads:
                 read.wait()
+        # once a call, not a row: the threads would queue for the lock
         with self._lock:
             for target in targets:
                 self._bytes_read[target.column] += target.reader.row_bytes * len(rows)
 
     def _opened(self, threads: int) -> ShardFiles:
         """Open where the bytes come from. It is chosen the first time, for so many threads."""
+        # looked at again under the lock: another thread may have chosen while this one waited for it
         if self._files is None:
             with self._lock:
                 if self._files is None:
@@ -278,7 +284,7 @@ class CacheReader:
         buffered = BufferedFiles(self.max_open_files)
         if self.direct == "off" or not self.columns or not len(self.valid_rows):
             return buffered
-        # the column of the largest rows, and the file of its first shard
+        # measured on the column of the largest rows, where most of the time goes
         reader = max(self._readers.values(), key=lambda each: each.spec.row_bytes)
         supported = supports_direct(reader.shard_path(0))
         if self.direct == "on" and not supported:
@@ -290,9 +296,10 @@ class CacheReader:
         direct = DirectFiles(self.max_open_files)
         if self.direct == "on":
             return direct
-        # other rows every time: those of the last time may be in the page cache
+        # drawn anew in each process: rows of an earlier probe may be in the page cache, and would look fast
         rows = np.random.default_rng().choice(self.valid_rows, (PROBES, PROBE_ROWS))
         try:
+            # beforehand, so that neither way is charged for reading the indexes
             for row in rows.ravel().tolist():
                 reader.load_index(buffered, row)
             with ThreadPoolExecutor(threads) as pool:
@@ -301,7 +308,7 @@ class CacheReader:
                     lambda number: _probe(reader, direct, rows[number], pool, threads),
                 )
         except (CacheError, OSError):
-            # whoever asks for that row is told what is wrong with it
+            # not an error of the probe: whoever asks for that row is told what is wrong with it
             return buffered
         return direct if faster else buffered
 

@@ -1,1 +1,1 @@
-"""Where bytes lie: files and folders, open descriptors, buckets, and reads past the page cache."""
+"""The storage of bytes in files and folders, in buckets, and past the page cache."""

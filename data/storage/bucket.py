@@ -1,4 +1,4 @@
-"""Caches in a bucket: ``s3://bucket/path``, ``gs://bucket/path``, read only.
+"""Caches in a bucket, ``s3://bucket/path`` or ``gs://bucket/path``, which are read only.
 
 A cache lies there as it lies in a folder, file by file. `RemotePath` has as much of `pathlib.Path` as reading
 a cache needs, so the same code reads manifest, records and labels of both; rows are ranges of objects.

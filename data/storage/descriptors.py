@@ -1,4 +1,4 @@
-"""A bounded set of open files, shared by threads: the one opened first is closed, never one in use."""
+"""A bounded set of open files for threads, which closes the one opened first and never one in use."""
 
 from __future__ import annotations
 

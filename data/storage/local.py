@@ -1,6 +1,6 @@
-"""Where the bytes of shard files come from, for the reader: a few open files, and reads anywhere in them.
+"""The shard files of a folder as the reader needs them, a few open at a time and read at any offset.
 
-`BufferedFiles` are local files by way of the page cache, `direct.DirectFiles` past it, `remote.RemoteFiles`
+`BufferedFiles` are local files by way of the page cache, `direct.DirectFiles` past it, `bucket.RemoteFiles`
 objects of a bucket. Threads share them.
 """
 

@@ -1,4 +1,4 @@
-"""Files of others, opened only where they are files: a FIFO would be waited for without end."""
+"""Files of others, opened only where they are files, as a FIFO would be waited for without end."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A cache as WebDataset tars: exported, imported, streamed."""
+"""A cache as WebDataset tars, which are exported, imported and streamed."""

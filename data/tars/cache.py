@@ -1,4 +1,4 @@
-"""An exported cache read from its tars as they are, in sequence: local ones, pipes and URLs."""
+"""An exported cache read in sequence from its tars, be they local, pipes or URLs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cache as WebDataset tars and back: one tar a shard, bit for bit (see `tar_shards`)."""
+"""A cache as WebDataset tars and back, one tar a shard, bit for bit (see `shards`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tars a text names: patterns of paths, objects of a bucket, pipes and URLs."""
+"""The tars that a text names by patterns of paths, objects of a bucket, pipes and URLs."""
 
 from __future__ import annotations
 

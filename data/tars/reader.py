@@ -1,4 +1,4 @@
-"""Tar files read strictly: members one after the other, from a file, an object of a bucket, or a stream.
+"""Tar files read strictly, one member after the other, from a file, an object of a bucket, or a stream.
 
 Python's own `tarfile` takes a damaged header in the middle of a file for its end; here whatever is not a
 whole tar is an error that says where. Formats: POSIX ustar and pax (IEEE Std 1003.1, "pax"), and the long

@@ -1,4 +1,4 @@
-"""A shard of a cache as a WebDataset tar: what is in it, and how it is read back.
+"""A shard of a cache as a WebDataset tar, with what is in it and how it is read back.
 
 ::
 

@@ -1,1 +1,1 @@
-"""Looking after a cache: verify, repair, merge, and what it holds."""
+"""The upkeep of a cache, which is verified, repaired, merged, and looked into."""

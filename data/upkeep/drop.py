@@ -1,4 +1,4 @@
-"""Taking a source out of a cache: afterwards it is as if it had never been added.
+"""The removal of a source from a cache, which is then as if it had never been added.
 
 The manifest goes first, in one rename. From then on nothing of the source counts, and what is left of it is
 removed; a drop that was killed is finished by the same call. A source that is declared again meanwhile

@@ -1,4 +1,4 @@
-"""Caches of parts of one image set: whether they fit together, and which row of the whole is where.
+"""Caches of parts of one image set, whether they fit together, and which row of the whole is where.
 
 Whatever could not have come from one `repa preprocess` of all images is refused in one line.
 """

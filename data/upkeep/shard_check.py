@@ -1,4 +1,4 @@
-"""The check of one column's shard file, and how its bytes are read: from a folder, or from a bucket.
+"""The check of one column's shard file, which is read from a folder or from a bucket.
 
 A file is read chunk by chunk into one buffer. An object is read in pieces of neighbouring chunks, a few
 requests ahead of the checking.

@@ -99,6 +99,7 @@ class SourceWriter:
             with os_errors("write", lock):
                 make_folder(lock.parent, self.path)
                 self._descriptor = open_lock(lock)
+                # all or none: a writer that gets one shard and not another lets go of both
                 for shard in self.shards:
                     self._lock(self._descriptor, shard)
         except BaseException:
@@ -124,6 +125,7 @@ class SourceWriter:
 
     def _release(self) -> None:
         if self._descriptor is not None:
+            # closing the file lets go of its locks
             os.close(self._descriptor)
             self._descriptor = None
         with _writing_guard:
@@ -238,7 +240,7 @@ class ShardWriter:
         record_file = commit_file(self.path, self.source, self.number)
         with os_errors("write", record_file):
             if record_file.exists():
-                # a record must never stand beside files it was not made from
+                # a record must never stand beside files it was not made from, not even after a crash
                 record_file.unlink()
                 sync_folders(record_file.parent, self.path)
             for file in self._files.values():
@@ -331,6 +333,7 @@ class _ColumnFile:
         return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
     def finish(self, *, with_table: bool) -> ColumnRecord:
+        # the index goes last, so its offsets are known, and one fsync covers rows and index
         index = encode_index(self._index)
         os.fsync(self._write([index]))
         self._close()
@@ -342,7 +345,7 @@ class _ColumnFile:
         )
 
     def abandon(self) -> None:
-        # what cannot be removed the next writer removes
+        # what cannot be removed now is removed by the next writer of the shard
         with suppress(OSError):
             self._close()
         with suppress(OSError):
@@ -364,7 +367,7 @@ class _ColumnFile:
                 while rest:
                     rest = rest[os.write(self._descriptor, rest) :]
         except OSError:
-            # part of a row may be there: nothing may follow it
+            # half a row may be there, and a row after it would stand at another offset than the index says
             self._close()
             raise
         return self._descriptor

@@ -1,1 +1,1 @@
-"""How a feature is stored: as computed, as int8, queries and keys cut to fewer components."""
+"""The storage forms of a feature, as computed, as int8, or with queries and keys cut to fewer components."""

@@ -1,4 +1,4 @@
-"""What is fitted and measured on some images before a source is written: a file of its own in the cache.
+"""The calibration that is fitted and measured on some images before a source is written, in its own file.
 
 The file is safetensors: the projections, if queries and keys are cut, and one metadata entry, JSON, with the
 settings it was made for and what was measured.

@@ -1,4 +1,4 @@
-"""Storage forms that must be fitted or measured first: done once for all processes, kept in the cache."""
+"""The calibrator of storage forms, which fits or measures once for all processes."""
 
 from __future__ import annotations
 

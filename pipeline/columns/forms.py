@@ -1,4 +1,4 @@
-"""Storage forms at work: float32 outputs of a teacher to columns, and back."""
+"""Storage forms at work, from float32 outputs of a teacher to columns, and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The models of a cache: the autoencoder and the teachers, each with the sources that one pass gives."""
+"""The models of a cache, autoencoder and teachers, each with the sources that one pass gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Balanced truncation: queries and keys cut to the r numbers per head that keep their products best.
+"""Balanced truncation of queries and keys to the r numbers per head that keep their products best.
 
 For one block and head the logits are a bilinear form q·k̃, with k̃ the keys less their mean over the tokens
 (which changes no probability: it adds one constant to each row of logits). With second moments

@@ -1,4 +1,4 @@
-"""Material of `repa demo`: a procedural image set, a small autoencoder and a small teacher, all shipped.
+"""The material of `repa demo`, a drawn image set, a small autoencoder and a small teacher, all shipped.
 
 Nothing here is downloaded. The images are drawn on demand (`shapes`); the weights were made by `train_vae`
 and `train_teacher` in this folder, which anyone can run again. This module needs neither torch nor numpy.

@@ -1,4 +1,4 @@
-"""A procedural image set: one coloured shape on a dark, softly shaded background, 64x64, ten classes.
+"""A procedural image set of ten classes, one coloured shape on a dark, softly shaded background, 64x64.
 
 Image `index` of seed `seed` is a pure function of the two numbers, so any image can be drawn without the
 others, and another seed gives held-out images. The class of an image is `index % len(CLASS_NAMES)`: a longer

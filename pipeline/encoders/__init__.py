@@ -1,4 +1,4 @@
-"""Teachers: frozen image encoders, whose features are cached."""
+"""Teachers, the frozen image encoders whose features are cached."""
 
 from __future__ import annotations
 

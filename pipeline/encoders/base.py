@@ -1,4 +1,4 @@
-"""What the rest of the pipeline asks of a teacher: facts before its weights are there, and features then."""
+"""The contract of a teacher, which gives facts before its weights are there, and features then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A teacher from outside the package at work; see `OwnTeacher`."""
+"""A teacher from outside the package at work (see `OwnTeacher`)."""
 
 from __future__ import annotations
 

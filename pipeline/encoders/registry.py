@@ -1,4 +1,4 @@
-"""Teachers by name: those of the table, any ViT of timm, and teachers from outside the package.
+"""Teachers by name, be they of the table, a ViT of timm, or from outside the package.
 
 ``timm:NAME`` is any ViT of timm, and ``timm-NAME`` the same: that is what its columns are called. A package
 offers teachers as entry points of the group ``repa.encoders``; any other is named in full as

@@ -1,4 +1,6 @@
-"""The teachers that have a name: one row each, with the source of its facts. Needs neither torch nor timm.
+"""The table of the teachers that have a name, one row each, with the publication of its facts.
+
+Needs neither torch nor timm.
 
 Beside these, `registry` finds any ViT of timm and teachers from outside the package.
 """

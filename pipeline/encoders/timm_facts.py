@@ -1,4 +1,6 @@
-"""What timm says of a ViT without its weights: the row of ``--encoder timm:NAME``. Needs timm and torch.
+"""The facts that timm has of a ViT without its weights, as ``--encoder timm:NAME`` needs them.
+
+Needs timm and torch.
 
 The model is built on the meta device, where nothing is computed or held, and asked.
 """

@@ -1,4 +1,6 @@
-"""The autoencoder: images to posterior moments, latents back to images. Any `AutoencoderKL` of diffusers."""
+"""The autoencoder, from images to posterior moments and from latents back to images.
+
+Any `AutoencoderKL` of diffusers."""
 
 from __future__ import annotations
 

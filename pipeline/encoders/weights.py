@@ -1,4 +1,4 @@
-"""Weights: read from a file or the hub, checked against the model, hashed, or drawn from a fixed seed."""
+"""Weights read from a file or the hub, checked against the model and hashed, or drawn from a fixed seed."""
 
 from __future__ import annotations
 

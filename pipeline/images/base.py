@@ -1,4 +1,4 @@
-"""What an image source is: images in a fixed order, with labels; row i is image i of it."""
+"""The contract of an image source, images in a fixed order with labels, where row i is image i."""
 
 from __future__ import annotations
 

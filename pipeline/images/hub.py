@@ -1,4 +1,4 @@
-"""Images of a Hugging Face data set: from the hub, or a folder that `save_to_disk` wrote."""
+"""Images of a Hugging Face data set, from the hub or a folder that `save_to_disk` wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image sources by listing: a subclass lists its images once and reads the bytes of one; the rest is here."""
+"""Image sources by listing, where a subclass lists its images once and reads the bytes of one."""
 
 from __future__ import annotations
 

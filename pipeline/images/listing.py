@@ -1,4 +1,4 @@
-"""What image sources share: what a limit takes, what identifies a set, how its classes are called."""
+"""The rules that image sources share, for limits, fingerprints and names of classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where caches lie when nobody says: one folder per image set and resolution under ``caches/``.
+"""The folders of caches when nobody names one, under ``caches/`` by image set and resolution.
 
 `repa preprocess` writes to `cache_for` and `repa train` reads `default_cache`, so that the two commands work
 as typed, one after the other, in one folder.

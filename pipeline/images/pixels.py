@@ -1,4 +1,4 @@
-"""From an image to what the models see: crop, value ranges, and the processes that decode.
+"""The way from an image to what the models see, by crop and value range.
 
 The crop is the one of ADM (guided-diffusion), which the reference statistics of FID were made with: filters
 and rounding matter, and are Pillow's own.

@@ -1,4 +1,4 @@
-"""Images in WebDataset tars: row i is sample i, tar after tar.
+"""Images in WebDataset tars, where row i is sample i, tar after tar.
 
 The tars are indexed once, by their headers alone; an image is then read by its offset, so that a run goes on
 from any shard without reading what comes before, and worker processes decode rows as of a folder. Of tars in

@@ -1,4 +1,4 @@
-"""Batches of one shard: decoded rows, grouped so that bytes do not depend on which process computes them."""
+"""Batches of one shard, grouped so that bytes do not depend on which process computes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where batches are computed: ahead of whoever waits for them, and with bytes that do not depend on cores.
+"""Lanes compute batches ahead of whoever waits for them, with bytes that do not depend on cores.
 
 On a CPU a batch is computed by *one* thread, several batches at a time, because PyTorch's own intra-op
 threads change the last bits. Measured with torch 2.15 on an AVX-512 CPU: 1×1 convolutions (oneDNN) differ
@@ -105,6 +105,7 @@ def _with_finite(columns: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 class _CpuLanes:
     def __init__(self, pool: ThreadPoolExecutor, count: int) -> None:
         self.count = count
+        # one for each lane, and a few that wait for a lane
         self.ahead = count + 4
         self._pool = pool
 
@@ -156,7 +157,9 @@ class _CudaLane:
         host: dict[str, torch.Tensor] = {}
         marks = [_mark()]
         if batch.rows:
+            # from pinned memory the copy is only queued; from other memory this thread would wait for it
             images = _stack(batch).pin_memory().to(self._device, non_blocking=True)
+            # begun anew: copying the images is no network's time
             marks = [_mark()]
             for task in tasks:
                 with torch.inference_mode():
@@ -188,6 +191,7 @@ class _CudaPending:
         return True  # a batch takes a GPU no longer than anyone would wait
 
     def result(self) -> Result:
+        # until the last copy is done what is in host memory is not yet the result
         self.marks[-1].synchronize()
         seconds = {
             task.model: before.elapsed_time(after) / 1000
@@ -210,7 +214,7 @@ def open_lanes(device: str, threads: int) -> Iterator[Lanes]:
         return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    # the setting is per thread in OpenMP: each lane makes it for itself
+    # OpenMP keeps the number of threads per calling thread, so each lane sets it for itself
     pool = ThreadPoolExecutor(threads, "repa-lane", initializer=torch.set_num_threads, initargs=(1,))
     patient = True
     try:

@@ -1,10 +1,10 @@
-"""Teachers called while training, on the images of a cache: what the online reference mode computes with.
+"""Teachers called while training, on the images of a cache, for the online reference mode.
 
 An image's features are the same bits as in a float32 cache written on the same machine if *one thread*
-computes a batch, as in `lanes`, and each row stands where it stood then, see `passes`. Rows that stood at the
-same position need batches of their own, padded with zeros: for B rows from batches of S, with B far below S,
-most of the computing is for the exactness (of a cache written with ``--batch-size 1``, none is). A GPU used
-for training therefore computes plain batches, unless exactness is asked for.
+computes a batch, as in `lanes`, and each row stands where it stood then, see `placement`. Rows that stood at
+the same position need batches of their own, padded with zeros: for B rows from batches of S, with B far below
+S, most of the computing is for the exactness (of a cache written with ``--batch-size 1``, none is). A GPU
+used for training therefore computes plain batches, unless exactness is asked for.
 """
 
 from __future__ import annotations

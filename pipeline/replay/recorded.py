@@ -1,4 +1,4 @@
-"""Encoding a source once more, as it was encoded: the command that wrote it, read from its manifest."""
+"""The command that wrote a source, read from its manifest, to encode the source once more."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Random rows of a cache encoded once more, each column held against what it was rounded from.
 
 A row is computed in a batch of the size and at the position that it had when the cache was written
-(`passes`), so on the CPU that wrote it every bit is the same. Elsewhere the float32 numbers x of now differ
-from those of then by the noise of another device or library; a stored value s must then lie within its
+(`placement`), so on the CPU that wrote it every bit is the same. Elsewhere the float32 numbers x of now
+differ from those of then by the noise of another device or library; a stored value s must then lie within its
 rounding of x, and that noise: |s − x| ≤ rounding(s) + noise · max|x|, the maximum taken over the row. The
 rounding is nothing for float32, half the distance of neighbouring numbers for float16, half a scale for int8.
 """

@@ -1,1 +1,1 @@
-"""The shard loop: one device's share of a cache, its processes, its writer."""
+"""The shard loop of one device, with its processes and its writer."""

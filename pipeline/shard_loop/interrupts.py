@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while threads work together: noted at once, acted on where nothing is left half done."""
+"""Ctrl-C and SIGTERM while threads work, noted at once and acted on where nothing is left half done."""
 
 from __future__ import annotations
 

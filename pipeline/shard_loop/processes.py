@@ -1,4 +1,4 @@
-"""Several processes on one machine: started together, watched by the one that started them, ended with it."""
+"""Several processes on one machine, watched by the one that started them and ended with it."""
 
 from __future__ import annotations
 

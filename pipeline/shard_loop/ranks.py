@@ -1,4 +1,4 @@
-"""Which share of the shards is this process's: alone, started by torchrun or SLURM, or with ``--devices``."""
+"""The share of the shards that is this process's, alone, under torchrun or SLURM, or with ``--devices``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One device's share of a cache: the shard loop.
+"""The shard loop, which writes one device's share of a cache.
 
 Decoding (worker processes), computing (lanes) and writing (a thread) overlap: this loop only hands batches
 on, so the device waits for nobody. It needs no word from the other processes.

@@ -1,4 +1,4 @@
-"""The writer thread: computed batches go to disk while the device computes the next ones.
+"""The writer thread, which puts computed batches on disk while the device computes the next ones.
 
 One thread, one bounded queue of batches under way, in row order. The thread waits for each, opens the shards,
 writes, commits, and is the only one to touch the store; its first error stops it, frees the producer, and is

@@ -1,4 +1,4 @@
-"""The metrics, by name: one line each, with what they are computed from."""
+"""The metrics by name, one line each, with what they are computed from."""
 
 from __future__ import annotations
 

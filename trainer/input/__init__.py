@@ -1,1 +1,1 @@
-"""Batches for the training step: from the cache, from tars, or with a live teacher."""
+"""Batches for the training step from the cache, from tars, or with a live teacher."""

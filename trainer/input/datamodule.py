@@ -1,4 +1,4 @@
-"""The cache as Lightning's data: a stream of micro-batches whose state is the images seen."""
+"""The cache as Lightning's data, a stream of micro-batches whose state is the images seen."""
 
 from __future__ import annotations
 

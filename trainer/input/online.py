@@ -1,4 +1,4 @@
-"""Online targets, the reference mode: the teacher runs in the step instead of being read from the cache.
+"""Online targets, where the teacher runs in the step instead of being read from the cache, as the reference.
 
 Latents, labels and the conditioner's column still come from the cache, so that order, draws and the held-out
 loss are those of the cached run, and the two differ in nothing but where the targets come from. A method

@@ -1,9 +1,9 @@
 """Training batches straight from the tars of an export, for storage that only does sequential reads well.
 
-The order is `tar_order`'s. A run that is resumed with as many ranks sees the batches it would have seen; it
-reads the tars of the epoch again from the first whose rows it still needs. With another number of ranks it
-goes on at the same number of images seen, in an epoch of other batches: within it, an image may be seen twice
-or not at all.
+The order is that of `data.tars.order`. A run that is resumed with as many ranks sees the batches it would
+have seen; it reads the tars of the epoch again from the first whose rows it still needs. With another number
+of ranks it goes on at the same number of images seen, in an epoch of other batches: within it, an image may
+be seen twice or not at all.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ class _Stream:
 
     def close(self) -> None:
         self._stopped.set()
-        # a command that gives nothing must not hold up the end; the thread dies with the process
+        # not longer: a ``pipe:`` command that gives nothing must not hold up the end of a run, and the thread
+        # is a daemon, which dies with the process
         self._thread.join(_PATIENCE)
 
 
@@ -176,6 +177,7 @@ class _Epoch:
         coming = np.concatenate(rows)
         order = buffered_order(loader.seed, epoch, loader.rank, len(coming), loader.buffer)
         self._leaving: NDArray[np.int64] = coming[order]
+        # a row's position in the epoch says in which step it is used, hence which columns it is read for
         self._positions = dict(zip(self._leaving.tolist(), range(len(coming)), strict=True))
 
     def batches(self, first: int) -> Iterator[Batch]:
@@ -185,6 +187,7 @@ class _Epoch:
         for batch in range(first, self._loader.epoch_steps):
             rows = self._leaving[batch * self._size : (batch + 1) * self._size]
             for row in rows.tolist():
+                # rows come in another order than they are used in: those that are early are held
                 while row not in held:
                     coming, sample = next(samples)
                     held[coming] = sample
@@ -202,6 +205,7 @@ class _Epoch:
             if self._stopped.is_set():
                 raise _StoppedError
             position = self._positions[row]
+            # before the batch that a run resumes with, or past the last whole batch
             if not start <= position < end:
                 return ()
             columns = self._loader.columns_at(self._first_step + position // self._size)

@@ -1,4 +1,4 @@
-"""What is added to the objective's loss: a file for each method, and the doors for those from outside."""
+"""The methods, which add to the objective's loss, a file each, and the doors for those from outside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the methods share: projectors, cosine alignment, the choice of teachers."""
+"""The tools that methods share, which are projectors, cosine alignment and the choice of teachers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HASTE's attention term (arXiv 2505.16792): cross entropy from a teacher's attention to the student's.
+"""HASTE's attention term (arXiv 2505.16792), a cross entropy from a teacher's attention to the student's.
 
 Both sides are given as queries and keys; the maps ``[B, H, T, T]`` exist for one block at a time and for no
 longer than its forward pass, which works out the gradient of queries and keys on the way.

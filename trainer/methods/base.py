@@ -1,4 +1,4 @@
-"""The method contract: a method is a module that owns auxiliary parameters and answers seven questions.
+"""The method contract, a module that owns auxiliary parameters and answers seven questions.
 
 1 which phases (`phases`), 2 which columns (`columns`), 3 which activations (`capture`), 4 what conditions
 the network (`make_conditioner`), 5 at which times (`time_law`), 6 what is the loss (`losses`), 7 what else

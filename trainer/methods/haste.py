@@ -1,4 +1,4 @@
-"""HASTE: REPA and attention alignment together, both ended after step τ (arXiv 2505.16792)."""
+"""HASTE joins REPA and attention alignment, and ends both after step τ (arXiv 2505.16792)."""
 
 from __future__ import annotations
 

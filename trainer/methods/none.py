@@ -1,4 +1,4 @@
-"""No alignment: plain SiT, the baseline."""
+"""The baseline, plain SiT without alignment."""
 
 from __future__ import annotations
 

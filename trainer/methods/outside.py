@@ -1,4 +1,4 @@
-"""Methods by name: our own, those of installed packages, and classes named on the command line.
+"""Methods by name, our own, those of installed packages, and classes named on the command line.
 
 An installed package offers methods as entry points of the group ``repa.methods``. Any other class is named as
 ``my_package.my_module:MyMethod``; that runs the module, so the name must come from the command line: a

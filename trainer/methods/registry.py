@@ -1,4 +1,4 @@
-"""The methods, by the name that ``--method`` takes: one line each."""
+"""The methods by the name that ``--method`` takes, one line each."""
 
 from __future__ import annotations
 

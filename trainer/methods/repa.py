@@ -1,4 +1,4 @@
-"""REPA: align one hidden state with a teacher's patch tokens (Yu et al., arXiv 2410.06940)."""
+"""REPA aligns one hidden state with a teacher's patch tokens (Yu et al., arXiv 2410.06940)."""
 
 from __future__ import annotations
 

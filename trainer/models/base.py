@@ -1,4 +1,4 @@
-"""The backbone contract: an architecture whose facts methods may know, and a network they may look into.
+"""The backbone contract, an architecture whose facts methods may know and a network they may look into.
 
 A backbone is one file with a `BackboneConfig` and a `Backbone`, and one line in `registry`.
 """

@@ -1,4 +1,4 @@
-"""What conditions the network: a column, its draw per step, its embedding, its draw when sampling.
+"""The condition of the network, with its column, draw per step, embedding, and draw when sampling.
 
 The conditioner is a submodule of the backbone (``y_embedder``), so weight averages, checkpoints and the
 sampler have it without knowing which one it is. Its randomness is drawn apart from its data (`dropped`, then

@@ -1,4 +1,4 @@
-"""Published checkpoints of SiT and REPA: the architecture from the shapes, then a strict load.
+"""Published checkpoints of SiT and REPA, whose shapes give the architecture before a strict load.
 
 A published file is ``{"model", "ema", "opt", "args", "steps"}``, or a bare state dict, as ``.pt`` or
 ``.safetensors``. Nothing in it is executed: `torch.load` reads tensors and plain values only, and of classes

@@ -1,4 +1,4 @@
-"""The backbones, by family: one line each.
+"""The backbones by family, one line each.
 
 Nothing else in the package names a family: who trains, samples, plans or checks a model asks here.
 """

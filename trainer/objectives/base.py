@@ -1,4 +1,4 @@
-"""The objective contract: what the network learns to predict, along which path, at which times.
+"""The objective contract, which says what the network predicts, along which path, at which times.
 
 An objective is one file with an `ObjectiveConfig` and an `Objective`, and one line in `registry`. No other
 file knows what a prediction means: the training step asks for its loss, the sampler for its velocity.

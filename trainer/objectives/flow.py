@@ -1,4 +1,4 @@
-"""Flow matching: the network predicts the velocity of the path (SiT, arXiv 2401.08740)."""
+"""Flow matching, where the network predicts the velocity of the path (SiT, arXiv 2401.08740)."""
 
 from __future__ import annotations
 

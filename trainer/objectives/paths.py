@@ -1,4 +1,4 @@
-"""Paths between data and noise: x_t = α(t)·x + σ(t)·ε, with the velocity and the score that belong to them.
+"""Paths x_t = α(t)·x + σ(t)·ε between data and noise, with their velocity and score.
 
 Time runs from data (t = 0) to noise (t = 1), and the velocity is dx_t/dt = α'·x + σ'·ε
 (stochastic interpolants, arXiv 2303.08797; SiT, arXiv 2401.08740). Everything keeps the dtype it is given.

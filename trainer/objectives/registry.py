@@ -1,4 +1,4 @@
-"""The objectives, by the name that ``--set objective=`` takes: one line each."""
+"""The objectives by the name that ``--set objective=`` takes, one line each."""
 
 from __future__ import annotations
 

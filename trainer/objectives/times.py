@@ -1,4 +1,4 @@
-"""Laws of time: at which times the network trains."""
+"""Laws of the times at which the network trains."""
 
 from __future__ import annotations
 

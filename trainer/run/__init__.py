@@ -1,1 +1,1 @@
-"""A run: its folder, its checks, its callbacks, from the first step or the last checkpoint."""
+"""A run with its folder, checks and callbacks, from the first step or the last checkpoint."""

@@ -1,4 +1,4 @@
-"""What happens between steps besides training: rows of metrics, the held-out loss, previews, the console."""
+"""The callbacks between steps, for rows of metrics, the held-out loss, previews and the console."""
 
 from __future__ import annotations
 

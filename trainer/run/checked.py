@@ -1,4 +1,4 @@
-"""What the checks before step 0 found: the parts of a run, or why it cannot start."""
+"""The findings of the checks before step 0, which make up a run or say why it cannot start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, the newest few and the milestones kept, read without running any code."""
+"""Checkpoints kept, the newest few and the milestones, each whole or not there."""
 
 from __future__ import annotations
 

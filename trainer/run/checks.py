@@ -1,4 +1,4 @@
-"""One look at everything before step 0: all problems at once, each with what mends it."""
+"""The checks before step 0, which find all problems at once, each with what mends it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run: its folder, the checks, training from the first step or the last checkpoint."""
+"""A run from its folder and checks to the last step."""
 
 from __future__ import annotations
 

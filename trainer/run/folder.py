@@ -1,4 +1,4 @@
-"""The folder of a run: what may lie in it before, who may write to it, and the settings it is bound to.
+"""The folder of a run, with what may lie in it before, who may write to it, and the settings it is bound to.
 
 Nothing is put into a folder that holds something else: a wrong ``--run`` must not scatter checkpoints over an
 image set or a cache. What a scheduler or a shell leaves there is no obstacle: the usual job script has its

@@ -1,4 +1,4 @@
-"""Going on from an older checkpoint: what came after it is set aside, once, and recorded."""
+"""The way back to an older checkpoint, which sets aside once what came after it, and records that."""
 
 from __future__ import annotations
 

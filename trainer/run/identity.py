@@ -1,4 +1,4 @@
-"""What a checkpoint shares with the run that resumes it: cache, live teachers, backbone and objective."""
+"""The identity that a checkpoint shares with the run that resumes it, from the cache to the objective."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights to begin with: of another run, or of a checkpoint that somebody published."""
+"""Weights to begin with, of another run or of a checkpoint that somebody published."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The processes of a run: those that torchrun or srun has started, or Lightning's own."""
+"""The processes of a run, which are those that torchrun or srun has started, or Lightning's own."""
 
 from __future__ import annotations
 
@@ -57,11 +57,13 @@ class LaunchedEnvironment(ClusterEnvironment):
         """The machine of rank 0."""
         nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
         default = SLURMEnvironment.resolve_root_node_address(nodes)
+        # what a user has set goes before what SLURM's list of machines says
         return os.environ.get("MASTER_ADDR") or default or "127.0.0.1"
 
     @property
     def main_port(self) -> int:
         """The port of rank 0, the same in every process of a job and another in another job."""
+        # from the job's number, so that two jobs that share a machine do not meet
         job = "".join(each for each in os.environ.get("SLURM_JOB_ID", "0") if each.isdecimal())
         return int(os.environ.get("MASTER_PORT") or _FIRST_PORT + int(job or 0) % _PORTS)
 
@@ -126,5 +128,5 @@ def environments(world: World | None) -> list[ClusterEnvironment]:
     """Choose the environment to use. None lets Lightning look for LSF and MPI."""
     if world is not None:
         return [LaunchedEnvironment(world)]
-    # else Lightning takes a batch script or a shell within an allocation for task 0 of several
+    # named, as Lightning would take a batch script, or a shell within an allocation, for task 0 of several
     return [LightningEnvironment()] if "SLURM_JOB_ID" in os.environ else []

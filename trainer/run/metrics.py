@@ -1,4 +1,4 @@
-"""What a run says of itself: means of the training values between two rows, and the file they are kept in."""
+"""The metrics of a run, means of the training values between two rows, and the file they are kept in."""
 
 from __future__ import annotations
 

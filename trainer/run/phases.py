@@ -1,4 +1,4 @@
-"""What each phase of a run reads: its columns, and the bytes of a step."""
+"""The reads of each phase of a run, in columns and in bytes of a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sample grids while training: the same noise and labels every time, from the averaged weights."""
+"""Sample grids while training, of the same noise and labels every time, from the averaged weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``run.json``: every start of a run, with what a row of results needs to be told apart and made again."""
+"""The file ``run.json``, which has every start of a run with what it takes to make its results again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one way a run ends before its last step: a signal or its time is up, all ranks agree, it is saved.
+"""The one way a run ends before its last step, by a signal or when its time is up, saved by all ranks.
 
 Lightning's own ways are not used. Its handler of SIGTERM ends a run without a checkpoint, its handler for
 SLURM writes one of another kind, and its timer asks all ranks in every step.
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from ..step.module import TrainingModule
 
 MAX_TIME = "trainer.max_time"
-# what a run may be stopped by; the later one wins where ranks hear of different ones
+# what a run may be stopped by; ranks send the position and take the largest, so the later one wins
 _REASONS = (None, MAX_TIME, "SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 _SIGNALS = {number: _REASONS.index(number.name) for number in map(signal.Signals.__getitem__, _REASONS[2:])}
-# what SLURM is told to warn of its time limit by, as sbatch --signal=USR1@90
+# signals by which SLURM warns before its time limit, as asked for with sbatch --signal=USR1@90
 _WARNINGS = ("SIGUSR1", "SIGUSR2")
 _DURATION = re.compile(r"(\d+):(\d\d):(\d\d):(\d\d)")
 _SCONTROL_SECONDS = 60
@@ -80,8 +80,10 @@ class Stop(StepCallback):
         """Listen, in place of Lightning, which has just begun to and puts back what was there before."""
         del pl_module
         self.began = True
-        # it asks rank 0 before every micro-batch, and waits, whether a handler that is gone heard SIGTERM
+        # Lightning would ask rank 0 before every micro-batch whether its handler heard SIGTERM, and wait for
+        # the answer; that handler is replaced below
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+        # Python allows handlers to be set in the main thread only
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 signal.signal(number, self._ask)
@@ -109,7 +111,8 @@ class Stop(StepCallback):
         if step >= self._due:
             before, then = self._told
             self._told = step, time.monotonic()
-            # the steps of a second, as this rank sees them; all take the same
+            # the steps of a second, as this rank sees them; all take the largest, so that they speak in the
+            # same step again
             interval = round((step - before) / max(self._told[1] - then, 1e-6)) if self._due else 1
             said = torch.tensor([self._asked, min(max(interval, 1), _MOST_STEPS)], dtype=torch.int32)
             heard = said.to(trainer.strategy.root_device, non_blocking=True)
@@ -128,6 +131,7 @@ class Stop(StepCallback):
 
     def _ask(self, number: int, frame: Any) -> None:
         del frame
+        # the first is noted, the second does not wait for the step
         if number == signal.SIGINT and self._asked >= _SIGNALS[signal.SIGINT]:
             raise KeyboardInterrupt
         self._asked = max(self._asked, _SIGNALS[signal.Signals(number)])
@@ -159,7 +163,7 @@ def duration(value: Any) -> float | None:
         pass
     raise RepaError(
         f"{MAX_TIME}={value} is no duration",
-        # YAML reads 12:00:00:00 as a number to the base of 60
+        # without the zero YAML reads 12:00:00:00 as a number to the base of 60
         "write DD:HH:MM:SS with a zero in front, as 00:11:30:00, or {hours: 11}",
         field=MAX_TIME,
     )

@@ -1,4 +1,4 @@
-"""Samples of a trained model: which weights, which noise, and latents in batches."""
+"""Samples of a trained model, by choice of weights and noise, as latents in batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder of samples: one sampling and its record, never two mixed.
+"""A folder of samples, which holds one sampling and its record, never two mixed.
 
 ``sampling.json`` is written before the first image and says what the images are of; a folder whose record
 says something else is left alone. What an interrupted sampling has written, the same sampling goes on from.

@@ -1,4 +1,4 @@
-"""Sampling: integrate the learned flow from noise (t = 1) to data (t = 0).
+"""The sampler, which integrates the learned flow from noise (t = 1) to data (t = 0).
 
 The state is float64 whatever the model's dtype. With v the velocity, s the score and h = t_i − t_{i+1} > 0:
 

@@ -1,1 +1,1 @@
-"""One training step: draws, forward pass, terms of the loss."""
+"""One training step, from draws over the forward pass to the terms of the loss."""

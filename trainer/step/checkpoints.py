@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, read without running any code."""
+"""Checkpoint files, whole or not there, read without running any code."""
 
 from __future__ import annotations
 

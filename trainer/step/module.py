@@ -1,4 +1,4 @@
-"""The training step: objective, backbone and method joined in a Lightning module that knows none by name."""
+"""The training step, a Lightning module that joins objective, backbone and method and knows none by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Randomness as a function of what is drawn: seed, rank and step, never of what was drawn before.
+"""Randomness as a function of seed, rank and step, never of what was drawn before.
 
 So no generator's state is in a checkpoint, and a resumed run draws what the undisturbed one would have drawn.
 """
