@@ -106,7 +106,7 @@ def measure_encoding(plan: Plan) -> EncodingSpeed:
     total = sum(busy.values())
     return EncodingSpeed(
         images=images,
-        # what the lanes take side by side, each model by its share of the time
+        # lanes work side by side: the time that passed is shared among the models by how long each computed
         model_seconds={name: elapsed / images * seconds / total for name, seconds in busy.items()},
         decode_seconds=decode_seconds,
         load_seconds=load_seconds,

@@ -277,7 +277,7 @@ def _plan_source(
     begun = declared is not None and len(missing) < manifest.num_shards
     at_most = False
     if source == AUTOENCODER and begun and not missing:
-        # it only comes along with the encoders: how it was made is not in question
+        # the autoencoder is there in full and comes along with the encoders: its settings are not compared
         columns: Mapping[str, ColumnSpec] = known
     else:
         columns = _columns(config, source)

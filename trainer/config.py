@@ -29,7 +29,7 @@ from .typed import check_fields, coerce, from_mapping, nearest, parse_assignment
 DEFAULT_METHOD = "repa"
 _METHOD_KEYS = ("method", "method.name")
 
-# what the run itself decides: setting it twice would let two values disagree
+# settings of Lightning's trainer that the run decides, so that two values cannot disagree
 _OWNED_TRAINER_KEYS = {
     "max_steps": "max_steps",
     "max_epochs": "max_steps",
@@ -335,7 +335,7 @@ def _trainer_settings(values: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, str):
             remedy = f"give {key} a value as YAML writes it"
             settings[name] = parse_yaml(value, where=key, remedy=remedy, field=key)
-        # what Lightning takes in many forms it checks itself
+        # only these: other settings may have many forms, which Lightning checks itself
         if hints.get(name) in (bool, bool | None):
             settings[name] = coerce(settings[name], bool | None, key)
     return settings

@@ -137,7 +137,7 @@ class _Bench:
         for path in self._shards:
             with open(path, "rb", buffering=0) as file:
                 try:
-                    # one byte: the question itself makes the kernel fetch what follows
+                    # one byte only, as asking for it makes the kernel fetch what follows
                     os.preadv(file.fileno(), [buffer], path.stat().st_size // 2, os.RWF_NOWAIT)
                 except BlockingIOError:
                     continue

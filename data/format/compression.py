@@ -7,7 +7,8 @@ batch as it is. It is for caches that are kept or moved more often than they are
 A chunk is one row and view, encoded on its own and followed by the crc32c of the encoded bytes. The codecs
 are Zarr's, with fixed settings and one thread, so that equal rows give equal bytes, and any Zarr reader that
 knows the codec opens the column: ``zstd`` (level 3); ``blosc`` (zstd at level 5 of bytes grouped by their
-place in the number, for int8 of bits); ``pcodec`` (level 8; for floats only, not in the Zarr specification).
+position in the number, for int8 of bits); ``pcodec`` (level 8; for floats only, not in the Zarr
+specification).
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def survey(path: CachePath, manifest: Manifest) -> Survey:
         records[source] = [
             record
             for record, problem in found
-            # one that is not its own says nothing of this cache
+            # a record of another cache or shard is left out; one whose files are wrong counts
             if isinstance(record, CommitRecord) and (problem is None or problem.column)
         ]
         for record in records[source]:

@@ -239,7 +239,7 @@ class ColumnReader:
         starts, sizes = index[..., 0], index[..., 1]
         # an offset past 2⁶³ is past the end of any file; it must not turn negative
         offsets = np.minimum(starts, np.uint64(2**63 - 1 - 2**32)).astype(np.int64)
-        # what is no size of a chunk must not be asked for as memory either
+        # a size that no chunk can have is not believed: memory of that size would be asked for
         wrong = (
             sizes != self._chunk_bytes
             if self.codec is None

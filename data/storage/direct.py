@@ -98,7 +98,7 @@ def supports_direct(path: str) -> bool:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
     except OSError as error:
-        # what else is wrong with the file, the first read says
+        # EINVAL alone means that there are none; any other error is reported by the first read
         return error.errno != errno.EINVAL
     os.close(descriptor)
     return True

@@ -16,7 +16,7 @@ from ..errors import RepaError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# what goes into headers and addresses as it is
+# variables whose values go into headers as they are
 _PLAIN = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")

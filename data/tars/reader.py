@@ -33,7 +33,7 @@ _LENGTH = re.compile(rb"([0-9]{1,9}) ")
 _SIZE = re.compile(r"[0-9]{1,18}")
 _OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*")
 _META = re.compile(r"__[^/]*__($|/)")
-# what a compressed tar begins with: told apart, not read
+# first bytes of compressed tars, which are not read, so that the error can name the compression
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"}
 
 

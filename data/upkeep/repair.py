@@ -209,7 +209,7 @@ def _intact_records(path: Path) -> list[tuple[str, CommitRecord]]:
     found = []
     with os_errors("read", path / COMMITS_FOLDER):
         for file in sorted((path / COMMITS_FOLDER).glob("*/*.json")):
-            # one that is damaged or of another name bears no witness
+            # a record that is damaged, or under the name of another shard, does not tell whose cache this is
             with suppress(CacheError):
                 record = CommitRecord.decode(read_file(file, MOST_BYTES), where=str(file))
                 if file.stem == str(record.shard):

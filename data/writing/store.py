@@ -132,7 +132,7 @@ def ensure_source(
         declaration(provenance, columns),
     )
     if different and not committed_shards(path, manifest, source):
-        # nobody may be about to commit by the old declaration
+        # all locks are taken, so that no other process is about to commit by the old declaration
         with SourceWriter(path, manifest, source, range(manifest.num_shards)), cache_lock(path):
             if not committed_shards(path, manifest, source):
                 replaced = open_manifest(path).with_source(source, provenance, columns)

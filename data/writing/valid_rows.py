@@ -38,7 +38,7 @@ def settle_valid(
     records = dict(about)
     for source in manifest.sources:
         if source not in records:
-            # one that is damaged is written again, and this with it
+            # a damaged record says nothing; when its shard is written again, so is the array
             with suppress(CacheError):
                 record = read_commit(path, source, shard)
                 if record is not None:

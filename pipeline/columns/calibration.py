@@ -81,11 +81,11 @@ class Calibration:
             values = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_METADATA])
             tensors = load(data)
             parse(_COUNT, values["images"], where="images")
-            # it goes on into the notes of a manifest, which must open
+            # checked here, as it is copied into a manifest, which could not be opened with wrong values
             kind: type[Any] = AttentionFidelity if "kl" in values["fidelity"] else TokenFidelity
             parse(kind, values["fidelity"], where="fidelity")
             return cls(**values, projections=(tensors["q"], tensors["k"]) if tensors else None)
-        # what the reader of a broken file raises is an Exception of its own
+        # safetensors has an error of its own for a broken file, which derives from Exception directly
         except Exception as error:
             raise ValueError(f"not a calibration: {error}") from error
 

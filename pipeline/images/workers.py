@@ -29,7 +29,7 @@ from .pixels import center_crop_adm
 Decoded = tuple[int, "NDArray[np.uint8] | str"]
 
 
-# what the loader says of a worker that is gone, and what multiprocessing says of its pipe, if anything
+# messages of torch's loader for a worker that is gone, and of multiprocessing for its pipe, maybe empty
 _LOST = re.compile(r"DataLoader worker \(pid|^got end of file during message$|^$")
 
 

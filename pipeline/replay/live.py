@@ -296,7 +296,7 @@ class _Teacher:
             wanted, positions = torch.from_numpy(each.rows), torch.from_numpy(each.positions)
             for kind, values in output.items():
                 if kind not in features:
-                    # not of inference mode, whose tensors no gradient may be computed beside
+                    # copied into a plain tensor: autograd refuses to save one that was made in inference mode
                     features[kind] = torch.empty(
                         (len(rows), *values.shape[1:]), dtype=torch.float32, device=self._device
                     )

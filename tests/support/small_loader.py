@@ -43,10 +43,10 @@ def make(reader: CacheReader, **options: Any) -> CacheLoader:
 def check(batch: Batch) -> None:
     """Every value of a batch is the one of its row."""
     for column, values in batch.columns.items():
-        for place, row in enumerate(batch.rows.tolist()):
+        for position, row in enumerate(batch.rows.tolist()):
             expected = expected_row(column, row, COLUMNS[column])
             assert values.dtype == getattr(torch, COLUMNS[column].dtype)
-            assert np.array_equal(values[place].numpy(), expected)
+            assert np.array_equal(values[position].numpy(), expected)
     assert batch.label.tolist() == LABELS[batch.rows.numpy()].tolist()
     assert batch.rows.dtype == batch.label.dtype == torch.int64
 

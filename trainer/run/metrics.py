@@ -45,7 +45,7 @@ class MetricsFile:
             raw = path.read_bytes() if path.exists() and resumed_step > 0 else b""
         columns, found, damaged = _parse(raw)
         kept = [row for row in found if int(row[0]) <= resumed_step]
-        # what follows the rows of the checkpoint was never promised to be there whole
+        # rows after the checkpoint's may be cut off by a kill: damage there is no error
         if damaged is not None and len(kept) == len(found) and len(kept) != rows:
             raise RepaError(
                 f"{path} is damaged in line {damaged}",

@@ -327,9 +327,9 @@ def rewrite(cache: Path, column: str, change: Callable[[np.ndarray[Any, Any]], N
     change(values[column][1])
     with SourceWriter(cache, manifest, source_of(column), [1]) as writer, writer.shard(1) as shard:
         shard.mark_invalid(6, "not a JPEG, PNG or WebP image")
-        for place, row in enumerate(rows.tolist()):
+        for position, row in enumerate(rows.tolist()):
             for name in specs:
-                shard.write(row, name, values[name][place][None])
+                shard.write(row, name, values[name][position][None])
         shard.commit()
 
 

@@ -184,11 +184,11 @@ def test_views_are_one_draw_for_all_columns(tmp_path: Path) -> None:
         halves = [list(make(reader, batch_size=16, last_image=64, world=2, rank=rank)) for rank in range(2)]
     drawn = []
     for step, batch in enumerate(batches):
-        for place, row in enumerate(batch.rows.tolist()):
+        for position, row in enumerate(batch.rows.tolist()):
             matches = [
                 [
                     np.array_equal(
-                        values[place].numpy(), expected_row(column, row, COLUMNS[column], view=view)
+                        values[position].numpy(), expected_row(column, row, COLUMNS[column], view=view)
                     )
                     for view in range(2)
                 ]

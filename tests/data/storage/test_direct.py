@@ -59,9 +59,9 @@ def test_direct_reads_give_the_same_rows(cache: Path, check_crc: bool) -> None:
             out = read(reader, rows, views)
             assert isinstance(reader._files, DirectFiles)
             for column, values in out.items():
-                for place, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
+                for position, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
                     assert np.array_equal(
-                        values[place], expected_row(column, row, COLUMNS[column], view=view)
+                        values[position], expected_row(column, row, COLUMNS[column], view=view)
                     )
 
 
@@ -122,8 +122,8 @@ def test_short_direct_reads_are_continued(cache: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "preadv", short)
     with CacheReader(cache, list(COLUMNS), direct="on") as reader:
         out = read(reader, reader.valid_rows[:9])
-        for place, row in enumerate(reader.valid_rows[:9].tolist()):
-            assert np.array_equal(out[MOMENTS][place], expected_row(MOMENTS, row, COLUMNS[MOMENTS]))
+        for position, row in enumerate(reader.valid_rows[:9].tolist()):
+            assert np.array_equal(out[MOMENTS][position], expected_row(MOMENTS, row, COLUMNS[MOMENTS]))
 
 
 def test_file_system_without_direct_reads(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

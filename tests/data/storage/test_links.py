@@ -40,25 +40,25 @@ def outside(tmp_path: Path) -> Path:
 
 
 def test_what_a_killed_process_left_is_replaced_whatever_it_was(tmp_path: Path, outside: Path) -> None:
-    place = tmp_path / "file"
-    partial_path(place).symlink_to(outside / "precious")
-    write_file(place, b"new", tmp_path)
-    assert place.read_bytes() == b"new"
-    partial_path(place).write_bytes(b"left")
-    write_file(place, b"newer", tmp_path)
-    assert place.read_bytes() == b"newer"
-    place.unlink()
-    place.symlink_to(outside / "precious")
-    write_file(place, b"newest", tmp_path)
-    assert not place.is_symlink()
+    path = tmp_path / "file"
+    partial_path(path).symlink_to(outside / "precious")
+    write_file(path, b"new", tmp_path)
+    assert path.read_bytes() == b"new"
+    partial_path(path).write_bytes(b"left")
+    write_file(path, b"newer", tmp_path)
+    assert path.read_bytes() == b"newer"
+    path.unlink()
+    path.symlink_to(outside / "precious")
+    write_file(path, b"newest", tmp_path)
+    assert not path.is_symlink()
     assert (outside / "precious").read_bytes() == b"precious"
 
 
 def test_a_new_file_is_its_own(tmp_path: Path, outside: Path) -> None:
-    place = tmp_path / "new"
-    place.symlink_to(outside / "made")
-    os.close(create_file(place))
-    assert not place.is_symlink()
+    path = tmp_path / "new"
+    path.symlink_to(outside / "made")
+    os.close(create_file(path))
+    assert not path.is_symlink()
     assert not (outside / "made").exists()
 
 
@@ -66,9 +66,9 @@ def test_no_folder_below_the_root_is_a_link(tmp_path: Path, outside: Path) -> No
     root = tmp_path / "cache"
     root.mkdir()
     (root / "a").symlink_to(outside)
-    for place in (root / "a" / "file", root / "a" / "b" / "file"):
-        with pytest.raises(RepaError), os_errors("write", place):
-            write_file(place, b"x", root)
+    for path in (root / "a" / "file", root / "a" / "b" / "file"):
+        with pytest.raises(RepaError), os_errors("write", path):
+            write_file(path, b"x", root)
     assert folder_contents(outside).keys() == {"precious"}
     # the root is the user's own choice
     (tmp_path / "linked").symlink_to(root)
@@ -77,12 +77,12 @@ def test_no_folder_below_the_root_is_a_link(tmp_path: Path, outside: Path) -> No
 
 
 def test_locks_and_logs_are_no_links(tmp_path: Path, outside: Path) -> None:
-    place = tmp_path / "log"
-    place.symlink_to(outside / "precious")
-    with pytest.raises(RepaError), os_errors("write", place), locked(place):
+    path = tmp_path / "log"
+    path.symlink_to(outside / "precious")
+    with pytest.raises(RepaError), os_errors("write", path), locked(path):
         pass
-    with pytest.raises(RepaError), os_errors("write", place):
-        open_to_append(place)
+    with pytest.raises(RepaError), os_errors("write", path):
+        open_to_append(path)
     assert (outside / "precious").read_bytes() == b"precious"
 
 
@@ -90,11 +90,11 @@ def test_locks_and_logs_are_no_links(tmp_path: Path, outside: Path) -> None:
 def test_a_source_is_not_written_through_a_linked_folder(tmp_path: Path, outside: Path, where: str) -> None:
     cache = tmp_path / "cache"
     manifest = synthetic_cache(cache, num_rows=9, written=False)
-    place = cache / where
-    if place.exists():
-        place.rename(outside / "was")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.symlink_to(outside)
+    path = cache / where
+    if path.exists():
+        path.rename(outside / "was")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(outside)
     before = folder_contents(outside)
     with pytest.raises(RepaError), SourceWriter(cache, manifest, "demo", [0]) as writer, writer.shard(0):
         pass
@@ -107,13 +107,13 @@ def test_shards_calibrations_and_documents_replace_links(tmp_path: Path, outside
     commit_folder(cache, "demo").mkdir(parents=True)
     calibration_file(cache, "demo").parent.mkdir()
     shard_file(cache, "demo/cls", SYNTHETIC_COLUMNS["demo/cls"], 0).parent.mkdir(parents=True)
-    for place in (
+    for path in (
         cache / GROUP_FILE,
         commit_file(cache, "demo", 0),
         calibration_file(cache, "demo"),
         shard_file(cache, "demo/cls", SYNTHETIC_COLUMNS["demo/cls"], 0),
     ):
-        partial_path(place).symlink_to(outside / "precious")
+        partial_path(path).symlink_to(outside / "precious")
     ensure_calibration(cache, "demo", lambda: b"fitted")
     synthetic_cache(cache, num_rows=9)
     assert open_manifest(cache) == manifest

@@ -131,8 +131,8 @@ def test_some_columns_and_their_scales(cache: Path, tmp_path: Path) -> None:
             out = {name: np.empty((3, *spec.shape), spec.numpy_dtype)}
             reader.read_rows(rows, (name,), out)
             assert all(
-                np.array_equal(out[name][place], expected_row(name, int(row), spec))
-                for place, row in enumerate(rows)
+                np.array_equal(out[name][position], expected_row(name, int(row), spec))
+                for position, row in enumerate(rows)
             )
     with pytest.raises(CacheError, match="has no column dinov2-b/patch"):
         export_cache(cache, tmp_path / "no", ["dinov2-b/patch"])

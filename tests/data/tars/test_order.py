@@ -38,7 +38,7 @@ def test_every_row_leaves_the_buffer_once_and_not_too_early(
     order = buffered_order(seed, epoch, rank, count, buffer)
     assert sorted(order.tolist()) == list(range(count))
     assert order.dtype == np.int64
-    assert all(row < place + buffer for place, row in enumerate(order.tolist()))
+    assert all(row < position + buffer for position, row in enumerate(order.tolist()))
     assert order.tolist() == slow_buffer(seed, epoch, rank, count, min(buffer, count))
 
 

@@ -86,14 +86,14 @@ def test_reader_and_loader_give_int8_and_scales(cache: Path) -> None:
         batches = list(loader)
         views = set()
         for batch in batches:
-            for place, row in enumerate(batch.rows.tolist()):
-                stored = batch.columns["demo/q"][place]
+            for position, row in enumerate(batch.rows.tolist()):
+                stored = batch.columns["demo/q"][position]
                 assert stored.dtype == torch.int8
                 view = int(not np.array_equal(stored, expected_row("demo/q", row, ATTENTION["demo/q"])))
                 views.add(view)
                 for name, spec in {**TOKENS, **ATTENTION}.items():
                     expected = expected_row(name, row, spec, view=view)
-                    assert np.array_equal(batch.columns[name][place].numpy(), expected), name
+                    assert np.array_equal(batch.columns[name][position].numpy(), expected), name
             decoded = dequantise(batch.columns["demo/q"], batch.columns["demo/q-scale"])
             assert decoded.shape == (6, 2, 3, 4, 8)
             assert 0.7 < float(decoded.std()) < 1.4

@@ -57,13 +57,13 @@ def test_values_labels_and_views_are_the_caches(exported: str) -> None:
     seen = set()
     for batch in batches:
         assert batch.label.tolist() == labels[batch.rows].tolist()
-        for place, row in enumerate(batch.rows.tolist()):
+        for position, row in enumerate(batch.rows.tolist()):
             views = [
                 view
                 for view in range(2)
                 if all(
                     np.array_equal(
-                        batch.columns[name][place].numpy(),
+                        batch.columns[name][position].numpy(),
                         expected_row(name, row, manifest.columns[name], view=view),
                     )
                     for name in COLUMNS
