@@ -251,10 +251,12 @@ class _Stream:
             batch, reads = self._window.popleft()
             for read in reads:
                 read.result()
+            # one more is begun now, to be read while the caller computes
             self._fill()
         except BaseException:
             self.close()
             raise
+        # only whole steps count, so that nobody resumes within one
         if batch.micro == self._loader.accumulate - 1:
             self._loader._images_seen = batch.images_seen
         return batch

@@ -115,6 +115,7 @@ class WriterThread:
         self._enqueue(batch)
 
     def _enqueue(self, item: Pending | None) -> None:
+        # waiting in short pieces, so that an error of the thread or an interrupt is noticed meanwhile
         while True:
             self._raise_error()
             self._check()
@@ -144,6 +145,7 @@ class WriterThread:
             if item is None:
                 self._ended.set()
                 return None
+            # in short pieces too: a batch may be dropped before it is computed
             while not item.ready(_POLL_SECONDS):
                 if self._ended.is_set():
                     return None
