@@ -172,7 +172,13 @@ def test_one_graph_a_phase_and_from_tau_on_that_of_plain_sit(
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("resumed", [STOP - 1, STOP, STOP + 1])
+@pytest.mark.parametrize(
+    "resumed",
+    [
+        *(STOP - 1, STOP, STOP + 1),
+        *(pytest.param(each, marks=pytest.mark.thorough) for each in (1, 2, 3, 4, 8, 9)),
+    ],
+)
 def test_killed_and_resumed_around_tau(
     haste: Settings,
     run_fit: Fit,

@@ -69,7 +69,9 @@ def test_kill_9_and_the_same_command(
     same_run(tmp_path / "whole", killed, 12)
 
 
-@pytest.mark.parametrize("moment", [1, 3, 4, 5, 9])
+@pytest.mark.parametrize(
+    "moment", [1, 3, 4, 5, 9, *(pytest.param(each, marks=pytest.mark.thorough) for each in (2, 6, 7, 8, 10))]
+)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_any_moment(
     settings: Settings,
