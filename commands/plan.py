@@ -107,9 +107,10 @@ def plan(flags: PlanFlags, *, console: Console | None = None) -> None:
     Raises:
         RepaError: as of `repa preprocess`; figures that are not above zero.
     """
+    from ..data.storage.files import nearest_folder
     from ..data.units import human_bytes
     from ..pipeline.estimate import measure_encoding
-    from ..pipeline.plan import make_plan, nearest_folder
+    from ..pipeline.plan import make_plan
     from ..pipeline.shard_loop.ranks import detect_rank
     from ..pipeline.summary import say, show_plan
     from .measure.disk import measure_disk

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.errors import CacheError, RepaError
@@ -14,6 +13,7 @@ from ..data.format.commits import is_committed
 from ..data.format.manifest import DEFAULT_SHARD_ROWS, Manifest, Provenance
 from ..data.format.opening import labels_sha256, open_manifest
 from ..data.format.shard_index import index_bytes
+from ..data.storage.files import nearest_folder
 from ..data.storage.local import CHECKSUM_BYTES
 from ..data.units import human_bytes
 from ..data.writing.store import ensure_cache, keys_sha256, refuse_foreign_folder
@@ -23,6 +23,7 @@ from .images.names import DEMO_DATA
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from .columns.specs import AttentionSettings
     from .config import PreprocessConfig
@@ -395,11 +396,3 @@ def _check_declared(
             f"cache {config.cache} has {source} made with {', '.join(different)}",
             "give the same flags, or write another cache with --cache",
         )
-
-
-def nearest_folder(path: Path) -> Path:
-    """Return the path, or the nearest folder above it that is there."""
-    for each in (path.absolute(), *path.absolute().parents):
-        if each.is_dir():
-            return each
-    return Path("/")

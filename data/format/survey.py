@@ -137,3 +137,16 @@ def survey(path: CachePath, manifest: Manifest) -> Survey:
             for name, column in record.columns.items():
                 sizes[name] += column.file_bytes
     return Survey(records=records, absent=absent, foreign=foreign, damaged=damaged, file_bytes=sizes)
+
+
+def row_checksums(
+    manifest: Manifest, column: str, records: Sequence[CommitRecord]
+) -> NDArray[np.uint32] | None:
+    """Return the recorded checksums ``[S · rows of a shard, V]`` of a column wholly committed.
+
+    None where a record has none: it was written before records had them.
+    """
+    tables = [record.columns[column].chunks_crc32c for record in records]
+    if not all(tables):
+        return None
+    return np.frombuffer(b"".join(tables), dtype="<u4").reshape(-1, len(manifest.views))

@@ -24,7 +24,7 @@ import numpy as np
 from ..errors import CacheError, RepaError
 from ..format.columns import LABEL, source_of
 from ..format.opening import open_manifest, read_labels
-from ..format.survey import survey
+from ..format.survey import row_checksums, survey
 from ..storage.bucket import REQUESTS, CachePath, RemoteFiles, RemotePath, cache_path
 from ..storage.direct import (
     DIRECT_CHOICES,
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ..format.commits import CommitRecord
-    from ..format.manifest import Manifest
     from ..format.survey import Survey
     from ..storage.local import ShardFiles
 
@@ -130,7 +128,7 @@ class CacheReader:
                 self.manifest,
                 column,
                 check_crc=check_crc,
-                checksums=_checksums(self.manifest, column, found.records[source_of(column)]),
+                checksums=row_checksums(self.manifest, column, found.records[source_of(column)]),
             )
             for column in self.columns
         }
@@ -367,17 +365,6 @@ class CacheReader:
         self._lock = threading.Lock()
         if self._files is not None:
             self._files.after_fork()
-
-
-def _checksums(manifest: Manifest, column: str, records: Sequence[CommitRecord]) -> NDArray[np.uint32] | None:
-    """Return the recorded checksums ``[S · rows of a shard, V]`` of a column wholly committed.
-
-    None where a record has none: it was written before records had them.
-    """
-    tables = [record.columns[column].chunks_crc32c for record in records]
-    if not all(tables):
-        return None
-    return np.frombuffer(b"".join(tables), dtype="<u4").reshape(-1, len(manifest.views))
 
 
 def _probe(

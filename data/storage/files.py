@@ -231,3 +231,11 @@ def locked(path: Path) -> Iterator[None]:
             yield
         finally:
             os.close(descriptor)
+
+
+def nearest_folder(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that is there."""
+    for each in (path.absolute(), *path.absolute().parents):
+        if each.is_dir():
+            return each
+    return Path("/")
