@@ -6,10 +6,17 @@ Shapes: B batch, T tokens, D width, H heads.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .conditioning import EMBEDDING_STD
+from .rotary import rotate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 FREQUENCIES = 256
 MAX_PERIOD = 10_000.0
@@ -117,20 +124,24 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Attend over the tokens.
 
         Args:
             x: tokens ``[B, T, D]``.
+            rotation: rotary positions ``[2, T, D / H / 2]``, of `axial_rotation`; None for none.
 
         Returns:
-            Output ``[B, T, D]``; queries and keys ``[B, H, T, D / H]``, after the norms, before the scale.
+            Output ``[B, T, D]``; queries and keys ``[B, H, T, D / H]``, after norms and rotation, before the
+            scale.
         """
         B, T, D = x.shape
         qkv = self.qkv(x).reshape(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         queries, keys, values = qkv.unbind(0)
         queries, keys = self.q_norm(queries), self.k_norm(keys)
-        # the norms of queries and keys give float32 under autocast, the values are half precision
+        if rotation is not None:
+            queries, keys = rotate(queries, rotation), rotate(keys, rotation)
+        # norms and rotation of queries and keys give float32 under autocast, the values are half precision
         attended = F.scaled_dot_product_attention(queries.to(values.dtype), keys.to(values.dtype), values)
         output: Tensor = self.proj(attended.transpose(1, 2).reshape(B, T, D))
         return output, queries, keys
@@ -154,29 +165,40 @@ class Block(nn.Module):
     """Transformer block with adaLN-zero.
 
     Its six chunks are shift, scale and gate of attention, then of the MLP.
+
+    Args:
+        width: D, channels of a token.
+        heads: H.
+        qk_norm: LayerNorm of queries and keys.
+        mlp: makes the MLP, given the width.
     """
 
-    def __init__(self, width: int, heads: int, *, qk_norm: bool) -> None:
+    def __init__(
+        self, width: int, heads: int, *, qk_norm: bool, mlp: Callable[[int], nn.Module] = Mlp
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
         self.attn = Attention(width, heads, qk_norm=qk_norm)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
-        self.mlp = Mlp(width)
+        self.mlp = mlp(width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, embedding: Tensor, rotation: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute one block.
 
         Args:
             x: tokens ``[B, T, D]``.
             embedding: of time and condition, ``[B, D]``.
+            rotation: rotary positions ``[2, T, D / H / 2]``; None for none.
 
         Returns:
             Tokens ``[B, T, D]``; queries and keys ``[B, H, T, D / H]``.
         """
         chunks = self.adaLN_modulation(embedding).chunk(6, dim=1)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = chunks
-        attended, queries, keys = self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        attended, queries, keys = self.attn(modulate(self.norm1(x), shift_msa, scale_msa), rotation)
         x = x + gate_msa.unsqueeze(1) * attended
         x = x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
         return x, queries, keys
@@ -198,10 +220,53 @@ class FinalLayer(nn.Module):
         return patches
 
 
+def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """Rearrange the patches of a grid to images, ``[B, T, p · p · C]`` → ``[B, C, h, w]``.
+
+    Args:
+        patches: of the final layer, channels last.
+        grid: rows and columns of the tokens.
+        patch_size: p.
+    """
+    (rows, columns), p = grid, patch_size
+    image = patches.reshape(len(patches), rows, columns, p, p, -1).permute(0, 5, 1, 3, 2, 4)
+    return image.reshape(len(patches), -1, rows * p, columns * p)
+
+
+def initialise_transformer(network: nn.Module, *, conditioners: tuple[str, ...]) -> None:
+    """Draw Xavier uniform linears with zero bias and time embeddings of N(0, 0.02).
+
+    AdaLN and output are zero.
+
+    Args:
+        network: a transformer of these layers.
+        conditioners: names of its submodules that have initialised themselves.
+    """
+    apart = tuple(f"{name}." for name in conditioners)
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear) and not name.startswith(apart):
+            initialise_linear(module)
+    for module in network.modules():
+        if isinstance(module, PatchEmbedding):
+            # a convolution that acts as one linear map per patch
+            nn.init.xavier_uniform_(module.proj.weight.view(module.proj.out_channels, -1))
+            nn.init.zeros_(bias_of(module.proj))
+        elif isinstance(module, TimestepEmbedding):
+            for layer in module.mlp:
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=EMBEDDING_STD)
+        elif isinstance(module, FinalLayer):
+            nn.init.zeros_(module.linear.weight)
+    for name, parameter in network.named_parameters():
+        if name.endswith("adaLN_modulation.1.weight"):
+            nn.init.zeros_(parameter)
+
+
 def initialise_linear(linear: nn.Linear) -> None:
-    """Draw a Xavier uniform weight and a zero bias, as of every linear layer, projectors included."""
+    """Draw a Xavier uniform weight and a zero bias, if any, as of every linear layer, projectors included."""
     nn.init.xavier_uniform_(linear.weight)
-    nn.init.zeros_(bias_of(linear))
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
 
 
 def bias_of(layer: nn.Linear | nn.Conv2d) -> Tensor:

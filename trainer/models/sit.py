@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from ...data.errors import RepaError
 from .base import Backbone, BackboneConfig
 from .capture import NOTHING, BackboneFacts, Capture, Captured
-from .conditioning import EMBEDDING_STD, Conditioner, LabelConditioner
+from .conditioning import Conditioner, LabelConditioner
 from .layers import (
     Block,
     FinalLayer,
     PatchEmbedding,
     TimestepEmbedding,
-    bias_of,
-    initialise_linear,
+    initialise_transformer,
     position_table,
+    unpatchify,
 )
 
 
@@ -174,28 +174,7 @@ class SiT(Backbone):
             Block(width, config.heads, qk_norm=config.qk_norm) for _ in range(config.depth)
         )
         self.final_layer = FinalLayer(width, config.patch_size, config.in_channels)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Draw Xavier uniform linears with zero bias and a time embedding of N(0, 0.02).
-
-        AdaLN and output are zero.
-
-        The conditioner has initialised itself.
-        """
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and not name.startswith("y_embedder."):
-                initialise_linear(module)
-        # the patch embedding is a convolution that acts as one linear map per patch
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config.width, -1))
-        nn.init.zeros_(bias_of(self.x_embedder.proj))
-        for module in self.t_embedder.mlp:
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=EMBEDDING_STD)
-        for name, parameter in self.named_parameters():
-            if name.endswith("adaLN_modulation.1.weight"):
-                nn.init.zeros_(parameter)
-        nn.init.zeros_(self.final_layer.linear.weight)
+        initialise_transformer(self, conditioners=("y_embedder",))
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor, capture: Capture = NOTHING) -> Captured:
         """Predict what the objective trains, the velocity in the published models.
@@ -224,12 +203,6 @@ class SiT(Backbone):
             if number in capture.attention:
                 captured.queries[number], captured.keys[number] = queries, keys
         if capture.stop_after is None:
-            captured.prediction = self._unpatchify(self.final_layer(tokens, embedding))
+            patches = self.final_layer(tokens, embedding)
+            captured.prediction = unpatchify(patches, self.facts.grid, self.config.patch_size)
         return captured
-
-    def _unpatchify(self, patches: Tensor) -> Tensor:
-        """Rearrange ``[B, T, p · p · C]`` to ``[B, C, h, w]``."""
-        rows, columns = self.facts.grid
-        p, C = self.config.patch_size, self.config.in_channels
-        image = patches.reshape(len(patches), rows, columns, p, p, C).permute(0, 5, 1, 3, 2, 4)
-        return image.reshape(len(patches), C, rows * p, columns * p)

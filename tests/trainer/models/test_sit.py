@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from repa.data.errors import RepaError
 from repa.trainer.models.capture import BackboneFacts, Capture
 from repa.trainer.models.conditioning import LabelConditioner
-from repa.trainer.models.layers import Attention, Block, TimestepEmbedding, position_table, time_frequencies
+from repa.trainer.models.layers import (
+    Attention,
+    Block,
+    TimestepEmbedding,
+    position_table,
+    time_frequencies,
+    unpatchify,
+)
 from repa.trainer.models.sit import SIT_SIZES, SiT, SiTConfig, parse_model_name
 from safetensors.torch import load_file
 
@@ -148,7 +155,7 @@ def test_patches_go_back_to_their_place() -> None:
     with torch.no_grad():
         model.x_embedder.proj.weight.copy_(pick)
         tokens = model.x_embedder(x)
-    torch.testing.assert_close(model._unpatchify(tokens), x)
+    torch.testing.assert_close(unpatchify(tokens, model.facts.grid, 2), x)
 
 
 def test_initialisation() -> None:
@@ -206,7 +213,7 @@ def test_capture_returns_what_was_asked_and_changes_nothing() -> None:
     assert torch.equal(captured.queries[2], queries)
     assert torch.equal(captured.keys[2], keys)
     assert queries.shape == (2, 2, 16, 16)
-    last = model._unpatchify(model.final_layer(captured.hidden[3], embedding))
+    last = unpatchify(model.final_layer(captured.hidden[3], embedding), (4, 4), 2)
     assert torch.equal(last, plain.prediction)
 
 
