@@ -16,6 +16,7 @@ from ..data.errors import RepaError
 from ..data.format.columns import LABEL
 from ..data.tars.names import command_in
 from .methods.base import MethodConfig  # noqa: TC001 - annotations are read when settings are typed
+from .methods.named_presets import with_preset
 from .methods.outside import find_method
 from .methods.repa import RepaConfig
 from .models.conditioning import DROP_PROBABILITY
@@ -28,6 +29,7 @@ from .typed import check_fields, coerce, from_mapping, nearest, parse_assignment
 
 DEFAULT_METHOD = "repa"
 _METHOD_KEYS = ("method", "method.name")
+OF_METHOD = ("method_name", "method_preset")
 
 # settings of Lightning's trainer that the run decides, so that two values cannot disagree
 _OWNED_TRAINER_KEYS = {
@@ -71,6 +73,7 @@ class TrainConfig:
         condition: column that the network is conditioned on: the label, or one of a kind that a condition is
             made of.
         method_name: which method: a name of ours, of an installed one, or ``module:Class``.
+        method_preset: named preset that the method's settings began with; empty is none. `build` fills it in.
         method: settings of the method.
         objective: settings of what the backbone learns to predict; their type says what. ``path`` and
             ``times`` stand for ``objective.path`` and ``objective.times``, as they were called before.
@@ -120,6 +123,7 @@ class TrainConfig:
     model: str = "SiT-B/2"
     condition: str = LABEL
     method_name: str = DEFAULT_METHOD
+    method_preset: str = ""
     method: MethodConfig = field(default_factory=RepaConfig)
     qk_norm: bool = False
     objective: ObjectiveConfig = field(default_factory=FlowConfig)
@@ -167,9 +171,11 @@ class TrainConfig:
         return f"{self.method_name.rpartition(':')[2]}-{self.model.replace('/', '-')}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, the method's name first among its settings."""
+        """Plain values, the method's name and preset, if it has one, first among its settings."""
         values: dict[str, Any] = plain(self)
-        values["method"] = {"name": values.pop("method_name"), **values["method"]}
+        preset = values.pop("method_preset")
+        chosen = {"preset": preset} if preset else {}
+        values["method"] = {"name": values.pop("method_name"), **chosen, **values["method"]}
         values["objective"] = objectives.to_plain(self.objective)
         return values
 
@@ -199,6 +205,7 @@ def build(
     """
     values = _normalise(base or {})
     _check_sections(values)
+    filed = dict(values.get("method", {}))
     given = [(key, value) for key, value in (flags or {}).items() if value is not None]
     given += [parse_assignment(text) for text in assignments]
     for key, value in given:
@@ -210,7 +217,14 @@ def build(
     if not isinstance(name, str):
         raise RepaError(f"method.name={shortened(name)} is not valid", "expected text", field="method")
     from_command_line = any(key in _METHOD_KEYS and value == name for key, value in given)
-    kind = find_method(name, may_import=from_command_line).config_class
+    method_class = find_method(name, may_import=from_command_line)
+    kind = method_class.config_class
+    preset, settings = with_preset(
+        method_class,
+        settings,
+        before=filed if filed.get("name", DEFAULT_METHOD) == name else {},
+        given={key.removeprefix("method.") for key, _ in given if key.startswith("method.")},
+    )
     method = from_mapping(kind, settings, prefix="method.")
     objective = _objective(dict(values.pop("objective", {})), values.get("model", TrainConfig.model))
     trainer = _trainer_settings(values.pop("trainer", {}))
@@ -219,7 +233,9 @@ def build(
         if key not in annotations:
             raise unknown_setting(key, (*annotations, *SECTIONS, *_dotted(kind)))
     typed = {key: coerce(value, annotations[key], key) for key, value in values.items()}
-    return TrainConfig(method_name=name, method=method, objective=objective, trainer=trainer, **typed)
+    return TrainConfig(
+        method_name=name, method_preset=preset, method=method, objective=objective, trainer=trainer, **typed
+    )
 
 
 def _objective(settings: dict[str, Any], model: Any) -> ObjectiveConfig:
@@ -312,7 +328,7 @@ def _dotted(kind: type[MethodConfig] = RepaConfig) -> list[str]:
 def _annotations() -> dict[str, Any]:
     """Key → type and bounds, of the settings that are no sections."""
     found = get_type_hints(TrainConfig, include_extras=True)
-    return {key: kind for key, kind in found.items() if key not in (*SECTIONS, "method_name")}
+    return {key: kind for key, kind in found.items() if key not in (*SECTIONS, *OF_METHOD)}
 
 
 def _trainer_settings(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,9 @@ import re
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from .config import SECTIONS, TrainConfig
+from .config import OF_METHOD, SECTIONS, TrainConfig
+from .methods.named_presets import KEY as PRESET
+from .methods.named_presets import describe_presets
 from .methods.outside import find_method, method_names
 from .objectives.registry import OBJECTIVES
 from .typed import describe
@@ -43,9 +45,7 @@ def list_settings() -> list[Setting]:
     Raises:
         RepaError: a method that an installed package offers cannot be had.
     """
-    found = [
-        each for each in _of_class(TrainConfig, "train", "") if each.key not in (*SECTIONS, "method_name")
-    ]
+    found = [each for each in _of_class(TrainConfig, "train", "") if each.key not in (*SECTIONS, *OF_METHOD)]
     found += [
         Setting(
             section="train", key="method", type="text", default="repa", help=_help(TrainConfig)["method_name"]
@@ -64,7 +64,18 @@ def list_settings() -> list[Setting]:
     for name, objective in OBJECTIVES.items():
         found += _of_class(objective.config_class, f"objective {name}", "objective.")
     for name in method_names():
-        found += _of_class(find_method(name).config_class, f"method {name}", "method.")
+        method = find_method(name)
+        if method.named_presets:
+            found.append(
+                Setting(
+                    section=f"method {name}",
+                    key=PRESET,
+                    type=f"one of {', '.join(method.named_presets)} or none",
+                    default="none",
+                    help=f"several settings at once: {describe_presets(method)}.",
+                )
+            )
+        found += _of_class(method.config_class, f"method {name}", "method.")
     return found
 
 

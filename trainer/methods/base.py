@@ -166,6 +166,7 @@ class Method(nn.Module, ABC):
     Attributes:
         config_class: class of the settings, a frozen dataclass whose fields all have a default.
         presets: size of backbone (``"B"``) → what the settings are that nobody has set.
+        named_presets: name, as of ``method.preset``, → settings that it sets, each in place of its default.
         requires: what the method needs; the checks before step 0 look at all of it.
         config: the settings, the preset's where nothing was set.
         asked: the settings as they were given.
@@ -173,6 +174,7 @@ class Method(nn.Module, ABC):
 
     config_class: ClassVar[type[MethodConfig]] = MethodConfig
     presets: ClassVar[Mapping[str, MethodConfig]] = {}
+    named_presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     requires: ClassVar[tuple[Requirement, ...]] = ()
 
     def __init__(

@@ -9,10 +9,9 @@ import torch
 from annotated_types import Ge
 
 from ...data.format.columns import ATTENTION_KINDS, source_of
-from ..models.capture import NOTHING, BackboneFacts, Capture
 from .alignment import stored_columns, target
 from .attention import attention_alignment
-from .base import Flags, Phase, Step, Term
+from .base import Step, Term
 from .repa import Repa, RepaConfig
 from .requirements import (
     AlignsFirst,
@@ -28,10 +27,8 @@ from .requirements import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ..models.capture import BackboneFacts, Capture
     from .base import MethodConfig
-
-ALIGN = "align"
-PLAIN = "plain"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +52,6 @@ class HasteConfig(RepaConfig):
     attention_weight: Annotated[float, Ge(0)] = 0.5
     student_blocks: tuple[int, ...] = ()
     teacher_blocks: tuple[int, ...] = ()
-    stop: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,41 +110,24 @@ class Haste(Repa):
             return replace(preset, stop=STOPS_AT_512[size])
         return preset
 
-    def phases(self) -> tuple[Phase, ...]:
-        """Align before τ, and nothing after."""
-        if self.config.stop is None:
-            return (Phase(name=ALIGN),)
-        stop = max(self.config.stop, 0)
-        return Phase(name=ALIGN, stop=stop), Phase(name=PLAIN, start=stop)
-
-    def columns(self, phase: Phase) -> tuple[str, ...]:
-        """Return tokens, queries and keys before τ, nothing after."""
-        if phase.name == PLAIN:
-            return ()
+    def aligned_columns(self) -> tuple[str, ...]:
+        """Return tokens, queries and keys."""
         attention = [each for name in self._attention_columns() for each in stored_columns(name, self.specs)]
-        return (*super().columns(phase), *attention)
+        return (*super().aligned_columns(), *attention)
 
     def attention_blocks(self) -> tuple[int, ...]:
         """Return the teacher's blocks."""
         return tuple(sorted(set(self.config.teacher_blocks)))
 
-    def capture(self, phase: Phase) -> Capture:
-        """Ask for the output of block `depth`, and queries and keys of the student's blocks, before τ."""
-        if phase.name == PLAIN:
-            return NOTHING
-        return replace(super().capture(phase), attention=tuple(dict.fromkeys(self.config.student_blocks)))
+    def aligned_capture(self) -> Capture:
+        """Ask for the output of block `depth`, and queries and keys of the student's blocks."""
+        return replace(super().aligned_capture(), attention=tuple(dict.fromkeys(self.config.student_blocks)))
 
-    def flags(self, phase: Phase) -> Flags:
-        """Say that the projectors are idle after τ."""
-        return Flags(idle=("method.",)) if phase.name == PLAIN else Flags()
-
-    def losses(self, step: Step) -> dict[str, Term]:
-        """Return ``repa``, ``attention`` and, for the record, ``attention_excess`` before τ, then none."""
-        if self.phase_at(step.index).name == PLAIN:
-            return {}
+    def aligned_losses(self, step: Step) -> dict[str, Term]:
+        """Return ``repa``, ``attention`` and, for the record, ``attention_excess``."""
         cross_entropy, excess = self._attention(step)
         return {
-            **super().losses(step),
+            **super().aligned_losses(step),
             "attention": Term(value=cross_entropy, weight=self.config.attention_weight),
             "attention_excess": Term(value=excess, weight=None),
         }

@@ -19,10 +19,12 @@ from ...data.errors import RepaError
 from ...data.outside import entry_names, find_outside, names_object
 from ..typed import nearest
 from .base import Method, MethodConfig
+from .named_presets import unusable_presets
 from .registry import METHODS
 
 GROUP = "repa.methods"
 FLAG = "--method"
+RESERVED = ("name", "preset")
 EXAMPLE = "my_package.my_module:MyMethod"
 
 
@@ -104,6 +106,8 @@ def _checked(target: str, found: Any) -> type[Method]:
         raise RepaError(
             f"the settings {kind.__name__} of the method {target}: {reason[0]}", reason[1], field=FLAG
         )
+    if wrong := unusable_presets(found):
+        raise RepaError(f"the presets of the method {target}: {wrong}", "mend the class", field=FLAG)
     return found
 
 
@@ -119,8 +123,11 @@ def _unusable(kind: type[MethodConfig]) -> tuple[str, str] | None:
     except (NameError, TypeError, SyntaxError) as error:
         return f"an annotation cannot be read ({error})", "import at run time what the annotations name"
     for item in fields(kind):
-        if item.name == "name":
-            return "a setting cannot be called name", "method.name is the method's own; call it otherwise"
+        if item.name in RESERVED:
+            return (
+                f"a setting cannot be called {item.name}",
+                f"method.{item.name} is of all methods; call it otherwise",
+            )
         if item.default is MISSING and item.default_factory is MISSING:
             return f"{item.name} has no default", "give it one: each setting can be left out"
     try:

@@ -7,20 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Ge, Le
-from torch import nn
+from torch import Tensor, nn
 
 from ...data.format.columns import ColumnSpec, column_name
 from ..models.capture import NOTHING, BackboneFacts, Capture
+from .aligning import Aligning, AligningConfig
 from .alignment import choose_teachers, cosine_similarity, projector, stored_columns, target
-from .base import Method, MethodConfig, Phase, Requirement, Step, Term
-from .requirements import DepthWithin, HasPreset, NeedsColumn, SameGrid
+from .base import Requirement, Step, Term
+from .requirements import AlignsFirst, DepthWithin, HasPreset, NeedsColumn, SameGrid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
 @dataclass(frozen=True, kw_only=True)
-class RepaConfig(MethodConfig):
+class RepaConfig(AligningConfig):
     """Settings of REPA.
 
     Attributes:
@@ -48,7 +49,7 @@ PRESETS: Mapping[str, RepaConfig] = {
 }
 
 
-class Repa(Method):
+class Repa(Aligning):
     """L = L_v + λ·L_REPA with L_REPA = −mean over tokens and batch of cos(z, h_φ(h)).
 
     z are the teacher's patch tokens, h the output of block `depth`, h_φ a three-layer MLP. Several teachers
@@ -61,6 +62,7 @@ class Repa(Method):
     requires: ClassVar[tuple[Requirement, ...]] = (
         NeedsColumn("patch"),
         HasPreset("depth"),
+        AlignsFirst("stop"),
         DepthWithin("depth"),
         SameGrid(patch="depth"),
     )
@@ -77,27 +79,42 @@ class Repa(Method):
         self.teachers = choose_teachers(config.encoders, columns, "patch")
         self._targets = tuple(column_name(name, "patch") for name in self.teachers)
         depth = self.config.depth or 0
-        width = backbone.width_of(depth) if backbone.has_block(depth) else backbone.width
+        exists = backbone.has_block(depth)
+        width = backbone.width_of(depth) if exists else backbone.width
+        grid = backbone.grid_of(depth) if exists else backbone.grid
         self.projectors = nn.ModuleList(
-            projector(width, config.projector_width, columns[name].shape[-1]) for name in self._targets
+            self.make_projector(width, columns[name].shape[-1], grid) for name in self._targets
         )
 
-    def columns(self, phase: Phase) -> tuple[str, ...]:
+    def make_projector(self, width: int, teacher_width: int, grid: tuple[int, int]) -> nn.Module:
+        """Build h_φ for one teacher, from hidden states ``[B, T, width]`` to ``[B, T, teacher_width]``.
+
+        Args:
+            width: channels of the hidden state.
+            teacher_width: channels of the teacher's tokens.
+            grid: rows and columns of the hidden state's tokens.
+        """
+        del grid
+        return projector(width, self.config.projector_width, teacher_width)
+
+    def make_target(self, columns: Mapping[str, Tensor], name: str) -> Tensor:
+        """Return z of one teacher, ``[B, T, D]``, from a batch's columns as stored."""
+        return target(columns, name, self.specs)
+
+    def aligned_columns(self) -> tuple[str, ...]:
         """Return the patch tokens of every teacher, with their scales where they are stored as int8."""
-        del phase
         return tuple(each for name in self._targets for each in stored_columns(name, self.specs))
 
-    def capture(self, phase: Phase) -> Capture:
+    def aligned_capture(self) -> Capture:
         """Ask for the output of block `depth`."""
-        del phase
         return NOTHING if self.config.depth is None else Capture(hidden=(self.config.depth,))
 
-    def losses(self, step: Step) -> dict[str, Term]:
+    def aligned_losses(self, step: Step) -> dict[str, Term]:
         """Return one term, ``repa``, −1 when the projected tokens point where the targets point."""
         assert self.config.depth is not None, "a missing depth is reported before step 0"
         hidden = step.student.hidden[self.config.depth]
         similarities = [
-            cosine_similarity(project(hidden), target(step.columns, name, self.specs)).mean()
+            cosine_similarity(project(hidden), self.make_target(step.columns, name)).mean()
             for project, name in zip(self.projectors, self._targets, strict=True)
         ]
         return {"repa": Term(value=-torch.stack(similarities).mean(), weight=self.config.weight)}

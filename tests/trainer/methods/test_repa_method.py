@@ -247,7 +247,7 @@ def test_what_float16_cannot_hold() -> None:
 def test_the_contract_of_repa() -> None:
     method = make()
     (phase,) = method.phases()
-    assert phase == Phase(name="train", start=0, stop=None)
+    assert phase == Phase(name="align", start=0, stop=None)
     assert all(method.phase_at(step) == phase for step in (0, 1, 400_000))
     assert method.columns(phase) == ("a/patch",)
     assert method.capture(phase) == Capture(hidden=(2,))
