@@ -35,7 +35,8 @@ def columns_of_phase(method: Method, phase: Phase, condition: str) -> tuple[str,
         phase: one of its phases.
         condition: column of the conditioner, ``label`` by default.
     """
-    names = (MOMENTS, condition, *method.columns(phase))
+    beside = (each.column for each in method.denoised())
+    names = (MOMENTS, condition, *method.columns(phase), *beside)
     return tuple(dict.fromkeys(name for name in names if name != LABEL))
 
 

@@ -1,16 +1,16 @@
-"""The method contract, a module that owns auxiliary parameters and answers seven questions.
+"""The method contract, a module that owns auxiliary parameters and answers eight questions.
 
 1 which phases (`phases`), 2 which columns (`columns`), 3 which activations (`capture`), 4 what conditions
 the network (`make_conditioner`), 5 at which times (`time_law`), 6 what is the loss (`losses`), 7 what else
-(`flags`). It never touches optimiser, trainer, files, ranks or logging. The loss of the
-prediction is the objective's.
+(`flags`), 8 what is denoised beside the latent (`denoised`). It never touches optimiser, trainer, files,
+ranks or logging. The loss of the prediction is the objective's.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 import torch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from ...data.format.columns import ColumnSpec
     from ..models.conditioning import Conditioner
+    from ..objectives.base import Noised
     from ..objectives.times import TimeLaw
 
 EmaForward: TypeAlias = Callable[[Tensor, Tensor, Capture], Captured]
@@ -76,6 +77,25 @@ class Flags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Denoised:
+    """A vector of each image that is noised and denoised beside the latent, at the latent's times.
+
+    The backbone takes it as a token of its own before those of the latent, and predicts it.
+
+    Attributes:
+        name: of its noise and of its terms of the loss, as ``cls`` of ``cls_velocity``.
+        column: the cache's column of its values, ``[width]`` a row, stored as floats; every phase reads it.
+        width: its channels.
+        weight: of its terms of the loss.
+    """
+
+    name: str
+    column: str
+    width: int
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """What a method sees of one training step, read only.
 
@@ -87,6 +107,7 @@ class Step:
         t: times ``[B]``.
         condition: what the network was conditioned on, ``[B, …]``.
         student: prediction and captured activations.
+        beside: name → the vector that is denoised beside the latent: values and noise ``[B, D]``, times.
         interpolate: t ``[B]`` → x_t for this x0 and noise.
         generator: keyed by (seed, rank, step).
         ema_forward: the averaged weights' forward pass, without gradient; None unless the flags ask for it.
@@ -101,6 +122,7 @@ class Step:
     student: Captured
     interpolate: Callable[[Tensor], Tensor]
     generator: torch.Generator
+    beside: Mapping[str, Noised] = field(default_factory=dict)
     ema_forward: EmaForward | None = None
 
 
@@ -248,6 +270,10 @@ class Method(nn.Module, ABC):
         """Say what else a phase needs."""
         del phase
         return Flags()
+
+    def denoised(self) -> tuple[Denoised, ...]:
+        """Name what is denoised beside the latent, in every phase."""
+        return ()
 
     def problems(self) -> list[Problem]:
         """Return everything that keeps the method from running on this backbone and cache, each once."""

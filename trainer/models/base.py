@@ -24,18 +24,22 @@ class BackboneConfig(ABC):
 
     Attributes:
         takes_sequences: whether its conditioner gives a sequence of tokens, and not one vector.
+        most_tokens: how many vectors it can denoise beside the latent.
         names: what a name of the family looks like, for errors: ``"SiT-<size>/<patch> with …"``.
         input_size: side of the (square) latent.
         in_channels: channels of the latent, and of the prediction.
         num_classes: classes, without the null class.
+        token_widths: channels of each vector that is denoised beside the latent.
     """
 
     takes_sequences: ClassVar[bool] = False
+    most_tokens: ClassVar[int] = 0
     names: ClassVar[str]
 
     input_size: int
     in_channels: int = 4
     num_classes: int = 1000
+    token_widths: tuple[int, ...] = ()
 
     @classmethod
     @abstractmethod
@@ -75,7 +79,9 @@ class Backbone(nn.Module, ABC):
     """The network from noisy latent, time and condition to a prediction, plus the activations asked for.
 
     A subclass is constructed from its config and, optionally, a conditioner; None stands for class labels.
-    Its parameters are drawn from torch's global generator.
+    Its parameters are drawn from torch's global generator. One whose config says ``most_tokens`` takes a last
+    argument in `forward`, the tuple of noisy vectors ``[B, D]`` of `BackboneConfig.token_widths`, and returns
+    their predictions in `Captured.tokens`; it is given only where there are some.
 
     Attributes:
         config: architecture.

@@ -131,14 +131,19 @@ class Captured:
 
     Attributes:
         prediction: what the objective trains ``[B, C, h, w]``; None after an early stop.
+        tokens: the same of each vector that is denoised beside the latent ``[B, D]``.
         hidden: block → its output tokens ``[B, T, D]``, row-major over the grid.
+        leading: block → the tokens before those of the grid ``[B, n, D]``, for every block in `hidden`
+            where there are any.
         grids: block → rows and columns of its tokens, for every block in `hidden`.
-        queries: block → ``[B, H, T, D / H]``, after QK-norm if any, before the scale.
+        queries: block → ``[B, H, T, D / H]`` of the grid's tokens, after QK-norm if any, before the scale.
         keys: block → the same of the keys.
     """
 
     prediction: Tensor | None
+    tokens: tuple[Tensor, ...] = ()
     hidden: dict[int, Tensor] = field(default_factory=dict)
+    leading: dict[int, Tensor] = field(default_factory=dict)
     grids: dict[int, tuple[int, int]] = field(default_factory=dict)
     queries: dict[int, Tensor] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)

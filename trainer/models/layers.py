@@ -205,7 +205,13 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """adaLN and a linear map of each token to its patch, ``[B, T, D]`` → ``[B, T, p · p · C]``."""
+    """adaLN and a linear map of each token to its patch, ``[B, T, D]`` → ``[B, T, p · p · C]``.
+
+    Attributes:
+        linear_cls: the map of a token that is no patch, where the network has one.
+    """
+
+    linear_cls: nn.Linear
 
     def __init__(self, width: int, patch_size: int, channels: int) -> None:
         super().__init__()
@@ -215,9 +221,13 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Return patches ``[B, T, p · p · C]``, channels last."""
-        shift, scale = self.adaLN_modulation(embedding).chunk(2, dim=1)
-        patches: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
+        patches: Tensor = self.linear(self.modulated(x, embedding))
         return patches
+
+    def modulated(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Return the tokens ``[B, T, D]`` after adaLN."""
+        shift, scale = self.adaLN_modulation(embedding).chunk(2, dim=1)
+        return modulate(self.norm_final(x), shift, scale)
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:

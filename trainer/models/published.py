@@ -1,4 +1,4 @@
-"""Published checkpoints of SiT and REPA, whose shapes give the architecture before a strict load.
+"""Published checkpoints of SiT, REPA and REG, whose shapes give the architecture before a strict load.
 
 A published file is ``{"model", "ema", "opt", "args", "steps"}``, or a bare state dict, as ``.pt`` or
 ``.safetensors``. Nothing in it is executed: `torch.load` reads tensors and plain values only, and of classes
@@ -184,7 +184,8 @@ def _infer(state: Mapping[str, Tensor], path: Path, heads: int | None) -> SiTCon
             "give a published checkpoint of SiT or REPA",
         )
     width, channels, patch_size, _ = shapes["x_embedder.proj.weight"]
-    tokens = shapes["pos_embed"][1]
+    token_widths = shapes.get("cls_projectors2.weight", ())[1:]
+    tokens = shapes["pos_embed"][1] - len(token_widths)
     rows = shapes["y_embedder.embedding_table.weight"][0]
     outputs = shapes["final_layer.linear.weight"][0]
     if outputs == 2 * channels * patch_size**2:
@@ -204,6 +205,7 @@ def _infer(state: Mapping[str, Tensor], path: Path, heads: int | None) -> SiTCon
         in_channels=channels,
         num_classes=rows - 1,
         qk_norm="blocks.0.attn.q_norm.weight" in shapes,
+        token_widths=token_widths,
         size_name=size_name,
     )
 
@@ -251,7 +253,7 @@ def _check_strictly(config: SiTConfig, state: Mapping[str, Tensor], path: Path) 
         raise RepaError(
             f"{path} does not fit a SiT of depth {config.depth} and width {config.width}: "
             f"{'; '.join(faults)}",
-            "only checkpoints of SiT and REPA load",
+            "only checkpoints of SiT, REPA and REG load",
         )
 
 

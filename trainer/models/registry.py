@@ -5,12 +5,13 @@ Nothing else in the package names a family: who trains, samples, plans or checks
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...data.errors import RepaError
+from ...data.units import counted
 from ..typed import from_mapping
 from .published import PublishedCheckpoint, load_published
 from .sit import SiT, SiTConfig
@@ -88,6 +89,28 @@ def config_of(
     return config.named(
         model, input_size=input_size, in_channels=in_channels, num_classes=num_classes, **settings
     )
+
+
+def with_tokens(config: BackboneConfig, model: str, widths: tuple[int, ...]) -> BackboneConfig:
+    """Return an architecture that denoises vectors beside the latent.
+
+    Args:
+        config: architecture.
+        model: its name, for the error.
+        widths: channels of each vector; none leaves it as it is.
+
+    Raises:
+        RepaError: such a backbone denoises none, or fewer.
+    """
+    if len(widths) > config.most_tokens:
+        able = ", ".join(name for name, each in BACKBONES.items() if each.config.most_tokens >= len(widths))
+        raise RepaError(
+            f"model {model} denoises {counted(config.most_tokens, 'vector')} beside the latent, the method "
+            f"wants {len(widths)}",
+            f"take a model of {able}" if able else "take another --method",
+            field="--model",
+        )
+    return replace(config, token_widths=widths)
 
 
 def build(config: BackboneConfig, conditioner: Conditioner | None = None) -> Backbone:

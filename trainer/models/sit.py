@@ -14,10 +14,12 @@ from .base import Backbone, BackboneConfig
 from .capture import NOTHING, BackboneFacts, Capture, Captured
 from .conditioning import Conditioner, LabelConditioner
 from .layers import (
+    NORM_EPS,
     Block,
     FinalLayer,
     PatchEmbedding,
     TimestepEmbedding,
+    initialise_linear,
     initialise_transformer,
     position_table,
     unpatchify,
@@ -84,6 +86,7 @@ class SiTConfig(BackboneConfig):
     """
 
     names = NAMES
+    most_tokens = 1
 
     depth: int
     width: int
@@ -175,8 +178,36 @@ class SiT(Backbone):
         )
         self.final_layer = FinalLayer(width, config.patch_size, config.in_channels)
         initialise_transformer(self, conditioners=("y_embedder",))
+        if config.token_widths:
+            self._add_token(*config.token_widths)
 
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor, capture: Capture = NOTHING) -> Captured:
+    def _add_token(self, channels: int) -> None:
+        """Add what reads and predicts a vector as one more token, before those of the latent (REG).
+
+        Its row of the position table is zero. It comes after all else is drawn, so that the weights it shares
+        with a network without it are the same.
+
+        Args:
+            channels: of the vector.
+        """
+        width = self.config.width
+        self.cls_projectors2 = nn.Linear(channels, width)
+        self.wg_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.final_layer.linear_cls = nn.Linear(width, channels)
+        initialise_linear(self.cls_projectors2)
+        nn.init.zeros_(self.final_layer.linear_cls.weight)
+        nn.init.zeros_(self.final_layer.linear_cls.bias)
+        table = nn.functional.pad(self.pos_embed.detach(), (0, 0, 1, 0))
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Tensor,
+        capture: Capture = NOTHING,
+        beside: tuple[Tensor, ...] = (),
+    ) -> Captured:
         """Predict what the objective trains, the velocity in the published models.
 
         Args:
@@ -184,25 +215,42 @@ class SiT(Backbone):
             t: time in [0, 1], ``[B]``; data at 0, noise at 1.
             condition: what the conditioner embeds; labels int64 ``[B]`` by default.
             capture: activations to return.
+            beside: noisy vectors ``[B, D]`` of the config's `token_widths`.
 
         Returns:
-            The prediction ``[B, C, h, w]`` (None after an early stop) and the activations.
+            The predictions ``[B, C, h, w]`` and ``[B, D]`` (none after an early stop) and the activations.
 
         Raises:
-            ValueError: the capture names a block that does not run.
+            ValueError: the capture names a block that does not run, or there are other vectors than in the
+                config.
         """
         last = capture.last_block(self.config.depth)
-        captured = Captured(prediction=None)
-        tokens = self.x_embedder(x) + self.pos_embed
+        captured, ahead = Captured(prediction=None), len(beside)
+        tokens = self._embed(x, beside) + self.pos_embed
         embedding = self.t_embedder(t) + self.y_embedder(condition)
         for number, block in enumerate(self.blocks[:last], start=1):
             tokens, queries, keys = block(tokens, embedding)
             if number in capture.hidden:
-                captured.hidden[number] = tokens
+                captured.hidden[number] = tokens[:, ahead:]
                 captured.grids[number] = self.facts.grid
+                if ahead:
+                    captured.leading[number] = tokens[:, :ahead]
             if number in capture.attention:
-                captured.queries[number], captured.keys[number] = queries, keys
+                captured.queries[number], captured.keys[number] = queries[:, :, ahead:], keys[:, :, ahead:]
         if capture.stop_after is None:
-            patches = self.final_layer(tokens, embedding)
+            final = self.final_layer.modulated(tokens, embedding)
+            patches = self.final_layer.linear(final[:, ahead:])
             captured.prediction = unpatchify(patches, self.facts.grid, self.config.patch_size)
+            captured.tokens = tuple(self.final_layer.linear_cls(final[:, at]) for at in range(ahead))
         return captured
+
+    def _embed(self, x: Tensor, beside: tuple[Tensor, ...]) -> Tensor:
+        """Embed the latent's patches, after the vectors where there are some, ``[B, T, D]``."""
+        widths = tuple(each.shape[1] for each in beside)
+        if widths != self.config.token_widths:
+            raise ValueError(
+                f"vectors of {widths} channels came, the network takes {self.config.token_widths}"
+            )
+        leading = [self.wg_norm(self.cls_projectors2(each)).unsqueeze(1) for each in beside]
+        patches: Tensor = self.x_embedder(x)
+        return torch.cat([*leading, patches], dim=1) if leading else patches

@@ -96,7 +96,7 @@ class Objective(ABC):
         """Return each of `terms` per sample, ``[B]``. The loss is the sum of their means.
 
         Args:
-            captured: what the network returned.
+            captured: what the network returned; of a vector beside the latent, its prediction ``[B, D]``.
             noised: what it was given.
         """
 

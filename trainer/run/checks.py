@@ -172,12 +172,12 @@ def _check_backbone(config: TrainConfig, manifest: Manifest, found: Checked) -> 
 
 def _check_method(config: TrainConfig, manifest: Manifest, backbone: BackboneConfig, found: Checked) -> None:
     found.method = found.attempt(lambda: make_method(config, backbone.facts, manifest, found.live))
-    if found.method is not None:
-        for problem in (
-            *found.method.problems(),
-            *angle_problems(config, found.method, backbone.facts),
-        ):
-            found.add(problem.what, problem.remedy, field=problem.field)
+    if found.method is None:
+        return
+    for problem in (*found.method.problems(), *angle_problems(config, found.method, backbone.facts)):
+        found.add(problem.what, problem.remedy, field=problem.field)
+    widths = tuple(each.width for each in found.method.denoised())
+    found.backbone = found.attempt(lambda: backbones.with_tokens(backbone, config.model, widths))
 
 
 def _check_condition(

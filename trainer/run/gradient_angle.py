@@ -123,6 +123,7 @@ def gradient_angle(module: TrainingModule, batch: Batch) -> Tensor | None:
         module.latent_shape,
         module.objective.times,
         module.backbone.y_embedder,
+        module.widths_beside,
     )
     half = module.config.precision == "16-mixed"
     cosines = []
@@ -142,7 +143,7 @@ def _gradient(
     weighted = [
         term.weight * term.value
         for name, term in module.terms(batch, draws).items()
-        if term.weight is not None and (name in module.objective.terms) == own
+        if term.weight is not None and (name in module.objective_terms) == own
     ]
     total = torch.stack(weighted).sum()
     return torch.autograd.grad(total, parameters, materialize_grads=True)

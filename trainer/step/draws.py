@@ -7,7 +7,7 @@ without label dropout still sees the noise of its baseline.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from .randomness import derived_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from ..models.conditioning import Conditioner
 
@@ -32,12 +32,14 @@ class Draws:
         noise: ε of the path ``[B, C, h, w]``.
         t: times ``[B]``.
         dropped: which images lose their condition, bool ``[B]``.
+        beside: name → ε ``[B, D]`` of what is denoised beside the latent.
     """
 
     posterior: Tensor
     noise: Tensor
     t: Tensor
     dropped: Tensor
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
 
     def micro_batch(self, index: int, size: int) -> Draws:
         """Return the share of micro-batch `index` of `size` images."""
@@ -47,6 +49,7 @@ class Draws:
             noise=self.noise[share],
             t=self.t[share],
             dropped=self.dropped[share],
+            beside={name: noise[share] for name, noise in self.beside.items()},
         )
 
 
@@ -72,7 +75,13 @@ class StepDraws:
         return self._generator.manual_seed(derived_seed(self._seed, name, self._rank, step))
 
     def of_step(
-        self, step: int, count: int, shape: tuple[int, ...], times: Times, conditioner: Conditioner
+        self,
+        step: int,
+        count: int,
+        shape: tuple[int, ...],
+        times: Times,
+        conditioner: Conditioner,
+        beside: Mapping[str, int] | None = None,
     ) -> Draws:
         """Return the draws of a step.
 
@@ -82,6 +91,7 @@ class StepDraws:
             shape: of one latent, ``(C, h, w)``.
             times: (number of samples, generator) → times ``[B]``.
             conditioner: draws which images lose their condition.
+            beside: name → channels of what is denoised beside the latent.
         """
         if self._draws is None or self._step != step:
             self._draws = Draws(
@@ -89,6 +99,10 @@ class StepDraws:
                 noise=self._normal("noise", step, (count, *shape)),
                 t=times(count, self.stream("time", step)),
                 dropped=conditioner.dropped(count, self.stream("drop", step)),
+                beside={
+                    name: self._normal(f"noise of {name}", step, (count, width))
+                    for name, width in (beside or {}).items()
+                },
             )
             self._step = step
         return self._draws

@@ -15,6 +15,7 @@ from ...data.reading.latents import LatentScale, sample_posterior, scale_latent
 from ..input.datamodule import columns_of_phase
 from ..methods.base import Method, Phase, Step, Term
 from ..models import registry as backbones
+from ..models.capture import Captured
 from ..models.conditioning import LabelConditioner
 from ..objectives.registry import make_objective
 from .draws import Draws, StepDraws
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from ...data.reading.loader import Batch
     from ..config import TrainConfig
     from ..models.base import Backbone, BackboneConfig
-    from ..models.capture import Captured
     from ..models.conditioning import ConditionColumn
+    from ..objectives.base import Noised
 
 CHECKPOINT_KEY = "repa"
 
@@ -71,6 +72,7 @@ class TrainingModule(LightningModule):
         self.scale = scale
         self.identity = dict(identity)
         self.objective = make_objective(config.objective)
+        self._denoised = method.denoised()
         self.means = Means()
         self._average = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
         self._averaged: tuple[list[nn.Parameter], list[nn.Parameter]] | None = None
@@ -82,6 +84,17 @@ class TrainingModule(LightningModule):
     def latent_shape(self) -> tuple[int, int, int]:
         """Shape ``(C, h, w)`` of one latent."""
         return self.backbone.config.latent_shape
+
+    @property
+    def widths_beside(self) -> dict[str, int]:
+        """Name → channels of what is denoised beside the latent."""
+        return {each.name: each.width for each in self._denoised}
+
+    @property
+    def objective_terms(self) -> frozenset[str]:
+        """Names of the terms that the objective makes, of the latent and of what is denoised beside it."""
+        own = self.objective.terms
+        return frozenset((*own, *(f"{each.name}_{term}" for each in self._denoised for term in own)))
 
     def columns_at(self, step: int) -> tuple[str, ...]:
         """Name the columns of the cache that a step reads, without the label."""
@@ -131,8 +144,11 @@ class TrainingModule(LightningModule):
         moments = batch.columns[MOMENTS].float()
         x0 = scale_latent(sample_posterior(moments, draws.posterior), *self.scale)
         noised = self.objective.noised(x0, draws.noise, draws.t)
+        beside = self._noised_beside(batch, draws)
         condition = self.backbone.y_embedder.condition(self._condition_values(batch), draws.dropped)
-        student: Captured = self.backbone(noised.x_t, noised.t, condition, self.method.capture(phase))
+        capture = self.method.capture(phase)
+        tokens = (tuple(each.x_t for each in beside.values()),) if beside else ()
+        student: Captured = self.backbone(noised.x_t, noised.t, condition, capture, *tokens)
 
         terms: dict[str, Term] = {}
         if flags.objective_loss:
@@ -140,6 +156,7 @@ class TrainingModule(LightningModule):
                 raise RuntimeError(f"phase {phase.name} wants the prediction but stops the backbone early")
             for name, values in self.objective.losses(student, noised).items():
                 terms[name] = Term(value=values.mean(), weight=1.0)
+            terms |= self._terms_beside(student, beside)
         step = Step(
             index=batch.step,
             columns=batch.columns,
@@ -150,9 +167,28 @@ class TrainingModule(LightningModule):
             student=student,
             interpolate=lambda times: self.objective.interpolate(noised.x0, noised.noise, times),
             generator=self._seed_method(batch),
-            ema_forward=self._ema_forward(condition) if flags.ema_forward else None,
+            beside=beside,
+            ema_forward=self._ema_forward(condition, beside) if flags.ema_forward else None,
         )
         return terms | self.method.losses(step)
+
+    def _noised_beside(self, batch: Batch, draws: Draws) -> dict[str, Noised]:
+        """Noise what is denoised beside the latent, at the latent's times."""
+        return {
+            each.name: self.objective.noised(
+                batch.columns[each.column].float(), draws.beside[each.name], draws.t
+            )
+            for each in self._denoised
+        }
+
+    def _terms_beside(self, student: Captured, beside: Mapping[str, Noised]) -> dict[str, Term]:
+        """Compute the objective's terms of what is denoised beside the latent."""
+        terms = {}
+        for each, prediction in zip(self._denoised, student.tokens, strict=True):
+            losses = self.objective.losses(Captured(prediction=prediction), beside[each.name])
+            for name, values in losses.items():
+                terms[f"{each.name}_{name}"] = Term(value=values.mean(), weight=each.weight)
+        return terms
 
     def _total(self, terms: Mapping[str, Term]) -> Tensor:
         """Sum weight · value. The sum, every value and every weight but the objective's are recorded."""
@@ -258,6 +294,7 @@ class TrainingModule(LightningModule):
             self.latent_shape,
             lambda count, generator: self.objective.times(count, generator, law),
             self.backbone.y_embedder,
+            self.widths_beside,
         )
         return draws.micro_batch(batch.micro, size)
 
@@ -271,10 +308,12 @@ class TrainingModule(LightningModule):
         key = (self.config.seed, "method", self.global_rank, batch.step, batch.micro)
         return self._method_generator.manual_seed(derived_seed(*key))
 
-    def _ema_forward(self, condition: Tensor) -> Callable[..., Captured]:
+    def _ema_forward(self, condition: Tensor, beside: Mapping[str, Noised]) -> Callable[..., Captured]:
         @torch.no_grad()
         def forward(x_t: Tensor, t: Tensor, capture: Any) -> Captured:
-            captured: Captured = self.ema(x_t, t, condition, capture)
+            interpolate = self.objective.interpolate
+            noisy = tuple(interpolate(each.x0, each.noise, t) for each in beside.values())
+            captured: Captured = self.ema(x_t, t, condition, capture, *((noisy,) if noisy else ()))
             return captured
 
         return forward
