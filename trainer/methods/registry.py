@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from .haste import Haste
 from .none import NoAlignment
 from .repa import Repa
+from .sra import Sra
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,4 +18,5 @@ METHODS: Mapping[str, type[Method]] = {
     "none": NoAlignment,
     "repa": Repa,
     "haste": Haste,
+    "sra": Sra,
 }
