@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 HASTE = "haste"
 DEMO_SIZE = "T"
 
-_MODEL = re.compile(r"SiT-([A-Z]+)(?:/\d+)?")
+_MODEL = re.compile(r"SiT-(?:down-)?([A-Z]+)(?:/\d+)?")
 _BLOCKS = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
 

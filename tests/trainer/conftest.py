@@ -11,6 +11,7 @@ from repa.data.format.columns import ColumnSpec
 from repa.data.testing import SYNTHETIC_COLUMNS, synthetic_cache
 from repa.trainer.config import TrainConfig, build
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
+from repa.trainer.models.sit_down import SIT_DOWN_SIZES, SiTDownSize
 from repa.trainer.run.fit import Outcome, fit
 from repa.trainer.step.checkpoints import checkpoints_of
 from repa.trainer.step.module import TrainingModule
@@ -35,6 +36,14 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
     """Name of a network of two blocks."""
     monkeypatch.setitem(SIT_SIZES, "T", SiTSize(depth=2, width=48, heads=3))
     return "SiT-T/2"
+
+
+@pytest.fixture
+def tiny_down(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of a U-shaped network, with one block before and after and two on half the grid."""
+    size = SiTDownSize(outer=1, middle=2, width=48, heads=3, mlp_width=64)
+    monkeypatch.setitem(SIT_DOWN_SIZES, "T", size)
+    return "SiT-down-T/1"
 
 
 @pytest.fixture(scope="session")

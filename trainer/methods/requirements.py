@@ -195,10 +195,13 @@ class SameGrid(Requirement):
                     )
                     if fault not in reported:
                         reported.add(fault)
-                        yield from self._compare(method, column, grid)
+                        yield from self._compare(method, column, grid, setting)
 
-    @staticmethod
-    def _compare(method: Method, column: str, grid: tuple[int, int]) -> Iterator[Problem]:
+    def fits(self, teacher: tuple[int, int], student: tuple[int, int]) -> bool:
+        """Return whether tokens on these two grids can be compared."""
+        return teacher == student
+
+    def _compare(self, method: Method, column: str, grid: tuple[int, int], setting: str) -> Iterator[Problem]:
         rows, columns = _grid(method, column)
         tokens = method.specs[column].shape[-2]
         if rows * columns != tokens:
@@ -208,41 +211,39 @@ class SameGrid(Requirement):
                 remedy=f"the cache's manifest is damaged: write {source_of(column)} again",
                 field=column,
             )
-        elif (rows, columns) != grid:
+        elif not self.fits((rows, columns), grid):
+            named = [each for each in _blocks(method, setting) if method.backbone.has_block(each)]
+            here = [each for each in named if method.backbone.grid_of(each) == grid]
+            where = f" in block {_listed(here)}" if method.backbone.blocks else ""
             yield Problem(
-                what=f"{column} has a {rows}×{columns} grid, the backbone {grid[0]}×{grid[1]} tokens",
-                remedy=_grid_remedy(method, (rows, columns), grid),
+                what=f"{column} has a {rows}×{columns} grid, the backbone {grid[0]}×{grid[1]} tokens{where}",
+                remedy=self._blocks_remedy(method, (rows, columns), setting)
+                or _grid_remedy(method, (rows, columns), grid),
                 field=column,
             )
 
+    def _blocks_remedy(self, method: Method, teacher: tuple[int, int], setting: str) -> str:
+        """Name the blocks that fit, where the backbone's grids differ, or nothing."""
+        backbone = method.backbone
+        blocks = [
+            block for block in range(1, backbone.depth + 1) if self.fits(teacher, backbone.grid_of(block))
+        ]
+        if not backbone.blocks or not blocks:
+            return ""
+        return f"choose of blocks {_ranges(blocks)}, whose grid fits, with `--set method.{setting}=…`"
 
-class SameTokens(Requirement):
-    """Need two blocks whose outputs have the same tokens, in number, grid and width.
+
+class GridDivides(SameGrid):
+    """Need targets on a grid whose sides are one whole multiple of those of the backbone's tokens.
 
     Args:
-        first: name of the setting that says the one block.
-        second: name of the setting that says the other.
+        blocks: as of `SameGrid`.
     """
 
-    def __init__(self, first: str, second: str) -> None:
-        self._names = first, second
-
-    def problems(self, method: Method) -> Iterator[Problem]:
-        """Report blocks whose tokens cannot be compared one with one."""
-        facts = method.backbone
-        blocks = [block for name in self._names for block in _blocks(method, name)]
-        if len(blocks) < len(self._names) or not all(facts.has_block(block) for block in blocks):
-            return
-        first, second = (
-            f"{'×'.join(map(str, facts.grid_of(block)))} tokens of {facts.width_of(block)} channels"
-            for block in blocks
-        )
-        if first != second:
-            yield Problem(
-                what=f"block {blocks[0]} of the backbone has {first}, block {blocks[1]} {second}",
-                remedy=f"set method.{self._names[0]} and method.{self._names[1]} to blocks of one stage",
-                field=f"method.{self._names[0]}",
-            )
+    def fits(self, teacher: tuple[int, int], student: tuple[int, int]) -> bool:
+        """Return whether the student's tokens, up-sampled by a whole factor, lie on the teacher's grid."""
+        factor = teacher[0] // student[0]
+        return factor > 0 and teacher == (factor * student[0], factor * student[1])
 
 
 class HeadsFit(Requirement):
@@ -350,6 +351,13 @@ def _as_blocks(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
     return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _ranges(blocks: Sequence[int]) -> str:
+    """Write ascending blocks as ``1-5, 11-15``."""
+    starts = [block for block in blocks if block - 1 not in blocks]
+    ends = [block for block in blocks if block + 1 not in blocks]
+    return _listed(f"{a}-{b}" if a < b else a for a, b in zip(starts, ends, strict=True))
 
 
 def _listed(values: Iterable[object], separator: str = ", ") -> str:

@@ -15,6 +15,7 @@ from ...data.units import counted
 from ..typed import from_mapping
 from .published import PublishedCheckpoint, load_published
 from .sit import SiT, SiTConfig
+from .sit_down import SiTDown, SiTDownConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -49,6 +50,7 @@ class Family:
 
 BACKBONES: dict[str, Family] = {
     FIRST: Family(config=SiTConfig, build=SiT, published=load_published),
+    "SiT-down": Family(config=SiTDownConfig, build=SiTDown),
 }
 
 

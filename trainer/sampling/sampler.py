@@ -97,8 +97,7 @@ def model_velocity(backbone: Backbone, objective: Objective) -> Velocity:
     dtype = next(backbone.parameters()).dtype
 
     def velocity(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        # not through __call__: a teacher's compiled average would compile again for this batch size
-        captured: Captured = backbone.forward(x.to(dtype), t.to(dtype), condition)
+        captured: Captured = backbone(x.to(dtype), t.to(dtype), condition)
         return objective.velocity(require_prediction(captured).double(), x, t)
 
     return velocity

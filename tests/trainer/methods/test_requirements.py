@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from repa.data.format.columns import ColumnSpec
 from repa.trainer.methods.base import Method, MethodConfig, Problem, Requirement, Step, Term, filled
-from repa.trainer.methods.requirements import AlignsFirst, DepthWithin, HasPreset, NeedsColumn, Paired
-from repa.trainer.models.capture import BackboneFacts
+from repa.trainer.methods.requirements import (
+    AlignsFirst,
+    DepthWithin,
+    GridDivides,
+    HasPreset,
+    NeedsColumn,
+    Paired,
+    SameGrid,
+)
+from repa.trainer.models.capture import BackboneFacts, BlockFacts
 
 FACTS = BackboneFacts(depth=6, width=32, heads=4, grid=(4, 4), patch_size=2, size_name="B")
 SPECS = {
@@ -127,3 +137,54 @@ def test_pairs_and_the_first_step() -> None:
 
 def test_a_problem_is_reported_once() -> None:
     assert fields_of(DepthWithin("depth"), DepthWithin("depth", "blocks"), depth=9) == ["method.depth"]
+
+
+def grid_problems(need: SameGrid, teacher: tuple[int, int], *blocks: int) -> list[Problem]:
+    """Of blocks of a U-shape whose two stages have 4×4 and 2×2 tokens."""
+    outer, inner = (BlockFacts(width=32, heads=4, grid=(side, side)) for side in (4, 2))
+    stages = (outer, outer, inner, inner, outer, outer)
+    facts = replace(FACTS, blocks=stages, siblings=(((8, 8), "other"), ((2, 2), "third")))
+
+    class Tapped(Method):
+        config_class = Settings
+        requires = (need,)
+
+        def columns(self, phase: Any) -> tuple[str, ...]:
+            return ("a/patch",)
+
+        def losses(self, step: Step) -> dict[str, Term]:
+            return {}
+
+    specs = {"a/patch": ColumnSpec(shape=(teacher[0] * teacher[1], 8), dtype="float16")}
+    return Tapped(Settings(blocks=blocks), facts, specs, {"a": teacher}).problems()
+
+
+def test_grids_that_differ_from_block_to_block() -> None:
+    need = SameGrid(patch="blocks")
+    assert grid_problems(need, (4, 4), 1, 5) == []
+    assert grid_problems(need, (2, 2), 3, 4) == []
+    (problem,) = grid_problems(need, (4, 4), 2, 3, 4)
+    assert problem.field == "a/patch"
+    assert "2×2 tokens in block 3, 4" in problem.what
+    assert "1-2, 5-6" in problem.remedy
+    assert "method.blocks" in problem.remedy
+    (problem,) = grid_problems(need, (2, 2), 1)
+    assert "3-4" in problem.remedy
+    (problem,) = grid_problems(need, (8, 8), 1)
+    assert "other" in problem.remedy
+
+
+def test_a_grid_that_is_a_whole_multiple() -> None:
+    need = GridDivides(patch="blocks")
+    for teacher, blocks in (((4, 4), (1, 3)), ((8, 8), (1, 3)), ((2, 2), (3,)), ((6, 6), (3,))):
+        assert grid_problems(need, teacher, *blocks) == [], (teacher, blocks)
+    for teacher, block, remedy in (((2, 2), 1, "3-4"), ((6, 6), 1, "3-4"), ((4, 8), 1, "whose grid is 4×4")):
+        (problem,) = grid_problems(need, teacher, block)
+        assert problem.field == "a/patch"
+        assert remedy in problem.remedy
+
+
+@given(*[st.integers(1, 20)] * 4)
+def test_whole_multiples(rows: int, columns: int, tall: int, wide: int) -> None:
+    fits = GridDivides(patch="blocks").fits((tall, wide), (rows, columns))
+    assert fits == any((tall, wide) == (n * rows, n * columns) for n in range(1, 21))

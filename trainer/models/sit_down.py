@@ -1,0 +1,330 @@
+"""SiT↓, the U-shaped SiT of U-REPA (arXiv 2503.18414, table 2), whose middle works on half the grid's side.
+
+None of the authors' code could be had. What the paper leaves open is read as its counts of parameters and
+operations leave it, which this build meets to the last printed digit. Down- and up-sampling are those of
+U-DiT, as the first author says. Initialisation and names of parameters are ours; no checkpoint is published.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...data.errors import RepaError
+from .base import Backbone, BackboneConfig
+from .capture import NOTHING, BackboneFacts, BlockFacts, Capture, Captured
+from .conditioning import Conditioner, LabelConditioner
+from .gated_mlp import SwiGlu
+from .layers import (
+    Block,
+    FinalLayer,
+    PatchEmbedding,
+    TimestepEmbedding,
+    initialise_transformer,
+    position_table,
+    unpatchify,
+)
+from .rotary import axial_rotation
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiTDownSize:
+    """What makes a size.
+
+    Attributes:
+        outer: blocks before the down-sampling, and as many after the up-sampling.
+        middle: blocks between the two.
+        width: channels of a token, in all of them.
+        heads: attention heads.
+        mlp_width: hidden channels of the gated MLP.
+    """
+
+    outer: int
+    middle: int
+    width: int
+    heads: int
+    mlp_width: int
+
+
+SIT_DOWN_SIZES = {
+    # ours, for the demo: as many multiplications as SiT-T
+    "T": SiTDownSize(outer=2, middle=3, width=128, heads=2, mlp_width=344),
+    # paper, table 2; the MLP's width is 8/3 of the token's, rounded up to a multiple of 256
+    "B": SiTDownSize(outer=5, middle=5, width=768, heads=12, mlp_width=2048),
+    "L": SiTDownSize(outer=9, middle=14, width=1024, heads=16, mlp_width=2816),
+    "XL": SiTDownSize(outer=10, middle=16, width=1152, heads=16, mlp_width=3072),
+}
+PATCH_SIZES = (1, 2, 4, 8)
+FACTOR = 2
+"""Side of the outer grid over that of the middle's."""
+
+NAMES = (
+    f"SiT-down-<size>/<patch> with size {', '.join(SIT_DOWN_SIZES)} and patch "
+    f"{', '.join(map(str, PATCH_SIZES))}, for example SiT-down-B/2"
+)
+_NAME = re.compile(r"SiT-down-([A-Z]+)/([0-9]+)")
+
+
+def _parse(name: str) -> tuple[str, int] | None:
+    match = _NAME.fullmatch(name)
+    if match and match[1] in SIT_DOWN_SIZES and match[2] in map(str, PATCH_SIZES):
+        return match[1], int(match[2])
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiTDownConfig(BackboneConfig):
+    """Architecture of a SiT↓.
+
+    Attributes:
+        outer: blocks before the down-sampling, and as many after the up-sampling.
+        middle: blocks between the two.
+        width: channels of a token.
+        heads: attention heads.
+        mlp_width: hidden channels of the gated MLP.
+        patch_size: side of a patch in latent pixels.
+        qk_norm: LayerNorm of queries and keys per head.
+        size_name: letter of the size, None if it is none of `SIT_DOWN_SIZES`.
+    """
+
+    names = NAMES
+
+    outer: int
+    middle: int
+    width: int
+    heads: int
+    mlp_width: int
+    patch_size: int
+    qk_norm: bool = False
+    size_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.input_size % (FACTOR * self.patch_size):
+            fitting = [patch for patch in PATCH_SIZES if self.input_size % (FACTOR * patch) == 0]
+            raise RepaError(
+                f"SiT-down halves its grid: patch {self.patch_size} does not cut the latent's side "
+                f"{self.input_size} into an even number of patches",
+                f"choose patch {', '.join(map(str, fitting))}"
+                if fitting
+                else "take a --model without a stage of half the grid, as SiT",
+                field="--model",
+            )
+
+    @classmethod
+    def knows(cls, name: str) -> bool:
+        """Return whether the name is ``SiT-down-<size>/<patch>`` of a size and a patch that there are."""
+        return _parse(name) is not None
+
+    @classmethod
+    def named(
+        cls, name: str, *, input_size: int, in_channels: int = 4, num_classes: int = 1000, **settings: Any
+    ) -> SiTDownConfig:
+        """Return the architecture of a name such as ``SiT-down-B/2``. Of the settings it takes ``qk_norm``.
+
+        Raises:
+            RepaError: the name is unknown, or its patch leaves no even grid.
+        """
+        found = _parse(name)
+        if found is None:
+            raise RepaError(f"model {name!r} is unknown", f"a name is {NAMES}", field="--model")
+        letter, patch_size = found
+        return cls(
+            **vars(SIT_DOWN_SIZES[letter]),
+            patch_size=patch_size,
+            input_size=input_size,
+            in_channels=in_channels,
+            num_classes=num_classes,
+            size_name=letter,
+            **settings,
+        )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the tokens of the outer blocks."""
+        side = self.input_size // self.patch_size
+        return side, side
+
+    @property
+    def middle_grid(self) -> tuple[int, int]:
+        """Rows and columns of the tokens of the middle blocks."""
+        rows, columns = self.grid
+        return rows // FACTOR, columns // FACTOR
+
+    @property
+    def facts(self) -> BackboneFacts:
+        """What methods may know. Grid and patch are the outer blocks'."""
+        outer = BlockFacts(width=self.width, heads=self.heads, grid=self.grid)
+        middle = BlockFacts(width=self.width, heads=self.heads, grid=self.middle_grid)
+        blocks = (outer,) * self.outer + (middle,) * self.middle + (outer,) * self.outer
+        return BackboneFacts(
+            depth=len(blocks),
+            width=self.width,
+            heads=self.heads,
+            grid=self.grid,
+            patch_size=self.patch_size,
+            size_name=self.size_name,
+            blocks=blocks,
+            siblings=tuple(
+                ((self.input_size // patch,) * 2, f"SiT-down-{self.size_name or '<size>'}/{patch}")
+                for patch in PATCH_SIZES
+                if self.input_size % (FACTOR * patch) == 0
+            ),
+        )
+
+
+class Down(nn.Conv2d):
+    """A 3×3 convolution to a quarter of the channels, then each 2×2 tokens as one.
+
+    Args:
+        width: channels of a token.
+        to: channels of a token afterwards, a multiple of 4.
+    """
+
+    def __init__(self, width: int, to: int) -> None:
+        super().__init__(width, to // FACTOR**2, kernel_size=3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, D, rows, columns]`` to ``[B, D', rows / 2, columns / 2]``."""
+        return F.pixel_unshuffle(super().forward(x), FACTOR)
+
+
+class Up(nn.Conv2d):
+    """A 3×3 convolution to four times the channels, then each token as 2×2.
+
+    Args:
+        width: channels of a token.
+        to: channels of a token afterwards.
+    """
+
+    def __init__(self, width: int, to: int) -> None:
+        super().__init__(width, to * FACTOR**2, kernel_size=3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, D, rows, columns]`` to ``[B, D', 2 · rows, 2 · columns]``."""
+        return F.pixel_shuffle(super().forward(x), FACTOR)
+
+
+class JoiningBlock(Block):
+    """A block that begins with a linear map of its tokens and those of an earlier block, side by side."""
+
+    def __init__(self, width: int, heads: int, *, qk_norm: bool, mlp: Any) -> None:
+        super().__init__(width, heads, qk_norm=qk_norm, mlp=mlp)
+        self.skip_linear = nn.Linear(2 * width, width)
+
+    def join(self, x: Tensor, skip: Tensor) -> Tensor:
+        """Map two times ``[B, T, D]`` to ``[B, T, D]``."""
+        joined: Tensor = self.skip_linear(torch.cat([x, skip], dim=-1))
+        return joined
+
+
+class SiTDown(Backbone):
+    """The U-shaped transformer from noisy latent, time and condition to prediction, plus activations.
+
+    The first and last `outer` blocks work on the latent's grid, the `middle` ones on half its side. A block
+    after the up-sampling also takes the output of one before the down-sampling, the last one first. Outer
+    blocks and final layer have one embedding of time and condition, the middle blocks another; both see the
+    same condition, so that a label that is dropped is dropped for all.
+
+    State dict keys are those of SiT, and ``blocks.N.skip_linear``, ``blocks.N.mlp.{fc1_g,fc1_x,fc2}``,
+    ``mid_t_embedder``, ``mid_y_embedder``, ``down``, ``up``. Parameters are drawn from torch's global
+    generator.
+
+    Args:
+        config: architecture.
+        conditioner: embeds the condition; a copy of it does for the middle blocks. Class labels by default.
+    """
+
+    config: SiTDownConfig
+    rotation: Tensor
+    mid_rotation: Tensor
+
+    def __init__(self, config: SiTDownConfig, conditioner: Conditioner | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.facts = config.facts
+        width = config.width
+        self.x_embedder = PatchEmbedding(config.in_channels, config.patch_size, width)
+        self.t_embedder, self.mid_t_embedder = TimestepEmbedding(width), TimestepEmbedding(width)
+        self.y_embedder = conditioner or LabelConditioner(config.num_classes, width)
+        self.mid_y_embedder = (
+            copy.deepcopy(conditioner) if conditioner else LabelConditioner(config.num_classes, width)
+        )
+        table = position_table(width, config.grid).to(torch.get_default_dtype())
+        self.pos_embed = nn.Parameter(table.unsqueeze(0), requires_grad=False)
+        for name, grid in (("rotation", config.grid), ("mid_rotation", config.middle_grid)):
+            turns = axial_rotation(width // config.heads, grid).to(torch.get_default_dtype())
+            self.register_buffer(name, turns, persistent=False)
+        kinds = [Block] * (config.outer + config.middle) + [JoiningBlock] * config.outer
+        mlp = partial(SwiGlu, hidden=config.mlp_width)
+        self.blocks = nn.ModuleList(
+            kind(width, config.heads, qk_norm=config.qk_norm, mlp=mlp) for kind in kinds
+        )
+        self.down, self.up = Down(width, width), Up(width, width)
+        self.final_layer = FinalLayer(width, config.patch_size, config.in_channels)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Draw the weights as SiT's; those of down- and up-sampling are Xavier uniform too.
+
+        Zeros there would hide the middle blocks from those after them at first.
+        """
+        initialise_transformer(self, conditioners=("y_embedder", "mid_y_embedder"))
+        for convolution in (self.down, self.up):
+            nn.init.xavier_uniform_(convolution.weight)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor, capture: Capture = NOTHING) -> Captured:
+        """Predict what the objective trains, the velocity in the paper.
+
+        Args:
+            x: noisy latent ``[B, C, h, w]``.
+            t: time in [0, 1], ``[B]``; data at 0, noise at 1.
+            condition: what the conditioner embeds; labels int64 ``[B]`` by default.
+            capture: activations to return.
+
+        Returns:
+            The prediction ``[B, C, h, w]`` (None after an early stop) and the activations.
+
+        Raises:
+            ValueError: the capture names a block that does not run.
+        """
+        config = self.config
+        last = capture.last_block(self.facts.depth)
+        captured = Captured(prediction=None)
+        tokens = self.x_embedder(x) + self.pos_embed
+        outer = self.t_embedder(t) + self.y_embedder(condition), self.rotation
+        middle = self.mid_t_embedder(t) + self.mid_y_embedder(condition), self.mid_rotation
+        skips: list[Tensor] = []
+        for number, block in enumerate(self.blocks[:last], start=1):
+            if number == config.outer + 1:
+                tokens = _on_grid(self.down, tokens, config.grid)
+            if number == config.outer + config.middle + 1:
+                tokens = _on_grid(self.up, tokens, config.middle_grid)
+            if isinstance(block, JoiningBlock):
+                tokens = block.join(tokens, skips.pop())
+            inside = config.outer < number <= config.outer + config.middle
+            tokens, queries, keys = block(tokens, *(middle if inside else outer))
+            if number <= config.outer:
+                skips.append(tokens)
+            if number in capture.hidden:
+                captured.hidden[number] = tokens
+                captured.grids[number] = self.facts.grid_of(number)
+            if number in capture.attention:
+                captured.queries[number], captured.keys[number] = queries, keys
+        if capture.stop_after is None:
+            patches = self.final_layer(tokens, outer[0])
+            captured.prediction = unpatchify(patches, config.grid, config.patch_size)
+        return captured
+
+
+def _on_grid(convolution: Down | Up, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Apply a convolution to tokens ``[B, T, D]`` that lie on a grid."""
+    image = tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
+    output: Tensor = convolution(image)
+    return output.flatten(2).transpose(1, 2)
