@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from ..pipeline.config import PreprocessConfig
 
 NO_ENCODER = "none"
-COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +97,9 @@ class EncodingFlags:
             "compressed rows cannot be read directly."
         ),
     ] = None
-    compute_dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, of the models.")] = (
-        "float32"
-    )
+    compute_dtype: Annotated[
+        str, typer.Option(help="float32, tf32 (of a GPU), bfloat16 or float16, of the models.")
+    ] = "float32"
     apply_exif: Annotated[bool, typer.Option("--exif", help="Turn images by their EXIF orientation.")] = False
     class_names: Annotated[
         Path | None, typer.Option(help="Of numbered classes: file with the name of one in each line.")
@@ -162,6 +161,7 @@ def make_config(flags: EncodingFlags) -> PreprocessConfig:
         RepaError: a flag that is none of its choices.
     """
     from ..data.format.columns import COMPRESSORS, STORED_DTYPES
+    from ..data.format.manifest import COMPUTE_DTYPES
     from ..pipeline.config import PreprocessConfig
     from ..pipeline.encoders.registry import find_teacher
 

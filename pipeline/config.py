@@ -54,7 +54,8 @@ class PreprocessConfig:
             teacher's attention is at most so many nats in every block and head, on held-out images.
         compress: ``zstd``, ``blosc`` or ``pcodec`` for the teachers' columns, losslessly. None stores them as
             they are: floats shrink by a tenth to a fifth, and compressed rows cannot be read directly.
-        compute_dtype: ``float32``, ``bfloat16`` or ``float16``, of the forward passes.
+        compute_dtype: ``float32``, ``tf32`` (of a GPU's tensor cores), ``bfloat16`` or ``float16``, of the
+            forward passes; of all but float32 it is measured what that changes, see `deviation`.
         weights: encoder → file of its weights, safetensors or a tensors-only .pth; others come from the hub
             or its local copy.
         random_weights: draw the weights of every model, for trying things out.

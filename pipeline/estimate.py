@@ -21,7 +21,7 @@ from .run import share_out
 from .shard_loop.ranks import Rank
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -185,5 +185,9 @@ class _Uncalibrated(Calibrator):
         return attention_form(encoder, settings, None), {}
 
     def tokens(self, encoder: Encoder, provenance: Provenance, form: TokenForm) -> dict[str, Any]:
+        """Return nothing, as nothing is measured."""
+        return {}
+
+    def deviations(self, measure: Callable[..., Any]) -> Mapping[str, Mapping[str, Any]]:
         """Return nothing, as nothing is measured."""
         return {}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from ..data.format.columns import AUTOENCODER, model_of
 from .columns.models import AutoencoderModel, EncoderModel, SourceModel
 from .plan import present_manifest
@@ -14,8 +12,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from .config import PreprocessConfig
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_models(config: PreprocessConfig, sources: Iterable[str], device: str) -> list[SourceModel]:
@@ -34,7 +30,6 @@ def load_models(config: PreprocessConfig, sources: Iterable[str], device: str) -
 
     assert config.vae is not None, "the plan resolves the command"
     assert config.batch_size is not None, "the plan resolves the command"
-    dtype = _DTYPES[config.compute_dtype]
     present = present_manifest(config.cache)
     known = {} if present is None else present.sources
     wanted: dict[str, list[str]] = {}
@@ -43,14 +38,14 @@ def load_models(config: PreprocessConfig, sources: Iterable[str], device: str) -
     models: list[SourceModel] = []
     for name, own in wanted.items():
         if name == AUTOENCODER:
-            autoencoder = Autoencoder.load(config.vae, device, dtype, config.random_weights)
-            models.append(AutoencoderModel(autoencoder, config.batch_size, config.resolution))
+            autoencoder = Autoencoder.load(config.vae, device, config.compute_dtype, config.random_weights)
+            models.append(AutoencoderModel(autoencoder, config.batch_size, config.resolution, known))
             continue
         encoder = load_encoder(
             config.teacher(name),
             resolution=config.resolution,
             device=device,
-            dtype=dtype,
+            compute_dtype=config.compute_dtype,
             weights=config.weights.get(name),
             random_weights=config.random_weights,
         )
@@ -60,7 +55,7 @@ def load_models(config: PreprocessConfig, sources: Iterable[str], device: str) -
                 own,
                 batch_size=config.batch_size,
                 dtype=config.feature_dtype,
-                recorded=[each for source, each in known.items() if model_of(source) == name],
+                recorded={source: each for source, each in known.items() if model_of(source) == name},
                 attention=config.attention_settings(name),
                 compressor=config.compress,
             )

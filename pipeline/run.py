@@ -98,10 +98,12 @@ def share_out(plan: Plan, rank: Rank) -> list[Job]:
     A process whose shards are all there is not started.
 
     Raises:
-        RepaError: more devices than there are, or than the cores can serve.
+        RepaError: more devices than there are, or than the cores can serve; a compute dtype of GPUs without
+            one.
     """
     import torch
 
+    from .encoders.precision import require_arithmetic
     from .lanes.lanes import usable_cores
 
     config = plan.config
@@ -112,6 +114,9 @@ def share_out(plan: Plan, rank: Rank) -> list[Job]:
     if rank.launcher != "SLURM" or cores == os.cpu_count():
         # SLURM usually binds each task to cores of its own; others share the machine's
         cores = max(1, cores // here)
+    if not gpus:
+        # of a GPU each process asks for itself, as asking takes memory of the GPU
+        require_arithmetic(config.compute_dtype, torch.device("cpu"))
     workers = config.workers
     if workers is None:
         # on a CPU the loop has time enough to decode while the lanes compute

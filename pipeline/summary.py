@@ -11,6 +11,7 @@ from rich.text import Text
 
 from ..data.edge import printable
 from ..data.format.columns import SCALE_SUFFIX, scale_column, source_of, split_column
+from ..data.format.manifest import DEVIATION_NOTE
 from ..data.format.opening import open_manifest
 from ..data.format.survey import invalid_reasons
 from ..data.units import counted, human_bytes, human_rate, human_seconds
@@ -156,6 +157,40 @@ def chosen_ranks(manifest: Manifest, sources: Sequence[str]) -> list[str]:
     return lines
 
 
+def deviations(manifest: Manifest, sources: Sequence[str]) -> list[str]:
+    """Return a line for each source that says how far its compute dtype lies from float32.
+
+    Args:
+        manifest: of the cache.
+        sources: those to look at.
+    """
+    lines = []
+    for source in sources:
+        provenance = manifest.sources.get(source)
+        note = None if provenance is None else provenance.notes.get(DEVIATION_NOTE)
+        if provenance is None or note is None:
+            continue
+        computed = provenance.compute_dtype
+        if "relative_rms" in note:
+            found = (
+                f"its latents are off those of float32 by {note['relative_rms']:.3g} of their root mean "
+                f"square, by {note['relative_max']:.3g} at most"
+            )
+        elif "kl_mean" in note:
+            found = (
+                f"KL(float32 ‖ {computed}) {note['kl_mean']:.3g} nats on average, "
+                f"{note['kl_worst_head']:.3g} in the worst head"
+            )
+        else:
+            found = (
+                f"1 − cosine of a token with that of float32 {note['cosine_error_mean']:.3g} on average, "
+                f"{note['cosine_error_max']:.3g} at most"
+            )
+        where = f"measured on {counted(note['images'], 'image')} before it was written"
+        lines.append(f"{source}: computed in {computed}: {found}; {where}")
+    return lines
+
+
 def show_summary(plan: Plan, rank: Rank, tallies: Sequence[Tally], seconds: float, console: Console) -> None:
     """Print what was written, what was left out and why, and where the time went.
 
@@ -174,7 +209,8 @@ def show_summary(plan: Plan, rank: Rank, tallies: Sequence[Tally], seconds: floa
         console,
         f"wrote {counted(images, 'image')} to {plan.config.cache} in {human_seconds(seconds)}{rate}{whose}",
     )
-    for line in chosen_ranks(open_manifest(plan.config.cache), [each.source for each in plan.sources]):
+    manifest, sources = open_manifest(plan.config.cache), [each.source for each in plan.sources]
+    for line in (*chosen_ranks(manifest, sources), *deviations(manifest, sources)):
         say(console, f"  {line}")
     written: Counter[str] = Counter()
     rows: Counter[str] = Counter()

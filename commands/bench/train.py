@@ -82,7 +82,7 @@ class _Bench:
             settings.encoder,
             resolution=settings.resolution,
             device="cuda" if self._cuda else "cpu",
-            dtype=torch.bfloat16 if self._cuda else torch.float32,
+            compute_dtype="bfloat16" if self._cuda else "float32",
             random_weights=settings.encoder != "demo",
         )
         self._teacher_bytes = torch.cuda.memory_allocated() - before if self._cuda else 0

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ...data.errors import RepaError
 from ...data.format.columns import AUTOENCODER
 from ...data.units import counted
+from ...pipeline.summary import deviations
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -66,7 +67,9 @@ def _speeds(found: CacheInfo, column: ColumnInfo) -> tuple[str, str, str]:
 
 
 def print_notes(found: CacheInfo, console: Console) -> None:
-    """Print what the teachers' sources say of the form they are stored in and of its fidelity."""
+    """Print what sources say of what they are computed in, of their stored form and of its fidelity."""
+    for line in deviations(found.manifest, tuple(found.manifest.sources)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     for source, provenance in found.manifest.sources.items():
         notes = provenance.notes
         fidelity = notes.get("fidelity")

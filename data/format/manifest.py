@@ -42,7 +42,13 @@ ORIGINAL_VIEW = "original"
 LOADED_NOTE = "loaded_sha256"
 """Note of weights that are not run as their file holds them, the sha256 of the tensors as they are run."""
 
-COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+COMPUTE_DTYPES = ("float32", "tf32", "bfloat16", "float16")
+"""What forward passes compute in.
+
+``tf32`` is float32, its factors rounded to as many digits as float16 has."""
+
+DEVIATION_NOTE = "deviation"
+"""Note of how far a compute dtype's outputs lie from those of float32; measured, so it binds nobody."""
 
 _AGAIN = "restore it, or write the cache again"
 
@@ -59,7 +65,7 @@ class Provenance:
         input_size: side in pixels of what the model saw.
         mean: per-channel mean subtracted from pixels in [0, 1].
         std: per-channel standard deviation divided by.
-        compute_dtype: dtype of the forward pass.
+        compute_dtype: of the forward pass, one of `COMPUTE_DTYPES`.
         batch_size: images a forward pass; features of another batch size may differ in the last bits.
         grid: rows and columns of the patch tokens, or of the latent.
         libraries: name → version of the libraries that computed.
@@ -83,11 +89,13 @@ class Provenance:
     def identity(self) -> dict[str, Any]:
         """Return what two runs must share for their rows to stand in one column.
 
-        Library versions are left out, and the weights as they are run, which follow from those of the file.
+        Library versions are left out, the weights as they are run, which follow from those of the file, and
+        how far the compute dtype lies from float32, which every device measures a little differently.
         """
         values: dict[str, Any] = _plain(asdict(self))
         del values["libraries"]
-        values["notes"].pop(LOADED_NOTE, None)
+        for derived in (LOADED_NOTE, DEVIATION_NOTE):
+            values["notes"].pop(derived, None)
         return values
 
 

@@ -14,7 +14,7 @@ from annotated_types import Len
 from ..edge import parse
 from ..errors import CacheError
 from .bounds import Axis, Bytes, Count, Number, Positive, Sha256, Text  # noqa: TC001 - as above
-from .columns import ATTENTION_SUFFIX
+from .columns import ATTENTION_SUFFIX, AUTOENCODER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +71,67 @@ class TokenFidelity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentDeviation:
+    """How far posterior means lie from those of float32, measured on some images.
+
+    Attributes:
+        images: so many.
+        relative_rms: root mean square of the differences, relative to that of the means in float32.
+        relative_max: the largest difference, relative to the same.
+    """
+
+    images: Count
+    relative_rms: Number
+    relative_max: Number
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenDeviation:
+    """How far a teacher's tokens lie from those of float32, as 1 − cosine, measured on some images."""
+
+    images: Count
+    cosine_error_mean: Number
+    cosine_error_max: Number
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionDeviation:
+    """How far a teacher's attention lies from that of float32, measured on some images.
+
+    Attributes:
+        images: so many.
+        kl_mean: Kullback-Leibler divergence in nats, over images, queries, blocks and heads.
+        kl_worst_head: the largest mean of a block and head.
+    """
+
+    images: Count
+    kl_mean: Number
+    kl_worst_head: Number
+
+
+@dataclass(frozen=True, kw_only=True)
 class Notes:
-    """Notes of any source."""
+    """Notes of a source of latents or tokens."""
 
     location: Text | None = None
     scaling_factor: Number | None = None
     shift_factor: Number | None = None
     calibration: CalibrationNote | None = None
     fidelity: TokenFidelity | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentNotes(Notes):
+    """Notes of the autoencoder."""
+
+    deviation: LatentDeviation | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenNotes(Notes):
+    """Notes of a source of tokens."""
+
+    deviation: TokenDeviation | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +149,7 @@ class AttentionNotes:
         tolerance: divergence that the rank was chosen for.
         calibration: of the source.
         fidelity: of the source.
+        deviation: of what is computed in another dtype than float32.
     """
 
     blocks: Annotated[tuple[Axis, ...], Len(1, 256)]
@@ -108,6 +162,7 @@ class AttentionNotes:
     tolerance: Number | None = None
     calibration: CalibrationNote | None = None
     fidelity: AttentionFidelity | None = None
+    deviation: AttentionDeviation | None = None
 
 
 def check_notes(source: str, notes: Mapping[str, Any], *, where: str, remedy: str) -> None:
@@ -122,7 +177,9 @@ def check_notes(source: str, notes: Mapping[str, Any], *, where: str, remedy: st
     Raises:
         CacheError: a note that is missing or of another type.
     """
-    model: type[Any] = AttentionNotes if source.endswith(ATTENTION_SUFFIX) else Notes
+    model: type[Any] = LatentNotes if source == AUTOENCODER else TokenNotes
+    if source.endswith(ATTENTION_SUFFIX):
+        model = AttentionNotes
     try:
         parse(model, notes, where=where, remedy=remedy)
     except CacheError as error:

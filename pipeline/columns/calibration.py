@@ -108,9 +108,6 @@ def choose_images(images: ImageSource, resolution: int) -> ChosenImages:
 
     Up to 128 are to fit to, and up to 64 others, every third, are held out.
 
-    The first images would be of one class where a folder is sorted by class. One that cannot be decoded is
-    replaced by the next that can, as long as that comes before the next image picked.
-
     Args:
         images: the set.
         resolution: side of the crop in pixels, R.
@@ -118,15 +115,7 @@ def choose_images(images: ImageSource, resolution: int) -> ChosenImages:
     Raises:
         RepaError: fewer than two of them can be decoded, or a file cannot be read.
     """
-    count = min(len(images), FIT_IMAGES + HELD_OUT_IMAGES)
-    starts = [number * len(images) // count for number in range(count + 1)]
-    picked: dict[int, NDArray[np.uint8]] = {}
-    for start, following in pairwise(starts):
-        for row in range(start, following):
-            pixels = decode_row(images, row, resolution)
-            if not isinstance(pixels, str):
-                picked[row] = pixels
-                break
+    picked = pick_images(images, resolution, FIT_IMAGES + HELD_OUT_IMAGES)
     rows = list(picked)
     if len(rows) < 2:
         raise RepaError(
@@ -139,3 +128,32 @@ def choose_images(images: ImageSource, resolution: int) -> ChosenImages:
         fit={row: picked[row] for row in rows if row not in held_out},
         held_out={row: picked[row] for row in rows if row in held_out},
     )
+
+
+def pick_images(images: ImageSource, resolution: int, most: int) -> dict[int, NDArray[np.uint8]]:
+    """Pick and decode images evenly spaced over a set, ascending by row.
+
+    The first images would be of one class where a folder is sorted by class. One that cannot be decoded is
+    replaced by the next that can, as long as that comes before the next image picked.
+
+    Args:
+        images: the set.
+        resolution: side of the crop in pixels, R.
+        most: how many.
+
+    Returns:
+        Row → pixels uint8 ``[3, R, R]``; fewer, or none, where too few can be decoded.
+
+    Raises:
+        RepaError: a file cannot be read.
+    """
+    count = min(len(images), most)
+    starts = [number * len(images) // count for number in range(count + 1)]
+    picked: dict[int, NDArray[np.uint8]] = {}
+    for start, following in pairwise(starts):
+        for row in range(start, following):
+            pixels = decode_row(images, row, resolution)
+            if not isinstance(pixels, str):
+                picked[row] = pixels
+                break
+    return picked

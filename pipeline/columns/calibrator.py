@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ...data.format.columns import attention_source
 from ...data.writing.calibrations import ensure_calibration
 from ..lanes.lanes import open_lanes
-from .calibration import Calibration, ChosenImages, choose_images
+from .calibration import Calibration, ChosenImages, choose_images, pick_images
+from .deviation import DEVIATION_IMAGES
 from .fitting import Passes, choose_rank, token_fidelity
 from .forms import AttentionForm, TokenForm, attention_form
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ...data.format.manifest import Provenance
     from ..encoders.base import Encoder
     from ..images.base import ImageSource
+    from .fitting import Pixels
     from .specs import AttentionSettings
 
 
@@ -117,6 +119,25 @@ class Calibrator:
         made, note = self._ensure(encoder.name, wanted, compute)
         return {"calibration": note, "fidelity": made.fidelity}
 
+    def deviations(
+        self, measure: Callable[[Pixels, Passes], Mapping[str, Mapping[str, Any]]]
+    ) -> Mapping[str, Mapping[str, Any]]:
+        """Measure what a compute dtype other than float32 changes. No file is kept of it.
+
+        Args:
+            measure: images and how to run them → source → note.
+
+        Returns:
+            Source → note; nothing of a set of which no image can be decoded.
+
+        Raises:
+            RepaError: values that are not finite.
+        """
+        if not self._deviation_images:
+            return {}
+        with self._passes() as passes:
+            return measure(self._deviation_images, passes)
+
     def _ensure(
         self, source: str, wanted: Mapping[str, Any], compute: Callable[[], Calibration]
     ) -> tuple[Calibration, dict[str, Any]]:
@@ -142,6 +163,10 @@ class Calibrator:
     @cached_property
     def _chosen(self) -> ChosenImages:
         return choose_images(self._images, self._resolution)
+
+    @cached_property
+    def _deviation_images(self) -> Pixels:
+        return pick_images(self._images, self._resolution, DEVIATION_IMAGES)
 
     @contextmanager
     def _passes(self) -> Iterator[Passes]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ...data.format.columns import AUTOENCODER, MOMENTS, ColumnSpec, attention_source
-from ...data.format.manifest import LOADED_NOTE
+from ...data.format.manifest import DEVIATION_NOTE, LOADED_NOTE
 from ...data.format.opening import as_recorded
+from .deviation import deviation_notes, latent_deviation, teacher_deviation
 from .forms import AttentionForm, TokenForm, token_form
 from .specs import INT8
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     import torch
 
@@ -89,13 +91,21 @@ class AutoencoderModel:
         autoencoder: the model.
         batch_size: images of a forward pass, for the manifest.
         resolution: side in pixels of the images.
+        recorded: what the cache has of it already, by source.
     """
 
     name = AUTOENCODER
     sources: tuple[str, ...] = (AUTOENCODER,)
 
-    def __init__(self, autoencoder: Autoencoder, batch_size: int, resolution: int) -> None:
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        batch_size: int,
+        resolution: int,
+        recorded: Mapping[str, Provenance] | None = None,
+    ) -> None:
         self._autoencoder = autoencoder
+        self._recorded = recorded or {}
         self.provenance = autoencoder.provenance(batch_size, resolution)
         shape = (2 * autoencoder.latent_channels, *autoencoder.grid(resolution))
         columns = {MOMENTS: ColumnSpec(shape=shape, dtype="float32")}
@@ -104,8 +114,13 @@ class AutoencoderModel:
         }
 
     def prepare(self, calibrator: Calibrator) -> None:
-        """Do nothing, as moments are stored as they are."""
-        del calibrator
+        """Measure what another compute dtype than float32 changes, as moments are stored as they are."""
+
+        def measure(sources: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
+            del sources
+            return calibrator.deviations(partial(latent_deviation, self._autoencoder))
+
+        self.declarations = _with_deviations(self.declarations, self._recorded, measure)
 
     def encode(self, images: torch.Tensor, sources: Collection[str]) -> dict[str, torch.Tensor]:
         """Compute moments ``[B, 2C, h, w]`` of uint8 images ``[B, 3, R, R]``."""
@@ -131,7 +146,7 @@ class EncoderModel:
         encoder: the teacher.
         sources: either of the two, or both.
         batch_size: images of a forward pass, for the manifest.
-        recorded: what the cache has of this teacher already.
+        recorded: what the cache has of this teacher already, by source.
         dtype: ``float16``, ``float32`` or ``int8``, of its tokens.
         attention: how its attention is stored, if it is.
         compressor: of the columns, see `ColumnSpec`.
@@ -144,13 +159,14 @@ class EncoderModel:
         *,
         batch_size: int,
         dtype: str,
-        recorded: Sequence[Provenance] = (),
+        recorded: Mapping[str, Provenance] | None = None,
         attention: AttentionSettings | None = None,
         compressor: str | None = None,
     ) -> None:
         self.name = encoder.name
         self.sources = tuple(sources)
-        self.provenance = as_recorded(encoder.provenance(batch_size), recorded)
+        self._recorded = recorded or {}
+        self.provenance = as_recorded(encoder.provenance(batch_size), self._recorded.values())
         self.declarations: Mapping[str, SourceDeclaration] = {}
         self._encoder = encoder
         self._settings = attention
@@ -162,7 +178,7 @@ class EncoderModel:
             }
 
     def prepare(self, calibrator: Calibrator) -> None:
-        """Measure what int8 changes of the tokens, and fit and measure the form of the attention."""
+        """Measure what int8 and the compute dtype change, and fit and measure the form of the attention."""
         for source in self.sources:
             if source in self.declarations:
                 continue
@@ -179,6 +195,12 @@ class EncoderModel:
                     notes[LOADED_NOTE] = self.provenance.notes[LOADED_NOTE]
             declaration = SourceDeclaration(provenance=replace(self.provenance, notes=notes), columns=columns)
             self.declarations = {**self.declarations, source: declaration}
+        blocks = self._settings.blocks if self._settings is not None else ()
+
+        def measure(sources: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
+            return calibrator.deviations(partial(teacher_deviation, self._encoder, sources, blocks))
+
+        self.declarations = _with_deviations(self.declarations, self._recorded, measure)
 
     def encode(self, images: torch.Tensor, sources: Collection[str]) -> dict[str, torch.Tensor]:
         """Compute columns of the sources asked for, from one pass over uint8 images ``[B, 3, R, R]``."""
@@ -208,3 +230,17 @@ class EncoderModel:
         features = self._encoder.encode(images, attention.blocks if attention is not None else ())
         tokens = self._tokens if self.name in sources else None
         return [form for form in (tokens, attention) if form is not None], features
+
+
+def _with_deviations(
+    declarations: Mapping[str, SourceDeclaration],
+    recorded: Mapping[str, Provenance],
+    measure: Callable[[Sequence[str]], Mapping[str, Mapping[str, Any]]],
+) -> Mapping[str, SourceDeclaration]:
+    """Return declarations that note how far a compute dtype lies from float32, see `deviation_notes`."""
+    wanted = {source: each.provenance for source, each in declarations.items()}
+    found = dict(declarations)
+    for source, note in deviation_notes(wanted, recorded, measure).items():
+        notes = {**wanted[source].notes, DEVIATION_NOTE: note}
+        found[source] = replace(found[source], provenance=replace(wanted[source], notes=notes))
+    return found

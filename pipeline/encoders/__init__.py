@@ -23,7 +23,7 @@ def load_encoder(
     *,
     resolution: int,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    compute_dtype: str = "float32",
     weights: Path | None = None,
     random_weights: bool = False,
 ) -> Encoder:
@@ -33,7 +33,7 @@ def load_encoder(
         teacher: from `find_teacher`, or a name that it takes without importing anything.
         resolution: side of the cropped images, R.
         device: where it computes.
-        dtype: of the forward pass: float32 (None), or bfloat16 or float16 for autocast; features are float32.
+        compute_dtype: of the forward pass, one of `COMPUTE_DTYPES`; features are float32.
         weights: a file; None takes the shipped one (demo), else the hub's or its local copy.
         random_weights: draw the weights where no file is given and none is shipped.
 
@@ -46,7 +46,7 @@ def load_encoder(
     settings: dict[str, Any] = {
         "resolution": resolution,
         "device": torch.device(device),
-        "dtype": dtype or torch.float32,
+        "compute_dtype": compute_dtype,
         "weights": weights,
         "random_weights": random_weights,
     }

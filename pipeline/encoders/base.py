@@ -56,6 +56,10 @@ class Encoder(Protocol):
         """
         ...
 
+    def in_float32(self) -> Encoder:
+        """Return the same network computing in float32."""
+        ...
+
     def provenance(self, batch_size: int) -> Provenance:
         """Return what the manifest keeps."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from ...data.errors import RepaError
 from ...data.format.manifest import Provenance
 from ..images.pixels import to_teacher_input
+from .precision import forward_pass
 from .weights import (
     drawn_weights,
     library_versions,
@@ -44,7 +46,7 @@ class OwnEncoder:
         *,
         resolution: int,
         device: torch.device,
-        dtype: torch.dtype,
+        compute_dtype: str,
         weights: Path | None,
         random_weights: bool,
     ) -> None:
@@ -54,7 +56,7 @@ class OwnEncoder:
         self.width, self.depth = teacher.width, teacher.depth
         self.heads, self.head_width, self.logit_scale = 0, 0, 0.0
         self._input_size = teacher.input_size(resolution)
-        self._device, self._dtype = device, dtype
+        self._device, self._compute_dtype = device, compute_dtype
         with drawn_weights():
             module = teacher.build()
         trained = bool(module.state_dict())
@@ -86,8 +88,7 @@ class OwnEncoder:
                 f"encoder {self.name} gives no queries and keys", "leave --attention out", field="--attention"
             )
         pixels = to_teacher_input(images, self._input_size, self._mean, self._std)
-        lower = self._dtype != torch.float32
-        with torch.autocast(self._device.type, dtype=self._dtype if lower else None, enabled=lower):
+        with forward_pass(self._compute_dtype, self._device):
             found = self._teacher.features(self._module, pixels)
         tokens = self.grid[0] * self.grid[1]
         expected = {"patch": (len(images), tokens, self.width), "cls": (len(images), self.width)}
@@ -102,6 +103,12 @@ class OwnEncoder:
                 )
         return {kind: found[kind].float() for kind in expected}
 
+    def in_float32(self) -> OwnEncoder:
+        """Return the same network computing in float32."""
+        other = copy.copy(self)
+        other._compute_dtype = "float32"
+        return other
+
     def provenance(self, batch_size: int) -> Provenance:
         """Return what the manifest keeps."""
         kind = type(self._teacher)
@@ -113,7 +120,7 @@ class OwnEncoder:
             input_size=self._input_size,
             mean=mean,
             std=std,
-            compute_dtype=str(self._dtype).removeprefix("torch."),
+            compute_dtype=self._compute_dtype,
             batch_size=batch_size,
             grid=self.grid,
             libraries=library_versions("torch", "pillow"),

@@ -9,6 +9,7 @@ function: the same weights, the same features.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import sys
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from ...data.errors import RepaError
 from ...data.format.manifest import LOADED_NOTE, Provenance
 from ..images.pixels import to_teacher_input
 from .attention import AttentionCapture, use_fused_attention
+from .precision import forward_pass
 from .timm_teacher import DEMO
 from .weights import (
     drawn_weights,
@@ -56,7 +58,7 @@ class TimmEncoder:
         logit_scale: 1/√Dh.
         input_size: side in pixels of what the ViT sees.
         device: where it computes.
-        dtype: of the forward pass.
+        compute_dtype: of the forward pass.
         random_weights: True when drawn, not trained.
     """
 
@@ -66,7 +68,7 @@ class TimmEncoder:
         *,
         resolution: int,
         device: torch.device,
-        dtype: torch.dtype,
+        compute_dtype: str,
         weights: Path | None,
         random_weights: bool,
     ) -> None:
@@ -76,7 +78,7 @@ class TimmEncoder:
         self.width = teacher.width
         self.input_size = teacher.input_size(resolution)
         self.device = device
-        self.dtype = dtype
+        self.compute_dtype = compute_dtype
         path = weights or _shipped(teacher)
         self.random_weights = path is None and random_weights
         if path is None and not random_weights:
@@ -97,8 +99,7 @@ class TimmEncoder:
         """Compute the features of a batch, and queries and keys of blocks, see `Encoder.encode`."""
         capture = self._capture(attention) if attention else contextlib.nullcontext()
         pixels = to_teacher_input(images, self.input_size, self._mean, self._std)
-        lower = self.dtype != torch.float32
-        with torch.autocast(self.device.type, dtype=self.dtype if lower else None, enabled=lower):
+        with forward_pass(self.compute_dtype, self.device):
             with capture:
                 tokens = self._model.forward_features(pixels)
             if self._teacher.class_feature == "token":
@@ -124,6 +125,12 @@ class TimmEncoder:
             prefix_tokens=self._model.num_prefix_tokens,
         )
 
+    def in_float32(self) -> TimmEncoder:
+        """Return the same network computing in float32."""
+        other = copy.copy(self)
+        other.compute_dtype = "float32"
+        return other
+
     def provenance(self, batch_size: int) -> Provenance:
         """Return what the manifest keeps."""
         mean, std = self._teacher.normalisation
@@ -136,7 +143,7 @@ class TimmEncoder:
             input_size=self.input_size,
             mean=mean,
             std=std,
-            compute_dtype=str(self.dtype).removeprefix("torch."),
+            compute_dtype=self.compute_dtype,
             batch_size=batch_size,
             grid=self.grid,
             libraries=library_versions("torch", "timm", "pillow"),

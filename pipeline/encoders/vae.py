@@ -4,7 +4,7 @@ Any `AutoencoderKL` of diffusers."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from ...data.format.manifest import Provenance
 from ...data.reading.latents import LatentScale, scale_of
 from ...data.units import counted
 from ..images.pixels import to_autoencoder_input, to_pixels
+from .precision import forward_pass
 from .weights import drawn_weights, hub_file, library_versions, one_line, some, weights_sha256
 
 if TYPE_CHECKING:
@@ -54,19 +55,19 @@ class Autoencoder:
         scale: the map from its latents to those of a diffusion model.
         stride: pixels per latent position, along a side.
         device: where it computes.
-        dtype: of the forward passes (float32, or an autocast dtype).
+        compute_dtype: of the forward passes.
         random_weights: True when drawn, not trained.
     """
 
     def __init__(
-        self, model: Any, *, name: str, device: torch.device, dtype: torch.dtype, random_weights: bool
+        self, model: Any, *, name: str, device: torch.device, compute_dtype: str, random_weights: bool
     ) -> None:
         self._model = model.eval().requires_grad_(False)
         self._sha256 = weights_sha256(self._model.state_dict())
         self._model.to(device)
         self.name = name
         self.device = device
-        self.dtype = dtype
+        self.compute_dtype = compute_dtype
         self.random_weights = random_weights
         self.latent_channels = int(model.config.latent_channels)
         self.scale = _scale(model.config, name)
@@ -82,7 +83,7 @@ class Autoencoder:
         cls,
         name: str = DEFAULT_VAE,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        compute_dtype: str = "float32",
         random_weights: bool = False,
     ) -> Autoencoder:
         """Load an autoencoder, or draw its weights.
@@ -91,7 +92,7 @@ class Autoencoder:
             name: a folder with ``config.json`` and ``diffusion_pytorch_model.safetensors``, ``demo``, or a
                 name on the hub, which may end in a folder there (``owner/name/vae``).
             device: where it computes.
-            dtype: float32, or bfloat16 or float16 for autocast; moments are float32 anyway.
+            compute_dtype: one of `COMPUTE_DTYPES`; moments are float32 anyway.
             random_weights: for a name on the hub, draw the weights of Stable Diffusion's architecture
                 instead; what is at hand (a folder, the demo's) is loaded all the same.
 
@@ -107,7 +108,7 @@ class Autoencoder:
             model,
             name=str(folder.resolve()) if folder is not None and name != DEMO else name,
             device=torch.device(device),
-            dtype=dtype,
+            compute_dtype=compute_dtype,
             random_weights=folder is None and random_weights,
         )
 
@@ -133,7 +134,7 @@ class Autoencoder:
             float32 ``[B, 2C, h, w]``, mean first, contiguous: the layout decides the order of later sums, and
             what is computed here must be what a cache gives back.
         """
-        with self._autocast():
+        with forward_pass(self.compute_dtype, self.device):
             posterior = self._model.encode(to_autoencoder_input(images)).latent_dist
             return torch.cat([posterior.mean.float(), posterior.std.float()], dim=1).contiguous()
 
@@ -151,10 +152,16 @@ class Autoencoder:
             RepaError: a latent or its image has a number that is not finite, which would be shown as black.
         """
         _check_finite(latents, "latent")
-        with self._autocast():
+        with forward_pass(self.compute_dtype, self.device):
             images = self._model.decode(latents.to(self.device, torch.float32)).sample
         _check_finite(images, "image of a latent")
         return to_pixels(images)
+
+    def in_float32(self) -> Autoencoder:
+        """Return the same network computing in float32."""
+        other = copy.copy(self)
+        other.compute_dtype = "float32"
+        return other
 
     def provenance(self, batch_size: int, resolution: int) -> Provenance:
         """Return what the manifest keeps. ``notes["location"]`` is what `load` finds it by."""
@@ -165,7 +172,7 @@ class Autoencoder:
             input_size=resolution,
             mean=(0.5,) * 3,
             std=(0.5,) * 3,
-            compute_dtype=str(self.dtype).removeprefix("torch."),
+            compute_dtype=self.compute_dtype,
             batch_size=batch_size,
             grid=self.grid(resolution),
             libraries=library_versions("torch", "diffusers", "pillow"),
@@ -174,11 +181,6 @@ class Autoencoder:
                 "location": self.name,
             },
         )
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
 
 
 def latent_shape(name: str, resolution: int, *, random_weights: bool = False) -> tuple[int, int, int]:

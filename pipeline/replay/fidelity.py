@@ -38,7 +38,8 @@ DEFAULT_ROWS = 64
 _MARGIN = 2.0
 # Another device or another release of a library rounds otherwise: what that alone may change, by the dtype
 # of the forward pass; ours, generous. Divergence in nats, 1 − cosine.
-_FLOORS = {"float32": (1e-6, 1e-9), "float16": (1e-4, 1e-6), "bfloat16": (5e-3, 3e-5)}
+# TF32 rounds what is multiplied to as many digits as float16 has.
+_FLOORS = {"float32": (1e-6, 1e-9), "tf32": (1e-4, 1e-6), "float16": (1e-4, 1e-6), "bfloat16": (5e-3, 3e-5)}
 # half the distance of neighbouring numbers, relative: IEEE 754, 11 and 24 binary digits
 _ROUNDING = {"float16": 2.0**-11, "float32": 2.0**-24}
 

@@ -31,6 +31,7 @@ from ...data.reading.reader import CacheReader
 from ...data.units import counted
 from ...data.writing.store import keys_sha256
 from ..encoders import find_teacher, load_encoder
+from ..encoders.precision import require_arithmetic
 from ..images.base import AUTO_LABELS, FOLDER_LABELS, NO_LABELS, ONLY_CLASS
 from ..images.open import open_source
 from ..images.workers import decode_row
@@ -181,11 +182,13 @@ class LiveTeachers:
         declared = [sources[source] for source in (name, attention_source(name)) if source in sources]
         # of a teacher that the cache does not have: as `repa preprocess` would add it
         batch_size = (declared or [sources[AUTOENCODER]])[0].batch_size
+        compute_dtype = declared[0].compute_dtype if declared else "float32"
+        require_arithmetic(compute_dtype, device)
         encoder = load_encoder(
             self._facts[name],
             resolution=self._manifest.resolution,
             device=device,
-            dtype=getattr(torch, declared[0].compute_dtype) if declared else None,
+            compute_dtype=compute_dtype,
             weights=self._weights.get(name),
             random_weights=self._random_weights or any(each.random_weights for each in declared),
         )

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ..shard_loop.worker import Job
     from .recorded import Given
 
-NOISE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+NOISE = {"float32": 1e-4, "tf32": 1e-2, "float16": 1e-2, "bfloat16": 5e-2}
 """What another device or library may change, relative to a row's largest magnitude, by the dtype of the
 forward pass. Ours, generous: what is damaged, or of another image, is off by as much as the magnitude."""
 

@@ -104,8 +104,12 @@ def work(job: Job, images: ImageSource, report: Report) -> Tally:
     missing = {name: missing_shards(job.config.cache, present, name, own) for name in job.config.sources}
     if not any(missing.values()):
         return tally
+    import torch
+
+    from ..encoders.precision import require_arithmetic
     from ..loading import load_models
 
+    require_arithmetic(job.config.compute_dtype, torch.device(job.device))
     models = load_models(job.config, [name for name, shards in missing.items() if shards], job.device)
     tally.load_seconds = time.perf_counter() - started
     settles = calibrator(job, images)

@@ -90,7 +90,7 @@ def test_decoding_is_the_references(saved: tuple[Path, Any]) -> None:
 
 def test_lower_precision_still_gives_float32(saved: tuple[Path, Any]) -> None:
     exact = Autoencoder.load(str(saved[0])).encode_moments(images())
-    lower = Autoencoder.load(str(saved[0]), "cpu", torch.bfloat16)
+    lower = Autoencoder.load(str(saved[0]), "cpu", "bfloat16")
     moments = lower.encode_moments(images())
     assert moments.dtype == torch.float32
     assert not torch.equal(moments, exact)
