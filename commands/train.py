@@ -36,7 +36,7 @@ class TrainFlags:
     method: Annotated[
         str | None,
         typer.Option(
-            help="'repa', 'haste', 'none' for plain SiT, one that an installed package offers, or "
+            help="'repa', 'haste', 'irepa', 'none' for plain SiT, one that an installed package offers, or "
             "my_module:MyMethod.",
             show_default="repa",
         ),

@@ -90,12 +90,12 @@ def changes(before: Mapping[str, Any], now: TrainConfig) -> list[Change]:
     Raises:
         RepaError: a setting that the run is bound to differs; ``field`` is the first one's key.
     """
-    defaults = _flat(TrainConfig().to_dict())
+    defaults = _flat(TrainConfig(method_name=now.method_name, method=type(now.method)()).to_dict())
     old, new = _flat(before), _flat(now.to_dict())
     found = [
         Change(key=key, before=then, now=new.get(key))
         for key in dict.fromkeys((*old, *new))
-        if (then := old.get(key, None if key.startswith("method.") else defaults.get(key))) != new.get(key)
+        if (then := old.get(key, defaults.get(key))) != new.get(key)
     ]
     bound = [each for each in found if on_resume(each.key, now) == "bound"]
     if bound:

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 NORM_FLOOR = 1e-12
 """Below this norm a token has no direction."""
 
+STD_FLOOR = 0.05
+"""Least standard deviation of a normalised channel, of the magnitude of its mean.
+
+A channel that varies less counts as constant, which int8 and dead channels are. Without a floor iREPA would
+make it (1 − γ)·10⁶ times itself, and the cosine would be its alone; so it becomes (1 − γ)·20 at most, which
+at γ = 0.6 is 8 % of the squared length of 768 channels.
+"""
+
 
 def projector(width: int, hidden: int, teacher_width: int) -> nn.Sequential:
     """Build REPA's h_φ, three linear layers with SiLU between, Xavier weights and zero biases.
@@ -37,6 +45,36 @@ def projector(width: int, hidden: int, teacher_width: int) -> nn.Sequential:
         if isinstance(layer, nn.Linear):
             initialise_linear(layer)
     return layers
+
+
+class GridConvolution(nn.Module):
+    """One convolution over the grid of the tokens, zeros around it, with torch's own initialisation."""
+
+    def __init__(self, width: int, teacher_width: int, grid: tuple[int, int], kernel: int) -> None:
+        super().__init__()
+        self._grid = grid
+        self.projection_layer = nn.Conv2d(width, teacher_width, kernel, padding=kernel // 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return ``[B, T, teacher_width]`` of row-major tokens ``[B, T, width]``."""
+        images = tokens.mT.reshape(len(tokens), -1, *self._grid)
+        convolved: Tensor = self.projection_layer(images)
+        return convolved.flatten(-2).mT
+
+
+def normalise_in_space(tokens: Tensor, gamma: float) -> Tensor:
+    """Return (z − γ·mean z) / (std z + 1e-6), mean and std over the tokens of each image and channel.
+
+    The std is that of a sample, and at least `STD_FLOOR` of the mean. Computed in float32 or better.
+
+    Args:
+        tokens: ``[B, T, D]``.
+        gamma: γ.
+    """
+    tokens = _at_least_float32(tokens)
+    mean = tokens.mean(-2, keepdim=True)
+    std = tokens.std(-2, keepdim=True, correction=min(1, tokens.shape[-2] - 1))
+    return (tokens - gamma * mean) / (std.maximum(STD_FLOOR * mean.abs()) + 1e-6)
 
 
 def cosine_similarity(tokens: Tensor, targets: Tensor) -> Tensor:

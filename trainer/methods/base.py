@@ -109,7 +109,8 @@ class Step:
         student: prediction and captured activations.
         beside: name → the vector that is denoised beside the latent: values and noise ``[B, D]``, times.
         interpolate: t ``[B]`` → x_t for this x0 and noise.
-        generator: keyed by (seed, rank, step).
+        generator: keyed by (seed, rank, step, micro-batch).
+        draws: what `Method.draws` drew for these images, by name, ``[B, …]`` each.
         ema_forward: the averaged weights' forward pass, without gradient; None unless the flags ask for it.
     """
 
@@ -123,6 +124,7 @@ class Step:
     interpolate: Callable[[Tensor], Tensor]
     generator: torch.Generator
     beside: Mapping[str, Noised] = field(default_factory=dict)
+    draws: Mapping[str, Tensor] = field(default_factory=dict)
     ema_forward: EmaForward | None = None
 
 
@@ -261,6 +263,22 @@ class Method(nn.Module, ABC):
         """Return the law of time, None for the one that the run is configured with (uniform by default)."""
         del phase
         return None
+
+    def draws(self, phase: Phase, count: int, generator: torch.Generator) -> Mapping[str, Tensor]:
+        """Draw what is random in the losses of a phase, by name, for all images of a rank's step at once.
+
+        Micro-batches get their share in `Step.draws`, so that accumulation changes no draw.
+
+        Args:
+            phase: of the step.
+            count: images B.
+            generator: to draw from, keyed by (seed, rank, step).
+
+        Returns:
+            Tensors ``[B, …]`` on the generator's device.
+        """
+        del phase, count, generator
+        return {}
 
     @abstractmethod
     def losses(self, step: Step) -> dict[str, Term]:

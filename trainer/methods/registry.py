@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .haste import Haste
+from .irepa import Irepa
 from .none import NoAlignment
 from .repa import Repa
+from .sra import Sra
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,4 +19,6 @@ METHODS: Mapping[str, type[Method]] = {
     "none": NoAlignment,
     "repa": Repa,
     "haste": Haste,
+    "irepa": Irepa,
+    "sra": Sra,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -14,6 +15,7 @@ from ..models.capture import NOTHING, BackboneFacts, Capture
 from .aligning import Aligning, AligningConfig
 from .alignment import choose_teachers, cosine_similarity, projector, stored_columns, target
 from .base import Requirement, Step, Term
+from .relations import Pairs, manifold_distance
 from .requirements import AlignsFirst, DepthWithin, HasPreset, NeedsColumn, SameGrid
 
 if TYPE_CHECKING:
@@ -21,19 +23,31 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RepaConfig(AligningConfig):
-    """Settings of REPA.
+class PatchConfig(AligningConfig):
+    """Settings of every method that aligns one hidden state with patch tokens.
 
     Attributes:
         weight: λ, constant (paper: 0.5).
         depth: block whose output is aligned, counted from 1; None takes the preset of the backbone's size.
         encoders: teachers, averaged; none takes the cache's only one.
-        projector_width: channels of the projector's hidden layers (paper: 2,048).
+        relations: w, adds λ·w times the distance of the cosines between pairs of tokens (U-REPA: 3); none
+            leaves it out.
     """
 
     weight: Annotated[float, Ge(0)] = 0.5
     depth: int | None = None
     encoders: tuple[str, ...] = ()
+    relations: Annotated[float, Ge(0)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepaConfig(PatchConfig):
+    """Settings of REPA.
+
+    Attributes:
+        projector_width: channels of the projector's hidden layers (paper: 2,048).
+    """
+
     projector_width: Annotated[int, Ge(1), Le(65_536)] = 2048
 
 
@@ -49,16 +63,20 @@ PRESETS: Mapping[str, RepaConfig] = {
 }
 
 
-class Repa(Aligning):
-    """L = L_v + λ·L_REPA with L_REPA = −mean over tokens and batch of cos(z, h_φ(h)).
+class PatchAlignment(Aligning):
+    """Base of methods with L = L_v + λ·(L_REPA + w·L_ML), which differ in how projector and target are made.
 
-    z are the teacher's patch tokens, h the output of block `depth`, h_φ a three-layer MLP. Several teachers
-    have one projector each and their losses are averaged, as in the released code.
+    L_REPA = −mean over tokens and batch of cos(z, h_φ(h)), where z is the target made of the teacher's patch
+    tokens, h the output of block `depth`, h_φ the projector. L_ML, U-REPA's manifold term, is there if w is
+    set. Several teachers have one projector each and their losses are averaged, as in the released code.
+
+    Attributes:
+        relation_pairs: which tokens L_ML pairs, see `manifold_distance`.
     """
 
-    config: RepaConfig
-    config_class = RepaConfig
-    presets = PRESETS
+    config: PatchConfig
+    config_class = PatchConfig
+    relation_pairs: Pairs = "image"
     requires: ClassVar[tuple[Requirement, ...]] = (
         NeedsColumn("patch"),
         HasPreset("depth"),
@@ -69,7 +87,7 @@ class Repa(Aligning):
 
     def __init__(
         self,
-        config: RepaConfig,
+        config: PatchConfig,
         backbone: BackboneFacts,
         columns: Mapping[str, ColumnSpec],
         grids: Mapping[str, tuple[int, int]],
@@ -86,6 +104,7 @@ class Repa(Aligning):
             self.make_projector(width, columns[name].shape[-1], grid) for name in self._targets
         )
 
+    @abstractmethod
     def make_projector(self, width: int, teacher_width: int, grid: tuple[int, int]) -> nn.Module:
         """Build h_φ for one teacher, from hidden states ``[B, T, width]`` to ``[B, T, teacher_width]``.
 
@@ -94,12 +113,10 @@ class Repa(Aligning):
             teacher_width: channels of the teacher's tokens.
             grid: rows and columns of the hidden state's tokens.
         """
-        del grid
-        return projector(width, self.config.projector_width, teacher_width)
 
-    def make_target(self, columns: Mapping[str, Tensor], name: str) -> Tensor:
-        """Return z of one teacher, ``[B, T, D]``, from a batch's columns as stored."""
-        return target(columns, name, self.specs)
+    def make_target(self, tokens: Tensor) -> Tensor:
+        """Return z, which is made of the teacher's tokens ``[B, T, D]`` in floating point."""
+        return tokens
 
     def aligned_columns(self) -> tuple[str, ...]:
         """Return the patch tokens of every teacher, with their scales where they are stored as int8."""
@@ -110,11 +127,30 @@ class Repa(Aligning):
         return NOTHING if self.config.depth is None else Capture(hidden=(self.config.depth,))
 
     def aligned_losses(self, step: Step) -> dict[str, Term]:
-        """Return one term, ``repa``, −1 when the projected tokens point where the targets point."""
+        """Return ``repa``, −1 when the projected tokens point where the targets point, and ``relations``."""
         assert self.config.depth is not None, "a missing depth is reported before step 0"
         hidden = step.student.hidden[self.config.depth]
-        similarities = [
-            cosine_similarity(project(hidden), self.make_target(step.columns, name)).mean()
+        sides = [
+            (project(hidden), self.make_target(target(step.columns, name, self.specs)))
             for project, name in zip(self.projectors, self._targets, strict=True)
         ]
-        return {"repa": Term(value=-torch.stack(similarities).mean(), weight=self.config.weight)}
+        similarity = torch.stack([cosine_similarity(*each).mean() for each in sides]).mean()
+        terms = {"repa": Term(value=-similarity, weight=self.config.weight)}
+        if self.config.relations is not None:
+            distances = [manifold_distance(*each, pairs=self.relation_pairs) for each in sides]
+            weight = self.config.weight * self.config.relations
+            terms["relations"] = Term(value=torch.stack(distances).mean(), weight=weight)
+        return terms
+
+
+class Repa(PatchAlignment):
+    """REPA, whose h_φ is a three-layer MLP and whose z are the teacher's tokens as they are."""
+
+    config: RepaConfig
+    config_class = RepaConfig
+    presets = PRESETS
+
+    def make_projector(self, width: int, teacher_width: int, grid: tuple[int, int]) -> nn.Module:
+        """Build the MLP, which sees one token at a time."""
+        del grid
+        return projector(width, self.config.projector_width, teacher_width)

@@ -246,6 +246,35 @@ class GridDivides(SameGrid):
         return factor > 0 and teacher == (factor * student[0], factor * student[1])
 
 
+class SameTokens(Requirement):
+    """Need two blocks whose outputs have the same tokens, in number, grid and width.
+
+    Args:
+        first: name of the setting that says the one block.
+        second: name of the setting that says the other.
+    """
+
+    def __init__(self, first: str, second: str) -> None:
+        self._names = first, second
+
+    def problems(self, method: Method) -> Iterator[Problem]:
+        """Report blocks whose tokens cannot be compared one with one."""
+        facts = method.backbone
+        blocks = [block for name in self._names for block in _blocks(method, name)]
+        if len(blocks) < len(self._names) or not all(facts.has_block(block) for block in blocks):
+            return
+        first, second = (
+            f"{'×'.join(map(str, facts.grid_of(block)))} tokens of {facts.width_of(block)} channels"
+            for block in blocks
+        )
+        if first != second:
+            yield Problem(
+                what=f"block {blocks[0]} of the backbone has {first}, block {blocks[1]} {second}",
+                remedy=f"set method.{self._names[0]} and method.{self._names[1]} to blocks of one stage",
+                field=f"method.{self._names[0]}",
+            )
+
+
 class HeadsFit(Requirement):
     """Need a head of the student for each of the teacher's.
 

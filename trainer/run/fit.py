@@ -202,6 +202,8 @@ def _train(
     if config.compile:
         # in place, so that the state dict's keys stay as they are
         module.backbone.compile()
+        if any(module.method.flags(phase).ema_forward for phase in module.method.phases()):
+            module.ema.compile()
     checkpoint = checkpoint_path(run, resumed) if resumed else None
     with quiet_lightning(), other_ranks(), at_once(trainer), restoring(checkpoint, stop):
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)

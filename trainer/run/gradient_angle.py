@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -124,6 +125,7 @@ def gradient_angle(module: TrainingModule, batch: Batch) -> Tensor | None:
         module.objective.times,
         module.backbone.y_embedder,
         module.widths_beside,
+        partial(module.method.draws, phase),
     )
     half = module.config.precision == "16-mixed"
     cosines = []

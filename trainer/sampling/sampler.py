@@ -97,7 +97,8 @@ def model_velocity(backbone: Backbone, objective: Objective) -> Velocity:
     dtype = next(backbone.parameters()).dtype
 
     def velocity(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        captured: Captured = backbone(x.to(dtype), t.to(dtype), condition)
+        # not through __call__: a teacher's compiled average would compile again for this batch size
+        captured: Captured = backbone.forward(x.to(dtype), t.to(dtype), condition)
         return objective.velocity(require_prediction(captured).double(), x, t)
 
     return velocity

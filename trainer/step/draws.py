@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..models.conditioning import Conditioner
 
     Times = Callable[[int, torch.Generator], Tensor]
+    Own = Callable[[int, torch.Generator], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class Draws:
         t: times ``[B]``.
         dropped: which images lose their condition, bool ``[B]``.
         beside: name → ε ``[B, D]`` of what is denoised beside the latent.
+        own: what the method draws for its losses by name, ``[B, …]`` each.
     """
 
     posterior: Tensor
@@ -40,6 +42,7 @@ class Draws:
     t: Tensor
     dropped: Tensor
     beside: Mapping[str, Tensor] = field(default_factory=dict)
+    own: Mapping[str, Tensor] = field(default_factory=dict)
 
     def micro_batch(self, index: int, size: int) -> Draws:
         """Return the share of micro-batch `index` of `size` images."""
@@ -50,6 +53,7 @@ class Draws:
             t=self.t[share],
             dropped=self.dropped[share],
             beside={name: noise[share] for name, noise in self.beside.items()},
+            own={name: values[share] for name, values in self.own.items()},
         )
 
 
@@ -82,6 +86,7 @@ class StepDraws:
         times: Times,
         conditioner: Conditioner,
         beside: Mapping[str, int] | None = None,
+        own: Own | None = None,
     ) -> Draws:
         """Return the draws of a step.
 
@@ -92,6 +97,7 @@ class StepDraws:
             times: (number of samples, generator) → times ``[B]``.
             conditioner: draws which images lose their condition.
             beside: name → channels of what is denoised beside the latent.
+            own: (number of samples, generator) → what the method draws for its losses; None draws nothing.
         """
         if self._draws is None or self._step != step:
             self._draws = Draws(
@@ -103,6 +109,7 @@ class StepDraws:
                     name: self._normal(f"noise of {name}", step, (count, width))
                     for name, width in (beside or {}).items()
                 },
+                own={} if own is None else own(count, self.stream("method", step)),
             )
             self._step = step
         return self._draws

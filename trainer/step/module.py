@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -166,6 +167,7 @@ class TrainingModule(LightningModule):
             condition=condition,
             student=student,
             interpolate=lambda times: self.objective.interpolate(noised.x0, noised.noise, times),
+            draws=draws.own,
             generator=self._seed_method(batch),
             beside=beside,
             ema_forward=self._ema_forward(condition, beside) if flags.ema_forward else None,
@@ -295,13 +297,15 @@ class TrainingModule(LightningModule):
             lambda count, generator: self.objective.times(count, generator, law),
             self.backbone.y_embedder,
             self.widths_beside,
+            partial(self.method.draws, phase),
         )
         return draws.micro_batch(batch.micro, size)
 
     def _seed_method(self, batch: Batch) -> torch.Generator:
-        """Seed the method's own stream, one for each micro-batch.
+        """Seed a stream of the method's, one for each micro-batch.
 
-        How much a method draws is not known here.
+        How much a method takes from it is not known here, so that it cannot be drawn for the whole step:
+        what must not depend on the micro-batches is asked for by `Method.draws`.
         """
         if self._method_generator is None:
             self._method_generator = torch.Generator(self.device)

