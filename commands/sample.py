@@ -45,7 +45,9 @@ class SampleFlags:
     ] = None
     checkpoint: Annotated[
         Path | None,
-        typer.Option("--ckpt", help="Instead: a checkpoint of a run, or a published one of SiT or REPA."),
+        typer.Option(
+            "--ckpt", help="Instead: a checkpoint of a run, or a published one of SiT, REPA or REG."
+        ),
     ] = None
     num: Annotated[int, typer.Option(help="Number of images.")] = 16
     out: Annotated[
@@ -63,6 +65,12 @@ class SampleFlags:
     solver: Annotated[str, typer.Option(help="euler, heun or sde.")] = "euler"
     steps: Annotated[int, typer.Option(help="Steps of the solver.")] = 50
     guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1: none.")] = 1.0
+    guidance_cls: Annotated[
+        float | None,
+        typer.Option(
+            help="Scale for the class token that REG samples with the image.", show_default="as --guidance"
+        ),
+    ] = None
     interval: Annotated[
         tuple[float, float], typer.Option(metavar="LOW HIGH", help="Times between which guidance acts.")
     ] = (0.0, 1.0)
@@ -112,18 +120,17 @@ def sample(flags: SampleFlags, *, console: Console | None = None) -> None:
     from ..trainer.sampling.sampler import SamplerConfig
 
     settings = SamplerConfig(
-        solver=flags.solver, steps=flags.steps, guidance=flags.guidance, interval=flags.interval
+        solver=flags.solver,
+        steps=flags.steps,
+        guidance=flags.guidance,
+        guidance_cls=flags.guidance_cls,
+        interval=flags.interval,
     )
     checkpoint, out = _places(flags)
     cuda = torch.cuda.is_available()
     _check_devices(flags.devices, torch.cuda.device_count() if cuda else 0)
     model = model_of_file(checkpoint, weights=flags.weights)
-    if flags.guidance != 1 and not model.guidable:
-        raise RepaError(
-            f"{checkpoint} was trained with label_dropout=0, so it has nothing to be guided away from",
-            "leave --guidance at 1",
-            field="--guidance",
-        )
+    _check_guidance(flags, model)
     model.backbone.to("cuda" if cuda else "cpu")
     asked = _asked(flags.labels or (), model)
     condition = _conditions(model.backbone.y_embedder, asked, flags)
@@ -170,11 +177,36 @@ def _record(
         solver=settings.solver,
         steps=settings.steps,
         guidance=settings.guidance,
+        guidance_cls=(flags.guidance if flags.guidance_cls is None else flags.guidance_cls)
+        if model.backbone.config.token_widths
+        else None,
         interval=settings.interval,
         seed=flags.seed,
         batch_size=flags.batch_size,
         form="npz" if flags.npz else "png",
     )
+
+
+def _check_guidance(flags: SampleFlags, model: TrainedModel) -> None:
+    """Refuse guidance that the model cannot have.
+
+    Raises:
+        RepaError: it was never trained without a label, or has no class token.
+    """
+    given = {"--guidance": flags.guidance, "--guidance-cls": flags.guidance_cls}
+    if flags.guidance_cls is not None and not model.backbone.config.token_widths:
+        raise RepaError(
+            f"{model.origin} makes no class token that --guidance-cls could act on",
+            "leave it out",
+            field="--guidance-cls",
+        )
+    guided = [flag for flag, weight in given.items() if weight not in (None, 1)]
+    if guided and not model.guidable:
+        raise RepaError(
+            f"{model.origin} was trained with label_dropout=0, so it has nothing to be guided away from",
+            f"leave {guided[0]} at 1",
+            field=guided[0],
+        )
 
 
 def _check(flags: SampleFlags) -> None:
@@ -192,10 +224,9 @@ def _check(flags: SampleFlags) -> None:
     ):
         if not least <= value <= most:
             raise RepaError(f"{flag} {value} is not valid", f"give {least:,} to {most:,}", field=flag)
-    if not 0 <= flags.guidance < math.inf:
-        raise RepaError(
-            f"--guidance {flags.guidance} is not valid", "give a finite number from 0", field="--guidance"
-        )
+    for flag, weight in (("--guidance", flags.guidance), ("--guidance-cls", flags.guidance_cls)):
+        if weight is not None and not 0 <= weight < math.inf:
+            raise RepaError(f"{flag} {weight} is not valid", "give a finite number from 0", field=flag)
 
 
 def _check_devices(devices: int, gpus: int) -> None:

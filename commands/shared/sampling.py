@@ -87,7 +87,11 @@ def sample_batches(
     record = job.record
     folder = SampleFolder(job.folder, record)
     settings = SamplerConfig(
-        solver=record.solver, steps=record.steps, guidance=record.guidance, interval=record.interval
+        solver=record.solver,
+        steps=record.steps,
+        guidance=record.guidance,
+        guidance_cls=record.guidance_cls,
+        interval=record.interval,
     )
     latents = generate(
         model,

@@ -278,7 +278,9 @@ def _held_out_evaluation(
 
     def evaluate(trainer: Trainer, module: TrainingModule) -> dict[str, float]:
         condition = module.backbone.y_embedder.column
-        columns = tuple(dict.fromkeys(name for name in (MOMENTS, condition) if name != LABEL))
+        beside = module.denoised
+        names = (MOMENTS, condition, *(each.column for each in beside))
+        columns = tuple(dict.fromkeys(name for name in names if name != LABEL))
         sums, count = held_out_sums(
             {"held_out_ema": module.ema, "held_out": module.backbone},
             held_out_batches(reader, rows, columns, rank=trainer.global_rank, world=trainer.world_size),
@@ -286,6 +288,7 @@ def _held_out_evaluation(
             scale=module.scale,
             seed=config.seed,
             device=module.device,
+            beside=beside,
             context=trainer.precision_plugin.forward_context,
         )
         totals = [*sums.values(), float(count)]

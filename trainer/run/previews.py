@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 from ...data.errors import RepaError
 from ...data.reading.latents import unscale_latent
 from ..sampling.pictures import make_grid, save_png
-from ..sampling.sampler import sample, sample_noises
+from ..sampling.sampler import sample, state_noises
+from ..sampling.state import state_of
 from ..step.randomness import generator_for
 from .callbacks import Clock, StepCallback
 
@@ -88,7 +89,7 @@ class Previews(StepCallback):
         Noise and conditions are fixed.
         """
         count = self.config.preview_count
-        noise = next(sample_noises(self.config.seed, range(count), module.latent_shape))
+        noise = next(state_noises(self.config.seed, range(count), state_of(module.backbone.config)))
         draws = generator_for(self.config.seed, "preview condition")
         condition = module.ema.y_embedder.previewed(count, draws)
         with trainer.precision_plugin.forward_context():

@@ -17,7 +17,8 @@ from ..objectives import registry as objectives
 from ..step.checkpoints import checkpoints_of, load_checkpoint, objective_said
 from ..step.module import CHECKPOINT_KEY
 from ..typed import from_mapping
-from .sampler import SamplerConfig, sample, sample_noises
+from .sampler import SamplerConfig, sample, state_noises
+from .state import state_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -96,7 +97,7 @@ def newest_checkpoint(run: Path) -> Path:
 
 
 def model_of_file(file: Path, *, weights: str = "ema") -> TrainedModel:
-    """Load the model of a checkpoint file, one of ours or a published one of SiT or REPA.
+    """Load the model of a checkpoint file, one of ours or a published one of SiT, REPA or REG.
 
     A published file that does not name its path was trained on the linear one, and its latents were scaled as
     those of Stable Diffusion.
@@ -157,7 +158,7 @@ def generate(
     device = next(model.backbone.parameters()).device
     for first in range(0, len(condition), batch_size) if batches is None else batches:
         part = condition[first : first + batch_size]
-        noises = sample_noises(seed, range(first, first + len(part)), model.latent_shape)
+        noises = state_noises(seed, range(first, first + len(part)), state_of(model.backbone.config))
         latents = sample(
             model.backbone,
             model.objective,
@@ -166,6 +167,7 @@ def generate(
             solver=settings.solver,
             steps=settings.steps,
             guidance=settings.guidance,
+            guidance_cls=settings.guidance_cls,
             interval=settings.interval,
             noises=noises,
             progress=progress,

@@ -50,6 +50,7 @@ class SamplingRecord:
         solver: see `SamplerConfig`.
         steps: of the solver.
         guidance: see `SamplerConfig`.
+        guidance_cls: of the vectors beside the latent, None where there are none.
         interval: see `SamplerConfig`.
         seed: of the noise.
         batch_size: images of a forward pass, which decides how matrix products are rounded.
@@ -68,6 +69,7 @@ class SamplingRecord:
     solver: str
     steps: int
     guidance: float
+    guidance_cls: float | None = None
     interval: tuple[float, float]
     seed: int
     batch_size: int

@@ -10,7 +10,8 @@ The state is float64 whatever the model's dtype. With v the velocity, s the scor
 
 Guidance replaces a prediction by uncond + w·(cond − uncond) where low ≤ t ≤ high, for the SDE on the drift;
 elsewhere only the conditional pass runs. Heun's second evaluation is guided when its step began in the
-interval.
+interval. Vectors that are denoised beside the latent (REG's class token) go the same way with noises of their
+own, and may have another w.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ import torch
 from torch import Tensor
 
 from ...data.errors import RepaError
+from ..models.capture import NOTHING
 from ..objectives.base import require_prediction
 from ..objectives.paths import Interpolant, Linear
+from .state import StateShape, state_of
 
 if TYPE_CHECKING:
     from ..models.base import Backbone
@@ -39,7 +42,10 @@ LAST_NOISY_TIME = 0.04
 LINEAR = Linear()
 
 Velocity: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x ``[B, C, h, w]`` float64, t ``[B]`` float64, condition ``[B, …]``) → velocity ``[B, C, h, w]``."""
+"""(x ``[B, C, h, w]`` float64, t ``[B]`` float64, condition ``[B, …]``) → velocity of x's shape.
+
+With vectors beside the latent x is ``[B, F]``, see `StateShape`.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +56,14 @@ class SamplerConfig:
         solver: ``euler``, ``heun`` or ``sde``.
         steps: number of times the state is advanced.
         guidance: w; 1 means none.
+        guidance_cls: w of the vectors beside the latent; None takes `guidance`.
         interval: low and high time between which guidance acts.
     """
 
     solver: str = "euler"
     steps: int = 50
     guidance: float = 1.0
+    guidance_cls: float | None = None
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
@@ -80,6 +88,10 @@ class SamplerConfig:
                 field="--interval",
             )
 
+    def weights(self, shape: StateShape) -> float | Tensor:
+        """Return the weight of guidance, of each number of the state ``[F]`` where they differ."""
+        return shape.weights(self.guidance, self.guidance if self.guidance_cls is None else self.guidance_cls)
+
     def times(self) -> list[float]:
         """Return the steps + 1 times, from 1 to 0."""
         if self.solver == "sde":
@@ -95,29 +107,62 @@ def model_velocity(backbone: Backbone, objective: Objective) -> Velocity:
     Inputs are in its parameters' dtype; the objective turns the prediction, in float64, into a velocity.
     """
     dtype = next(backbone.parameters()).dtype
+    shape = state_of(backbone.config)
 
     def velocity(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        latents, beside = shape.unpack(x)
+        vectors = (NOTHING, tuple(each.to(dtype) for each in beside)) if beside else ()
         # not through __call__: a teacher's compiled average would compile again for this batch size
-        captured: Captured = backbone.forward(x.to(dtype), t.to(dtype), condition)
-        return objective.velocity(require_prediction(captured).double(), x, t)
+        captured: Captured = backbone.forward(latents.to(dtype), t.to(dtype), condition, *vectors)
+        predictions = (require_prediction(captured), *captured.tokens)
+        found, *others = (
+            objective.velocity(prediction.double(), part, t)
+            for prediction, part in zip(predictions, (latents, *beside), strict=True)
+        )
+        return shape.pack(found, others)
 
     return velocity
 
 
-def sample_noises(seed: int, samples: Sequence[int], shape: Sequence[int]) -> Iterator[Tensor]:
+def state_noises(seed: int, samples: Sequence[int], shape: StateShape) -> Iterator[Tensor]:
+    """Yield standard normal noises of a state, those of the latent as `sample_noises` yields them.
+
+    Args:
+        seed: the run's seed.
+        samples: index of each sample of the batch.
+        shape: the state's parts; each vector beside the latent has a stream of its own.
+
+    Yields:
+        float64 ``[B, C, h, w]``, or ``[B, F]``, on the CPU, without end; take the first as initial state.
+    """
+    latents = sample_noises(seed, samples, shape.latent)
+    # a stream of number 0 would be the latent's: trailing zeros do not change a seed sequence
+    beside = [
+        sample_noises(seed, samples, (width,), stream=number)
+        for number, width in enumerate(shape.widths, start=1)
+    ]
+    for parts in zip(latents, *beside, strict=True):
+        yield shape.pack(parts[0], parts[1:])
+
+
+def sample_noises(
+    seed: int, samples: Sequence[int], shape: Sequence[int], *, stream: int | None = None
+) -> Iterator[Tensor]:
     """Yield standard normal noises that depend on seed and sample alone, not on the batch a sample is in.
 
     Args:
         seed: the run's seed.
         samples: index of each sample of the batch.
         shape: shape of one latent ``(C, h, w)``.
+        stream: number from 1 of another stream of the same samples.
 
     Yields:
         float64 ``[B, C, h, w]`` on the CPU, without end; take the first as initial latents.
     """
     generators = []
     for index in samples:
-        state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
+        key = [seed, index] if stream is None else [seed, index, stream]
+        state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
         generators.append(torch.Generator().manual_seed(int(state >> np.uint64(1))))
     while True:
         yield torch.stack(
@@ -134,6 +179,7 @@ def sample(
     solver: str = "euler",
     steps: int = 50,
     guidance: float = 1.0,
+    guidance_cls: float | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
     noises: Iterable[Tensor] | None = None,
     generator: torch.Generator | None = None,
@@ -144,33 +190,40 @@ def sample(
     Args:
         backbone: in eval mode; its conditioner gives the null condition.
         objective: what the backbone was trained to predict.
-        latents: standard normal noise ``[B, C, h, w]`` on the backbone's device.
+        latents: standard normal noise ``[B, C, h, w]`` on the backbone's device; ``[B, F]`` as of
+            `state_noises` for one that denoises vectors beside the latent.
         condition: condition of each sample ``[B, …]``.
         solver: ``euler``, ``heun`` or ``sde``.
         steps: number of times the state is advanced.
         guidance: weight w; 1 means none.
+        guidance_cls: weight of the vectors beside the latent; None takes `guidance`.
         interval: low and high time between which guidance acts.
         noises: noises of the SDE.
         generator: draws them when none are given.
         progress: called with the number of finished steps after each.
 
     Returns:
-        float64 ``[B, C, h, w]``: scaled latents.
+        float64 ``[B, C, h, w]``: scaled latents, without what was denoised beside them.
 
     Raises:
         RepaError: unknown solver, too few steps, or an interval outside [0, 1].
     """
-    return integrate(
+    shape = state_of(backbone.config)
+    state = integrate(
         model_velocity(backbone, objective),
         latents,
         condition,
         backbone.y_embedder.null(len(latents)),
-        SamplerConfig(solver=solver, steps=steps, guidance=guidance, interval=interval),
+        SamplerConfig(
+            solver=solver, steps=steps, guidance=guidance, guidance_cls=guidance_cls, interval=interval
+        ),
         path=objective.path,
+        shape=shape,
         noises=noises,
         generator=generator,
         progress=progress,
     )
+    return shape.unpack(state)[0]
 
 
 @torch.no_grad()
@@ -182,6 +235,7 @@ def integrate(
     config: SamplerConfig,
     *,
     path: Interpolant = LINEAR,
+    shape: StateShape | None = None,
     noises: Iterable[Tensor] | None = None,
     generator: torch.Generator | None = None,
     progress: Callable[[int], None] | None = None,
@@ -190,17 +244,18 @@ def integrate(
 
     Args:
         velocity: any function of state, times and condition, for example `model_velocity` of a backbone.
-        latents: standard normal noise ``[B, C, h, w]``, the state at t = 1.
+        latents: standard normal noise ``[B, C, h, w]`` or ``[B, F]``, the state at t = 1.
         condition: condition of each sample ``[B, …]``.
         null: the unconditional pass's condition ``[B, …]``.
         config: solver, steps and guidance.
         path: the path behind the velocity; the SDE's score depends on it.
-        noises: noises of the SDE, each ``[B, C, h, w]``, taken in order, one less than `steps`.
+        shape: the state's parts; None for the latent alone.
+        noises: noises of the SDE, each of the state's shape, taken in order, one less than `steps`.
         generator: draws them when none are given.
         progress: called with the number of finished steps after each.
 
     Returns:
-        float64 ``[B, C, h, w]``.
+        float64, of the state's shape.
 
     Raises:
         ValueError: the SDE has neither noises nor generator, or too few noises.
@@ -208,8 +263,12 @@ def integrate(
     low, high = config.interval
     field = _drift(velocity, path) if config.solver == "sde" else velocity
 
+    weights = config.weights(shape or StateShape(latent=tuple(latents.shape[1:])))
+    if isinstance(weights, Tensor):
+        weights = weights.to(latents.device)
+
     def evaluate(x: Tensor, t: float, guided: bool) -> Tensor:
-        return _guided(field, x, t, condition, null, config.guidance if guided else 1.0)
+        return _guided(field, x, t, condition, null, weights if guided else 1.0)
 
     times = config.times()
     x = latents.double()
@@ -237,13 +296,15 @@ def _drift(velocity: Velocity, path: Interpolant) -> Velocity:
     return drift
 
 
-def _guided(field: Velocity, x: Tensor, t: float, condition: Tensor, null: Tensor, weight: float) -> Tensor:
+def _guided(
+    field: Velocity, x: Tensor, t: float, condition: Tensor, null: Tensor, weight: float | Tensor
+) -> Tensor:
     """Return the field under guidance, both passes as one of twice the batch.
 
     It is one pass when the weight is 1.
     """
     B = len(x)
-    if weight == 1:
+    if not isinstance(weight, Tensor) and weight == 1:
         return field(x, torch.full((B,), t, dtype=x.dtype, device=x.device), condition)
     times = torch.full((2 * B,), t, dtype=x.dtype, device=x.device)
     with_condition, without = field(torch.cat([x, x]), times, torch.cat([condition, null])).chunk(2)

@@ -73,7 +73,7 @@ class TrainingModule(LightningModule):
         self.scale = scale
         self.identity = dict(identity)
         self.objective = make_objective(config.objective)
-        self._denoised = method.denoised()
+        self.denoised = method.denoised()
         self.means = Means()
         self._average = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
         self._averaged: tuple[list[nn.Parameter], list[nn.Parameter]] | None = None
@@ -89,13 +89,13 @@ class TrainingModule(LightningModule):
     @property
     def widths_beside(self) -> dict[str, int]:
         """Name → channels of what is denoised beside the latent."""
-        return {each.name: each.width for each in self._denoised}
+        return {each.name: each.width for each in self.denoised}
 
     @property
     def objective_terms(self) -> frozenset[str]:
         """Names of the terms that the objective makes, of the latent and of what is denoised beside it."""
         own = self.objective.terms
-        return frozenset((*own, *(f"{each.name}_{term}" for each in self._denoised for term in own)))
+        return frozenset((*own, *(f"{each.name}_{term}" for each in self.denoised for term in own)))
 
     def columns_at(self, step: int) -> tuple[str, ...]:
         """Name the columns of the cache that a step reads, without the label."""
@@ -180,13 +180,13 @@ class TrainingModule(LightningModule):
             each.name: self.objective.noised(
                 batch.columns[each.column].float(), draws.beside[each.name], draws.t
             )
-            for each in self._denoised
+            for each in self.denoised
         }
 
     def _terms_beside(self, student: Captured, beside: Mapping[str, Noised]) -> dict[str, Term]:
         """Compute the objective's terms of what is denoised beside the latent."""
         terms = {}
-        for each, prediction in zip(self._denoised, student.tokens, strict=True):
+        for each, prediction in zip(self.denoised, student.tokens, strict=True):
             losses = self.objective.losses(Captured(prediction=prediction), beside[each.name])
             for name, values in losses.items():
                 terms[f"{each.name}_{name}"] = Term(value=values.mean(), weight=each.weight)

@@ -1,0 +1,60 @@
+"""The state that a sampler carries, the latent alone or with the vectors that are denoised beside it.
+
+Of several parts it is one vector per sample, so that no solver knows of parts: steps, drift and noise of a
+flow act on each number alone, and only guidance may weigh the parts apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..models.base import BackboneConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateShape:
+    """The parts of a state.
+
+    Attributes:
+        latent: shape of the latent, ``(C, h, w)``.
+        widths: channels of each vector beside it.
+    """
+
+    latent: tuple[int, ...]
+    widths: tuple[int, ...] = ()
+
+    def pack(self, latent: Tensor, beside: Sequence[Tensor] = ()) -> Tensor:
+        """Return the state ``[B, F]`` of latents and vectors, or the latents alone as they are."""
+        return torch.cat([latent.flatten(1), *beside], dim=1) if self.widths else latent
+
+    def unpack(self, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return latents ``[B, C, h, w]`` and vectors ``[B, D]`` of a state."""
+        if not self.widths:
+            return state, ()
+        latent, *beside = torch.split(state, [prod(self.latent), *self.widths], dim=1)
+        return latent.reshape(-1, *self.latent), tuple(beside)
+
+    def weights(self, latent: float, beside: float) -> float | Tensor:
+        """Return the weight of each number of a state, ``[F]``, or the one that all have.
+
+        Args:
+            latent: weight of the latent.
+            beside: weight of the vectors.
+        """
+        if not self.widths or latent == beside:
+            return latent
+        parts = [torch.full((prod(self.latent),), latent), torch.full((sum(self.widths),), beside)]
+        return torch.cat(parts).double()
+
+
+def state_of(config: BackboneConfig) -> StateShape:
+    """Return the parts of the state of a backbone's flow."""
+    return StateShape(latent=config.latent_shape, widths=config.token_widths)
