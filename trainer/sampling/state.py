@@ -51,8 +51,8 @@ class StateShape:
         """
         if not self.widths or latent == beside:
             return latent
-        parts = [torch.full((prod(self.latent),), latent), torch.full((sum(self.widths),), beside)]
-        return torch.cat(parts).double()
+        counts = torch.tensor([prod(self.latent), sum(self.widths)])
+        return torch.tensor([latent, beside], dtype=torch.float64).repeat_interleave(counts)
 
 
 def state_of(config: BackboneConfig) -> StateShape:
