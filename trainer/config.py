@@ -69,7 +69,7 @@ class TrainConfig:
         cache: folder of the cache, or a pattern of the tars it was exported to.
         init: run or checkpoint whose weights the run begins with; empty draws them.
         targets: where the teachers' targets come from: the cache, or online from the teachers themselves.
-        model: name of the backbone, ``SiT-<size>/<patch>``.
+        model: name of the backbone, ``SiT-<size>/<patch>``; where it is left out, `build` takes the method's.
         condition: column that the network is conditioned on: the label, or one of a kind that a condition is
             made of.
         method_name: which method: a name of ours, of an installed one, or ``module:Class``.
@@ -219,6 +219,7 @@ def build(
     from_command_line = any(key in _METHOD_KEYS and value == name for key, value in given)
     method_class = find_method(name, may_import=from_command_line)
     kind = method_class.config_class
+    values.setdefault("model", method_class.default_model)
     preset, settings = with_preset(
         method_class,
         settings,
@@ -226,7 +227,7 @@ def build(
         given={key.removeprefix("method.") for key, _ in given if key.startswith("method.")},
     )
     method = from_mapping(kind, settings, prefix="method.")
-    objective = _objective(dict(values.pop("objective", {})), values.get("model", TrainConfig.model))
+    objective = _objective(dict(values.pop("objective", {})), values["model"])
     trainer = _trainer_settings(values.pop("trainer", {}))
     annotations = _annotations()
     for key in values:

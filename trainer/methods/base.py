@@ -189,6 +189,7 @@ class Method(nn.Module, ABC):
 
     Attributes:
         config_class: class of the settings, a frozen dataclass whose fields all have a default.
+        default_model: the backbone, as of ``--model``, where nobody names one.
         presets: size of backbone (``"B"``) → what the settings are that nobody has set.
         named_presets: name, as of ``method.preset``, → settings that it sets, each in place of its default.
         requires: what the method needs; the checks before step 0 look at all of it.
@@ -197,6 +198,7 @@ class Method(nn.Module, ABC):
     """
 
     config_class: ClassVar[type[MethodConfig]] = MethodConfig
+    default_model: ClassVar[str] = "SiT-B/2"
     presets: ClassVar[Mapping[str, MethodConfig]] = {}
     named_presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     requires: ClassVar[tuple[Requirement, ...]] = ()

@@ -126,6 +126,16 @@ def test_shown_by_help_and_by_dry_run(tmp_path: Path) -> None:
     assert load_yaml(tmp_path / "shown.yaml")["method"]["preset"] == "released"
 
 
+def test_the_backbone_is_the_methods_where_nobody_names_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert made().model == "SiT-B/2"
+    monkeypatch.setattr(Scaled, "default_model", "SiT-XL/2")
+    assert made().model == "SiT-XL/2"
+    assert made("model=SiT-S/2").model == "SiT-S/2"
+    assert made(base={"model": "SiT-L/2"}).model == "SiT-L/2"
+    assert build(made().to_dict()) == made()
+    assert build().model == "SiT-B/2"
+
+
 @pytest.mark.parametrize(
     "presets", [3, {"a": {"width": 1}}, {"a": {"weight": "heavy"}}, {"none": {}}, {1: {}}, {"a": None}]
 )
