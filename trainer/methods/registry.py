@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from .haste import Haste
 from .irepa import Irepa
 from .none import NoAlignment
+from .reg import Reg
 from .repa import Repa
 from .sra import Sra
 
@@ -20,5 +21,6 @@ METHODS: Mapping[str, type[Method]] = {
     "repa": Repa,
     "haste": Haste,
     "irepa": Irepa,
+    "reg": Reg,
     "sra": Sra,
 }

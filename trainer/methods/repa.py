@@ -71,11 +71,13 @@ class PatchAlignment(Aligning):
     set. Several teachers have one projector each and their losses are averaged, as in the released code.
 
     Attributes:
+        kinds: of the columns that each teacher must have.
         relation_pairs: which tokens L_ML pairs, see `manifold_distance`.
     """
 
     config: PatchConfig
     config_class = PatchConfig
+    kinds: ClassVar[tuple[str, ...]] = ("patch",)
     relation_pairs: Pairs = "image"
     requires: ClassVar[tuple[Requirement, ...]] = (
         NeedsColumn("patch"),
@@ -94,7 +96,7 @@ class PatchAlignment(Aligning):
         notes: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__(config, backbone, columns, grids, notes)
-        self.teachers = choose_teachers(config.encoders, columns, "patch")
+        self.teachers = choose_teachers(config.encoders, columns, *self.kinds)
         self._targets = tuple(column_name(name, "patch") for name in self.teachers)
         depth = self.config.depth or 0
         exists = backbone.has_block(depth)
@@ -126,12 +128,20 @@ class PatchAlignment(Aligning):
         """Ask for the output of block `depth`."""
         return NOTHING if self.config.depth is None else Capture(hidden=(self.config.depth,))
 
+    def tapped(self, step: Step) -> Tensor:
+        """Return h, what is projected, ``[B, T, D]``."""
+        assert self.config.depth is not None, "a missing depth is reported before step 0"
+        return step.student.hidden[self.config.depth]
+
+    def target_of(self, columns: Mapping[str, Tensor], name: str) -> Tensor:
+        """Return z of the teacher of one column, ``[B, T, D]``, of the columns as stored."""
+        return self.make_target(target(columns, name, self.specs))
+
     def aligned_losses(self, step: Step) -> dict[str, Term]:
         """Return ``repa``, −1 when the projected tokens point where the targets point, and ``relations``."""
-        assert self.config.depth is not None, "a missing depth is reported before step 0"
-        hidden = step.student.hidden[self.config.depth]
+        hidden = self.tapped(step)
         sides = [
-            (project(hidden), self.make_target(target(step.columns, name, self.specs)))
+            (project(hidden), self.target_of(step.columns, name))
             for project, name in zip(self.projectors, self._targets, strict=True)
         ]
         similarity = torch.stack([cosine_similarity(*each).mean() for each in sides]).mean()

@@ -275,6 +275,31 @@ class SameTokens(Requirement):
             )
 
 
+class SameWidth(Requirement):
+    """Need columns of a teacher that have equally many channels, as one projector is compared with them.
+
+    Args:
+        kinds: kinds of the columns, whose last axis is their channels.
+    """
+
+    def __init__(self, *kinds: str) -> None:
+        self._kinds = kinds
+
+    def problems(self, method: Method) -> Iterator[Problem]:
+        """Report each column with other channels than the teacher's first."""
+        first, *others = self._kinds
+        for column in _columns(method, first):
+            teacher, channels = column.partition("/")[0], method.specs[column].shape[-1]
+            for name in (f"{teacher}/{kind}" for kind in others):
+                if name in method.specs and method.specs[name].shape[-1] != channels:
+                    yield Problem(
+                        what=f"{name} has {counted(method.specs[name].shape[-1], 'channel')}, {column} "
+                        f"{channels}: one projector is compared with both",
+                        remedy="choose another teacher with `--set method.encoders=[…]`",
+                        field=name,
+                    )
+
+
 class HeadsFit(Requirement):
     """Need a head of the student for each of the teacher's.
 
