@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ... import __version__
 from ...data.errors import RepaError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+REPA = "repa"
+"""Its own name among the libraries that computed a source. See `tolerances` for what is told by it."""
 
 INITIALISATION_SEED = 0
 HUB_TIMEOUT_SECONDS = 10
@@ -175,8 +179,8 @@ def hub_file(repository: str, filenames: Sequence[str], *, remedy: str) -> Path:
 
 
 def library_versions(*names: str) -> dict[str, str]:
-    """Name → installed version."""
-    return {name: version(name) for name in names}
+    """Return name → installed version, of repa itself too."""
+    return {REPA: __version__, **{name: version(name) for name in names}}
 
 
 def some(names: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from ...data.reading.reader import CacheReader
 from ..columns.forms import restore
 from ..columns.measures import TokenErrors, attention_divergence
 from .live import LiveTeachers
+from .tolerances import tolerance_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -36,10 +37,6 @@ DEFAULT_ROWS = 64
 
 # A mean over other images than those measured on when the cache was written is another mean.
 _MARGIN = 2.0
-# Another device or another release of a library rounds otherwise: what that alone may change, by the dtype
-# of the forward pass; ours, generous. Divergence in nats, 1 − cosine.
-# TF32 rounds what is multiplied to as many digits as float16 has.
-_FLOORS = {"float32": (1e-6, 1e-9), "tf32": (1e-4, 1e-6), "float16": (1e-4, 1e-6), "bfloat16": (5e-3, 3e-5)}
 # half the distance of neighbouring numbers, relative: IEEE 754, 11 and 24 binary digits
 _ROUNDING = {"float16": 2.0**-11, "float32": 2.0**-24}
 
@@ -185,15 +182,16 @@ class _Check:
     def _compare_tokens(self, error: NDArray[np.float64]) -> Comparison:
         assert self._tokens is not None, "there are tokens"
         mean, largest = float(error.mean()), float(error.max())
-        _, floor = _FLOORS[self._tokens.compute_dtype]
+        tolerance = tolerance_of(self._tokens)
         fidelity = self._tokens.notes.get("fidelity")
         if fidelity is not None:
             recorded, judged = float(fidelity["cosine_error_mean"]), mean
-            limit = _MARGIN * recorded + floor
+            limit = _MARGIN * recorded + tolerance.cosine_mean
         else:
             # each number moves by δ of itself at most, so the token by δ of its length, its angle by asin δ
             delta = _ROUNDING[self._manifest.columns[column_name(self._model, "patch")].dtype]
-            recorded, judged, limit = None, largest, delta**2 / 2 * (1 + delta) + floor
+            recorded, judged = None, largest
+            limit = delta**2 / 2 * (1 + delta) + tolerance.cosine_largest
         return Comparison(
             source=self._model,
             what="tokens",
@@ -208,7 +206,7 @@ class _Check:
         self, divergence: NDArray[np.float64], notes: Mapping[str, Any]
     ) -> Iterator[Comparison]:
         assert self._attention is not None, "there is attention"
-        floor, _ = _FLOORS[self._attention.compute_dtype]
+        floor = tolerance_of(self._attention).divergence
         for entry in notes["fidelity"]["kl"]:
             values = divergence[:, notes["blocks"].index(entry["block"]), entry["head"] - 1]
             recorded, mean = float(entry["mean"]), float(values.mean())

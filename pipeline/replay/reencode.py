@@ -25,6 +25,7 @@ from ..lanes.batches import Batch
 from ..lanes.lanes import Task, open_lanes
 from .placement import Pass, Placement
 from .recorded import recorded_config, recorded_images, recorded_job, recorded_model
+from .tolerances import tolerance_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -40,10 +41,6 @@ if TYPE_CHECKING:
     from ..shard_loop.worker import Job
     from .recorded import Given
 
-NOISE = {"float32": 1e-4, "tf32": 1e-2, "float16": 1e-2, "bfloat16": 5e-2}
-"""What another device or library may change, relative to a row's largest magnitude, by the dtype of the
-forward pass. Ours, generous: what is damaged, or of another image, is off by as much as the magnitude."""
-
 _ARITHMETIC = 1e-6  # of computing the bound itself, relative to the value
 _EXACT = ":exact"  # what a column was rounded from, beside it
 
@@ -58,7 +55,7 @@ class Reencoded:
         identical: those whose stored bytes, scales included, are what was computed now.
         largest: the largest |s − x| in units of what is allowed; not above 1 is kept.
         worst: the row it is in.
-        noise: see `NOISE`.
+        noise: see `Tolerance`.
         outside: rows with a value beyond what is allowed.
     """
 
@@ -177,7 +174,7 @@ class _SourceCheck:
     def __init__(self, manifest: Manifest, source: str, reader: CacheReader) -> None:
         self._reader = reader
         self._specs: Mapping[str, ColumnSpec] = manifest.source_columns(source)
-        noise = NOISE[manifest.sources[source].compute_dtype]
+        noise = tolerance_of(manifest.sources[source]).noise
         self.columns = {
             name: Reencoded(column=name, noise=noise)
             for name in self._specs

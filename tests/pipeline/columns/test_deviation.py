@@ -30,6 +30,7 @@ from repa.pipeline.replay.fidelity import check_fidelity
 from repa.pipeline.replay.live import LiveTeachers
 from repa.pipeline.replay.recorded import Given
 from repa.pipeline.replay.reencode import reencode
+from repa.pipeline.replay.tolerances import TOLERANCES
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -265,9 +266,11 @@ def test_a_cache_in_tf32_is_held_against_its_own_tolerance(
 ) -> None:
     monkeypatch.setattr("repa.pipeline.replay.live.require_arithmetic", lambda *_: None)
     given = Given(data="demo", vae=None, weights={})
-    assert all(each.kept and each.noise == 1e-2 for each in reencode(tf32_cache, given, rows=3))
+    assert all(
+        each.kept and each.noise == TOLERANCES["tf32"].noise for each in reencode(tf32_cache, given, rows=3)
+    )
     found = check_fidelity(tf32_cache, data="demo", weights={}, rows=3)
-    assert found[0].limit == pytest.approx(2 * float(found[0].recorded or 0) + 1e-6)
+    assert found[0].limit == pytest.approx(2 * float(found[0].recorded or 0) + TOLERANCES["tf32"].cosine_mean)
     assert all(each.kept for each in found)
 
 

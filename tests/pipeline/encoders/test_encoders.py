@@ -364,7 +364,7 @@ def test_provenance() -> None:
     assert (provenance.input_size, provenance.grid, provenance.batch_size) == (224, (16, 16), 7)
     assert (provenance.mean, provenance.std) == IMAGENET
     assert provenance.compute_dtype == "float32"
-    assert set(provenance.libraries) == {"torch", "timm", "pillow"}
+    assert set(provenance.libraries) == {"repa", "torch", "timm", "pillow"}
     assert provenance.notes == {"patch": "final norm", "cls": "token"}
 
 

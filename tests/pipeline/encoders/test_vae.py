@@ -108,7 +108,7 @@ def test_provenance(saved: tuple[Path, Any]) -> None:
     assert (provenance.input_size, provenance.grid, provenance.batch_size) == (32, (16, 16), 4)
     assert provenance.mean == provenance.std == (0.5, 0.5, 0.5)
     assert provenance.compute_dtype == "float32"
-    assert set(provenance.libraries) == {"torch", "diffusers", "pillow"}
+    assert set(provenance.libraries) == {"repa", "torch", "diffusers", "pillow"}
     assert provenance.notes == {
         "scaling_factor": 0.25,
         "shift_factor": 0.125,
