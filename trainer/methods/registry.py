@@ -10,6 +10,7 @@ from .none import NoAlignment
 from .reg import Reg
 from .repa import Repa
 from .sra import Sra
+from .urepa import Urepa
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,4 +24,5 @@ METHODS: Mapping[str, type[Method]] = {
     "irepa": Irepa,
     "reg": Reg,
     "sra": Sra,
+    "urepa": Urepa,
 }

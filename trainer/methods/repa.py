@@ -138,12 +138,19 @@ class PatchAlignment(Aligning):
         return self.make_target(target(columns, name, self.specs))
 
     def aligned_losses(self, step: Step) -> dict[str, Term]:
-        """Return ``repa``, −1 when the projected tokens point where the targets point, and ``relations``."""
+        """Return the terms of the alignment, by name."""
+        return self.compared(self.aligned_sides(step))
+
+    def aligned_sides(self, step: Step) -> list[tuple[Tensor, Tensor]]:
+        """Return ŷ and z, the projected tokens and the target, of every teacher, both ``[B, T, D]``."""
         hidden = self.tapped(step)
-        sides = [
+        return [
             (project(hidden), self.target_of(step.columns, name))
             for project, name in zip(self.projectors, self._targets, strict=True)
         ]
+
+    def compared(self, sides: list[tuple[Tensor, Tensor]]) -> dict[str, Term]:
+        """Return ``repa``, −1 when the projected tokens point where the targets point, and ``relations``."""
         similarity = torch.stack([cosine_similarity(*each).mean() for each in sides]).mean()
         terms = {"repa": Term(value=-similarity, weight=self.config.weight)}
         if self.config.relations is not None:

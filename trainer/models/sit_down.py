@@ -271,7 +271,7 @@ class SiTDown(Backbone):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Draw the weights as SiT's; those of down- and up-sampling are Xavier uniform too.
+        """Draw the weights as SiT's, and Xavier uniform ones of down- and up-sampling.
 
         Zeros there would hide the middle blocks from those after them at first.
         """

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from repa.commands.sample import SampleFlags, sample
+from repa.data.format.columns import ColumnSpec, scale_column
+from repa.data.testing import SYNTHETIC_COLUMNS, synthetic_cache
 from repa.trainer.config import TrainConfig
 from repa.trainer.models.sit_down import SiTDown
 from repa.trainer.run.checks import check
@@ -43,7 +45,6 @@ def test_repa_trains_resumes_previews_and_samples(
         "eval_every": 3,
         "gradient_angle_every": 3,
         "preview_every": 6,
-        "preview_steps": 2,
     }
     config = settings(
         model=tiny_down,
@@ -105,3 +106,77 @@ def test_haste_runs_in_the_middle_and_nowhere_else(
     (problem,) = check(haste(**{**fitting, "method__student_blocks": "1,2"})).problems
     assert problem.field == "demo/q"
     assert "2-3" in problem.remedy
+
+
+@pytest.fixture(scope="module")
+def fine_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache whose teacher has 4×4 tokens, in int8, twice the side of the middle's grid."""
+    spec = ColumnSpec(shape=(16, 16), dtype="int8")
+    scales = {scale_column("demo/patch"): ColumnSpec(shape=(16,), dtype="float32")}
+    path = tmp_path_factory.mktemp("fine") / "cache"
+    synthetic_cache(path, num_rows=40, columns={**SYNTHETIC_COLUMNS, "demo/patch": spec, **scales})
+    return path
+
+
+@pytest.fixture
+def urepa(settings: Settings, fine_cache: Path, tiny_down: str) -> Settings:
+    """`settings` of U-REPA with the tap in the first block of the middle."""
+
+    def make(**changes: Any) -> TrainConfig:
+        values = {"method": "urepa", "method__depth": 2, "method__projector_width": 16}
+        return settings(**{"cache": str(fine_cache), "model": tiny_down, **values, **changes})
+
+    return make
+
+
+def test_urepa_trains_resumes_and_ends_at_tau(
+    urepa: Settings,
+    undisturbed: Callable[..., Path],
+    killed_fit: Callable[..., None],
+    run_fit: Callable[..., Any],
+    same_run: Callable[[Path, Path, int], None],
+    tmp_path: Path,
+) -> None:
+    config = urepa(max_steps=6, checkpoint_every=1, method__stop=4)
+    whole = undisturbed(config)
+    for moment in (3, 5):  # before τ and after
+        killed_fit(config, f"killed-{moment}", moment=moment)
+        outcome, _ = run_fit(config, f"killed-{moment}")
+        assert (outcome.resumed_from, outcome.finished) == (moment - 1, True)
+        same_run(whole, tmp_path / f"killed-{moment}", 6)
+    rows = read_metrics(whole / "metrics.csv")
+    for row in rows[:4]:
+        assert row["loss"] == pytest.approx(
+            row["velocity"] + 0.5 * row["repa"] + 1.5 * row["relations"], rel=1e-6
+        )
+        assert (row["repa_weight"], row["relations_weight"]) == (0.5, 1.5)
+        assert {"student_pair_cosine", "teacher_pair_cosine"} <= row.keys()
+    assert set(rows[4]) == set(rows[5]) == {"step", "loss", "velocity", "gradient_norm"}
+
+
+def test_urepa_of_one_batch_and_of_its_parts(
+    urepa: Settings, run_fit: Callable[..., Any], tmp_path: Path
+) -> None:
+    """1 × 8 = 2 × 4: the manifold term pairs tokens of one image."""
+    for name, changes in (("whole", {}), ("parts", {"accumulate": 2})):
+        run_fit(urepa(max_steps=3, **changes), name)
+    whole, parts = (read_metrics(tmp_path / name / "metrics.csv") for name in ("whole", "parts"))
+    for one, two in zip(whole, parts, strict=True):
+        for key in ("loss", "repa", "relations", "student_pair_cosine"):
+            assert one[key] == pytest.approx(two[key], rel=1e-4, abs=1e-5), key
+
+
+def test_the_first_step_is_that_of_the_baseline(
+    settings: Settings,
+    urepa: Settings,
+    fine_cache: Path,
+    tiny_down: str,
+    run_fit: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """Weights, order and noise are alike, so the first velocity loss is."""
+    run_fit(urepa(max_steps=1), "aligned")
+    run_fit(settings(cache=str(fine_cache), model=tiny_down, method="none", max_steps=1), "plain")
+    first = [read_metrics(tmp_path / name / "metrics.csv")[0] for name in ("aligned", "plain")]
+    assert first[0]["velocity"] == first[1]["velocity"]
+    assert first[0]["loss"] != first[1]["loss"]
