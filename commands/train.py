@@ -36,8 +36,8 @@ class TrainFlags:
     method: Annotated[
         str | None,
         typer.Option(
-            help="'repa', 'haste', 'irepa', 'none' for plain SiT, one that an installed package offers, or "
-            "my_module:MyMethod.",
+            help="'none' for plain SiT, 'repa', 'haste', 'irepa', 'reg', 'sra', "
+            "one that an installed package offers, or my_module:MyMethod.",
             show_default="repa",
         ),
     ] = None

@@ -1,0 +1,317 @@
+"""Every method of the registry as a user meets it: planned, refused, paired, resumed, accumulated, compiled.
+
+A method is under these tests from the moment that it stands in the registry.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from every_method import STEPS, STOP, shrink, small_config, write_cache
+from repa.cli import app
+from repa.commands.train import TrainFlags, train
+from repa.data.errors import RepaError
+from repa.trainer.config import TrainConfig
+from repa.trainer.input.datamodule import columns_of_phase
+from repa.trainer.methods import METHODS
+from repa.trainer.methods.aligning import PLAIN, Aligning
+from repa.trainer.methods.named_presets import unusable_presets
+from repa.trainer.models.base import Backbone
+from repa.trainer.models.sit import SIT_SIZES
+from repa.trainer.models.sit_down import SIT_DOWN_SIZES
+from repa.trainer.run.checked import ProblemsError
+from repa.trainer.run.checks import check
+from repa.trainer.run.fit import assemble
+from repa.trainer.run.identity import identity_of
+from repa.trainer.run.lightning_trainer import make_trainer
+from repa.trainer.run.metrics import read_metrics
+from repa.trainer.step.checkpoints import checkpoints_of
+from repa.trainer.step.module import TrainingModule
+from rich.console import Console
+from typer.main import get_command
+from warmed import Warmed
+
+Fit = Callable[..., Any]
+
+NAMES = sorted(METHODS)
+ALIGNING = [name for name in NAMES if issubclass(METHODS[name], Aligning)]
+PRESETS = [(name, preset) for name in NAMES for preset in ("none", *METHODS[name].named_presets)]
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for sizes in (SIT_SIZES, SIT_DOWN_SIZES):
+        monkeypatch.setitem(sizes, "T", sizes["T"])
+    shrink()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with everything that a method reads."""
+    return write_cache(tmp_path_factory.mktemp("every") / "whole")
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache without a teacher."""
+    return write_cache(tmp_path_factory.mktemp("every") / "latents", teacher=False)
+
+
+def metrics_of(run: Path) -> list[dict[str, float]]:
+    return read_metrics(run / "metrics.csv")
+
+
+def state_of(run: Path, step: int) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(checkpoints_of(run)[step], weights_only=True)["state_dict"]
+    return state
+
+
+def assert_equal_but_for_rounding(first: Path, second: Path) -> None:
+    """Compare what every step logged, of which the later rows tell of the weights too."""
+    rows = metrics_of(first)
+    for one, two in zip(rows, metrics_of(second), strict=True):
+        assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
+    last = int(rows[-1]["step"])
+    assert state_of(first, last).keys() == state_of(second, last).keys()
+
+
+def build_run(config: TrainConfig) -> tuple[TrainingModule, Any]:
+    checked = check(config)
+    assert checked.problems == []
+    return assemble(config, checked, identity_of(checked, config))
+
+
+def test_the_flag_names_them() -> None:
+    command = get_command(app).commands["train"]  # type: ignore[attr-defined]
+    (said,) = [each.help for each in command.params if each.name == "method"]
+    assert all(f"'{name}'" in said for name in NAMES)
+
+
+@pytest.mark.parametrize(("name", "preset"), PRESETS)
+def test_a_dry_run_names_phases_and_columns(name: str, preset: str, whole: Path, tmp_path: Path) -> None:
+    config = small_config(name, whole, method__preset=preset)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    printed = io.StringIO()
+    flags = TrainFlags(config=tmp_path / "config.yaml", run=tmp_path / "run", dry_run=True)
+    train(flags, console=Console(file=printed, width=300))
+    method = check(config).method
+    assert method is not None
+    phases = method.phases()
+    if "stop" in vars(config.method):
+        assert len(phases) > 1
+    table = printed.getvalue()[printed.getvalue().index("run folder") :]
+    for phase in phases:
+        assert f" {phase.name} " in table
+        for column in columns_of_phase(method, phase, "label"):
+            assert f" {column} " in table
+    assert not (tmp_path / "run").exists()
+    assert unusable_presets(METHODS[name]) == ""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_cache_lacks_is_refused_with_the_command_that_adds_it(
+    name: str, whole: Path, latents: Path, run_fit: Fit, tmp_path: Path
+) -> None:
+    method = check(small_config(name, whole)).method
+    assert method is not None
+    reads = {column for phase in method.phases() for column in method.columns(phase)}
+    config = small_config(name, latents)
+    if not reads:
+        assert check(config).problems == []
+        return
+    with pytest.raises(ProblemsError) as caught:
+        run_fit(config)
+    assert not (tmp_path / "run").exists()
+    for problem in caught.value.problems:
+        assert problem.field
+        assert "`repa preprocess --encoder" in problem.remedy
+
+
+@pytest.mark.parametrize("name", ALIGNING)
+def test_an_alignment_that_ends_before_it_begins_is_refused(name: str, whole: Path) -> None:
+    (problem,) = check(small_config(name, whole, method__stop=0)).problems
+    assert problem.field == "method.stop"
+    with pytest.raises(RepaError) as caught:
+        small_config(name, whole, method__stop="soon")
+    assert caught.value.field == "method.stop"
+
+
+def seen_in_steps(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], dict[str, Any]]:
+    """Return what the steps of a run see, and the weights its backbone begins with."""
+    module, data = build_run(config)
+    weights = {key: value.clone() for key, value in module.backbone.named_parameters() if value.requires_grad}
+    steps: list[Any] = []
+    losses = module.method.losses
+    monkeypatch.setattr(module.method, "losses", lambda step: (steps.append(step), losses(step))[1])
+    data.trainer = make_trainer(config)
+    stream = data.train_dataloader()
+    rows = []
+    for _ in range(STEPS):
+        batch = next(stream)
+        rows.append(batch.rows.tolist())
+        module.terms(batch)
+    data.teardown("fit")
+    return [
+        (row, step.x0, step.noise, step.t, step.condition) for row, step in zip(rows, steps, strict=True)
+    ], weights
+
+
+@pytest.mark.parametrize("name", [each for each in NAMES if each != "none"])
+def test_it_sees_the_same_as_none_and_begins_with_the_same_weights(
+    name: str, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows, latents, noise, times and dropped labels are equal to the bit, so that runs can be compared."""
+    config = small_config(name, whole)
+    steps, weights = seen_in_steps(config, monkeypatch)
+    plain, begun = seen_in_steps(small_config("none", whole, model=config.model), monkeypatch)
+    for one, other in zip(steps, plain, strict=True):
+        assert one[0] == other[0]
+        assert all(torch.equal(*pair) for pair in zip(one[1:], other[1:], strict=True))
+    assert begun.keys() <= weights.keys()
+    assert all(torch.equal(weights[key], value) for key, value in begun.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_killed_and_resumed_at_every_boundary_of_phases(
+    name: str,
+    whole: Path,
+    undisturbed: Callable[..., Path],
+    run_fit: Fit,
+    killed_fit: Callable[..., None],
+    same_run: Callable[[Path, Path, int], None],
+    tmp_path: Path,
+) -> None:
+    config = small_config(name, whole)
+    method = check(config).method
+    assert method is not None
+    boundaries = [phase.start for phase in method.phases()[1:]] or [STOP]
+    for boundary in boundaries:
+        folder = f"killed-{boundary}"
+        killed_fit(config, folder, moment=boundary + 1)
+        outcome, _ = run_fit(config, folder)
+        assert outcome.resumed_from == boundary
+        same_run(undisturbed(config), tmp_path / folder, STEPS)
+
+
+@pytest.mark.parametrize("name", ALIGNING)
+def test_from_the_stop_on_nothing_of_it_is_left(
+    name: str, whole: Path, undisturbed: Callable[..., Path]
+) -> None:
+    """No column, no term and no parameter of the alignment; what lasts is what the method itself says."""
+    config = small_config(name, whole)
+    module, _ = build_run(config)
+    method = module.method
+    assert isinstance(method, Aligning)
+    before, after = method.phase_at(STOP - 1), method.phase_at(STOP)
+    assert after.name == PLAIN
+    aligned = set(method.aligned_columns())
+    assert aligned <= set(method.columns(before))
+    assert not aligned or aligned - set(method.columns(after))
+    rows = metrics_of(undisturbed(config))
+    terms = [{key.removesuffix("_weight") for key in row if key.endswith("_weight")} for row in rows]
+    assert len(terms[0]) > len(terms[-1])
+    assert [each == terms[-1] for each in terms] == [step >= STOP for step in range(STEPS)]
+    at_stop, end = (state_of(undisturbed(config), step) for step in (STOP, STEPS))
+    idle = [key for key in end if key.startswith(method.flags(after).idle)]
+    assert all(torch.equal(end[key], at_stop[key]) for key in idle)
+    start = module.state_dict()
+    assert not idle or any(not torch.equal(at_stop[key], start[key]) for key in idle)
+    moving = [key for key, value in module.named_parameters() if value.requires_grad and key not in idle]
+    assert any(not torch.equal(end[key], at_stop[key]) for key in moving)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_batch_of_eight_is_two_of_four(
+    name: str, whole: Path, undisturbed: Callable[..., Path], run_fit: Fit, tmp_path: Path
+) -> None:
+    whole_batches = undisturbed(small_config(name, whole))
+    run_fit(small_config(name, whole, accumulate=2))
+    assert_equal_but_for_rounding(whole_batches, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_is_plain_within_rounding(
+    name: str, whole: Path, run_fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the ``eager`` backend, which keeps what dynamo captures and waits for no compiler."""
+    compiled = []
+
+    def compile_eagerly(self: Backbone, **options: Any) -> None:
+        compiled.append(self)
+        torch.nn.Module.compile(self, backend="eager", **options)
+
+    torch._dynamo.reset()
+    config = small_config(name, whole, max_steps=2)
+    monkeypatch.setattr(type(build_run(config)[0].backbone), "compile", compile_eagerly)
+    run_fit(config, "plain")
+    run_fit(small_config(name, whole, max_steps=2, compile=True), "compiled")
+    assert compiled
+    assert_equal_but_for_rounding(tmp_path / "plain", tmp_path / "compiled")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_for_this_machine_is_plain_within_rounding(
+    name: str, whole: Path, undisturbed: Callable[..., Path], run_fit: Fit, tmp_path: Path
+) -> None:
+    torch._dynamo.reset()
+    run_fit(small_config(name, whole, compile=True))
+    assert_equal_but_for_rounding(undisturbed(small_config(name, whole)), tmp_path / "run")
+
+
+TWO_RANKS = """
+import io, sys
+from pathlib import Path
+from rich.console import Console
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from every_method import shrink
+from repa.trainer.config import build
+from repa.trainer.settings_file import load_yaml
+from repa.trainer.run.fit import fit
+
+if __name__ == "__main__":
+    shrink()
+    for file in sorted(Path(sys.argv[2]).glob("*.yaml")):
+        fit(build(load_yaml(file)), file.with_suffix(""), console=Console(file=io.StringIO()))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_that_accumulates(
+    whole: Path, run_fit: Fit, tmp_path: Path, warmed: Warmed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All methods in one process group: micro-batch k with the draws of rank k gives what two ranks give."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    for name in NAMES:
+        two = small_config(name, whole, trainer__devices=2, trainer__accelerator="cpu")
+        (runs / f"{name}.yaml").write_text(two.to_yaml())
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS)
+    ended = warmed.run(script, Path(__file__).parents[1] / "support", runs, ranks=2)
+    assert [each.returncode for each in ended] == [0, 0], ended
+
+    draw, rank = TrainingModule.terms, [0]
+
+    def terms_of_a_rank(self: TrainingModule, batch: Any, draws: Any = None) -> Any:
+        from dataclasses import replace
+
+        rank[0], self._draws = batch.micro, None
+        config, self.config = self.config, replace(self.config, accumulate=1)
+        try:
+            return draw(self, replace(batch, micro=0), draws)
+        finally:
+            rank[0], self.config = 0, config
+
+    monkeypatch.setattr(TrainingModule, "terms", terms_of_a_rank)
+    monkeypatch.setattr(TrainingModule, "global_rank", property(lambda self: rank[0]))
+    for name in NAMES:
+        run_fit(small_config(name, whole, accumulate=2), name)
+        assert_equal_but_for_rounding(tmp_path / name, runs / name)
