@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from repa.trainer.methods.base import Step
 from repa.trainer.methods.sra import LOSSES, Sra, SraConfig
-from repa.trainer.models.capture import Captured
+from repa.trainer.models.capture import Capture, Captured
 from repa.trainer.models.sit import SiT, SiTConfig
+from repa.trainer.models.token_groups import TokenGroups
 from repa.trainer.objectives.base import Noised
 from repa.trainer.objectives.flow import Flow, FlowConfig
 from safetensors.torch import load_file
@@ -58,6 +59,46 @@ def make(reference: Reference | None = None, preset: str = "paper", **settings: 
     if reference is not None:
         method.load_state_dict(reference.head)
     return method
+
+
+def groups_of(reference: Reference, *, separate: bool) -> tuple[TokenGroups, Tensor]:
+    """The reference's groups and their times ``[B, 2]``; an image of one group has that one's time twice."""
+    of_token, t = reference.numbers["dts_mask"], reference.numbers["dts_t"].mT.clone()
+    whole = (of_token == 1).all(1)
+    return TokenGroups(of_token=of_token, separate=separate), torch.where(whole[:, None], t[:, 1:], t)
+
+
+def dual_step_of(
+    reference: Reference, method: Sra, *, teacher_labels: str = "dts_y_dropped"
+) -> tuple[Step, Tensor]:
+    """A step with the reference's groups, and its velocity loss per sample."""
+    numbers, objective = reference.numbers, Flow(FlowConfig())
+    groups, t = groups_of(reference, separate=method.config.separate)
+
+    def spread(times: Tensor) -> Tensor:
+        return groups.on_latent(times, (8, 8), 2) if times.ndim == 2 else times
+
+    def teach(x: Tensor, times: Tensor, capture: Capture) -> Captured:
+        given = {"groups": groups} if times.ndim == 2 else {}
+        return reference.teacher(x, times, numbers[teacher_labels], capture, **given)
+
+    noised = objective.noised(numbers["x0"], numbers["noise"], spread(t))
+    capture = method.capture(method.phase_at(0))
+    student = reference.student(noised.x_t, t, numbers["dts_y_dropped"], capture, groups=groups)
+    step = Step(
+        index=0,
+        columns={},
+        x0=noised.x0,
+        noise=noised.noise,
+        t=t,
+        condition=numbers["dts_y_dropped"],
+        student=student,
+        interpolate=lambda times: objective.interpolate(noised.x0, noised.noise, spread(times)),
+        generator=torch.Generator(),
+        draws={"offset": numbers["dts_k"].mT},
+        ema_forward=teach,
+    )
+    return step, objective.losses(student, noised)["velocity"]
 
 
 def step_of(

@@ -1,9 +1,10 @@
-"""The method contract, a module that owns auxiliary parameters and answers eight questions.
+"""The method contract, a module that owns auxiliary parameters and answers nine questions.
 
 1 which phases (`phases`), 2 which columns (`columns`), 3 which activations (`capture`), 4 what conditions
 the network (`make_conditioner`), 5 at which times (`time_law`), 6 what is the loss (`losses`), 7 what else
-(`flags`), 8 what is denoised beside the latent (`denoised`). It never touches optimiser, trainer, files,
-ranks or logging. The loss of the prediction is the objective's.
+(`flags`), 8 what is denoised beside the latent (`denoised`), 9 which times the tokens of an image have
+(`token_times`). It never touches optimiser, trainer, files, ranks or logging. The loss of the prediction is
+the objective's.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
     from ..models.conditioning import Conditioner
     from ..objectives.base import Noised
     from ..objectives.times import TimeLaw
+    from ..objectives.token_times import TokenTimes
 
 EmaForward: TypeAlias = Callable[[Tensor, Tensor, Capture], Captured]
-"""(x_t ``[B, C, h, w]``, t ``[B]``, capture) → activations of the averaged weights, same condition."""
+"""(x_t ``[B, C, h, w]``, t as in `Step`, capture) → activations of the averaged weights, same condition."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +106,11 @@ class Step:
         columns: the phase's columns as stored, ``[B, …]``, on the device.
         x0: scaled latent ``[B, C, h, w]``.
         noise: ε, of the same shape.
-        t: times ``[B]``.
+        t: times ``[B]``; those of groups ``[B, G]`` where `Method.token_times` makes groups of the tokens.
         condition: what the network was conditioned on, ``[B, …]``.
         student: prediction and captured activations.
         beside: name → the vector that is denoised beside the latent: values and noise ``[B, D]``, times.
-        interpolate: t ``[B]`` → x_t for this x0 and noise.
+        interpolate: t ``[B]``, or of the groups ``[B, G]``, → x_t for this x0 and noise.
         generator: keyed by (seed, rank, step, micro-batch).
         draws: what `Method.draws` drew for these images, by name, ``[B, …]`` each.
         ema_forward: the averaged weights' forward pass, without gradient; None unless the flags ask for it.
@@ -281,6 +283,11 @@ class Method(nn.Module, ABC):
         """
         del phase, count, generator
         return {}
+
+    def token_times(self, phase: Phase) -> TokenTimes | None:
+        """Return which times the tokens of an image have, None for one time an image."""
+        del phase
+        return None
 
     @abstractmethod
     def losses(self, step: Step) -> dict[str, Term]:

@@ -300,6 +300,33 @@ class SameWidth(Requirement):
                     )
 
 
+class TakesEffect(Requirement):
+    """Need a setting to be left alone where it would do nothing.
+
+    Args:
+        setting: its name.
+        where: name of another setting → its values, with any of which this one has an effect.
+    """
+
+    def __init__(self, setting: str, **where: tuple[Any, ...]) -> None:
+        self._setting, self._where = setting, where
+
+    def problems(self, method: Method) -> Iterator[Problem]:
+        """Report a setting that is no default and has no effect."""
+        value = getattr(method.asked, self._setting)
+        default = getattr(method.config_class(), self._setting)
+        if value == default or any(
+            getattr(method.config, name) in all_ for name, all_ in self._where.items()
+        ):
+            return
+        needed = [f"method.{name}={_listed(values, ' or ')}" for name, values in self._where.items()]
+        yield Problem(
+            what=f"method.{self._setting}={value} has no effect without {_listed(needed, ' or ')}",
+            remedy=f"leave it at {default}, or set {needed[0]}",
+            field=f"method.{self._setting}",
+        )
+
+
 class HeadsFit(Requirement):
     """Need a head of the student for each of the teacher's.
 

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor, nn
 
 from ..models.capture import NOTHING, BackboneFacts, Capture, Captured
 from ..models.layers import initialise_linear
+from ..objectives.token_times import TokenTimes
 from .aligning import ALIGN, Aligning, AligningConfig
 from .alignment import cosine_similarity
 from .base import Flags, Phase, Requirement, Step, Term, filled
-from .requirements import AlignsFirst, DepthWithin, HasPreset, SameTokens
+from .requirements import AlignsFirst, DepthWithin, HasPreset, SameTokens, TakesEffect
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,6 +42,12 @@ class SraConfig(AligningConfig):
         decay_epochs: in how many epochs the weight then falls tenfold, 0 for never; none is that of the
             released runs.
         epoch_steps: steps of an epoch of that decay (ImageNet in batches of 256: 5,004).
+        times: times of an image: ``one``, or ``two``, each of a random group of its tokens.
+        separate: whether a token attends in training to the tokens of its own group alone.
+        share: part of the tokens that is in the smaller group.
+        whole: ρ, probability that an image has one group.
+        teacher: what the averaged weights see of an image with two times: with ``offset`` each group at its
+            own t − k, with ``self_flow`` the whole image at the smaller time, each token attending to all.
     """
 
     weight: Annotated[float, Ge(0)] = 0.2
@@ -51,6 +58,11 @@ class SraConfig(AligningConfig):
     decay_after: Annotated[int, Ge(0)] | None = None
     decay_epochs: Annotated[float, Ge(0)] | None = None
     epoch_steps: Annotated[int, Ge(1)] = 5004
+    times: Literal["one", "two"] = "one"
+    separate: bool = False
+    share: Annotated[float, Gt(0), Lt(1)] = 0.25
+    whole: Annotated[float, Ge(0), Le(1)] = 0.0
+    teacher: Literal["offset", "self_flow"] = "offset"
 
 
 PRESETS: Mapping[str, SraConfig] = {
@@ -66,6 +78,14 @@ LOSSES: Mapping[str, Mapping[str, Any]] = {
     "paper": {"distance": "smooth-l1", "weight": 0.2},
     # the code since July 2026; tokens are the default axis of `torch.cosine_similarity`, and surely not meant
     "released": {"distance": "cosine-token", "weight": 0.5, "decay_epochs": 0},
+    # the recommended run of arXiv 2607.02508
+    "dts_as": {
+        "distance": "cosine-token",
+        "weight": 0.5,
+        "decay_epochs": 0,
+        "times": "two",
+        "separate": True,
+    },
     # equation 5 of the paper; the weight is ours
     "channel": {"distance": "cosine-channel", "weight": 0.5, "decay_epochs": 0},
 }
@@ -99,6 +119,9 @@ class Sra(Aligning):
 
     h is the output of block m at time t, z′ the raw output of block n of the averaged weights at t − k, of
     the same image, noise and condition, without head and without gradient.
+
+    With two times (dual-timestep scheduling, arXiv 2607.02508) a random part of the tokens is noised at a
+    time of its own. The teacher sees the same groups; sampling has one time and attends to all tokens.
     """
 
     config: SraConfig
@@ -110,6 +133,10 @@ class Sra(Aligning):
         AlignsFirst("stop"),
         DepthWithin("student_block", "teacher_block"),
         SameTokens("student_block", "teacher_block"),
+        TakesEffect("share", times=("two",), separate=(True,)),
+        TakesEffect("whole", times=("two",), separate=(True,)),
+        TakesEffect("teacher", times=("two",)),
+        TakesEffect("offset", teacher=("offset",)),
     )
 
     def __init__(
@@ -135,11 +162,24 @@ class Sra(Aligning):
         return Flags(ema_forward=True)
 
     def draws(self, phase: Phase, count: int, generator: torch.Generator) -> Mapping[str, Tensor]:
-        """Draw k, float32 ``[B]``, while there is a teacher."""
+        """Draw k, float32 ``[B]``, or ``[B, 2]`` with two times, while there is a teacher."""
         if phase.name != ALIGN:
             return {}
-        draws = torch.rand(count, generator=generator, device=generator.device)
+        shape = (count, 2) if self.config.times == "two" else (count,)
+        draws = torch.rand(shape, generator=generator, device=generator.device)
         return {"offset": self.config.offset * draws}
+
+    def token_times(self, phase: Phase) -> TokenTimes | None:
+        """Return the two groups, where there are two times or separation, while there is a teacher."""
+        config = self.config
+        if phase.name != ALIGN or (config.times == "one" and not config.separate):
+            return None
+        return TokenTimes(
+            shares=(config.share, 1 - config.share),
+            separate=config.separate,
+            one_time=config.times == "one",
+            whole=config.whole,
+        )
 
     def aligned_losses(self, step: Step) -> dict[str, Term]:
         """Return one term, ``sra``, and for the record both cosines and the norms of both sides."""
@@ -179,10 +219,22 @@ class Sra(Aligning):
         block = self.config.teacher_block
         assert block is not None, "a missing block is reported before step 0"
         assert step.ema_forward is not None, "the flags ask for it"
-        t = (step.t - step.draws["offset"]).clamp(0, 1)
+        t = self._teacher_times(step.t, step.draws["offset"])
         capture = Capture(hidden=(block,), stop_after=block)
         captured: Captured = step.ema_forward(step.interpolate(t), t, capture)
         return captured.hidden[block]
+
+    def _teacher_times(self, t: Tensor, offset: Tensor) -> Tensor:
+        """Return the teacher's times, ``[B]`` or of the groups ``[B, 2]``."""
+        if self.config.teacher == "self_flow":
+            return t.amin(1) if t.ndim == 2 else t
+        if offset.ndim < t.ndim:
+            # groups that share a time share its offset
+            offset = offset.unsqueeze(1)
+        elif offset.ndim > t.ndim:
+            # the angle of gradients is taken at one time of the whole image
+            offset = offset[:, -1]
+        return (t - offset).clamp(0, 1)
 
 
 def smooth_l1(tokens: Tensor, targets: Tensor) -> Tensor:

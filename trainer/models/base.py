@@ -81,7 +81,9 @@ class Backbone(nn.Module, ABC):
     A subclass is constructed from its config and, optionally, a conditioner; None stands for class labels.
     Its parameters are drawn from torch's global generator. One whose config says ``most_tokens`` takes a last
     argument in `forward`, the tuple of noisy vectors ``[B, D]`` of `BackboneConfig.token_widths`, and returns
-    their predictions in `Captured.tokens`; it is given only where there are some.
+    their predictions in `Captured.tokens`; it is given only where there are some. One whose facts say
+    ``token_times`` takes ``groups`` by keyword, given only where an image has several times: the times are
+    then those of the groups, ``[B, G]``, and each token is modulated by its group's embedding.
 
     Attributes:
         config: architecture.

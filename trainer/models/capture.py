@@ -42,6 +42,7 @@ class BackboneFacts:
         size_name: letter of the published size (``"B"``), None if it is none of them.
         blocks: every block's facts where they differ, as in a U-Net; empty where all blocks are alike.
         siblings: names of models of this size on this latent, each after the grid of its tokens.
+        token_times: whether tokens may have times of their own, in groups (see `Backbone`).
     """
 
     depth: int
@@ -52,6 +53,7 @@ class BackboneFacts:
     size_name: str | None = None
     blocks: tuple[BlockFacts, ...] = ()
     siblings: tuple[tuple[tuple[int, int], str], ...] = ()
+    token_times: bool = False
 
     def has_block(self, block: int) -> bool:
         """Return whether the block, counted from 1, exists."""

@@ -18,6 +18,8 @@ from .rotary import rotate
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .token_groups import TokenGroups
+
 FREQUENCIES = 256
 MAX_PERIOD = 10_000.0
 MLP_RATIO = 4
@@ -26,8 +28,15 @@ NEAR_TIES = (12, 106)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Compute ``x · (1 + scale) + shift`` with x ``[B, T, D]``, shift and scale ``[B, D]``."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    """Compute ``x · (1 + scale) + shift`` with x ``[B, T, D]``, shift and scale ``[B, D]`` or as x."""
+    return x * (1 + _per_token(scale)) + _per_token(shift)
+
+
+def _per_token(values: Tensor, groups: TokenGroups | None = None) -> Tensor:
+    """Return what multiplies tokens, ``[B, 1, D]`` of an image's values, ``[B, T, D]`` of its groups'."""
+    if groups is not None:
+        return groups.spread(values)
+    return values.unsqueeze(1) if values.ndim == 2 else values
 
 
 def position_table(width: int, grid: tuple[int, int]) -> Tensor:
@@ -103,10 +112,10 @@ class TimestepEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        """Embed times ``[B]`` as ``[B, D]``."""
+        """Embed times ``[B]`` as ``[B, D]``, or times of groups ``[B, G]`` as ``[B, G, D]``."""
         # float32 even for float64 times: the published models have it so
-        angles = t.float()[:, None] * time_frequencies(t.device)
-        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)
+        angles = t.float().unsqueeze(-1) * time_frequencies(t.device)
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
         embedding: Tensor = self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
         return embedding
 
@@ -124,12 +133,15 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rotation: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, rotation: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Attend over the tokens.
 
         Args:
             x: tokens ``[B, T, D]``.
             rotation: rotary positions ``[2, T, D / H / 2]``, of `axial_rotation`; None for none.
+            mask: which token may attend to which, bool ``[B, 1, T, T]``; None for all.
 
         Returns:
             Output ``[B, T, D]``; queries and keys ``[B, H, T, D / H]``, after norms and rotation, before the
@@ -142,7 +154,9 @@ class Attention(nn.Module):
         if rotation is not None:
             queries, keys = rotate(queries, rotation), rotate(keys, rotation)
         # norms and rotation of queries and keys give float32 under autocast, the values are half precision
-        attended = F.scaled_dot_product_attention(queries.to(values.dtype), keys.to(values.dtype), values)
+        attended = F.scaled_dot_product_attention(
+            queries.to(values.dtype), keys.to(values.dtype), values, attn_mask=mask
+        )
         output: Tensor = self.proj(attended.transpose(1, 2).reshape(B, T, D))
         return output, queries, keys
 
@@ -184,23 +198,31 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(
-        self, x: Tensor, embedding: Tensor, rotation: Tensor | None = None
+        self,
+        x: Tensor,
+        embedding: Tensor,
+        rotation: Tensor | None = None,
+        groups: TokenGroups | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute one block.
 
         Args:
             x: tokens ``[B, T, D]``.
-            embedding: of time and condition, ``[B, D]``.
+            embedding: of time and condition, ``[B, D]``, or of each group ``[B, G, D]``.
             rotation: rotary positions ``[2, T, D / H / 2]``; None for none.
+            groups: of the tokens; None where an image has one embedding.
+            mask: of `TokenGroups.mask`.
 
         Returns:
             Tokens ``[B, T, D]``; queries and keys ``[B, H, T, D / H]``.
         """
-        chunks = self.adaLN_modulation(embedding).chunk(6, dim=1)
+        # adaLN of G embeddings, and only then one for each token
+        chunks = (_per_token(each, groups) for each in self.adaLN_modulation(embedding).chunk(6, dim=-1))
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = chunks
-        attended, queries, keys = self.attn(modulate(self.norm1(x), shift_msa, scale_msa), rotation)
-        x = x + gate_msa.unsqueeze(1) * attended
-        x = x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        attended, queries, keys = self.attn(modulate(self.norm1(x), shift_msa, scale_msa), rotation, mask)
+        x = x + gate_msa * attended
+        x = x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
         return x, queries, keys
 
 
@@ -224,9 +246,11 @@ class FinalLayer(nn.Module):
         patches: Tensor = self.linear(self.modulated(x, embedding))
         return patches
 
-    def modulated(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Return the tokens ``[B, T, D]`` after adaLN."""
-        shift, scale = self.adaLN_modulation(embedding).chunk(2, dim=1)
+    def modulated(self, x: Tensor, embedding: Tensor, groups: TokenGroups | None = None) -> Tensor:
+        """Return the tokens ``[B, T, D]`` after adaLN, each with its group's where there are groups."""
+        shift, scale = (
+            _per_token(each, groups) for each in self.adaLN_modulation(embedding).chunk(2, dim=-1)
+        )
         return modulate(self.norm_final(x), shift, scale)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from .layers import (
     position_table,
     unpatchify,
 )
+
+if TYPE_CHECKING:
+    from .token_groups import TokenGroups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +150,7 @@ class SiTConfig(BackboneConfig):
                 for patch in PATCH_SIZES
                 if self.input_size % patch == 0
             ),
+            token_times=True,
         )
 
 
@@ -207,15 +211,18 @@ class SiT(Backbone):
         condition: Tensor,
         capture: Capture = NOTHING,
         beside: tuple[Tensor, ...] = (),
+        *,
+        groups: TokenGroups | None = None,
     ) -> Captured:
         """Predict what the objective trains, the velocity in the published models.
 
         Args:
             x: noisy latent ``[B, C, h, w]``.
-            t: time in [0, 1], ``[B]``; data at 0, noise at 1.
+            t: time in [0, 1], ``[B]``, or of each group ``[B, G]``; data at 0, noise at 1.
             condition: what the conditioner embeds; labels int64 ``[B]`` by default.
             capture: activations to return.
             beside: noisy vectors ``[B, D]`` of the config's `token_widths`.
+            groups: of the tokens, where an image has several times. Vectors beside the latent have none.
 
         Returns:
             The predictions ``[B, C, h, w]`` and ``[B, D]`` (none after an early stop) and the activations.
@@ -227,9 +234,11 @@ class SiT(Backbone):
         last = capture.last_block(self.config.depth)
         captured, ahead = Captured(prediction=None), len(beside)
         tokens = self._embed(x, beside) + self.pos_embed
-        embedding = self.t_embedder(t) + self.y_embedder(condition)
+        times, label = self.t_embedder(t), self.y_embedder(condition)
+        embedding = times + (label if groups is None else label.unsqueeze(1))
+        mask = None if groups is None else groups.mask()
         for number, block in enumerate(self.blocks[:last], start=1):
-            tokens, queries, keys = block(tokens, embedding)
+            tokens, queries, keys = block(tokens, embedding, groups=groups, mask=mask)
             if number in capture.hidden:
                 captured.hidden[number] = tokens[:, ahead:]
                 captured.grids[number] = self.facts.grid
@@ -238,7 +247,7 @@ class SiT(Backbone):
             if number in capture.attention:
                 captured.queries[number], captured.keys[number] = queries[:, :, ahead:], keys[:, :, ahead:]
         if capture.stop_after is None:
-            final = self.final_layer.modulated(tokens, embedding)
+            final = self.final_layer.modulated(tokens, embedding, groups)
             patches = self.final_layer.linear(final[:, ahead:])
             captured.prediction = unpatchify(patches, self.facts.grid, self.config.patch_size)
             captured.tokens = tuple(self.final_layer.linear_cls(final[:, at]) for at in range(ahead))

@@ -43,7 +43,7 @@ class Noised:
     Attributes:
         x0: scaled latent ``[B, C, h, w]``.
         noise: ε, of the same shape.
-        t: times ``[B]`` in [0, 1]; data at 0, noise at 1.
+        t: times ``[B]`` in [0, 1], or of each pixel ``[B, 1, h, w]``; data at 0, noise at 1.
         x_t: the noisy latent, of x0's shape.
     """
 
@@ -59,6 +59,7 @@ class Objective(ABC):
     Attributes:
         config_class: its settings.
         terms: names of the loss terms, as metrics.csv calls them.
+        token_times: whether `noised` and `losses` take a time of each pixel.
         config: settings.
         path: the path of those settings.
 
@@ -68,6 +69,7 @@ class Objective(ABC):
 
     config_class: ClassVar[type[ObjectiveConfig]]
     terms: ClassVar[tuple[str, ...]]
+    token_times: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -84,11 +86,11 @@ class Objective(ABC):
         return (law or time_law(self.config.times))(count, self.path, generator)
 
     def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return x_t of latents ``[B, C, h, w]``, noise and times ``[B]``."""
+        """Return x_t of latents ``[B, C, h, w]``, noise and times ``[B]`` or ``[B, 1, h, w]``."""
         return self.path.interpolate(x0, noise, t)
 
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Noised:
-        """Return what the network is given of latents ``[B, C, h, w]``, noise and times ``[B]``."""
+        """Return what the network is given of latents ``[B, C, h, w]``, noise and times, as `interpolate`."""
         return Noised(x0=x0, noise=noise, t=t, x_t=self.interpolate(x0, noise, t))
 
     @abstractmethod

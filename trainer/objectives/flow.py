@@ -35,6 +35,7 @@ class Flow(Objective):
 
     config_class = FlowConfig
     terms = (VELOCITY,)
+    token_times = True
     config: FlowConfig
 
     def losses(self, captured: Captured, noised: Noised) -> Mapping[str, Tensor]:

@@ -54,7 +54,7 @@ class Interpolant(ABC):
         Args:
             x0: data ``[B, …]``.
             noise: ε, of the same shape.
-            t: times ``[B]``.
+            t: times ``[B]``, or of as many axes as the data.
         """
         t = _like(t, x0)
         return self.alpha(t) * x0 + self.sigma(t) * noise
@@ -148,5 +148,5 @@ def interpolant(name: str) -> Interpolant:
 
 
 def _like(t: Tensor, x: Tensor) -> Tensor:
-    """Reshape times ``[B]`` to as many axes as x has, for broadcasting."""
-    return t.reshape(-1, *(1,) * (x.ndim - 1))
+    """Reshape times ``[B]`` to as many axes as x has, for broadcasting, and leave such as have them."""
+    return t if t.ndim == x.ndim else t.reshape(-1, *(1,) * (x.ndim - 1))

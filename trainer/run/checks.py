@@ -21,6 +21,7 @@ from ..input.tar_stream import GUARANTEES
 from ..methods.outside import find_method
 from ..models import registry as backbones
 from ..models.conditioning import DROP_PROBABILITY, ConditionColumn
+from ..objectives.registry import make_objective, name_of
 from ..step.randomness import derived_seed
 from .checked import RANDOM_WEIGHTS, Checked
 from .gradient_angle import angle_problems
@@ -176,8 +177,29 @@ def _check_method(config: TrainConfig, manifest: Manifest, backbone: BackboneCon
         return
     for problem in (*found.method.problems(), *angle_problems(config, found.method, backbone.facts)):
         found.add(problem.what, problem.remedy, field=problem.field)
+    _check_token_times(config, backbone, found.method, found)
     widths = tuple(each.width for each in found.method.denoised())
     found.backbone = found.attempt(lambda: backbones.with_tokens(backbone, config.model, widths))
+
+
+def _check_token_times(config: TrainConfig, backbone: BackboneConfig, method: Method, found: Checked) -> None:
+    """Check whether backbone and objective take a time of each token, where the method asks for it."""
+    if not any(method.token_times(phase) for phase in method.phases()):
+        return
+    if not backbone.facts.token_times:
+        found.add(
+            f"method {config.method_name} groups the tokens of an image, and {config.model} has one time for "
+            "all",
+            "take another --model, or leave the tokens ungrouped",
+            field="--model",
+        )
+    if not make_objective(config.objective).token_times:
+        found.add(
+            f"method {config.method_name} groups the tokens of an image, and objective "
+            f"{name_of(config.objective)} has one time for all",
+            "take another objective, or leave the tokens ungrouped",
+            field="objective",
+        )
 
 
 def _check_condition(

@@ -97,7 +97,8 @@ class GradientAngle(Callback):
 def gradient_angle(module: TrainingModule, batch: Batch) -> Tensor | None:
     """Cosine between the gradients of the weighted alignment terms and of the objective's loss.
 
-    Over all parameters of one block, for the images of one micro-batch, mean over `TIMES`; noise and dropped
+    Over all parameters of one block, for the images of one micro-batch, mean over `TIMES`, each the time of
+    all tokens; noise and dropped
     labels are drawn from streams of their own. Leaves nothing behind: parameters, their gradients and the
     draws of training are as before. Computed in the precision of training, but for float16, whose gradients
     would need their loss scaled: then in float32.

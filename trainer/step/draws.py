@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from ..models.conditioning import Conditioner
+    from ..objectives.token_times import TokenTimes
 
     Times = Callable[[int, torch.Generator], Tensor]
     Own = Callable[[int, torch.Generator], Mapping[str, Tensor]]
@@ -31,10 +32,11 @@ class Draws:
     Attributes:
         posterior: noise of the autoencoder's posterior ``[B, C, h, w]``.
         noise: ε of the path ``[B, C, h, w]``.
-        t: times ``[B]``.
+        t: times ``[B]``, or of the groups of tokens ``[B, G]``.
         dropped: which images lose their condition, bool ``[B]``.
         beside: name → ε ``[B, D]`` of what is denoised beside the latent.
         own: what the method draws for its losses by name, ``[B, …]`` each.
+        groups: group of each token, int64 ``[B, T]``; None where an image has one time.
     """
 
     posterior: Tensor
@@ -43,6 +45,7 @@ class Draws:
     dropped: Tensor
     beside: Mapping[str, Tensor] = field(default_factory=dict)
     own: Mapping[str, Tensor] = field(default_factory=dict)
+    groups: Tensor | None = None
 
     def micro_batch(self, index: int, size: int) -> Draws:
         """Return the share of micro-batch `index` of `size` images."""
@@ -54,6 +57,7 @@ class Draws:
             dropped=self.dropped[share],
             beside={name: noise[share] for name, noise in self.beside.items()},
             own={name: values[share] for name, values in self.own.items()},
+            groups=None if self.groups is None else self.groups[share],
         )
 
 
@@ -87,6 +91,7 @@ class StepDraws:
         conditioner: Conditioner,
         beside: Mapping[str, int] | None = None,
         own: Own | None = None,
+        token_times: tuple[TokenTimes, int] | None = None,
     ) -> Draws:
         """Return the draws of a step.
 
@@ -98,18 +103,25 @@ class StepDraws:
             conditioner: draws which images lose their condition.
             beside: name → channels of what is denoised beside the latent.
             own: (number of samples, generator) → what the method draws for its losses; None draws nothing.
+            token_times: which times the tokens of an image have, and how many tokens; None for one time.
         """
         if self._draws is None or self._step != step:
+            if token_times is None:
+                t, groups = times(count, self.stream("time", step)), None
+            else:
+                law, tokens = token_times
+                t, groups = law.draw(count, tokens, times, lambda name: self.stream(name, step))
             self._draws = Draws(
                 posterior=self._normal("posterior", step, (count, *shape)),
                 noise=self._normal("noise", step, (count, *shape)),
-                t=times(count, self.stream("time", step)),
+                t=t,
                 dropped=conditioner.dropped(count, self.stream("drop", step)),
                 beside={
                     name: self._normal(f"noise of {name}", step, (count, width))
                     for name, width in (beside or {}).items()
                 },
                 own={} if own is None else own(count, self.stream("method", step)),
+                groups=groups,
             )
             self._step = step
         return self._draws

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from ..methods.base import Method, Phase, Step, Term
 from ..models import registry as backbones
 from ..models.capture import Captured
 from ..models.conditioning import LabelConditioner
+from ..models.token_groups import TokenGroups
 from ..objectives.registry import make_objective
 from .draws import Draws, StepDraws
 from .means import Means
@@ -53,6 +55,9 @@ class TrainingModule(LightningModule):
         method: adds the terms beside the objective's own.
         scale: from the autoencoder's latent to the backbone's.
         identity: plain values that a checkpoint must share with the run that resumes it.
+
+    Raises:
+        ValueError: the method denoises vectors beside a latent whose tokens have times of their own.
     """
 
     def __init__(
@@ -74,6 +79,8 @@ class TrainingModule(LightningModule):
         self.identity = dict(identity)
         self.objective = make_objective(config.objective)
         self.denoised = method.denoised()
+        if self.denoised and any(method.token_times(phase) for phase in method.phases()):
+            raise ValueError("a vector beside the latent is in no group of tokens")
         self.means = Means()
         self._average = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
         self._averaged: tuple[list[nn.Parameter], list[nn.Parameter]] | None = None
@@ -144,12 +151,15 @@ class TrainingModule(LightningModule):
         draws = draws or self._draw(batch, phase)
         moments = batch.columns[MOMENTS].float()
         x0 = scale_latent(sample_posterior(moments, draws.posterior), *self.scale)
-        noised = self.objective.noised(x0, draws.noise, draws.t)
+        groups = self._groups(phase, draws)
+        noised = self.objective.noised(x0, draws.noise, self._on_latent(draws.t, groups))
         beside = self._noised_beside(batch, draws)
         condition = self.backbone.y_embedder.condition(self._condition_values(batch), draws.dropped)
         capture = self.method.capture(phase)
         tokens = (tuple(each.x_t for each in beside.values()),) if beside else ()
-        student: Captured = self.backbone(noised.x_t, noised.t, condition, capture, *tokens)
+        student: Captured = self.backbone(
+            noised.x_t, draws.t, condition, capture, *tokens, **_given(groups, draws.t)
+        )
 
         terms: dict[str, Term] = {}
         if flags.objective_loss:
@@ -163,14 +173,16 @@ class TrainingModule(LightningModule):
             columns=batch.columns,
             x0=noised.x0,
             noise=noised.noise,
-            t=noised.t,
+            t=draws.t,
             condition=condition,
             student=student,
-            interpolate=lambda times: self.objective.interpolate(noised.x0, noised.noise, times),
+            interpolate=lambda times: self.objective.interpolate(
+                noised.x0, noised.noise, self._on_latent(times, groups)
+            ),
             draws=draws.own,
             generator=self._seed_method(batch),
             beside=beside,
-            ema_forward=self._ema_forward(condition, beside) if flags.ema_forward else None,
+            ema_forward=self._ema_forward(condition, beside, groups) if flags.ema_forward else None,
         )
         return terms | self.method.losses(step)
 
@@ -289,7 +301,7 @@ class TrainingModule(LightningModule):
         if self._draws is None:
             self._draws = StepDraws(seed=self.config.seed, rank=self.global_rank, device=self.device)
         size = len(batch.label)
-        law = self.method.time_law(phase)
+        law, token_times = self.method.time_law(phase), self.method.token_times(phase)
         draws = self._draws.of_step(
             batch.step,
             size * self.config.accumulate,
@@ -298,6 +310,7 @@ class TrainingModule(LightningModule):
             self.backbone.y_embedder,
             self.widths_beside,
             partial(self.method.draws, phase),
+            None if token_times is None else (token_times, math.prod(self.backbone.facts.grid)),
         )
         return draws.micro_batch(batch.micro, size)
 
@@ -312,12 +325,28 @@ class TrainingModule(LightningModule):
         key = (self.config.seed, "method", self.global_rank, batch.step, batch.micro)
         return self._method_generator.manual_seed(derived_seed(*key))
 
-    def _ema_forward(self, condition: Tensor, beside: Mapping[str, Noised]) -> Callable[..., Captured]:
+    def _groups(self, phase: Phase, draws: Draws) -> TokenGroups | None:
+        """Return the groups of the tokens, None where each image has one time."""
+        law = self.method.token_times(phase)
+        if law is None or draws.groups is None:
+            return None
+        return TokenGroups(of_token=draws.groups, separate=law.separate)
+
+    def _on_latent(self, t: Tensor, groups: TokenGroups | None) -> Tensor:
+        """Return the times of groups ``[B, G]`` on the latent ``[B, 1, h, w]``, and others as they are."""
+        if groups is None or t.ndim == 1:
+            return t
+        return groups.on_latent(t, self.backbone.facts.grid, self.backbone.facts.patch_size)
+
+    def _ema_forward(
+        self, condition: Tensor, beside: Mapping[str, Noised], groups: TokenGroups | None
+    ) -> Callable[..., Captured]:
         @torch.no_grad()
         def forward(x_t: Tensor, t: Tensor, capture: Any) -> Captured:
             interpolate = self.objective.interpolate
             noisy = tuple(interpolate(each.x0, each.noise, t) for each in beside.values())
-            captured: Captured = self.ema(x_t, t, condition, capture, *((noisy,) if noisy else ()))
+            tokens = (noisy,) if noisy else ()
+            captured: Captured = self.ema(x_t, t, condition, capture, *tokens, **_given(groups, t))
             return captured
 
         return forward
@@ -344,6 +373,11 @@ class TrainingModule(LightningModule):
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
         self.ema.load_state_dict(self.backbone.state_dict())
+
+
+def _given(groups: TokenGroups | None, t: Tensor) -> dict[str, TokenGroups]:
+    """Return the backbone's argument for groups, none where the times are of whole images."""
+    return {} if groups is None or t.ndim == 1 else {"groups": groups}
 
 
 def build_backbone(

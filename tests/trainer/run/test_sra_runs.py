@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from repa.data.format.columns import MOMENTS
 from repa.data.testing import SYNTHETIC_COLUMNS, synthetic_cache
 from repa.trainer.config import TrainConfig
-from repa.trainer.models.sit import SiT
+from repa.trainer.models.sit import SiT, SiTConfig
+from repa.trainer.objectives.flow import Flow
 from repa.trainer.run.checks import check
 from repa.trainer.run.metrics import read_metrics
 from repa.trainer.run.phases import describe_phases
@@ -19,7 +21,11 @@ from warmed import Warmed
 
 Settings = Callable[..., TrainConfig]
 Fit = Callable[..., Any]
-VARIANTS: dict[str, dict[str, Any]] = {"plain": {"method__stop": 3}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {"method__stop": 3},
+    "dts_as": {"method__preset": "dts_as", "method__whole": 0.25},
+    "self_flow": {"method__times": "two", "method__teacher": "self_flow"},
+}
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +68,37 @@ def test_a_cache_of_latents_trains_it(sra: Settings, run_fit: Fit, tmp_path: Pat
         assert row["sra_teacher_norm"] > 0
         assert -1 <= row["sra_cosine_channel"] <= 1
         assert -1 <= row["sra_cosine_token"] <= 1
+
+
+def test_whole_images_train_as_with_one_time(
+    settings: Settings, latents: Path, run_fit: Fit, tmp_path: Path
+) -> None:
+    """ρ = 1: the time of the last group is the baseline's, and its tokens attend to all."""
+    values = {"cache": str(latents), "method": "sra", "method__student_block": 1, "method__teacher_block": 2}
+    values |= {"method__offset": 0.0, "method__preset": "released"}
+    run_fit(settings(**values), "one")
+    run_fit(settings(**values, method__times="two", method__separate=True, method__whole=1.0), "whole")
+    rows = [read_metrics(tmp_path / name / "metrics.csv") for name in ("one", "whole")]
+    for first, second in zip(*rows, strict=True):
+        assert first == pytest.approx(second, rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["flow", "one-time"])
+def test_a_backbone_or_an_objective_of_one_time_is_refused(
+    settings: Settings, latents: Path, monkeypatch: pytest.MonkeyPatch, objective: str
+) -> None:
+    values = {"cache": str(latents), "method": "sra", "method__student_block": 1, "method__teacher_block": 2}
+    if objective == "flow":
+        facts = SiTConfig.facts.fget
+        assert facts is not None
+        monkeypatch.setattr(
+            SiTConfig, "facts", property(lambda self: replace(facts(self), token_times=False))
+        )
+    else:
+        monkeypatch.setattr(Flow, "token_times", False)
+    assert check(settings(**values)).problems == []
+    (problem,) = check(settings(**values, method__times="two")).problems
+    assert problem.field == ("--model" if objective == "flow" else "objective")
 
 
 def test_killed_and_resumed(
