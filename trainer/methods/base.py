@@ -89,12 +89,15 @@ class Denoised:
         column: the cache's column of its values, ``[width]`` a row, stored as floats; every phase reads it.
         width: its channels.
         weight: of its terms of the loss.
+        standardised: whether each channel is brought to mean 0 and deviation 1 over the rows trained on. Its
+            setting is then called ``standardise``.
     """
 
     name: str
     column: str
     width: int
     weight: float
+    standardised: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

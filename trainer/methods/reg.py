@@ -29,9 +29,12 @@ class RegConfig(RepaConfig):
 
     Attributes:
         cls_weight: β of the class token's velocity loss (paper: 0.03).
+        standardise: denoise the class token with each channel brought to mean 0 and deviation 1 (released
+            code: as it is). β belongs to the scale. Its target of the alignment stays as it is.
     """
 
     cls_weight: Annotated[float, Ge(0)] = 0.03
+    standardise: bool = False
 
 
 PRESETS: Mapping[str, RegConfig] = {
@@ -75,7 +78,11 @@ class Reg(Repa):
         column = column_name(self.teachers[0], CLS)
         return (
             Denoised(
-                name=CLS, column=column, width=self.specs[column].shape[-1], weight=self.config.cls_weight
+                name=CLS,
+                column=column,
+                width=self.specs[column].shape[-1],
+                weight=self.config.cls_weight,
+                standardised=self.config.standardise,
             ),
         )
 

@@ -313,6 +313,13 @@ def _check_tars(config: TrainConfig, cache: TarCache, found: Checked) -> None:
         found.add(
             f"live teachers cannot be called beside tars, as {config.cache}", import_them, field="--targets"
         )
+    if found.method is not None and any(each.standardised for each in found.method.denoised()):
+        found.add(
+            f"method {config.method_name} standardises a column by statistics of rows, and tars are read in "
+            "sequence",
+            f"leave method.standardise out, or {import_them}",
+            field="method.standardise",
+        )
     if config.holdout:
         found.add(
             f"holdout={config.holdout}: rows cannot be held out of tars, which are read in sequence",

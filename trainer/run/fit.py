@@ -13,6 +13,7 @@ from ...data.format.columns import LABEL, MOMENTS
 from ...data.reading.reader import CacheReader
 from ...data.units import counted
 from ..input.datamodule import CacheData
+from ..input.statistics import column_statistics
 from ..step.checkpoints import checkpoint_path, checkpoints_of
 from ..step.module import TrainingModule, build_backbone
 from .callbacks import Clock, Metrics
@@ -43,13 +44,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    import numpy as np
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import Callback
+    from numpy.typing import NDArray
     from rich.console import Console
 
+    from ...data.tars.cache import TarCache
     from ..config import TrainConfig
     from ..input.online import LiveTargets
+    from ..methods.base import Method
     from ..resuming import Change
+    from ..step.beside import Statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,8 +253,20 @@ def assemble(
     ):
         raise RuntimeError("the checks have not passed")
     backbone = build_backbone(checked.backbone, checked.method, config.seed, checked.condition)
-    module = TrainingModule(config, backbone, checked.method, checked.scale, identity)
+    statistics = _statistics(checked.method, checked.reader, checked.train_rows)
+    module = TrainingModule(config, backbone, checked.method, checked.scale, identity, statistics)
     return module, CacheData(config, checked.reader, checked.train_rows, module.columns_at, checked.live)
+
+
+def _statistics(
+    method: Method, reader: CacheReader | TarCache, rows: NDArray[np.int64]
+) -> dict[str, Statistics]:
+    """Measure what the method standardises, which the checks allow of caches alone."""
+    return {
+        each.name: column_statistics(reader, each.column, rows)
+        for each in method.denoised()
+        if each.standardised and isinstance(reader, CacheReader)
+    }
 
 
 def load_live(checked: Checked, say: Callable[[str], None]) -> None:
@@ -278,8 +296,7 @@ def _held_out_evaluation(
 
     def evaluate(trainer: Trainer, module: TrainingModule) -> dict[str, float]:
         condition = module.backbone.y_embedder.column
-        beside = module.denoised
-        names = (MOMENTS, condition, *(each.column for each in beside))
+        names = (MOMENTS, condition, *module.beside.columns)
         columns = tuple(dict.fromkeys(name for name in names if name != LABEL))
         sums, count = held_out_sums(
             {"held_out_ema": module.ema, "held_out": module.backbone},
@@ -288,7 +305,7 @@ def _held_out_evaluation(
             scale=module.scale,
             seed=config.seed,
             device=module.device,
-            beside=beside,
+            beside=module.beside,
             context=trainer.precision_plugin.forward_context,
         )
         totals = [*sums.values(), float(count)]

@@ -125,7 +125,7 @@ def gradient_angle(module: TrainingModule, batch: Batch) -> Tensor | None:
         module.latent_shape,
         module.objective.times,
         module.backbone.y_embedder,
-        module.widths_beside,
+        module.beside.widths,
         partial(module.method.draws, phase),
     )
     half = module.config.precision == "16-mixed"

@@ -16,18 +16,18 @@ from torch import Tensor
 
 from ...data.format.columns import LABEL, MOMENTS
 from ...data.reading.latents import LatentScale, sample_posterior, scale_latent
-from ..models.capture import NOTHING, Captured
+from ..models.capture import NOTHING
+from ..step.beside import Beside
 from ..step.randomness import generator_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
     from ...data.reading.reader import CacheReader
-    from ..methods.base import Denoised
     from ..models.base import Backbone
-    from ..objectives.base import Noised, Objective
+    from ..objectives.base import Objective
 
 CHUNK = 64
 _GOLDEN = (5**0.5 - 1) / 2
@@ -91,7 +91,7 @@ def held_out_sums(
     scale: LatentScale,
     seed: int,
     device: torch.device,
-    beside: Sequence[Denoised] = (),
+    beside: Beside | None = None,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> tuple[dict[str, float], int]:
     """Sum over rows the objective's loss of several networks on the same draws.
@@ -103,14 +103,15 @@ def held_out_sums(
         scale: from the autoencoder's latent to the network's.
         seed: of the draws.
         device: of the networks.
-        beside: what the networks denoise beside the latent, whose columns the batches have.
+        beside: what the networks denoise beside the latent, whose columns the batches have; None for nothing.
         context: makes the context of a forward pass, for example autocast; float32 by default.
 
     Returns:
         Name → sum, ``<name>_<vector>`` → unweighted sum of each vector beside the latent, and the number of
         rows.
     """
-    sums = dict.fromkeys((*networks, *(f"{name}_{each.name}" for name in networks for each in beside)), 0.0)
+    beside = beside or Beside((), {})
+    sums = dict.fromkeys((*networks, *(f"{name}_{each}" for name in networks for each in beside.widths)), 0.0)
     rows = 0
     for batch in batches:
         moments = batch.columns[MOMENTS].float()
@@ -122,7 +123,14 @@ def held_out_sums(
         t = held_out_times(batch.first, len(moments)).to(device)
         x0 = scale_latent(sample_posterior(moments, posterior), *scale).to(device)
         noised = objective.noised(x0, noise, t)
-        vectors = {each.name: _noised_vector(each, batch, objective, seed, t) for each in beside}
+        columns = {name: batch.columns[name].to(device) for name in beside.columns}
+        # draws of their own, so that those of the latent are the same for every method
+        noises = {
+            each: torch.randn(len(t), width, generator=generator_for(seed, "held out", each, batch.first))
+            for each, width in beside.widths.items()
+        }
+        noises = {each: values.to(device) for each, values in noises.items()}
+        vectors = beside.noised(columns, noises, t, objective)
         tokens = (NOTHING, tuple(each.x_t for each in vectors.values())) if vectors else ()
         for name, network in networks.items():
             conditioner = network.y_embedder
@@ -133,21 +141,10 @@ def held_out_sums(
                 # not through __call__: a compiled network would compile again for this batch size
                 captured = network.forward(noised.x_t, noised.t, condition, *tokens)
             sums[name] += _sum(objective.losses(captured, noised))
-            for each, prediction in zip(vectors, captured.tokens, strict=True):
-                part = Captured(prediction=prediction)
-                sums[f"{name}_{each}"] += _sum(objective.losses(part, vectors[each]))
+            for each, losses in beside.losses(captured, vectors, objective).items():
+                sums[f"{name}_{each}"] += _sum(losses)
         rows += len(moments)
     return sums, rows
-
-
-def _noised_vector(
-    vector: Denoised, batch: HeldOutBatch, objective: Objective, seed: int, t: Tensor
-) -> Noised:
-    """Noise a vector beside the latent, with draws of its own that every method leaves as they are."""
-    values = batch.columns[vector.column].float()
-    generator = generator_for(seed, "held out", vector.name, batch.first)
-    noise = torch.randn(values.shape, generator=generator)
-    return objective.noised(values.to(t.device), noise.to(t.device), t)
 
 
 def _sum(losses: Mapping[str, Tensor]) -> float:

@@ -17,10 +17,10 @@ from ...data.reading.latents import LatentScale, sample_posterior, scale_latent
 from ..input.datamodule import columns_of_phase
 from ..methods.base import Method, Phase, Step, Term
 from ..models import registry as backbones
-from ..models.capture import Captured
 from ..models.conditioning import LabelConditioner
 from ..models.token_groups import TokenGroups
 from ..objectives.registry import make_objective
+from .beside import Beside, Statistics, tokens_of
 from .draws import Draws, StepDraws
 from .means import Means
 from .randomness import derived_seed
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ...data.reading.loader import Batch
     from ..config import TrainConfig
     from ..models.base import Backbone, BackboneConfig
+    from ..models.capture import Captured
     from ..models.conditioning import ConditionColumn
     from ..objectives.base import Noised
 
@@ -55,6 +56,7 @@ class TrainingModule(LightningModule):
         method: adds the terms beside the objective's own.
         scale: from the autoencoder's latent to the backbone's.
         identity: plain values that a checkpoint must share with the run that resumes it.
+        statistics: name → mean and deviation of what is standardised before it is denoised beside the latent.
 
     Raises:
         ValueError: the method denoises vectors beside a latent whose tokens have times of their own.
@@ -67,6 +69,7 @@ class TrainingModule(LightningModule):
         method: Method,
         scale: LatentScale,
         identity: Mapping[str, Any],
+        statistics: Mapping[str, Statistics] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -78,8 +81,8 @@ class TrainingModule(LightningModule):
         self.scale = scale
         self.identity = dict(identity)
         self.objective = make_objective(config.objective)
-        self.denoised = method.denoised()
-        if self.denoised and any(method.token_times(phase) for phase in method.phases()):
+        self.beside = Beside(method.denoised(), statistics or {})
+        if self.beside.vectors and any(method.token_times(phase) for phase in method.phases()):
             raise ValueError("a vector beside the latent is in no group of tokens")
         self.means = Means()
         self._average = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
@@ -94,15 +97,9 @@ class TrainingModule(LightningModule):
         return self.backbone.config.latent_shape
 
     @property
-    def widths_beside(self) -> dict[str, int]:
-        """Name → channels of what is denoised beside the latent."""
-        return {each.name: each.width for each in self.denoised}
-
-    @property
     def objective_terms(self) -> frozenset[str]:
         """Names of the terms that the objective makes, of the latent and of what is denoised beside it."""
-        own = self.objective.terms
-        return frozenset((*own, *(f"{each.name}_{term}" for each in self.denoised for term in own)))
+        return frozenset((*self.objective.terms, *self.beside.terms_of(self.objective.terms)))
 
     def columns_at(self, step: int) -> tuple[str, ...]:
         """Name the columns of the cache that a step reads, without the label."""
@@ -153,7 +150,7 @@ class TrainingModule(LightningModule):
         x0 = scale_latent(sample_posterior(moments, draws.posterior), *self.scale)
         groups = self._groups(phase, draws)
         noised = self.objective.noised(x0, draws.noise, self._on_latent(draws.t, groups))
-        beside = self._noised_beside(batch, draws)
+        beside = self.beside.noised(batch.columns, draws.beside, draws.t, self.objective)
         condition = self.backbone.y_embedder.condition(self._condition_values(batch), draws.dropped)
         capture = self.method.capture(phase)
         tokens = (tuple(each.x_t for each in beside.values()),) if beside else ()
@@ -167,7 +164,7 @@ class TrainingModule(LightningModule):
                 raise RuntimeError(f"phase {phase.name} wants the prediction but stops the backbone early")
             for name, values in self.objective.losses(student, noised).items():
                 terms[name] = Term(value=values.mean(), weight=1.0)
-            terms |= self._terms_beside(student, beside)
+            terms |= self.beside.terms(student, beside, self.objective)
         step = Step(
             index=batch.step,
             columns=batch.columns,
@@ -185,24 +182,6 @@ class TrainingModule(LightningModule):
             ema_forward=self._ema_forward(condition, beside, groups) if flags.ema_forward else None,
         )
         return terms | self.method.losses(step)
-
-    def _noised_beside(self, batch: Batch, draws: Draws) -> dict[str, Noised]:
-        """Noise what is denoised beside the latent, at the latent's times."""
-        return {
-            each.name: self.objective.noised(
-                batch.columns[each.column].float(), draws.beside[each.name], draws.t
-            )
-            for each in self.denoised
-        }
-
-    def _terms_beside(self, student: Captured, beside: Mapping[str, Noised]) -> dict[str, Term]:
-        """Compute the objective's terms of what is denoised beside the latent."""
-        terms = {}
-        for each, prediction in zip(self.denoised, student.tokens, strict=True):
-            losses = self.objective.losses(Captured(prediction=prediction), beside[each.name])
-            for name, values in losses.items():
-                terms[f"{each.name}_{name}"] = Term(value=values.mean(), weight=each.weight)
-        return terms
 
     def _total(self, terms: Mapping[str, Term]) -> Tensor:
         """Sum weight · value. The sum, every value and every weight but the objective's are recorded."""
@@ -308,7 +287,7 @@ class TrainingModule(LightningModule):
             self.latent_shape,
             lambda count, generator: self.objective.times(count, generator, law),
             self.backbone.y_embedder,
-            self.widths_beside,
+            self.beside.widths,
             partial(self.method.draws, phase),
             None if token_times is None else (token_times, math.prod(self.backbone.facts.grid)),
         )
@@ -343,9 +322,7 @@ class TrainingModule(LightningModule):
     ) -> Callable[..., Captured]:
         @torch.no_grad()
         def forward(x_t: Tensor, t: Tensor, capture: Any) -> Captured:
-            interpolate = self.objective.interpolate
-            noisy = tuple(interpolate(each.x0, each.noise, t) for each in beside.values())
-            tokens = (noisy,) if noisy else ()
+            tokens = (tokens_of(beside, t, self.objective),) if beside else ()
             captured: Captured = self.ema(x_t, t, condition, capture, *tokens, **_given(groups, t))
             return captured
 

@@ -17,6 +17,7 @@ from repa.data.tars.cache import TarCache, manifest_of
 from repa.data.tars.export import export_cache, export_pattern
 from repa.data.testing import expected_labels, expected_row, synthetic_cache
 from repa.trainer.input.tar_stream import TarLoader
+from repa.trainer.run.checked import ProblemsError
 from rich.console import Console
 
 ROWS, SHARD = 45, 8
@@ -212,6 +213,10 @@ def test_what_tars_cannot_do_is_a_problem(exported: str, tmp_path: Path, tiny: s
         run_train(exported, tmp_path / "run", targets="online")
     with pytest.raises(RepaError, match="larger than what 1 rank can be sure of among 42 images"):
         run_train(exported, tmp_path / "run", batch_size=50)
+    with pytest.raises(ProblemsError) as refused:
+        run_train(exported, tmp_path / "run", method="reg", more=["method.standardise=true"])
+    assert [problem.field for problem in refused.value.problems] == ["method.standardise"]
+    assert "step" in run_train(exported, tmp_path / "reg", method="reg", max_steps=1)
     pattern = f"{tmp_path}/none-{{0..3}}.tar"
     with pytest.raises(RepaError) as caught:
         run_train(pattern, tmp_path / "run")

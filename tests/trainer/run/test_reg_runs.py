@@ -12,12 +12,17 @@ import pytest
 import torch
 from repa.commands.sample import SampleFlags, sample
 from repa.data.errors import RepaError
-from repa.data.testing import SYNTHETIC_COLUMNS, synthetic_cache
+from repa.data.testing import SYNTHETIC_COLUMNS, expected_row, synthetic_cache
 from repa.trainer.config import TrainConfig
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
 from repa.trainer.run.checks import check
+from repa.trainer.run.fit import assemble
+from repa.trainer.run.identity import identity_of
+from repa.trainer.run.lightning_trainer import make_trainer
 from repa.trainer.run.metrics import read_metrics
-from repa.trainer.sampling.generate import model_of_file, model_of_run
+from repa.trainer.sampling.generate import model_of_file, model_of_run, newest_checkpoint
+from repa.trainer.step.checkpoints import load_checkpoint
+from repa.trainer.step.draws import StepDraws
 
 Settings = Callable[..., TrainConfig]
 
@@ -93,6 +98,45 @@ def test_held_out_loss_of_the_latent_has_the_draws_of_the_baseline(
         found.append(read_metrics(tmp_path / name / "metrics.csv")[0])
     for key in ("velocity", "held_out", "held_out_ema"):
         assert found[0][key] == pytest.approx(found[1][key], rel=1e-6)
+
+
+def test_a_standardised_class_token(
+    settings: Settings,
+    cache: Path,
+    run_fit: Callable[..., Any],
+    killed_fit: Callable[..., None],
+    same_run: Callable[[Path, Path, int], None],
+    tmp_path: Path,
+) -> None:
+    """By hand over the rows that are trained on; the target of the alignment is the token as stored."""
+    config = settings(**REG, method__standardise=True, holdout=8, eval_every=2, checkpoint_every=2)
+    checked = check(config)
+    assert checked.problems == []
+    module, data = assemble(config, checked, identity_of(checked, config))
+    assert checked.train_rows is not None
+    rows = checked.train_rows
+    spec = SYNTHETIC_COLUMNS["demo/cls"]
+    tokens = np.stack([expected_row("demo/cls", int(row), spec) for row in rows]).astype(np.float64)
+    data.trainer = make_trainer(config)
+    batch = next(iter(data.train_dataloader()))
+    data.teardown("fit")
+    draws = StepDraws(seed=config.seed, rank=0, device=torch.device("cpu")).of_step(
+        0, 8, (4, 4, 4), module.objective.times, module.backbone.y_embedder, {"cls": 16}
+    )
+    stored = batch.columns["demo/cls"].numpy().astype(np.float64)
+    expected = (stored - tokens.mean(0)) / tokens.std(0)
+    target = draws.beside["cls"].numpy() - expected  # the network's first output is zero
+    value = module.terms(batch)["cls_velocity"].value.item()
+    assert value == pytest.approx((target**2).mean(), rel=1e-5)
+    found = module.method.target_of(batch.columns, "demo/patch")[:, 0]
+    assert torch.equal(found, batch.columns["demo/cls"].to(found.dtype))
+
+    run_fit(config, "whole")
+    killed_fit(config, "killed", moment=3)
+    run_fit(config, "killed")
+    same_run(tmp_path / "whole", tmp_path / "killed", 4)
+    saved = load_checkpoint(newest_checkpoint(tmp_path / "whole"))["state_dict"]
+    assert saved["beside.cls_mean"].numpy() == pytest.approx(tokens.mean(0), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "sde"])
