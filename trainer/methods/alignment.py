@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...data.format.columns import ColumnSpec, column_name, scale_column, split_column
@@ -13,6 +14,9 @@ from ..models.layers import initialise_linear
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+BETA = 0.05
+"""Where smooth-L1 turns from a parabola into a line (SRA's released code, and SRA 2)."""
 
 NORM_FLOOR = 1e-12
 """Below this norm a token has no direction."""
@@ -103,6 +107,21 @@ def cosine_similarity(tokens: Tensor, targets: Tensor) -> Tensor:
     )
     directed = (tokens.detach().abs().amax(-1) > NORM_FLOOR) & (targets.abs().amax(-1) > NORM_FLOOR)
     return torch.where(directed, product, 0) / torch.where(directed, norms, 1)
+
+
+def smooth_l1(tokens: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean of d²/(2β) where |d| < β and |d| − β/2 elsewhere, in float32 or better.
+
+    Args:
+        tokens: of any shape.
+        targets: of the same shape.
+
+    Returns:
+        A scalar.
+    """
+    tokens, targets = _at_least_float32(tokens), _at_least_float32(targets)
+    loss: Tensor = F.smooth_l1_loss(tokens, targets, beta=BETA)
+    return loss
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from .none import NoAlignment
 from .reg import Reg
 from .repa import Repa
 from .sra import Sra
+from .sra2 import Sra2
 from .urepa import Urepa
 
 if TYPE_CHECKING:
@@ -24,5 +25,6 @@ METHODS: Mapping[str, type[Method]] = {
     "irepa": Irepa,
     "reg": Reg,
     "sra": Sra,
+    "sra2": Sra2,
     "urepa": Urepa,
 }

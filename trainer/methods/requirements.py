@@ -263,14 +263,18 @@ class SameTokens(Requirement):
         blocks = [block for name in self._names for block in _blocks(method, name)]
         if len(blocks) < len(self._names) or not all(facts.has_block(block) for block in blocks):
             return
-        first, second = (
-            f"{'×'.join(map(str, facts.grid_of(block)))} tokens of {facts.width_of(block)} channels"
-            for block in blocks
-        )
-        if first != second:
+        tokens = {block: (facts.grid_of(block), facts.width_of(block)) for block in range(1, facts.depth + 1)}
+        first, second = blocks
+        if tokens[first] != tokens[second]:
+            alike = [block for block in tokens if tokens[block] == tokens[first] and block != first]
+            nearest = min(alike, key=lambda block: abs(block - second), default=first)
+            said = [
+                f"{rows}×{columns} tokens of {width} channels"
+                for (rows, columns), width in (tokens[block] for block in blocks)
+            ]
             yield Problem(
-                what=f"block {blocks[0]} of the backbone has {first}, block {blocks[1]} {second}",
-                remedy=f"set method.{self._names[0]} and method.{self._names[1]} to blocks of one stage",
+                what=f"block {first} of the backbone has {said[0]}, block {second} {said[1]}",
+                remedy=f"set blocks of one stage, for example `--set method.{self._names[1]}={nearest}`",
                 field=f"method.{self._names[0]}",
             )
 

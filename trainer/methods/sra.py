@@ -14,7 +14,7 @@ from ..models.capture import NOTHING, BackboneFacts, Capture, Captured
 from ..models.layers import initialise_linear
 from ..objectives.token_times import TokenTimes
 from .aligning import ALIGN, Aligning, AligningConfig
-from .alignment import cosine_similarity
+from .alignment import cosine_similarity, smooth_l1
 from .base import Flags, Phase, Requirement, Step, Term, filled
 from .requirements import AlignsFirst, DepthWithin, HasPreset, SameTokens, TakesEffect
 
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ...data.format.columns import ColumnSpec
-
-BETA = 0.05
-"""Where smooth-L1 turns from a parabola into a line (released code)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,21 +232,6 @@ class Sra(Aligning):
             # the angle of gradients is taken at one time of the whole image
             offset = offset[:, -1]
         return (t - offset).clamp(0, 1)
-
-
-def smooth_l1(tokens: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean of d²/(2β) where |d| < β and |d| − β/2 elsewhere, in float32 or better.
-
-    Args:
-        tokens: ``[B, T, D]``.
-        targets: ``[B, T, D]``.
-
-    Returns:
-        A scalar.
-    """
-    dtype = torch.promote_types(torch.promote_types(tokens.dtype, targets.dtype), torch.float32)
-    loss: Tensor = F.smooth_l1_loss(tokens.to(dtype), targets.to(dtype), beta=BETA)
-    return loss
 
 
 def _norm(tokens: Tensor) -> Tensor:

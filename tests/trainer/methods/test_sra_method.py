@@ -10,7 +10,8 @@ import pytest
 import small_sra as small
 import torch
 from repa.trainer.config import build
-from repa.trainer.methods.sra import LOSSES, Sra, SraConfig, smooth_l1
+from repa.trainer.methods.alignment import smooth_l1
+from repa.trainer.methods.sra import LOSSES, Sra, SraConfig
 from repa.trainer.models.capture import BlockFacts, Capture
 from repa.trainer.models.sit import SIT_SIZES, SiTConfig
 from torch.testing import assert_close

@@ -1,7 +1,8 @@
-"""SRA as a run: latents alone, killed and resumed, accumulated, compiled, two ranks."""
+"""SRA with two times as a run; what all methods have in common is tested with all of them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,7 @@ from warmed import Warmed
 Settings = Callable[..., TrainConfig]
 Fit = Callable[..., Any]
 VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {"method__stop": 3},
-    "dts_as": {"method__preset": "dts_as", "method__whole": 0.25},
+    "dts_as": {"method__preset": "dts_as", "method__whole": 0.25, "method__stop": 3},
     "self_flow": {"method__times": "two", "method__teacher": "self_flow"},
 }
 
@@ -101,6 +101,21 @@ def test_a_backbone_or_an_objective_of_one_time_is_refused(
     assert problem.field == ("--model" if objective == "flow" else "objective")
 
 
+def test_blocks_of_one_stage_of_a_u_shaped_network(
+    settings: Settings, latents: Path, tiny_down: str, run_fit: Fit, tmp_path: Path
+) -> None:
+    """The remedy of what is refused is what trains; the tokens of several stages cannot have groups."""
+    values = {"cache": str(latents), "model": tiny_down, "method": "sra", "method__student_block": 1}
+    (problem,) = check(settings(**values, method__teacher_block=2)).problems
+    assert problem.field == "method.student_block"
+    (other,) = re.findall(r"`--set method\.teacher_block=(\d+)`", problem.remedy)
+    config = settings(**values, method__teacher_block=int(other), max_steps=1)
+    run_fit(config)
+    assert "sra" in read_metrics(tmp_path / "run" / "metrics.csv")[0]
+    (problem,) = check(settings(**values, method__teacher_block=int(other), method__separate=True)).problems
+    assert problem.field == "--model"
+
+
 def test_killed_and_resumed(
     sra: Settings,
     undisturbed: Callable[..., Path],
@@ -125,6 +140,7 @@ def test_one_batch_of_eight_is_two_of_four(sra: Settings, run_fit: Fit, tmp_path
         assert once == pytest.approx(twice, rel=2e-5)
 
 
+@pytest.mark.parametrize("sra", ["dts_as"], indirect=True)
 def test_compiled_is_plain_within_rounding(
     sra: Settings, run_fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,9 +152,9 @@ def test_compiled_is_plain_within_rounding(
         torch.nn.Module.compile(self, backend="eager", **options)
 
     monkeypatch.setattr(SiT, "compile", compile_eagerly)
-    run_fit(sra(compile=True), "compiled")
+    run_fit(sra(compile=True, max_steps=2), "compiled")
     assert len(compiled) == 2
-    run_fit(sra(), "plain")
+    run_fit(sra(max_steps=2), "plain")
     rows = [read_metrics(tmp_path / name / "metrics.csv") for name in ("compiled", "plain")]
     for first, second in zip(*rows, strict=True):
         assert first == pytest.approx(second, rel=1e-5)
