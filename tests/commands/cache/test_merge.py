@@ -113,6 +113,15 @@ def test_without_the_images_all_but_the_fingerprint_is_the_same(made: Path, tmp_
         encode(made / "whole", tmp_path / "out")
 
 
+def test_parts_that_measured_their_compute_dtype_each_on_its_own_images(made: Path, tmp_path: Path) -> None:
+    parts = [encode(made / name, tmp_path / name, compute_dtype="bfloat16") for name in ("a", "b")]
+    sources = [open_manifest(part).sources["demo"] for part in parts]
+    assert sources[0].notes["deviation"] != sources[1].notes["deviation"]
+    join(*parts, out=tmp_path / "out", data=str(made / "whole"))
+    assert open_manifest(tmp_path / "out").sources["demo"] == sources[0]
+    assert verify_cache(tmp_path / "out") == []
+
+
 class Killed(BaseException):
     pass
 
