@@ -122,7 +122,10 @@ class Calibrator:
     def deviations(
         self, measure: Callable[[Pixels, Passes], Mapping[str, Mapping[str, Any]]]
     ) -> Mapping[str, Mapping[str, Any]]:
-        """Measure what a compute dtype other than float32 changes. No file is kept of it.
+        """Measure what a compute dtype other than float32 changes.
+
+        No file is kept of it: each of the processes that begin a source measures on its own device, and what
+        the first has found stands in the manifest.
 
         Args:
             measure: images and how to run them → source → note.
