@@ -15,10 +15,12 @@ class DemoRun:
 
     Attributes:
         method: name of the method.
+        model: name of its backbone.
         folder: its run folder.
         samples: folder of its samples.
     """
 
     method: str
+    model: str
     folder: Path
     samples: Path

@@ -38,6 +38,9 @@ HELD_OUT_SEED = 1
 """Seed of drawn images that no model of the demo, and no cache, has seen."""
 
 PER_CLASS = 6
+ACROSS = 4
+"""Most pictures beside each other."""
+
 _CHUNK = 64
 
 
@@ -47,6 +50,7 @@ class DemoRow:
 
     Attributes:
         method: name of the method.
+        model: name of its backbone.
         velocity_loss: on held-out rows, of the averaged weights, at the last step.
         frechet_distance: between samples and the cache's images, in the class vectors of the demo's teacher.
         images_per_second: of training, the median over its logged stretches.
@@ -54,6 +58,7 @@ class DemoRow:
     """
 
     method: str
+    model: str
     velocity_loss: float
     frechet_distance: float
     images_per_second: float
@@ -86,6 +91,7 @@ def report(cache: Path, runs: Sequence[DemoRun], out: Path) -> list[DemoRow]:
     rows = [
         DemoRow(
             method=run.method,
+            model=run.model,
             velocity_loss=_curve(run, "held_out_ema")[-1][1],
             frechet_distance=distance(_samples(run)[0]),
             images_per_second=_images_per_second(run),
@@ -143,20 +149,20 @@ def _print_table(rows: Sequence[DemoRow], floor: float, unseen: int) -> None:
 
     from ..shared.terminal import PlainConsole
 
-    table = Table(
-        title="The demo's runs: the same backbone, seed, order, noise and steps", title_justify="left"
-    )
+    table = Table(title="The demo's runs: the same seed, order, noise and steps", title_justify="left")
     for heading in (
         "method",
+        "backbone",
         "velocity loss, held out",
         "Fréchet distance",
         "training images/s",
         "bytes/image",
     ):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+        table.add_column(heading, justify="left" if heading in ("method", "backbone") else "right")
     for row in rows:
         table.add_row(
             row.method,
+            row.model,
             f"{row.velocity_loss:.4f}",
             f"{row.frechet_distance:.2f}",
             f"{row.images_per_second:,.0f}",
@@ -178,20 +184,25 @@ def _draw(runs: Sequence[DemoRun], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure = plt.figure(figsize=(5.2 * len(runs), 6.4), layout="constrained")
-    grids = figure.add_gridspec(2, 2 * len(runs), height_ratios=(3.2, 2.6))
+    across = min(len(runs), ACROSS)
+    down = -(-len(runs) // across)
+    figure = plt.figure(figsize=(5.2 * across, 3.3 * down + 3.1), layout="constrained")
+    grids = figure.add_gridspec(down + 1, 2 * across, height_ratios=(*[3.2] * down, 2.6))
     for index, run in enumerate(runs):
-        axes = figure.add_subplot(grids[0, 2 * index : 2 * index + 2])
+        row, column = divmod(index, across)
+        axes = figure.add_subplot(grids[row, 2 * column : 2 * column + 2])
         axes.imshow(_grid(*_samples(run)), interpolation="nearest")
-        axes.set_title(f"{run.method}: {PER_CLASS} samples of each class")
+        on = "" if run.model == runs[0].model else f" on {run.model}"
+        axes.set_title(f"{run.method}{on}: {PER_CLASS} samples of each class")
         ticks = [RESOLUTION * (label + 0.5) for label in range(len(CLASS_NAMES))]
         axes.set_xticks(ticks, CLASS_NAMES, rotation=35, ha="right", fontsize=8)
         axes.tick_params(length=0)
         axes.set_yticks([])
         axes.set_frame_on(False)
-    half = len(runs)
-    _draw_curves(figure.add_subplot(grids[1, :half]), runs, "held_out_ema", "velocity loss, held-out rows")
-    _draw_curves(figure.add_subplot(grids[1, half:]), runs, "velocity", "velocity loss, training")
+    _draw_curves(
+        figure.add_subplot(grids[down, :across]), runs, "held_out_ema", "velocity loss, held-out rows"
+    )
+    _draw_curves(figure.add_subplot(grids[down, across:]), runs, "velocity", "velocity loss, training")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

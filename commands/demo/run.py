@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import shlex
 import time
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from ...data.errors import RepaError
+from ..shared.methods import backbone_for, chosen_methods, ends_by_itself
 from .demo_run import DemoRun
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-METHODS = ("none", "repa", "haste")
-MODEL = "SiT-T/1"
+    from ...trainer.methods.base import Method
+
+METHODS = "none,repa,haste"
+SIZE = "T"
+MODEL = f"SiT-{SIZE}/1"
 BATCH_SIZE = 32
 DEFAULT_STEPS = 360
 IMAGES = 2304  # of which the held-out rows are not trained on
@@ -29,6 +34,7 @@ def demo(
     out: Path,
     steps: int = DEFAULT_STEPS,
     images: int = IMAGES,
+    methods: str = METHODS,
 ) -> None:
     """Preprocess the demo's images, train each method for the same steps, sample, compare, draw.
 
@@ -39,13 +45,21 @@ def demo(
         out: folder of the cache, the runs and the report.
         steps: optimiser steps of each method.
         images: images to encode, `HOLDOUT` of which are held out.
+        methods: names between commas.
 
     Raises:
-        RepaError: what the commands raise; too few images or steps.
+        RepaError: what the commands raise; too few images or steps; a method that is unknown or named twice.
     """
     least = HOLDOUT + BATCH_SIZE
     if steps < 1 or images < least:
-        raise RepaError(f"--steps {steps} and --images {images} are too few: at least 1 and {least}")
+        raise RepaError(
+            f"--steps {steps} and --images {images} are too few",
+            f"give at least 1 and {least}",
+            field="--steps" if steps < 1 else "--images",
+        )
+    chosen = chosen_methods(methods)
+    from ...trainer.methods.requirements import StoredAttention
+
     started = time.perf_counter()
     cache = out / "cache"
 
@@ -54,15 +68,23 @@ def demo(
         print(f"\n$ repa {shlex.join(line)}", flush=True)
         run_command(line)
 
-    attention = ("--attention", "haste", "--attention-kl", "1e-3")
+    needs_attention = any(
+        isinstance(need, StoredAttention) for kind in chosen.values() for need in kind.requires
+    )
+    attention = ("--attention", "haste", "--attention-kl", "1e-3") if needs_attention else ()
     source = ("--data", "demo", "--encoder", "demo", "--limit", images)
     say_and_run("preprocess", *source, *attention, "--cache", cache)
     runs = [
-        DemoRun(method=method, folder=out / "runs" / method, samples=out / "samples" / method)
-        for method in METHODS
+        DemoRun(
+            method=method,
+            model=backbone_for(kind, MODEL),
+            folder=out / "runs" / method,
+            samples=out / "samples" / method,
+        )
+        for method, kind in chosen.items()
     ]
     for run in runs:
-        _train(say_and_run, run, cache, steps)
+        _train(say_and_run, run, chosen[run.method], cache, steps)
     for run in runs:
         solver = ("--solver", "heun", "--steps", SOLVER_STEPS, "--guidance", 2, "--seed", 0)
         say_and_run("sample", "--run", run.folder, "--num", SAMPLES, "--npz", "--out", run.samples, *solver)
@@ -74,7 +96,9 @@ def demo(
     print(f"The demo took {(time.perf_counter() - started) / 60:.1f} minutes.")
 
 
-def _train(say_and_run: Callable[..., None], run: DemoRun, cache: Path, steps: int) -> None:
+def _train(
+    say_and_run: Callable[..., None], run: DemoRun, method: type[Method], cache: Path, steps: int
+) -> None:
     settings = {
         "holdout": HOLDOUT,
         "ema_decay": 0.98,
@@ -83,12 +107,12 @@ def _train(say_and_run: Callable[..., None], run: DemoRun, cache: Path, steps: i
         "checkpoint_every": 400,
         "preview_every": 0,
     }
-    if run.method != "none":
+    if "projector_width" in {item.name for item in fields(method.config_class)}:
         # the paper's 2,048 are for backbones of 384 channels and more
         settings["method.projector_width"] = 256
-    if run.method == "haste":
+    if ends_by_itself(method, SIZE):
         settings["method.stop"] = max(2 * steps // 3, 1)
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     folders = ("--cache", cache, "--run", run.folder)
     amount = ("--max-steps", steps, "--batch-size", BATCH_SIZE, "--lr", "2e-3")
-    say_and_run("train", "--method", run.method, "--model", MODEL, *folders, *amount, *words)
+    say_and_run("train", "--method", run.method, "--model", run.model, *folders, *amount, *words)

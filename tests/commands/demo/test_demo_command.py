@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from repa.cli import run_command
 from repa.commands.demo import run as demo_module
 from repa.commands.demo.run import demo
 from repa.data.errors import RepaError
+from repa.trainer.methods import METHODS
 from repa.trainer.run.metrics import read_metrics
 
 
@@ -57,8 +59,44 @@ def test_demo_from_images_to_picture(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.ckpt")} == written
     assert json.loads((out / "demo.json").read_text()) == numbers
 
+    # others on the same cache, one with a backbone of its own and one without a teacher: the report is of
+    # those that were asked for
+    others = ["urepa", "sra"]
+    demo(run_command, out=out, steps=3, images=64, methods=",".join(["none", *others]))
+    assert (
+        written.items() <= {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.ckpt")}.items()
+    )
+    found = {row["method"]: row for row in json.loads((out / "demo.json").read_text())["rows"]}
+    assert list(found) == ["none", *others]
+    assert found["none"] == rows["none"]
+    assert [row["model"] for row in found.values()] == ["SiT-T/1", "SiT-down-T/1", "SiT-T/1"]
+    assert [row["bytes_per_image"] for row in found.values()] == [[moments], [moments + patch], [moments]]
 
-def test_demo_refuses_too_few_images(tmp_path: Path) -> None:
-    with pytest.raises(RepaError, match="--images 10"):
-        demo(run_command, out=tmp_path, steps=3, images=10)
+
+@pytest.mark.thorough
+@pytest.mark.usefixtures("_small")
+def test_demo_of_every_method(tmp_path: Path) -> None:
+    demo(run_command, out=tmp_path, steps=3, images=64, methods=",".join(METHODS))
+    rows = json.loads((tmp_path / "demo.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == list(METHODS)
+    assert all(row["velocity_loss"] > 0 for row in rows)
+    with Image.open(tmp_path / "demo.png") as picture:
+        assert picture.height > 900  # two rows of samples over the curves
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"images": 10}, "--images"),
+        ({"steps": 0}, "--steps"),
+        ({"methods": "none,reqa"}, "--methods"),
+        ({"methods": "none,repa,none"}, "--methods"),
+        ({"methods": " , "}, "--methods"),
+    ],
+)
+def test_demo_refuses_what_cannot_be(tmp_path: Path, given: dict[str, Any], field: str) -> None:
+    with pytest.raises(RepaError) as caught:
+        demo(run_command, out=tmp_path, **{"steps": 3, "images": 400, **given})
+    assert caught.value.field == field
+    assert caught.value.remedy
     assert list(tmp_path.iterdir()) == []
