@@ -120,6 +120,11 @@ def test_they_train_resume_and_sample(
     assert (type(model.objective).__name__, model.objective.config.limit) == ("Clean", 3.0)
 
 
+def test_a_vector_beside_the_latent_is_refused_by_both(settings: Settings) -> None:
+    problems = check(settings(**{**NEW, "method": "reg"})).problems
+    assert {problem.field for problem in problems} == {"--model", "objective"}
+
+
 def test_the_facts_of_each_block_are_checked(settings: Settings) -> None:
     """The teacher's tokens lie on 2×2, as those of block 2, and not of block 1."""
     assert check(settings(**NEW)).problems == []

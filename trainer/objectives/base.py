@@ -59,6 +59,7 @@ class Objective(ABC):
     Attributes:
         config_class: its settings.
         terms: names of the loss terms, as metrics.csv calls them.
+        vectors: whether all answers also take vectors ``[B, D]``, of what is denoised beside the latent.
         token_times: whether `noised` and `losses` take a time of each pixel.
         config: settings.
         path: the path of those settings.
@@ -69,6 +70,7 @@ class Objective(ABC):
 
     config_class: ClassVar[type[ObjectiveConfig]]
     terms: ClassVar[tuple[str, ...]]
+    vectors: ClassVar[bool] = False
     token_times: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:

@@ -35,6 +35,7 @@ class Flow(Objective):
 
     config_class = FlowConfig
     terms = (VELOCITY,)
+    vectors = True
     token_times = True
     config: FlowConfig
 

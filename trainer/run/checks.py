@@ -178,7 +178,19 @@ def _check_method(config: TrainConfig, manifest: Manifest, backbone: BackboneCon
     for problem in (*found.method.problems(), *angle_problems(config, found.method, backbone.facts)):
         found.add(problem.what, problem.remedy, field=problem.field)
     _check_token_times(config, backbone, found.method, found)
-    widths = tuple(each.width for each in found.method.denoised())
+    _check_denoised(config, backbone, found.method, found)
+
+
+def _check_denoised(config: TrainConfig, backbone: BackboneConfig, method: Method, found: Checked) -> None:
+    """Give the backbone what the method denoises beside the latent, where backbone and objective take it."""
+    widths = tuple(each.width for each in method.denoised())
+    if widths and not make_objective(config.objective).vectors:
+        found.add(
+            f"method {config.method_name} denoises a vector beside the latent, and objective "
+            f"{name_of(config.objective)} takes latents alone",
+            "take another objective, or another --method",
+            field="objective",
+        )
     found.backbone = found.attempt(lambda: backbones.with_tokens(backbone, config.model, widths))
 
 
