@@ -29,6 +29,7 @@ preprocess --data folder --encoder demo --resolution 0
 preprocess --data folder --encoder demo --batch-size 0
 preprocess --data folder --encoder demo --limit 0
 preprocess --data folder --encoder demo --feature-dtype float64
+preprocess --data folder --encoder demo --compute-dtype half
 preprocess --data folder --encoder demo --compress gzip
 preprocess --data folder --encoder demo --attention 99
 preprocess --data folder --encoder demo --attention one
