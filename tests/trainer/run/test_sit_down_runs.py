@@ -124,7 +124,8 @@ def urepa(settings: Settings, fine_cache: Path, tiny_down: str) -> Settings:
 
     def make(**changes: Any) -> TrainConfig:
         values = {"method": "urepa", "method__depth": 2, "method__projector_width": 16}
-        return settings(**{"cache": str(fine_cache), "model": tiny_down, **values, **changes})
+        values |= {"cache": str(fine_cache), "model": tiny_down} | changes
+        return settings(**{key: value for key, value in values.items() if value is not None})
 
     return make
 
@@ -180,3 +181,34 @@ def test_the_first_step_is_that_of_the_baseline(
     first = [read_metrics(tmp_path / name / "metrics.csv")[0] for name in ("aligned", "plain")]
     assert first[0]["velocity"] == first[1]["velocity"]
     assert first[0]["loss"] != first[1]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings_of_it"),
+    [("irepa", {"method__depth": 4}), ("sra", {"method__student_block": 1, "method__teacher_block": 4})],
+)
+def test_other_methods_where_their_blocks_have_one_grid(
+    urepa: Settings, run_fit: Callable[..., Any], tmp_path: Path, method: str, settings_of_it: dict[str, Any]
+) -> None:
+    plain = {"method__depth": None, "method__projector_width": None} | settings_of_it
+    config = urepa(method=method, max_steps=2, **plain)
+    run_fit(config)
+    last = read_metrics(tmp_path / "run" / "metrics.csv")[-1]
+    assert last["loss"] != pytest.approx(last["velocity"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings_of_it", "field"),
+    [
+        ("irepa", {"method__depth": 2}, "demo/patch"),
+        ("sra", {"method__student_block": 1, "method__teacher_block": 2}, "method.student_block"),
+        ("reg", {"method__depth": 1}, "--model"),
+    ],
+)
+def test_other_methods_are_refused_in_one_line(
+    urepa: Settings, method: str, settings_of_it: dict[str, Any], field: str
+) -> None:
+    plain = {"method__depth": None, "method__projector_width": None} | settings_of_it
+    (problem,) = check(urepa(method=method, **plain)).problems
+    assert problem.field == field
+    assert problem.remedy
