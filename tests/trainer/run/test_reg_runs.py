@@ -12,6 +12,7 @@ import pytest
 import torch
 from repa.commands.sample import SampleFlags, sample
 from repa.data.errors import RepaError
+from repa.data.format.columns import MOMENTS, ColumnSpec
 from repa.data.testing import SYNTHETIC_COLUMNS, expected_row, synthetic_cache
 from repa.trainer.config import TrainConfig
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
@@ -23,6 +24,7 @@ from repa.trainer.run.metrics import read_metrics
 from repa.trainer.sampling.generate import model_of_file, model_of_run, newest_checkpoint
 from repa.trainer.step.checkpoints import load_checkpoint
 from repa.trainer.step.draws import StepDraws
+from safetensors.torch import load_file
 
 Settings = Callable[..., TrainConfig]
 
@@ -221,3 +223,25 @@ def test_published_reg_is_sampled(shared: Path, tmp_path: Path, monkeypatch: pyt
     sample(SampleFlags(**flags, interval=(0.0, 0.85), npz=True, out=out))
     record = json.loads((out / "sampling.json").read_text())
     assert (record["guidance"], record["guidance_cls"], record["finished"]) == (2.3, 2.3, True)
+
+
+def test_a_run_begins_with_published_weights(
+    shared: Path,
+    settings: Settings,
+    run_fit: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(SIT_SIZES, "T", SiTSize(depth=4, width=48, heads=4))
+    columns = {
+        MOMENTS: ColumnSpec(shape=(8, 16, 16), dtype="float32"),
+        "demo/patch": ColumnSpec(shape=(64, 24), dtype="float16"),
+        "demo/cls": ColumnSpec(shape=(24,), dtype="float16"),
+    }
+    synthetic_cache(tmp_path / "cache", num_rows=8, columns=columns, num_classes=10, resolution=128)
+    file = shared / "golden" / "reg.safetensors"
+    config = settings(**REG, cache=str(tmp_path / "cache"), init=str(file), max_steps=1, lr=1e-9)
+    run_fit(config, "run")
+    found, published = model_of_run(tmp_path / "run").backbone.state_dict(), load_file(file)
+    for name, value in found.items():
+        torch.testing.assert_close(value, published[name].float(), rtol=0, atol=1e-7)
