@@ -1,4 +1,4 @@
-"""Published checkpoints of SiT, REPA and REG, whose shapes give the architecture before a strict load.
+"""Published checkpoints of SiT, REPA, REG and SRA, whose shapes give the architecture before a strict load.
 
 A published file is ``{"model", "ema", "opt", "args", "steps"}``, or a bare state dict, as ``.pt`` or
 ``.safetensors``. Nothing in it is executed: `torch.load` reads tensors and plain values only, and of classes
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from .base import Backbone, BackboneConfig
 
 WEIGHTS = ("ema", "model")
-_PROJECTORS = "projectors."
+# REPA's projectors and those after it, SRA's head
+_PROJECTORS = re.compile(r"projectors\.|ap_head\.")
 _LISTED = 4
 
 
@@ -45,7 +46,8 @@ class PublishedCheckpoint:
         config: architecture, inferred from the shapes.
         network: the class of such a backbone.
         backbone: state dict of a network of that architecture.
-        projectors: state dict of the alignment's projectors, keys without ``projectors.``; may be empty.
+        projectors: state dict of what the alignment alone uses, keys without ``projectors.`` or, in SRA's
+            files, ``ap_head.``; may be empty.
         weights: ``ema`` or ``model``; None for a bare state dict.
         objective: settings of the family's objective that the file tells, the ``path`` or nothing.
         steps: training steps it had, None if the file does not say.
@@ -86,8 +88,8 @@ def load_published(path: Path, *, weights: str = "ema", heads: int | None = None
         raise RepaError(f"{path} holds no {weights!r} weights, only {nested[0]!r}", "ask for those")
     state = _tensors(content[weights] if nested else content, path)
     state = _rename_legacy(state)
-    projectors = {key.removeprefix(_PROJECTORS): state[key] for key in state if key.startswith(_PROJECTORS)}
-    backbone = {key: value for key, value in state.items() if not key.startswith(_PROJECTORS)}
+    projectors = {key[found.end() :]: state[key] for key in state if (found := _PROJECTORS.match(key))}
+    backbone = {key: value for key, value in state.items() if not _PROJECTORS.match(key)}
     config = _infer(backbone, path, heads)
     _check_strictly(config, backbone, path)
     path_type = _said(content, "path_type", str)
@@ -253,7 +255,7 @@ def _check_strictly(config: SiTConfig, state: Mapping[str, Tensor], path: Path) 
         raise RepaError(
             f"{path} does not fit a SiT of depth {config.depth} and width {config.width}: "
             f"{'; '.join(faults)}",
-            "only checkpoints of SiT, REPA and REG load",
+            "only checkpoints of SiT, REPA, REG and SRA load",
         )
 
 

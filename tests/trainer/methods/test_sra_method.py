@@ -13,7 +13,9 @@ from repa.trainer.config import build
 from repa.trainer.methods.alignment import smooth_l1
 from repa.trainer.methods.sra import LOSSES, Sra, SraConfig
 from repa.trainer.models.capture import BlockFacts, Capture
+from repa.trainer.models.published import load_published
 from repa.trainer.models.sit import SIT_SIZES, SiTConfig
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 if TYPE_CHECKING:
@@ -72,6 +74,20 @@ def test_golden_teacher(reference: small.Reference) -> None:
     assert_close(terms["sra_teacher_norm"].value, numbers["teacher"].norm(dim=-1).mean(), **small.TOLERANCE)
     logged = [term for name, term in terms.items() if name != "sra"]
     assert all(term.weight is None and not term.value.requires_grad for term in logged)
+
+
+def test_the_published_names(reference: small.Reference, shared: Path, tmp_path: Path) -> None:
+    """A file as the authors', with the head in both sets of weights, which samples without it."""
+    states = [load_file(shared / "golden" / f"{name}.safetensors") for name in ("sra", "sra_ema")]
+    torch.save({"model": states[0], "ema": states[1], "steps": 5}, tmp_path / "sra.pt")
+    for weights, network in (("model", reference.student), ("ema", reference.teacher)):
+        found = load_published(tmp_path / "sra.pt", weights=weights, heads=4)
+        assert found.config == small.CONFIG
+        for key, value in found.build().state_dict().items():
+            assert torch.equal(value.double(), network.state_dict()[key])
+    head = {key: value for key, value in states[1].items() if key.startswith(small.HEAD)}
+    assert {f"{small.HEAD}{key}" for key in found.projectors} == head.keys()
+    small.make().ap_head.load_state_dict(found.projectors)
 
 
 @pytest.mark.parametrize("preset", DISTANCES)
