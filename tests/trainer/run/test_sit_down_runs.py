@@ -203,6 +203,11 @@ def test_other_methods_where_their_blocks_have_one_grid(
         ("irepa", {"method__depth": 2}, "demo/patch"),
         ("sra", {"method__student_block": 1, "method__teacher_block": 2}, "method.student_block"),
         ("reg", {"method__depth": 1}, "--model"),
+        (
+            "sra",
+            {"method__student_block": 1, "method__teacher_block": 4, "method__preset": "dts_as"},
+            "--model",
+        ),
     ],
 )
 def test_other_methods_are_refused_in_one_line(
