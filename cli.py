@@ -17,6 +17,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from . import __version__
+from .commands.bench.measured import METHODS as MEASURED_METHODS
+from .commands.bench.measured import BenchSettings
 from .commands.cache.app import cache_app
 from .commands.demo.run import DEFAULT_STEPS, IMAGES, METHODS
 from .commands.parity import ParityFlags, parity
@@ -222,12 +224,15 @@ def _bench(
     rows: Annotated[int, typer.Option(help="Rows of the cache that is read or written.")] = 2048,
     steps: Annotated[int, typer.Option(help="Training steps of a round.")] = 10,
     rounds: Annotated[int, typer.Option(help="Rounds; figures are medians over them.")] = 5,
+    methods: Annotated[
+        str, typer.Option(metavar="NAME,NAME,…", help="Methods whose training step is measured.")
+    ] = MEASURED_METHODS,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the backbone of the step.")] = False,
     folder: Annotated[
         Path | None, typer.Option(help="Where the temporary caches go: the disk to measure.")
     ] = None,
 ) -> None:
     """Measure loader, writer, preprocess and training step against their limits, side by side in one run."""
-    from .commands.bench.measured import BenchSettings
     from .commands.bench.run import bench
 
     settings = BenchSettings(
@@ -239,5 +244,7 @@ def _bench(
         rows=rows,
         steps=steps,
         rounds=rounds,
+        methods=methods,
+        compile=compiled,
     )
     bench(parts or (), settings, folder=folder)

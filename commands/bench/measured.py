@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+METHODS = "none,repa,haste,irepa,reg,urepa,sra,sra2"
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
@@ -31,6 +33,8 @@ class BenchSettings:
         rows: rows of the cache that is read or written.
         steps: training steps of a round.
         rounds: rounds; every figure is the median over them.
+        methods: names between commas of the methods whose training steps are measured.
+        compile: whether their backbones are compiled.
     """
 
     model: str = "SiT-T/1"
@@ -41,6 +45,8 @@ class BenchSettings:
     rows: int = 2048
     steps: int = 10
     rounds: int = 5
+    methods: str = METHODS
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("resolution", "batch_size", "images", "rows", "steps", "rounds"):
@@ -57,6 +63,7 @@ class Measured:
         rates: items per second, one a round.
         bytes_per_item: for the GB/s column; 0 leaves it empty.
         peak_bytes: most memory of the GPU at any time; 0 if that was not measured.
+        baseline: name of the line that it is compared with; empty is the first.
         beside: name of another line that it is compared with as well.
         cpu_per_1000: CPU seconds of 1,000 items, one a round; empty if that was not measured.
     """
@@ -65,6 +72,7 @@ class Measured:
     rates: tuple[float, ...]
     bytes_per_item: int = 0
     peak_bytes: int = 0
+    baseline: str = ""
     beside: str = ""
     cpu_per_1000: tuple[float, ...] = ()
 
@@ -118,6 +126,7 @@ def print_table(console: Console, title: str, unit: str, lines: Sequence[Measure
     table = Table(title=title, title_justify="left")
     table.add_column("")
     by_name = {line.name: line for line in lines}
+    baseline = "of the line without a method" if any(line.baseline for line in lines) else "of the first line"
     columns: dict[str, Callable[[Measured], str]] = {
         f"{unit} (median)": lambda line: f"{line.median:,.1f}",
         "lowest": lambda line: f"{min(line.rates):,.1f}",
@@ -127,7 +136,7 @@ def print_table(console: Console, title: str, unit: str, lines: Sequence[Measure
             f"{statistics.median(line.cpu_per_1000):.3f}" if line.cpu_per_1000 else ""
         ),
         "peak GB": lambda line: f"{line.peak_bytes / 1e9:.2f}" if line.peak_bytes else "",
-        "of the first line": lambda line: f"{line.ratio(lines[0]):.3f}",
+        baseline: lambda line: f"{line.ratio(by_name[line.baseline or lines[0].name]):.3f}",
         "of constant targets": lambda line: f"{line.ratio(by_name[line.beside]):.3f}" if line.beside else "",
     }
     shown = {heading: text for heading, text in columns.items() if any(map(text, lines))}

@@ -1,9 +1,9 @@
-"""Training steps without a method, with REPA and HASTE from the cache, and with their teacher called live."""
+"""Training steps of every method from the cache, on constant targets and with its teacher called live."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,13 @@ from ...data.testing import synthetic_cache
 from ...pipeline.encoders import load_encoder
 from ...trainer.config import build
 from ...trainer.input.online import is_target
+from ...trainer.methods.outside import find_method
 from ...trainer.run.checked import ProblemsError
 from ...trainer.run.checks import attention_blocks, check
 from ...trainer.run.fit import assemble, load_live
 from ...trainer.run.identity import identity_of
 from ...trainer.run.lightning_trainer import make_trainer, quiet_lightning
+from ..shared.methods import backbone_for, chosen_methods
 from .measured import Measured, interleaved
 
 if TYPE_CHECKING:
@@ -35,37 +37,60 @@ if TYPE_CHECKING:
     from ...pipeline.encoders.base import Encoder
     from ...trainer.config import TrainConfig
     from ...trainer.input.online import LiveTargets
+    from ...trainer.methods.base import Problem
     from .measured import BenchSettings
 
 WARM_UP = 2
+NONE = "none"
+CACHED = "cached"
 CONSTANT = "constant targets"
 
 
 def bench_train(settings: BenchSettings, room: Path) -> tuple[str, str, list[Measured]]:
     """Measure images per second of whole training steps under Lightning.
 
-    A step is loader, forward and backward pass, optimiser and EMA.
+    A step is loader, forward and backward pass, optimiser and EMA. Every method stands beside `none` on its
+    own backbone.
 
     The lines with constant targets compute what the cached ones do, on targets that stay on the device: what
     a cached line has less is what reading its targets costs. The live teacher sees uint8 images that are
-    already decoded, cropped and on the device: its lines have no decoding in them. Cache, backbone and
-    teacher have random values: they do not change the speed.
+    already decoded, cropped and on the device: its lines have no decoding in them. A method that reads no
+    teacher has neither. Cache, backbone and teacher have random values: they do not change the speed.
+
+    Raises:
+        ProblemsError: no method that reads a teacher can run with this model and teacher.
     """
     bench = _Bench(settings, room / "cache")
-    rates = interleaved(bench.variants(), settings.rounds)
+    variants = bench.variants()
+    rates = interleaved({name: variant.measure for name, variant in variants.items()}, settings.rounds)
     lines = [
         Measured(
             name=name,
             rates=values,
             peak_bytes=bench.peaks.get(name, 0),
-            beside=name.replace("cached", CONSTANT) if name.endswith("cached") else "",
+            baseline=variants[name].baseline,
+            beside=name.replace(CACHED, CONSTANT) if name.endswith(CACHED) else "",
         )
         for name, values in rates.items()
     ]
     what = (
         f"{settings.model}, teacher {settings.encoder}, {settings.resolution}², batch {settings.batch_size}"
+        f"{', compiled' if settings.compile else ''}"
     )
     return f"training step: {what}{bench.left_out}", "images/s", lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Variant:
+    """One line to measure.
+
+    Attributes:
+        measure: measures its rate once.
+        baseline: name of the line without a method on the same backbone.
+    """
+
+    measure: Callable[[], float]
+    baseline: str
 
 
 class _Bench:
@@ -87,48 +112,76 @@ class _Bench:
         )
         self._teacher_bytes = torch.cuda.memory_allocated() - before if self._cuda else 0
         self._manifest = self._write_cache()
+        self._constant = _Constant(self._manifest, settings.batch_size)
+        self._live = _Live(self._manifest, settings, self._teacher)
 
-    def variants(self) -> Mapping[str, Callable[[], float]]:
-        """Name → what measures its rate once."""
-        methods = ["repa", "haste"]
-        problems = check(self._config("haste")).problems
-        if problems:
-            self.left_out = f"; no haste: {problems[0].what}"
-            methods.remove("haste")
-        targets = {
-            CONSTANT: _Constant(self._manifest, self._settings.batch_size),
-            "cached": None,
-            "teacher live": _Live(self._manifest, self._settings, self._teacher),
-        }
-        found = {"none": partial(self._rate, "none", self._config("none"), None)}
-        for method in methods:
-            for name, live in targets.items():
-                title = f"{method}, {name}"
-                config = self._config(method, targets="cache" if live is None else "online")
-                found[title] = partial(self._rate, title, config, live)
-        if "haste" in methods:
-            after = self._config("haste", "method.stop=1")
-            found["haste after τ"] = partial(self._rate, "haste after τ", after, None)
+    def variants(self) -> Mapping[str, _Variant]:
+        """Return each line by name, the first of them without a method on the model that was asked for."""
+        found: dict[str, _Variant] = {}
+        left_out: dict[str, Sequence[Problem]] = {}
+        self._add_baseline(found, self._settings.model)
+        for name, kind in chosen_methods(self._settings.methods).items():
+            if name == NONE:
+                continue
+            problems = check(self._config(name)).problems
+            if problems:
+                left_out[name] = problems
+                continue
+            baseline = self._add_baseline(found, backbone_for(kind, self._settings.model))
+            self._add(found, name, baseline)
+        if left_out and not any(name.endswith(CACHED) for name in found):
+            raise ProblemsError([problem for each in left_out.values() for problem in each[:1]])
+        self.left_out = "".join(f"; no {name}: {each[0].what}" for name, each in left_out.items())
         return found
+
+    def _add_baseline(self, found: dict[str, _Variant], model: str) -> str:
+        """Add the line without a method on a backbone, if it is not there, and return its name."""
+        name = NONE if model == self._settings.model else f"{NONE}, {model}"
+        if name not in found:
+            measure = partial(self._rate, name, self._config(NONE, f"model={model}"), None)
+            found[name] = _Variant(measure=measure, baseline=name)
+        return name
+
+    def _add(self, found: dict[str, _Variant], method: str, baseline: str) -> None:
+        """Add the lines of a method."""
+
+        def add(title: str, config: TrainConfig, live: LiveTargets | None = None) -> None:
+            found[title] = _Variant(measure=partial(self._rate, title, config, live), baseline=baseline)
+
+        config = self._config(method)
+        checked = check(config)
+        assert checked.method is not None, "the checks have passed"
+        phases = checked.method.phases()
+        if not any(map(is_target, checked.method.columns(phases[0]))):
+            add(method, config)
+            return
+        online = self._config(method, targets="online")
+        add(f"{method}, {CONSTANT}", online, self._constant)
+        add(f"{method}, {CACHED}", config)
+        add(f"{method}, teacher live", online, self._live)
+        if len(phases) > 1:
+            add(f"{method} after τ", self._config(method, "method.stop=1"))
 
     def _config(self, method: str, *assignments: str, targets: str = "cache") -> TrainConfig:
         flags = {
             "method": method,
             "cache": str(self._cache),
             "targets": targets,
-            "model": self._settings.model,
+            "model": backbone_for(find_method(method), self._settings.model),
             "batch_size": self._settings.batch_size,
             "max_steps": WARM_UP + self._settings.steps,
+            "compile": self._settings.compile,
         }
         return build(flags=flags, assignments=assignments)
 
     def _write_cache(self) -> Manifest:
-        """Write latents, tokens in float16, and the attention that haste would have of this teacher."""
+        """Write latents, tokens and class token in float16, and the attention that haste would have."""
         teacher, side = self._teacher, self._settings.resolution // 8
         tokens = teacher.grid[0] * teacher.grid[1]
         columns = {
             MOMENTS: ColumnSpec(shape=(8, side, side), dtype="float32"),
             column_name(teacher.name, "patch"): ColumnSpec(shape=(tokens, teacher.width), dtype="float16"),
+            column_name(teacher.name, "cls"): ColumnSpec(shape=(teacher.width,), dtype="float16"),
         }
         write = partial(
             synthetic_cache,

@@ -13,6 +13,7 @@ from repa.commands.bench.forms import FORMS
 from repa.commands.bench.measured import BenchSettings, Measured, interleaved
 from repa.commands.bench.run import PARTS, bench
 from repa.data.errors import RepaError
+from repa.trainer.methods import METHODS
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -63,18 +64,28 @@ def small(form: Mapping[str, ColumnSpec]) -> dict[str, ColumnSpec]:
 def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for form, columns in FORMS.items():
         monkeypatch.setitem(FORMS, form, small(columns))
-    settings = BenchSettings(batch_size=4, images=8, rows=128, steps=1, rounds=1)
+    settings = BenchSettings(batch_size=4, images=8, rows=128, steps=1, rounds=1, methods="haste,urepa,sra")
     text = StringIO()
     # per form: warm 7 lines of ours and the limit, cold 8; and zarr, perhaps tensorstore, in each
     others = 4 * (1 + (find_spec("tensorstore") is not None)) - 2
     results = bench((), settings, folder=tmp_path, console=Console(file=text, width=160))
-    assert [len(results[part]) for part in PARTS] == [32 + others, 6, 4, 8]
+    assert [len(results[part]) for part in PARTS] == [32 + others, 6, 4, 10]
     for lines in results.values():
         assert lines[0].ratio(lines[0]) == 1.0
         assert all(rate > 0 for line in lines for rate in line.rates)
         assert all(line.name in text.getvalue() for line in lines)
     train = {line.name: line for line in results["train"]}
-    assert [name for name, line in train.items() if line.beside] == ["repa, cached", "haste, cached"]
+    # the method beside none on its own backbone, and beside itself on constant targets where it reads some
+    assert {name: line.baseline for name, line in train.items() if name.startswith("none")} == {
+        "none": "none",
+        "none, SiT-down-T/1": "none, SiT-down-T/1",
+    }
+    assert {name: (line.baseline, line.beside) for name, line in train.items() if "cached" in name} == {
+        "haste, cached": ("none", "haste, constant targets"),
+        "urepa, cached": ("none, SiT-down-T/1", "urepa, constant targets"),
+    }
+    assert train["sra"].baseline == train["haste after τ"].baseline == "none"
+    assert not train["sra"].beside
     assert all(line.beside in train for line in train.values() if line.beside)
     assert {line.bytes_per_item for line in results["loader"]} == {row_bytes(form) for form in FORMS}
     assert all(min(line.cpu_per_1000) > 0 for line in results["loader"])
@@ -82,9 +93,13 @@ def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_model_that_does_not_fit_the_teacher_is_refused(tmp_path: Path) -> None:
-    settings = BenchSettings(model="SiT-T/2", batch_size=4, steps=1, rounds=1)
+    settings = BenchSettings(model="SiT-T/2", batch_size=4, steps=1, rounds=1, methods="none,repa,haste,sra")
     with pytest.raises(RepaError, match="8×8 grid, the backbone 4×4"):
         bench(("train",), settings, folder=tmp_path, console=Console(file=StringIO(), width=160))
+
+
+def test_every_method_is_measured_by_default() -> None:
+    assert sorted(BenchSettings().methods.split(",")) == sorted(METHODS)
 
 
 def test_unknown_parts_and_sizes_are_refused() -> None:
