@@ -67,6 +67,8 @@ def small_config(method: str, cache: Path, *, model: str = "", **changes: Any) -
         "checkpoint_every": STOP,
         "keep_last": 9,
         "preview_every": 0,
+        "holdout": 8,
+        "eval_every": 2,
         "lr": 1e-3,
     }
     values |= {f"method.{key}": value for key, value in SMALL.items() if key in known}

@@ -10,14 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from every_method import STEPS, STOP, shrink, small_config, write_cache
+from live_targets import Teacher
 from repa.cli import app
+from repa.commands.sample import SampleFlags, sample
 from repa.commands.train import TrainFlags, train
 from repa.data.errors import RepaError
 from repa.trainer.config import TrainConfig
 from repa.trainer.input.datamodule import columns_of_phase
+from repa.trainer.input.online import is_target
 from repa.trainer.methods import METHODS
 from repa.trainer.methods.aligning import PLAIN, Aligning
 from repa.trainer.methods.named_presets import unusable_presets
@@ -177,6 +181,31 @@ def test_it_sees_the_same_as_none_and_begins_with_the_same_weights(
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_with_its_teacher_live_it_is_the_run_from_the_cache(
+    name: str,
+    whole: Path,
+    undisturbed: Callable[..., Path],
+    run_fit: Fit,
+    same_run: Callable[[Path, Path, int], None],
+    tmp_path: Path,
+) -> None:
+    """To the bit, and none is called in a phase that reads no target."""
+    config = small_config(name, whole, targets="online")
+    teacher = Teacher(whole)
+    method = check(small_config(name, whole)).method
+    assert method is not None
+    reading = [any(map(is_target, method.columns(method.phase_at(step)))) for step in range(STEPS)]
+    if not any(reading):
+        with pytest.raises(ProblemsError) as caught:
+            run_fit(config, live=teacher)
+        assert [problem.field for problem in caught.value.problems] == ["--targets"]
+        return
+    run_fit(config, live=teacher)
+    same_run(undisturbed(small_config(name, whole)), tmp_path / "run", STEPS)
+    assert len(teacher.asked) == sum(reading)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_killed_and_resumed_at_every_boundary_of_phases(
     name: str,
     whole: Path,
@@ -196,6 +225,31 @@ def test_killed_and_resumed_at_every_boundary_of_phases(
         outcome, _ = run_fit(config, folder)
         assert outcome.resumed_from == boundary
         same_run(undisturbed(config), tmp_path / folder, STEPS)
+
+
+class Pixels:
+    name, weights_sha256 = "pixels", "0"
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        return (128 + 20 * latent[:, :3]).clamp(0, 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_has_a_held_out_loss_and_samples(
+    name: str,
+    whole: Path,
+    undisturbed: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = undisturbed(small_config(name, whole))
+    assert [{"held_out", "held_out_ema"} <= row.keys() for row in metrics_of(run)] == [False, True] * 2
+    monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: Pixels())
+    sample(SampleFlags(run=run, num=3, steps=2, guidance=1.5, npz=True, out=tmp_path / "out"))
+    with np.load(tmp_path / "out" / "samples.npz") as arrays:
+        images = arrays["arr_0"]
+    assert images.shape == (3, 8, 8, 3)
+    assert images.std() > 1
 
 
 @pytest.mark.parametrize("name", ALIGNING)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,60 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
+from live_targets import Teacher
 from repa.data.errors import CacheError, RepaError
-from repa.data.format.columns import MOMENTS, ColumnSpec, source_of
-from repa.data.format.manifest import Provenance
+from repa.data.format.columns import MOMENTS, ColumnSpec
 from repa.data.format.opening import open_manifest
 from repa.data.testing import SYNTHETIC_COLUMNS, expected_row, synthetic_cache
 from repa.trainer.config import TrainConfig
 from repa.trainer.input.datamodule import CacheData
-from repa.trainer.input.online import is_target, offer
+from repa.trainer.input.online import offer
 from repa.trainer.run.checks import attention_blocks, check
 from repa.trainer.run.metrics import read_metrics
 from repa.trainer.run.phases import describe_phases
-from torch import Tensor
 
 Settings = Callable[..., TrainConfig]
 Fit = Callable[..., Any]
 SameRun = Callable[[Path, Path, int], None]
 
 STOP = 6
-
-
-class Teacher:
-    """Knows what a synthetic cache stores of its targets, and gives it in float32."""
-
-    def __init__(self, cache: Path) -> None:
-        manifest = open_manifest(cache)
-        self._stored = {name: spec for name, spec in manifest.columns.items() if is_target(name)}
-        self.columns = {name: replace(spec, dtype="float32") for name, spec in self._stored.items()}
-        self.sources: dict[str, Provenance] = {
-            source_of(name): manifest.sources[source_of(name)] for name in self.columns
-        }
-        self.grids = {source: each.grid for source, each in self.sources.items()}
-        self.notes = {source: each.notes for source, each in self.sources.items()}
-        self.record = {"data": "nowhere"}
-        self.loaded: list[torch.device] = []
-        self.prepared: list[list[int]] = []
-        self.asked: list[list[int]] = []
-        self.names: set[tuple[str, ...]] = set()
-
-    def load(self, device: torch.device) -> dict[str, Provenance]:
-        self.loaded.append(device)
-        return self.sources
-
-    def prepare(self, rows: NDArray[np.int64]) -> None:
-        self.prepared.append(rows.tolist())
-
-    def __call__(self, rows: NDArray[np.int64], names: Sequence[str]) -> dict[str, Tensor]:
-        self.asked.append(rows.tolist())
-        self.names.add(tuple(names))
-        values = {
-            name: np.stack([expected_row(name, int(row), self._stored[name]) for row in rows])
-            for name in names
-        }
-        return {name: torch.from_numpy(each.astype(np.float32)) for name, each in values.items()}
 
 
 @pytest.fixture(scope="module")
