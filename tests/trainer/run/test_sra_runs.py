@@ -124,11 +124,15 @@ def test_killed_and_resumed(
     same_run: Callable[[Path, Path, int], None],
     tmp_path: Path,
 ) -> None:
-    config = sra()
+    """With what is measured at one time an image: the held-out loss and the angle of gradients."""
+    config = sra(holdout=8, eval_every=2, gradient_angle_every=2)
     killed_fit(config, "killed", moment=4)
     outcome, _ = run_fit(config, "killed")
     assert outcome.resumed_from == 2
     same_run(undisturbed(config), tmp_path / "killed", 4)
+    row = read_metrics(tmp_path / "killed" / "metrics.csv")[1]
+    assert row["held_out_ema"] > 0
+    assert -1 <= row["gradient_angle"] <= 1
 
 
 def test_one_batch_of_eight_is_two_of_four(sra: Settings, run_fit: Fit, tmp_path: Path) -> None:
