@@ -1,4 +1,4 @@
-"""What a method may need, and what is said when it is not there.
+"""What a method may need of cache, backbone and settings, and what is said when it is not there.
 
 A method declares its needs in `Method.requires`, in the order in which they are reported, and phrases no
 refusal itself. Settings are named as in its class of settings; their values are the preset's where nobody
@@ -13,12 +13,38 @@ from ...data.format.columns import AUTOENCODER, model_of, source_of
 from ...data.units import counted
 from .alignment import teachers_with
 from .base import Problem, Requirement
+from .settings_needs import (
+    AlignsFirst,
+    DepthWithin,
+    HasPreset,
+    Paired,
+    SameTokens,
+    TakesEffect,
+    blocks_of,
+    listed,
+    ranges,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from ...data.format.columns import ColumnSpec
-    from .base import Method, MethodConfig
+    from .base import Method
+
+__all__ = [
+    "AlignsFirst",
+    "DepthWithin",
+    "GridDivides",
+    "HasPreset",
+    "HeadsFit",
+    "NeedsColumn",
+    "Paired",
+    "SameGrid",
+    "SameTokens",
+    "SameWidth",
+    "StoredAttention",
+    "TakesEffect",
+]
 
 
 class NeedsColumn(Requirement):
@@ -65,106 +91,6 @@ class NeedsColumn(Requirement):
             )
 
 
-class HasPreset(Requirement):
-    """Need settings that the user or the preset of the backbone's size says.
-
-    Args:
-        settings: names of the settings.
-    """
-
-    def __init__(self, *settings: str) -> None:
-        self._settings = settings
-
-    def problems(self, method: Method) -> Iterator[Problem]:
-        """Report all settings without a value together."""
-        missing = [f"method.{name}" for name in self._settings if not _is_set(method, name)]
-        if not missing:
-            return
-        backbone = method.backbone
-        size = f"size {backbone.size_name}" if backbone.size_name else f"a backbone of depth {backbone.depth}"
-        example = _example(method)
-        values = [f"--set {key}={_written(getattr(example, key.partition('.')[2], '…'))}" for key in missing]
-        yield Problem(
-            what=f"{type(method).__name__} has no preset for {size} (it has for "
-            f"{', '.join(method.presets) or 'none'}), and nothing says {', '.join(missing)}",
-            remedy=f"set what is missing, for example `{' '.join(values)}`",
-            field=missing[0],
-        )
-
-
-class DepthWithin(Requirement):
-    """Need blocks that the backbone has.
-
-    Args:
-        settings: names of the settings, each a block counted from 1 or several of them.
-    """
-
-    def __init__(self, *settings: str) -> None:
-        self._settings = settings
-
-    def problems(self, method: Method) -> Iterator[Problem]:
-        """Report each setting that names a block outside the backbone."""
-        for name in self._settings:
-            outside = [block for block in _blocks(method, name) if not method.backbone.has_block(block)]
-            if outside:
-                depth = method.backbone.depth
-                yield Problem(
-                    what=f"method.{name} is {_listed(outside)}, the backbone has blocks 1 to {depth}",
-                    remedy=f"set a block from 1 to {depth}, for example "
-                    f"`--set method.{name}={max(1, depth // 3)}`",
-                    field=f"method.{name}",
-                )
-
-    def fits(self, preset: MethodConfig, depth: int) -> bool:
-        """Return whether the blocks of a preset lie in a backbone of some depth."""
-        blocks = [block for name in self._settings for block in _as_blocks(getattr(preset, name))]
-        return max(blocks, default=0) <= depth
-
-
-class Paired(Requirement):
-    """Need two lists of blocks that can be paired in order.
-
-    Args:
-        first: name of a setting.
-        second: name of another.
-    """
-
-    def __init__(self, first: str, second: str) -> None:
-        self._names = first, second
-
-    def problems(self, method: Method) -> Iterator[Problem]:
-        """Report lists of different lengths."""
-        first, second = (_blocks(method, name) for name in self._names)
-        if first and second and len(first) != len(second):
-            yield Problem(
-                what=f"method.{self._names[0]} has {counted(len(first), 'block')} ({_listed(first)}), "
-                f"method.{self._names[1]} {len(second)} ({_listed(second)})",
-                remedy="name as many of the one as of the other: they are paired in order",
-                field=f"method.{self._names[0]}",
-            )
-
-
-class AlignsFirst(Requirement):
-    """Need alignment in the first step at least.
-
-    Args:
-        stop: name of the setting that says the first step without.
-    """
-
-    def __init__(self, stop: str) -> None:
-        self._stop = stop
-
-    def problems(self, method: Method) -> Iterator[Problem]:
-        """Report an end before the first step."""
-        stop = getattr(method.config, self._stop)
-        if stop is not None and stop < 1:
-            yield Problem(
-                what=f"method.{self._stop} is {stop}: the alignment would end before the first step",
-                remedy=f"set method.{self._stop} to a later step, or train without alignment: --method none",
-                field=f"method.{self._stop}",
-            )
-
-
 class SameGrid(Requirement):
     """Need targets that lie on the grid of the backbone's tokens.
 
@@ -182,7 +108,7 @@ class SameGrid(Requirement):
         for kind, setting in self._blocks.items():
             grids = [
                 method.backbone.grid_of(block)
-                for block in _blocks(method, setting)
+                for block in blocks_of(method, setting)
                 if method.backbone.has_block(block)
             ]
             for column in _columns(method, kind):
@@ -212,9 +138,9 @@ class SameGrid(Requirement):
                 field=column,
             )
         elif not self.fits((rows, columns), grid):
-            named = [each for each in _blocks(method, setting) if method.backbone.has_block(each)]
+            named = [each for each in blocks_of(method, setting) if method.backbone.has_block(each)]
             here = [each for each in named if method.backbone.grid_of(each) == grid]
-            where = f" in block {_listed(here)}" if method.backbone.blocks else ""
+            where = f" in block {listed(here)}" if method.backbone.blocks else ""
             yield Problem(
                 what=f"{column} has a {rows}×{columns} grid, the backbone {grid[0]}×{grid[1]} tokens{where}",
                 remedy=self._blocks_remedy(method, (rows, columns), setting)
@@ -230,7 +156,7 @@ class SameGrid(Requirement):
         ]
         if not backbone.blocks or not blocks:
             return ""
-        return f"choose of blocks {_ranges(blocks)}, whose grid fits, with `--set method.{setting}=…`"
+        return f"choose of blocks {ranges(blocks)}, whose grid fits, with `--set method.{setting}=…`"
 
 
 class GridDivides(SameGrid):
@@ -244,39 +170,6 @@ class GridDivides(SameGrid):
         """Return whether the student's tokens, up-sampled by a whole factor, lie on the teacher's grid."""
         factor = teacher[0] // student[0]
         return factor > 0 and teacher == (factor * student[0], factor * student[1])
-
-
-class SameTokens(Requirement):
-    """Need two blocks whose outputs have the same tokens, in number, grid and width.
-
-    Args:
-        first: name of the setting that says the one block.
-        second: name of the setting that says the other.
-    """
-
-    def __init__(self, first: str, second: str) -> None:
-        self._names = first, second
-
-    def problems(self, method: Method) -> Iterator[Problem]:
-        """Report blocks whose tokens cannot be compared one with one."""
-        facts = method.backbone
-        blocks = [block for name in self._names for block in _blocks(method, name)]
-        if len(blocks) < len(self._names) or not all(facts.has_block(block) for block in blocks):
-            return
-        tokens = {block: (facts.grid_of(block), facts.width_of(block)) for block in range(1, facts.depth + 1)}
-        first, second = blocks
-        if tokens[first] != tokens[second]:
-            alike = [block for block in tokens if tokens[block] == tokens[first] and block != first]
-            nearest = min(alike, key=lambda block: abs(block - second), default=first)
-            said = [
-                f"{rows}×{columns} tokens of {width} channels"
-                for (rows, columns), width in (tokens[block] for block in blocks)
-            ]
-            yield Problem(
-                what=f"block {first} of the backbone has {said[0]}, block {second} {said[1]}",
-                remedy=f"set blocks of one stage, for example `--set method.{self._names[1]}={nearest}`",
-                field=f"method.{self._names[0]}",
-            )
 
 
 class SameWidth(Requirement):
@@ -304,33 +197,6 @@ class SameWidth(Requirement):
                     )
 
 
-class TakesEffect(Requirement):
-    """Need a setting to be left alone where it would do nothing.
-
-    Args:
-        setting: its name.
-        where: name of another setting → its values, with any of which this one has an effect.
-    """
-
-    def __init__(self, setting: str, **where: tuple[Any, ...]) -> None:
-        self._setting, self._where = setting, where
-
-    def problems(self, method: Method) -> Iterator[Problem]:
-        """Report a setting that is no default and has no effect."""
-        value = getattr(method.asked, self._setting)
-        default = getattr(method.config_class(), self._setting)
-        if value == default or any(
-            getattr(method.config, name) in all_ for name, all_ in self._where.items()
-        ):
-            return
-        needed = [f"method.{name}={_listed(values, ' or ')}" for name, values in self._where.items()]
-        yield Problem(
-            what=f"method.{self._setting}={value} has no effect without {_listed(needed, ' or ')}",
-            remedy=f"leave it at {default}, or set {needed[0]}",
-            field=f"method.{self._setting}",
-        )
-
-
 class HeadsFit(Requirement):
     """Need a head of the student for each of the teacher's.
 
@@ -344,7 +210,7 @@ class HeadsFit(Requirement):
 
     def problems(self, method: Method) -> Iterator[Problem]:
         """Report a teacher with more heads than the student has."""
-        blocks = [block for block in _blocks(method, self._blocks) if method.backbone.has_block(block)]
+        blocks = [block for block in blocks_of(method, self._blocks) if method.backbone.has_block(block)]
         if not blocks:
             return
         mine = min(method.backbone.heads_of(block) for block in blocks)
@@ -377,7 +243,7 @@ class StoredAttention(Requirement):
             names = f"{teacher}/q", f"{teacher}/k"
             missing = [name for name in names if name not in method.specs]
             if missing:
-                blocks = _listed(_blocks(method, self._blocks), ",") or "haste"
+                blocks = listed(blocks_of(method, self._blocks), ",") or "haste"
                 yield Problem(
                     what=f"the cache has no attention targets of {teacher} ({', '.join(missing)})",
                     remedy=f"add them with `repa preprocess --encoder {teacher} --attention {blocks}` on "
@@ -404,63 +270,23 @@ class StoredAttention(Requirement):
         setting = f"method.{self._blocks}"
         preset = method.preset_of(method.backbone)
         for_depth = getattr(preset, self._teacher_depth, None)
-        absent = [block for block in _blocks(method, self._blocks) if block not in stored]
+        absent = [block for block in blocks_of(method, self._blocks) if block not in stored]
         if preset and not getattr(method.asked, self._blocks) and depth not in (None, for_depth):
             yield Problem(
                 what=f"{teacher} has {counted(depth or 0, 'block')}, the preset of "
                 f"{method.backbone.size_name} is for a teacher of {for_depth}",
-                remedy=f"choose of the cached blocks {_listed(stored)} with `--set {setting}=[…]`",
+                remedy=f"choose of the cached blocks {listed(stored)} with `--set {setting}=[…]`",
                 field=setting,
             )
         elif absent:
-            blocks = _listed(_blocks(method, self._blocks), ",")
+            blocks = listed(blocks_of(method, self._blocks), ",")
             yield Problem(
-                what=f"the cache has the attention of blocks {_listed(stored)} of {teacher}, not of "
-                f"{_listed(absent)}",
+                what=f"the cache has the attention of blocks {listed(stored)} of {teacher}, not of "
+                f"{listed(absent)}",
                 remedy=f"choose of those with `--set {setting}=[…]`, or write another cache with "
                 f"`repa preprocess --encoder {teacher} --attention {blocks}`",
                 field=setting,
             )
-
-
-def _is_set(method: Method, name: str) -> bool:
-    return getattr(method.config, name) not in (None, ())
-
-
-def _blocks(method: Method, setting: str) -> tuple[int, ...]:
-    return _as_blocks(getattr(method.config, setting))
-
-
-def _as_blocks(value: Any) -> tuple[int, ...]:
-    """Return the blocks that a setting names, which are one, several or none."""
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
-
-
-def _ranges(blocks: Sequence[int]) -> str:
-    """Write ascending blocks as ``1-5, 11-15``."""
-    starts = [block for block in blocks if block - 1 not in blocks]
-    ends = [block for block in blocks if block + 1 not in blocks]
-    return _listed(f"{a}-{b}" if a < b else a for a, b in zip(starts, ends, strict=True))
-
-
-def _listed(values: Iterable[object], separator: str = ", ") -> str:
-    return separator.join(map(str, values))
-
-
-def _written(value: Any) -> str:
-    """Write a value as ``--set`` reads it."""
-    return f"[{_listed(value, ',')}]" if isinstance(value, tuple) else str(value)
-
-
-def _example(method: Method) -> MethodConfig | None:
-    """Return the preset to show, B's if its blocks lie in this backbone, else the first in the table."""
-    blocks = [each for each in method.requires if isinstance(each, DepthWithin)]
-    common = method.presets.get("B")
-    if common is not None and all(each.fits(common, method.backbone.depth) for each in blocks):
-        return common
-    return next(iter(method.presets.values()), None)
 
 
 def _read(method: Method, kind: str) -> list[str]:
