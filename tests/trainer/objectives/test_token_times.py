@@ -9,9 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from repa.trainer.models.conditioning import LabelConditioner
+from repa.trainer.models.token_groups import TokenGroups
 from repa.trainer.objectives.flow import Flow, FlowConfig
 from repa.trainer.objectives.token_times import TokenTimes
 from repa.trainer.step.draws import Draws, StepDraws
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 TOKENS = 64
 
@@ -67,6 +69,18 @@ def test_whole_images_have_one_group_and_one_time() -> None:
     assert torch.equal(draws.t[whole, 0], draws.t[whole, 1])
     assert (draws.t[~whole, 0] != draws.t[~whole, 1]).all()
     assert ((draws.groups[~whole] == 0).sum(1) == 16).all()
+
+
+def test_nothing_waits_for_the_device() -> None:
+    """Tensors without values stand for a device that has not computed them yet."""
+    with FakeTensorMode():
+        draws = draw(TokenTimes(shares=(0.25, 0.75), whole=0.3))
+        assert draws.groups is not None
+        groups = TokenGroups(of_token=draws.groups, separate=True)
+        assert groups.on_latent(draws.t, (8, 8), 2).shape == (8, 1, 16, 16)
+        mask = groups.mask()
+        assert mask is not None
+        assert mask.shape == (8, 1, TOKENS, TOKENS)
 
 
 def test_micro_batches_share_the_draws_of_the_step() -> None:

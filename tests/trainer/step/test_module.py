@@ -112,9 +112,17 @@ def test_one_batch_of_eight_is_two_of_four(settings: Settings) -> None:
 def test_draws_are_sliced_not_drawn_again() -> None:
     def draws(rank: int = 0, seed: int = 0, step: int = 0) -> Any:
         made = StepDraws(seed=seed, rank=rank, device=torch.device("cpu"))
-        return made.of_step(step, 8, (2, 3, 3), Flow(FlowConfig()).times, LabelConditioner(3, 4))
+        times, conditioner = Flow(FlowConfig()).times, LabelConditioner(3, 4)
+        return made.of_step(step, 8, (2, 3, 3), times, conditioner, own=own)
+
+    def own(count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        return {"offset": torch.rand(count, 2, generator=generator)}
 
     whole = draws()
+    parts = [whole.micro_batch(index, 2).own["offset"] for index in range(4)]
+    assert torch.equal(torch.cat(parts), whole.own["offset"])
+    assert torch.equal(whole.own["offset"], draws().own["offset"])
+    assert not torch.equal(whole.own["offset"], draws(step=1).own["offset"])
     for name in ("posterior", "noise", "t", "dropped"):
         parts = [getattr(whole.micro_batch(index, 2), name) for index in range(4)]
         assert torch.equal(torch.cat(parts), getattr(whole, name))
