@@ -41,7 +41,9 @@ class TrainFlags:
             show_default="repa",
         ),
     ] = None
-    model: Annotated[str | None, typer.Option(help="Backbone.", show_default="SiT-B/2")] = None
+    model: Annotated[
+        str | None, typer.Option(help="Backbone.", show_default="SiT-B/2, or the method's own")
+    ] = None
     cache: Annotated[
         str | None,
         typer.Option(
