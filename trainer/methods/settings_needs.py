@@ -151,24 +151,35 @@ class TakesEffect(Requirement):
 
     Args:
         setting: its name.
+        unless: name and value of another setting, with which this one has none.
         where: name of another setting → its values, with any of which this one has an effect.
     """
 
-    def __init__(self, setting: str, **where: tuple[Any, ...]) -> None:
-        self._setting, self._where = setting, where
+    def __init__(
+        self, setting: str, *, unless: tuple[str, Any] | None = None, **where: tuple[Any, ...]
+    ) -> None:
+        self._setting, self._unless, self._where = setting, unless, where
 
     def problems(self, method: Method) -> Iterator[Problem]:
         """Report a setting that is no default and has no effect."""
         value = getattr(method.asked, self._setting)
         default = getattr(method.config_class(), self._setting)
-        if value == default or any(
-            getattr(method.config, name) in all_ for name, all_ in self._where.items()
-        ):
+        if value == default:
             return
-        needed = [f"method.{name}={listed(values, ' or ')}" for name, values in self._where.items()]
+        written, leave = f"method.{self._setting}={value}", f"leave it at {str(default).lower()}"
+        if self._unless is not None and getattr(method.config, self._unless[0]) == self._unless[1]:
+            name, other = self._unless
+            yield Problem(
+                what=f"{written} has no effect with method.{name}={other}",
+                remedy=f"{leave}, or set another method.{name}",
+                field=f"method.{self._setting}",
+            )
+        if not self._where or any(getattr(method.config, name) in all_ for name, all_ in self._where.items()):
+            return
+        needed = [f"method.{name}={listed(values, ' or ').lower()}" for name, values in self._where.items()]
         yield Problem(
-            what=f"method.{self._setting}={value} has no effect without {listed(needed, ' or ')}",
-            remedy=f"leave it at {default}, or set {needed[0]}",
+            what=f"{written} has no effect without {listed(needed, ' or ')}",
+            remedy=f"{leave}, or set {needed[0]}",
             field=f"method.{self._setting}",
         )
 

@@ -41,7 +41,7 @@ class SraConfig(AligningConfig):
         epoch_steps: steps of an epoch of that decay (ImageNet in batches of 256: 5,004).
         times: times of an image: ``one``, or ``two``, each of a random group of its tokens.
         separate: whether a token attends in training to the tokens of its own group alone.
-        share: part of the tokens that is in the smaller group.
+        share: part of the tokens that is in the first group.
         whole: ρ, probability that an image has one group.
         teacher: what the averaged weights see of an image with two times: with ``offset`` each group at its
             own t − k, with ``self_flow`` the whole image at the smaller time, each token attending to all.
@@ -134,6 +134,8 @@ class Sra(Aligning):
         TakesEffect("whole", times=("two",), separate=(True,)),
         TakesEffect("teacher", times=("two",)),
         TakesEffect("offset", teacher=("offset",)),
+        TakesEffect("decay_after", unless=("decay_epochs", 0)),
+        TakesEffect("epoch_steps", unless=("decay_epochs", 0)),
     )
 
     def __init__(

@@ -236,6 +236,8 @@ def test_which_images_have_groups() -> None:
         ({"teacher": "self_flow"}, "method.teacher"),
         ({"teacher": "self_flow", "separate": True}, "method.teacher"),
         ({"teacher": "self_flow", "times": "two", "offset": 0.1}, "method.offset"),
+        ({"decay_epochs": 0, "decay_after": 5}, "method.decay_after"),
+        ({"decay_epochs": 0, "epoch_steps": 5}, "method.epoch_steps"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(settings: dict[str, Any], field: str) -> None:
@@ -249,6 +251,7 @@ def test_settings_that_would_do_nothing_are_refused(settings: dict[str, Any], fi
     [
         {"times": "two", "share": 0.5, "whole": 0.5, "offset": 0.1},
         {"separate": True, "share": 0.5, "whole": 0.5},
+        {"decay_after": 5, "epoch_steps": 5},
         {"times": "two", "teacher": "self_flow", "separate": True},
     ],
 )
