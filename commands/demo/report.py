@@ -17,11 +17,12 @@ from ...pipeline.demo.shapes import CLASS_NAMES, DemoImages
 from ...pipeline.encoders import load_encoder
 from ...trainer.config import build
 from ...trainer.evaluation.registry import FEATURES, REFERENCE, measure
-from ...trainer.run.callbacks import METRICS_FILE, TIMING_FILE
+from ...trainer.run.callbacks import METRICS_FILE
 from ...trainer.run.checks import check
 from ...trainer.run.folder import CONFIG_FILE
 from ...trainer.run.metrics import read_metrics
 from ...trainer.run.phases import describe_phases
+from ...trainer.run.timing import TIMING_FILE
 from ...trainer.sampling.record import ARRAY_FILE
 from ...trainer.settings_file import load_yaml
 

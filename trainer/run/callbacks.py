@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning.pytorch.callbacks import Callback
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ...data.storage.files import open_to_append, os_errors
 from ...data.units import counted
 from .divergence import refuse_divergence
 from .metrics import MetricsFile
+from .timing import Timing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from ..step.module import TrainingModule
 
 METRICS_FILE = "metrics.csv"
-TIMING_FILE = "timing.csv"
 TENSORBOARD_FOLDER = "tensorboard"
 _PLAIN_LINE_SECONDS = 15.0
 
@@ -70,6 +69,7 @@ class Metrics(StepCallback):
         console: where to show progress.
         clock: measures the rate.
         evaluate: the held-out losses by name; None without held-out rows.
+        bytes_read: bytes that this process has read from the cache so far; None where nobody counts them.
     """
 
     def __init__(
@@ -79,11 +79,14 @@ class Metrics(StepCallback):
         console: Console,
         clock: Clock,
         evaluate: Callable[[Trainer, TrainingModule], dict[str, float]] | None,
+        bytes_read: Callable[[], int] | None = None,
     ) -> None:
         super().__init__(config)
         self._run = run
         self._console = console
         self._evaluate = evaluate
+        self._bytes_read = bytes_read
+        self._timing: Timing | None = None
         self._file: MetricsFile | None = None
         self._tensorboard: SummaryWriter | None = None
         self._bar: Progress | None = None
@@ -112,10 +115,14 @@ class Metrics(StepCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the file, dropping rows that a killed run wrote after its last checkpoint."""
-        del pl_module
+        module = cast("TrainingModule", pl_module)
         self._clock.restart(trainer.global_step)
+        self._timing = Timing(
+            self._run, module.device, trainer.world_size, self._bytes_read, module.sum_over_ranks
+        )
         if not trainer.is_global_zero:
             return
+        self._timing.open()
         self._file = MetricsFile(
             self._run / METRICS_FILE, resumed_step=trainer.global_step, rows=self._rows_before
         )
@@ -157,6 +164,8 @@ class Metrics(StepCallback):
             if self._tensorboard is not None:
                 for name, value in values.items():
                     self._tensorboard.add_scalar(name, value, step)
+        if rate is not None and self._timing is not None:
+            self._timing.write(step, self._timing.values(rate))
         if trainer.is_global_zero:
             self._show(step, values, rate)
 
@@ -184,12 +193,6 @@ class Metrics(StepCallback):
         )
         if rate is not None:
             note += f" · {rate:,.1f} images/s"
-            path = self._run / TIMING_FILE
-            with os_errors("write", path):
-                new = not path.exists()
-                with open_to_append(path) as file:
-                    file.write("step,images_per_second\n" if new else "")
-                    file.write(f"{step},{rate:.6g}\n")
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step)
             if note:

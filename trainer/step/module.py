@@ -272,6 +272,13 @@ class TrainingModule(LightningModule):
         reduced: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op="mean")
         return reduced
 
+    def sum_over_ranks(self, value: float) -> float:
+        """Return the sum of a value over the ranks. Every rank must call it."""
+        if self.trainer.world_size == 1:
+            return value
+        one = torch.tensor(value, dtype=torch.float64)
+        return float(self.over_ranks(one)) * self.trainer.world_size
+
     def _condition_values(self, batch: Batch) -> Tensor:
         column = self.backbone.y_embedder.column
         return batch.label if column == LABEL else batch.columns[column]
