@@ -87,7 +87,7 @@ def report(cache: Path, runs: Sequence[DemoRun], out: Path) -> list[DemoRow]:
 
     def distance(images: NDArray[np.uint8]) -> float:
         """Compute the Fréchet distance of images to the cache's."""
-        return measure("frechet", {FEATURES: class_vectors(images), REFERENCE: real})
+        return measure("fd", {FEATURES: class_vectors(images), REFERENCE: real})["fd"]
 
     rows = [
         DemoRow(

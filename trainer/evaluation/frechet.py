@@ -1,4 +1,4 @@
-"""Fréchet distance of two feature sets (FID's formula, in any feature space)."""
+"""Fréchet distance of two feature sets (the formula of FID and sFID), and its limit for many samples."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...data.errors import RepaError
+from .moments import Moments, as_rows, moments_of
+
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from .moments import Rows
 
 
-def frechet_distance(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
+def frechet_distance(first: Rows | Moments, second: Rows | Moments) -> float:
     """Compute the squared Fréchet distance of the normal distributions fitted to two feature sets.
 
     |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2·(Σ₁Σ₂)^½) (Dowson and Landau, "The Fréchet distance between multivariate
@@ -20,36 +23,65 @@ def frechet_distance(first: NDArray[np.floating], second: NDArray[np.floating]) 
     singular, where a general matrix root returns complex noise.
 
     Args:
-        first: features ``[N, D]``, N at least 2.
-        second: features ``[M, D]``, M at least 2.
+        first: features ``[N, D]``, N at least 2, or their moments.
+        second: features ``[M, D]``, M at least 2, or their moments.
 
     Returns:
         The distance, in float64; 0 for equal sets up to rounding, never negative.
 
     Raises:
-        ValueError: the shapes do not fit, or there are too few samples or non-finite values.
+        RepaError: the shapes do not fit, or there are too few samples or non-finite values.
     """
-    for features in (first, second):
-        if features.ndim != 2 or features.shape[0] < 2:
-            raise ValueError(f"features {features.shape} are not [N, D] with N at least 2")
-        if not np.isfinite(features).all():
-            raise ValueError("features hold values that are not finite")
-    if first.shape[1] != second.shape[1]:
-        raise ValueError(f"features have {first.shape[1]} and {second.shape[1]} channels")
-    mean_first, covariance_first = _moments(first)
-    mean_second, covariance_second = _moments(second)
-    eigenvalues, eigenvectors = np.linalg.eigh(covariance_first)
+    one = first if isinstance(first, Moments) else moments_of(first)
+    two = second if isinstance(second, Moments) else moments_of(second)
+    if len(one.mean) != len(two.mean):
+        raise RepaError(
+            f"features have {len(one.mean)} channels, and those of the reference {len(two.mean)}",
+            "take both from one model",
+            field="reference",
+        )
+    eigenvalues, eigenvectors = np.linalg.eigh(one.covariance)
     root = (eigenvectors * np.sqrt(eigenvalues.clip(min=0))) @ eigenvectors.T
-    inner = root @ covariance_second @ root
+    inner = root @ two.covariance @ root
     trace_of_root = np.sqrt(np.linalg.eigvalsh((inner + inner.T) / 2).clip(min=0)).sum()
-    shift = mean_first - mean_second
-    distance = shift @ shift + np.trace(covariance_first) + np.trace(covariance_second) - 2 * trace_of_root
+    shift = one.mean - two.mean
+    distance = shift @ shift + np.trace(one.covariance) + np.trace(two.covariance) - 2 * trace_of_root
     return max(float(distance), 0.0)
 
 
-def _moments(features: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean ``[D]`` and unbiased covariance ``[D, D]``, in float64."""
-    values = np.asarray(features, dtype=np.float64)
-    mean = values.mean(axis=0)
-    centred = values - mean
-    return mean, centred.T @ centred / (len(values) - 1)
+def frechet_distance_at_infinity(
+    features: Rows, reference: Rows | Moments, *, points: int = 15, smallest: int = 5000, seed: int = 0
+) -> float:
+    """Extrapolate the Fréchet distance to infinitely many samples.
+
+    A line is fitted to the distances of subsets over 1/N, and its value at 0 is returned (Chong and Forsyth,
+    "Effectively unbiased FID and Inception Score", arXiv 1911.07023). Subset sizes are spaced evenly from
+    ``smallest`` to N, each subset is drawn anew without replacement.
+
+    Args:
+        features: of the samples ``[N, D]``.
+        reference: features ``[M, D]`` of real images, or their moments.
+        points: how many subset sizes.
+        smallest: the smallest of them.
+        seed: of the draws; the published programs have none.
+
+    Returns:
+        The intercept, in float64; it can be negative.
+
+    Raises:
+        RepaError: there are not more samples than the smallest subset has, or the arrays do not fit.
+    """
+    rows = as_rows(features)
+    if points < 2 or smallest < 2 or len(rows) <= smallest:
+        raise RepaError(
+            f"{len(rows)} samples give no line through {points} subsets of at least {smallest}",
+            "take more samples, or a smaller smallest subset",
+            field="smallest",
+        )
+    target = reference if isinstance(reference, Moments) else moments_of(reference)
+    generator = np.random.default_rng(seed)
+    sizes = np.linspace(smallest, len(rows), points).astype(int)
+    distances = [
+        frechet_distance(rows[generator.choice(len(rows), size, replace=False)], target) for size in sizes
+    ]
+    return float(np.polynomial.Polynomial.fit(1 / sizes, distances, 1)(0.0))

@@ -1,4 +1,4 @@
-"""Fréchet distance against closed forms; the held-out loss against a loop over rows."""
+"""The held-out loss against a loop over rows."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from repa.data.errors import RepaError
 from repa.data.format.columns import MOMENTS
 from repa.data.reading.latents import LatentScale
 from repa.data.reading.reader import CacheReader
-from repa.trainer.evaluation.frechet import frechet_distance
-from repa.trainer.evaluation.registry import METRICS, Metric, measure
 from repa.trainer.models.sit import SiT, SiTConfig
 from repa.trainer.objectives.flow import Flow, FlowConfig
 from repa.trainer.run.held_out import CHUNK, held_out_batches, held_out_sums, held_out_times
@@ -20,81 +17,6 @@ from repa.trainer.step.randomness import generator_for
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-RANDOM = np.random.default_rng(0)
-
-
-def test_equal_sets_have_no_distance() -> None:
-    features = RANDOM.normal(size=(50, 7))
-    assert frechet_distance(features, features) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(features, features[RANDOM.permutation(50)]) == pytest.approx(0, abs=1e-9)
-
-
-def test_a_shift_costs_its_square() -> None:
-    features = RANDOM.normal(size=(40, 5))
-    shift = np.array([1.0, -2.0, 0.5, 0.0, 3.0])
-    assert frechet_distance(features, features + shift) == pytest.approx(shift @ shift, rel=1e-9)
-
-
-def test_a_scale_costs_the_difference_of_the_deviations() -> None:
-    features = RANDOM.normal(size=(60, 6))
-    features -= features.mean(axis=0)
-    scales = np.array([1.0, 2.0, 0.5, 3.0, 1.5, 0.1])
-    # decorrelated, so that the covariances commute: Σ (σ₁ − σ₂)²
-    features = features @ np.linalg.inv(np.linalg.cholesky(np.cov(features.T)).T)
-    expected = ((scales - 1) ** 2).sum()
-    assert frechet_distance(features, features * scales) == pytest.approx(expected, rel=1e-9)
-
-
-def test_one_channel() -> None:
-    first, second = RANDOM.normal(1, 2, size=(30, 1)), RANDOM.normal(-1, 0.5, size=(20, 1))
-    expected = (first.mean() - second.mean()) ** 2 + (first.std(ddof=1) - second.std(ddof=1)) ** 2
-    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-9)
-
-
-def test_against_the_eigenvalues_of_the_product() -> None:
-    """tr (Σ₁Σ₂)^½ is also the sum of the roots of the eigenvalues of the unsymmetric product."""
-    first, second = RANDOM.normal(size=(80, 6)), RANDOM.normal(size=(70, 6)) @ RANDOM.normal(size=(6, 6))
-    covariances = np.cov(first.T), np.cov(second.T)
-    roots = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).real).sum()
-    shift = first.mean(axis=0) - second.mean(axis=0)
-    expected = shift @ shift + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * roots
-    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-9)
-    assert frechet_distance(second, first) == pytest.approx(expected, rel=1e-9)
-
-
-def test_fewer_samples_than_channels() -> None:
-    first, second = RANDOM.normal(size=(5, 40)), RANDOM.normal(size=(6, 40)).astype(np.float32)
-    distance = frechet_distance(first, second)
-    assert np.isfinite(distance)
-    assert distance > 0
-
-
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        (np.zeros((1, 3)), np.zeros((4, 3))),
-        (np.zeros((4, 3)), np.zeros((4, 2))),
-        (np.zeros(4), np.zeros((4, 2))),
-        (np.full((4, 2), np.nan), np.zeros((4, 2))),
-    ],
-)
-def test_features_that_have_no_distance(first: np.ndarray, second: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="features"):
-        frechet_distance(first, second)
-
-
-def test_metrics_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = {"features": RANDOM.standard_normal((30, 4)), "reference": RANDOM.standard_normal((20, 4)) + 1}
-    expected = frechet_distance(inputs["features"], inputs["reference"])
-    assert measure("frechet", inputs) == expected > 1
-    monkeypatch.setitem(METRICS, "spread", Metric(compute=lambda x: float(x.std()), needs=("features",)))
-    assert measure("spread", inputs) == pytest.approx(inputs["features"].std())
-    with pytest.raises(RepaError) as caught:
-        measure("frechet", {"features": inputs["features"]})
-    assert caught.value.field == "reference"
-    with pytest.raises(RepaError):
-        measure("fid", inputs)
 
 
 def test_times_are_even_and_do_not_depend_on_the_chunk() -> None:
