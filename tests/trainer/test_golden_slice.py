@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from method_steps import make_step
+from repa.data.format.columns import ColumnSpec
 from repa.trainer.methods.alignment import cosine_similarity
+from repa.trainer.methods.irepa import Irepa, IrepaConfig
 from repa.trainer.models.capture import Capture
 from repa.trainer.models.published import load_published
 from repa.trainer.models.sit import SiT, SiTConfig
@@ -64,6 +67,17 @@ def test_the_alignment_loss(golden: dict[str, torch.Tensor], captured: Captured)
     projected = torch.nn.functional.linear(captured.hidden[2], weight, bias)
     loss = -cosine_similarity(projected, golden["z"]).mean()
     torch.testing.assert_close(loss, golden["loss_projected"], rtol=0, atol=1e-9)
+
+
+def test_irepas_loss(golden: dict[str, torch.Tensor], captured: Captured) -> None:
+    """Of the same program, with its 1×1 convolution and γ = 0.6; the number is its own."""
+    columns = {"teacher/patch": ColumnSpec(shape=(64, 24), dtype="float32")}
+    config = IrepaConfig(depth=2, kernel=1, gamma=0.6)
+    method = Irepa(config, CONFIG.facts, columns, {"teacher": (8, 8)}).double()
+    state = {part: golden[f"weights/conv1.{part}"] for part in ("weight", "bias")}
+    method.projectors[0].projection_layer.load_state_dict(state)
+    (term,) = method.losses(make_step({"teacher/patch": golden["z"]}, captured)).values()
+    assert term.value.item() == pytest.approx(0.012358394003184057, abs=1e-9)
 
 
 def test_the_position_table_bit_for_bit(golden: dict[str, torch.Tensor]) -> None:
