@@ -236,8 +236,10 @@ class _Comparison:
             notes = manifest.sources[source_of(name)].notes
             spec = manifest.columns[name]
             entry = self._found.columns.setdefault(name, ColumnParity(stored=spec.dtype))
-            if notes.get("form", "exact") != "exact":
-                entry.stored = f"{spec.dtype}, rank {notes['rank']} of {notes['head_width']}"
+            form = notes.get("form", "exact")
+            if form != "exact":
+                # its components are others than the teacher's: only products can be compared
+                entry.stored = f"{form}, rank {notes['rank']} of {notes['head_width']}"
                 continue
             stored = target(cached.columns, name, manifest.columns).float()
             wanted, there = _comparable(name, stored, notes, exact, self._teachers.notes)

@@ -84,11 +84,19 @@ class EncodingFlags:
         ),
     ] = None
     attention_rank: Annotated[
-        int | None, typer.Option(help="Cut them to so many components a head, as int8.")
+        int | None,
+        typer.Option(help="Cut them to so many components a head, as int8, in one basis for all images."),
     ] = None
     attention_kl: Annotated[
         float | None,
-        typer.Option(help="Cut them as far as the mean KL of every head stays within so many nats."),
+        typer.Option(
+            help="Store them as factors of each image's attention, as small as the mean KL of every head "
+            "stays within so many nats."
+        ),
+    ] = None
+    attention_bytes: Annotated[
+        int | None,
+        typer.Option(help="Store them as such factors, of at most so many bytes an image and encoder."),
     ] = None
     compress: Annotated[
         str | None,
@@ -160,7 +168,7 @@ def make_config(flags: EncodingFlags) -> PreprocessConfig:
     Raises:
         RepaError: a flag that is none of its choices.
     """
-    from ..data.format.columns import COMPRESSORS, STORED_DTYPES
+    from ..data.format.columns import COMPRESSORS, ROUNDED_DTYPES
     from ..data.format.manifest import COMPUTE_DTYPES
     from ..pipeline.config import PreprocessConfig
     from ..pipeline.encoders.registry import find_teacher
@@ -168,7 +176,7 @@ def make_config(flags: EncodingFlags) -> PreprocessConfig:
     demo = flags.data == DEMO_DATA
     default = DEMO_RESOLUTION if demo else DEFAULT_RESOLUTION
     side = default if flags.resolution is None else flags.resolution
-    _check_choice("--feature-dtype", flags.feature_dtype, STORED_DTYPES)
+    _check_choice("--feature-dtype", flags.feature_dtype, ROUNDED_DTYPES)
     _check_choice("--compute-dtype", flags.compute_dtype, COMPUTE_DTYPES)
     if flags.compress is not None:
         _check_choice("--compress", flags.compress, COMPRESSORS)

@@ -218,6 +218,9 @@ def synthetic_notes(source: str, columns: Mapping[str, ColumnSpec]) -> dict[str,
     queries = columns.get(f"{model_of(source)}/{ATTENTION_KINDS[0]}")
     if source != attention_source(model_of(source)) or queries is None:
         return {}
+    if len(queries.shape) == 1:
+        # how factors lie in their bytes is for the caller to say
+        return {}
     blocks, _, _, rank = queries.shape
     return {
         "blocks": list(range(1, blocks + 1)),

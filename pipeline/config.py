@@ -25,6 +25,7 @@ _RANGES = (
     ("--batch-size", 1, 1 << 16),
     ("--shard-rows", 1, 1 << 22),
     ("--workers", 0, 1024),
+    ("--attention-bytes", 1, 1 << 40),
 )
 
 
@@ -49,9 +50,12 @@ class PreprocessConfig:
         feature_dtype: ``float16``, ``float32`` or ``int8``, of the teachers' columns; of int8 it is measured
             what that changes, see `TokenErrors`.
         attention: encoder → blocks whose queries and keys are stored too, counted from 1, ascending.
-        attention_rank: cut them to so many components a head, as int8.
-        attention_kl: cut them, as int8, to the smallest rank of 8, 16, 24, … whose mean divergence from the
-            teacher's attention is at most so many nats in every block and head, on held-out images.
+        attention_rank: cut them to so many components a head, as int8, in one basis for all images. Beside
+            ``attention_kl``: of a cache of an earlier version, which chose this rank for it.
+        attention_kl: store factors of each image's own attention, of the fewest bytes whose mean divergence
+            from the teacher's is at most so many nats in every block and head, on held-out images.
+        attention_bytes: store such factors of at most so many bytes an image, all blocks of an encoder
+            together.
         compress: ``zstd``, ``blosc`` or ``pcodec`` for the teachers' columns, losslessly. None stores them as
             they are: floats shrink by a tenth to a fifth, and compressed rows cannot be read directly.
         compute_dtype: ``float32``, ``tf32`` (of a GPU's tensor cores), ``bfloat16`` or ``float16``, of the
@@ -79,6 +83,7 @@ class PreprocessConfig:
     attention: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     attention_rank: int | None = None
     attention_kl: float | None = None
+    attention_bytes: int | None = None
     compress: str | None = None
     compute_dtype: str = "float32"
     weights: Mapping[str, Path] = field(default_factory=dict)
@@ -106,12 +111,13 @@ class PreprocessConfig:
         if blocks is None:
             return None
         # a rank that cuts nothing off is int8 at the whole width
-        whole = self.attention_rank == self.teacher(encoder).head_width
+        whole = self.attention_rank == self.teacher(encoder).head_width and self.attention_kl is None
         return AttentionSettings(
             blocks=blocks,
             dtype=INT8 if whole else self.feature_dtype,
             rank=None if whole else self.attention_rank,
             tolerance=self.attention_kl,
+            bytes=self.attention_bytes,
             compressor=self.compress,
         )
 
@@ -143,12 +149,16 @@ def check_flags(config: PreprocessConfig) -> None:
 
 
 def _check_attention(config: PreprocessConfig) -> None:
-    cuts = {"--attention-rank": config.attention_rank, "--attention-kl": config.attention_kl}
+    cuts = {
+        "--attention-rank": config.attention_rank,
+        "--attention-kl": config.attention_kl,
+        "--attention-bytes": config.attention_bytes,
+    }
     given = [flag for flag, value in cuts.items() if value is not None]
     if len(given) > 1:
         raise RepaError(
             f"{' and '.join(given)} exclude one another",
-            "give the rank, or what it is to reach",
+            "give the rank, the bytes, or what is to be reached",
             field=given[0],
         )
     if given and not config.attention:

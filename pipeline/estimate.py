@@ -9,10 +9,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from ..data.format.columns import AUTOENCODER, model_of
+from ..data.format.factor_layout import FactorLayout
 from .columns.calibrator import Calibrator
-from .columns.forms import AttentionForm, TokenForm, attention_form
+from .columns.factored import Form, factored_form
+from .columns.forms import TokenForm, attention_form
 from .images.workers import decode_row
 from .lanes.batches import Batch
 from .lanes.lanes import Task, open_lanes
@@ -180,9 +183,17 @@ class _Uncalibrated(Calibrator):
 
     def attention(
         self, encoder: Encoder, provenance: Provenance, settings: AttentionSettings
-    ) -> tuple[AttentionForm, dict[str, Any]]:
-        """Return the whole width, in the dtype that is asked for."""
-        return attention_form(encoder, settings, None), {}
+    ) -> tuple[Form, dict[str, Any]]:
+        """Return the whole width, in the dtype that is asked for, or factors of three quarters of it."""
+        if not settings.factored:
+            return attention_form(encoder, settings, None), {}
+        width, blocks = encoder.head_width, len(settings.blocks)
+        components = (width // 4, width // 2)
+        layout = FactorLayout(
+            tokens=encoder.grid[0] * encoder.grid[1], components=((components,) * encoder.heads,) * blocks
+        )
+        basis = torch.eye(width, dtype=torch.float64).expand(blocks, encoder.heads, width, width)
+        return factored_form(encoder, settings, layout, basis), {}
 
     def tokens(self, encoder: Encoder, provenance: Provenance, form: TokenForm) -> dict[str, Any]:
         """Return nothing, as nothing is measured."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..data.errors import CacheError, RepaError
-from ..data.format.columns import AUTOENCODER, MOMENTS, ColumnSpec, column_name, model_of
+from ..data.format.columns import AUTOENCODER, MOMENTS, ColumnSpec, attention_source, column_name, model_of
 from ..data.format.commits import is_committed
+from ..data.format.factor_layout import FactorLayout
 from ..data.format.manifest import DEFAULT_SHARD_ROWS, Manifest, Provenance
 from ..data.format.opening import labels_sha256, open_manifest
 from ..data.format.shard_index import index_bytes
@@ -17,7 +18,13 @@ from ..data.storage.files import nearest_folder
 from ..data.storage.local import CHECKSUM_BYTES
 from ..data.units import human_bytes
 from ..data.writing.store import ensure_cache, keys_sha256, refuse_foreign_folder
-from .columns.specs import attention_columns, describe_attention, token_columns
+from .columns.specs import (
+    attention_columns,
+    describe_attention,
+    factored_columns,
+    recorded_rank,
+    token_columns,
+)
 from .config import check_flags
 from .images.names import DEMO_DATA
 
@@ -43,9 +50,9 @@ class SourcePlan:
         missing: shards that are not committed.
         rows: images of those shards.
         bytes: what writing them will take at most, checksums and indexes included: before compression, and at
-            the full rank of attention whose rank is yet to be chosen.
+            the most components of attention whose form is yet to be chosen.
         least_bytes: what it will take at least.
-        at_most: whether that rank is yet to be chosen; columns are of the full one then.
+        at_most: whether that form is yet to be chosen; columns are of the largest then.
         declared: what the cache says of it already, or None.
         drawn: whether its weights are drawn, not trained.
     """
@@ -253,7 +260,19 @@ def _resolve(config: PreprocessConfig, present: Manifest | None) -> PreprocessCo
         vae=vae,
         batch_size=batch_size,
         shard_rows=shard_rows,
+        attention_rank=_attention_rank(config, recorded),
     )
+
+
+def _attention_rank(config: PreprocessConfig, recorded: Mapping[str, Provenance]) -> int | None:
+    """Return the rank asked for, or the one that an earlier version chose for this very tolerance."""
+    if config.attention_kl is None:
+        return config.attention_rank
+    for encoder in config.attention:
+        known = recorded.get(attention_source(encoder))
+        if known is not None and known.notes.get("tolerance") == config.attention_kl:
+            return recorded_rank(known.notes)
+    return None
 
 
 def _default_batch_size(resolution: int) -> int:
@@ -284,7 +303,7 @@ def _plan_source(
         columns = _columns(config, source)
         if begun and declared is not None:
             _check_declared(config, source, declared, columns, known)
-        if (settings := _attention(config, source)) is not None and settings.tolerance is not None:
+        if (settings := _attention(config, source)) is not None and settings.factored:
             at_most = not begun
             columns = known if begun else columns
     rows = sum(len(manifest.shard_range(shard)) for shard in missing)
@@ -320,7 +339,7 @@ def _attention(config: PreprocessConfig, source: str) -> AttentionSettings | Non
 def _columns(config: PreprocessConfig, source: str, *, smallest: bool = False) -> dict[str, ColumnSpec]:
     """Return the columns a source would have, from what is known of it without its weights.
 
-    Of the ranks that attention may get the largest, or the smallest.
+    Of the components that the factors of attention may get the most, or the fewest.
     """
     if source == AUTOENCODER:
         from .encoders.vae import latent_shape
@@ -340,12 +359,18 @@ def _columns(config: PreprocessConfig, source: str, *, smallest: bool = False) -
             dtype=config.feature_dtype,
             compressor=config.compress,
         )
+    if settings.factored:
+        whole = (0, 1) if smallest else (teacher.head_width, 0)
+        layout = FactorLayout(
+            tokens=rows * columns, components=((whole,) * teacher.heads,) * len(settings.blocks)
+        )
+        return factored_columns(teacher.name, layout, settings.compressor)
     return attention_columns(
         teacher.name,
         blocks=len(settings.blocks),
         heads=teacher.heads,
         tokens=rows * columns,
-        rank=settings.ranks(teacher.head_width)[0 if smallest else -1],
+        rank=teacher.head_width if settings.rank is None else settings.rank,
         dtype=settings.stored_dtype,
         compressor=settings.compressor,
     )

@@ -135,8 +135,8 @@ def warn_of_random_weights(plan: Plan, console: Console) -> None:
         )
 
 
-def chosen_ranks(manifest: Manifest, sources: Sequence[str]) -> list[str]:
-    """Return a line for each source whose attention was cut as far as ``--attention-kl`` allows.
+def chosen_forms(manifest: Manifest, sources: Sequence[str]) -> list[str]:
+    """Return a line for each source whose attention was made as small as was asked for.
 
     Args:
         manifest: of the cache.
@@ -146,13 +146,16 @@ def chosen_ranks(manifest: Manifest, sources: Sequence[str]) -> list[str]:
     for source in sources:
         provenance = manifest.sources.get(source)
         notes: Mapping[str, Any] = {} if provenance is None else provenance.notes
-        fidelity, tolerance = notes.get("fidelity"), notes.get("tolerance")
-        if tolerance is None or fidelity is None:
+        fidelity, tolerance, most = notes.get("fidelity"), notes.get("tolerance"), notes.get("bytes")
+        if fidelity is None or (tolerance is None and most is None):
             continue
+        asked = f"--attention-bytes {most}" if tolerance is None else f"--attention-kl {tolerance:g}"
+        near = fidelity.get("gradient_cosine_near")
+        gradient = "" if near is None else f", gradient near the teacher at cosine {near:.6g}"
         lines.append(
-            f"{source}: --attention-kl {tolerance:g} chose rank {fidelity['rank']}: "
-            f"{fidelity['kl_worst_head']:.3g} nats in the worst head, {fidelity['kl_mean']:.3g} on average, "
-            f"{human_bytes(fidelity['bytes_per_image'])} per image"
+            f"{source}: {asked} took {human_bytes(fidelity['bytes_per_image'])} per image: "
+            f"{fidelity['kl_worst_head']:.3g} nats in the worst head, {fidelity['kl_mean']:.3g} on average"
+            f"{gradient}"
         )
     return lines
 
@@ -210,7 +213,7 @@ def show_summary(plan: Plan, rank: Rank, tallies: Sequence[Tally], seconds: floa
         f"wrote {counted(images, 'image')} to {plan.config.cache} in {human_seconds(seconds)}{rate}{whose}",
     )
     manifest, sources = open_manifest(plan.config.cache), [each.source for each in plan.sources]
-    for line in (*chosen_ranks(manifest, sources), *deviations(manifest, sources)):
+    for line in (*chosen_forms(manifest, sources), *deviations(manifest, sources)):
         say(console, f"  {line}")
     written: Counter[str] = Counter()
     rows: Counter[str] = Counter()

@@ -88,9 +88,18 @@ def print_notes(found: CacheInfo, console: Console) -> None:
 
 def _attention_form(notes: Mapping[str, Any]) -> str:
     """Describe a form as in ``blocks 8, 10, 12 · rank 32 of 64 · …``."""
+    rank = f"rank {notes['rank']} of {notes['head_width']}"
+    if notes.get("components"):
+        heads = [head for block in notes["components"] for head in block]
+        ranks = sorted(sum(head) for head in heads)
+        whole = sum(head[0] for head in heads) / sum(ranks)
+        rank = (
+            f"{ranks[0]} to {ranks[-1]} of {notes['head_width']} components a head, each image by itself, "
+            f"{whole:.0%} of them int8, the others int4"
+        )
     parts = [
         f"blocks {', '.join(map(str, notes['blocks']))}",
-        f"rank {notes['rank']} of {notes['head_width']}",
+        rank,
         notes["form"],
         f"keys {notes['keys']}",
     ]
@@ -111,6 +120,16 @@ def _print_attention_fidelity(source: str, fidelity: Mapping[str, Any], where: s
         f"{human_bytes(fidelity['bytes_per_image'])} per image; {where}",
         highlight=False,
     )
+    if fidelity.get("gradient_cosine_near") is not None:
+        students = [
+            f"{name} the gradient at cosine {fidelity[f'gradient_cosine_{student}']:.6g} (lowest block), "
+            f"the loss changed by {fidelity[f'loss_change_{student}']:.2g} nats"
+            for student, name in (
+                ("initial", "of a student at the start"),
+                ("near", "of one 15° from the teacher"),
+            )
+        ]
+        console.print(f"{source}: with stored targets {'; '.join(students)}", highlight=False)
     table = Table(box=None, pad_edge=False)
     for heading in ("block", "mean KL", "worst head's", "head", "worst 99th percentile"):
         table.add_column(heading, justify="right")

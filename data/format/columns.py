@@ -6,7 +6,8 @@ source of their own, ``dinov2-b+attention``: they can be added to a cache that h
 touched.
 ``label`` is the one column without a source: it is known when the cache is created.
 
-A column stored as int8 has a second one beside it, ``<column>-scale``: see `int8`.
+A column stored as int8 has a second one beside it, ``<column>-scale``: see `int8`. Queries and keys may also
+be packed bytes: see `factor_layout`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ SCALE_SUFFIX = "-scale"
 ATTENTION_SUFFIX = "+attention"
 ATTENTION_KINDS = ("q", "k")
 FLOAT_DTYPES = ("float16", "float32")
-STORED_DTYPES = (*FLOAT_DTYPES, "int8")
+ROUNDED_DTYPES = (*FLOAT_DTYPES, "int8")
+PACKED = "uint8"
+STORED_DTYPES = (*ROUNDED_DTYPES, PACKED)
 COMPRESSORS = ("zstd", "blosc", "pcodec")
 
 _MODEL = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -44,24 +47,32 @@ class ColumnKind:
     Attributes:
         axes: names of the axes of a row, for example ``("T", "D")``; one that begins with a 2 is even.
         dtypes: stored dtypes it may have.
+        packed: whether a row may also be packed bytes, uint8 ``[bytes]``, whose layout the manifest notes,
+            see `factor_layout`; its scales are then ``[n]``.
     """
 
     axes: tuple[str, ...]
     dtypes: tuple[str, ...] = FLOAT_DTYPES
+    packed: bool = False
 
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        """Return whether a row may have that shape."""
-        return len(shape) == len(self.axes) and not any(
-            size % 2 for size, axis in zip(shape, self.axes, strict=True) if axis.startswith("2")
+    def fits(self, shape: tuple[int, ...], dtype: str) -> bool:
+        """Return whether a row may have that shape and dtype."""
+        if self.packed and len(shape) == 1:
+            return dtype == (PACKED if PACKED in self.dtypes else "float32")
+        return (
+            len(shape) == len(self.axes)
+            and dtype in self.dtypes
+            and dtype != PACKED
+            and not any(size % 2 for size, axis in zip(shape, self.axes, strict=True) if axis.startswith("2"))
         )
 
 
 KINDS: dict[str, ColumnKind] = {
     "moments": ColumnKind(axes=("2C", "h", "w")),
-    "patch": ColumnKind(axes=("T", "D"), dtypes=STORED_DTYPES),
+    "patch": ColumnKind(axes=("T", "D"), dtypes=ROUNDED_DTYPES),
     "cls": ColumnKind(axes=("D",)),
-    "q": ColumnKind(axes=("L", "H", "T", "r"), dtypes=STORED_DTYPES),
-    "k": ColumnKind(axes=("L", "H", "T", "r"), dtypes=STORED_DTYPES),
+    "q": ColumnKind(axes=("L", "H", "T", "r"), dtypes=STORED_DTYPES, packed=True),
+    "k": ColumnKind(axes=("L", "H", "T", "r"), dtypes=STORED_DTYPES, packed=True),
 }
 """The kinds of columns: one line each. One that may be int8 has a kind of scales beside it."""
 
@@ -76,7 +87,7 @@ def find_kind(name: str) -> ColumnKind | None:
         return kind
     if "int8" not in kind.dtypes:
         return None
-    return ColumnKind(axes=(*kind.axes[:-2], kind.axes[-1]), dtypes=("float32",))
+    return ColumnKind(axes=(*kind.axes[:-2], kind.axes[-1]), dtypes=("float32",), packed=kind.packed)
 
 
 def column_name(model: str, kind: str) -> str:
@@ -166,8 +177,10 @@ class ColumnSpec:
             raise RepaError(
                 f"compressor {shortened(self.compressor)!r} is unknown", f"there are {', '.join(COMPRESSORS)}"
             )
-        if self.compressor == "pcodec" and self.dtype == "int8":
-            raise RepaError("pcodec compresses floats only, no int8 columns", "use zstd or blosc for them")
+        if self.compressor == "pcodec" and self.dtype not in FLOAT_DTYPES:
+            raise RepaError(
+                f"pcodec compresses floats only, no {self.dtype} columns", "use zstd or blosc for them"
+            )
 
     @property
     def numpy_dtype(self) -> np.dtype[np.generic]:
@@ -193,7 +206,7 @@ def check_column(column: str, spec: ColumnSpec, *, where: str) -> None:
         RepaError: the name is not of the grammar.
     """
     kind = find_kind(split_column(column)[1])
-    if kind is None or (kind.fits(spec.shape) and spec.dtype in kind.dtypes):
+    if kind is None or kind.fits(spec.shape, spec.dtype):
         return
     raise CacheError(
         f"column {column} of {where} has rows {spec.dtype}{list(spec.shape)}, where its kind has "

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping  # noqa: TC003 - annotations are read when notes are parsed
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 from annotated_types import Len
 
 from ..edge import parse
 from ..errors import CacheError
-from .bounds import Axis, Bytes, Count, Number, Positive, Sha256, Text  # noqa: TC001 - as above
+from .bounds import Axis, Bytes, Count, Number, Positive, Sha256, Text
 from .columns import ATTENTION_SUFFIX, AUTOENCODER
 
 
@@ -49,13 +49,30 @@ class HeadFidelity:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionFidelity:
-    """How well stored queries and keys stand for the teacher's, measured on held-out images."""
+    """How well stored queries and keys stand for the teacher's, measured on held-out images.
+
+    Attributes:
+        images: measured on.
+        bytes_per_image: of queries, keys and scales.
+        kl: of each block and head.
+        kl_mean: over all of them.
+        kl_worst_head: the largest mean of a head, nats.
+        gradient_cosine_initial: between the gradients that exact and stored targets give an initial student,
+            in the block where it is lowest.
+        gradient_cosine_near: the same of a student near the teacher.
+        loss_change_initial: mean magnitude of the change of an initial student's loss, nats.
+        loss_change_near: the same of a student near the teacher.
+    """
 
     images: Count
     bytes_per_image: Bytes
     kl: Annotated[tuple[HeadFidelity, ...], Len(1)]
     kl_mean: Number
     kl_worst_head: Number
+    gradient_cosine_initial: Number | None = None
+    gradient_cosine_near: Number | None = None
+    loss_change_initial: Number | None = None
+    loss_change_near: Number | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +124,10 @@ class AttentionDeviation:
     images: Count
     kl_mean: Number
     kl_worst_head: Number
+    gradient_cosine_initial: Number | None = None
+    gradient_cosine_near: Number | None = None
+    loss_change_initial: Number | None = None
+    loss_change_near: Number | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +155,9 @@ class TokenNotes(Notes):
     deviation: TokenDeviation | None = None
 
 
+_Block: TypeAlias = Annotated[tuple[tuple[Count, Count], ...], Len(1, 1024)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionNotes:
     """Notes of a source of queries and keys.
@@ -142,11 +166,14 @@ class AttentionNotes:
         blocks: of the teacher, counted from 1, axis L of the columns.
         logit_scale: factor of a query's product with a key.
         head_width: of the teacher.
-        rank: of what is stored, axis r of the columns.
-        form: ``exact`` or ``truncated``.
+        rank: of what is stored, axis r of the columns; of factors the largest of a head.
+        form: ``exact``, ``truncated`` by one basis for the data set, or ``factored``, each image by itself.
         keys: ``as computed`` or ``centred``.
         depth: blocks of the teacher.
-        tolerance: divergence that the rank was chosen for.
+        tolerance: divergence that the form was chosen for.
+        bytes: of an image, that the form was chosen for.
+        tokens: of factors, T.
+        components: of factors, numbers in int8 and in int4, block by block and head by head.
         calibration: of the source.
         fidelity: of the source.
         deviation: of what is computed in another dtype than float32.
@@ -160,6 +187,9 @@ class AttentionNotes:
     keys: Text
     depth: Axis | None = None
     tolerance: Number | None = None
+    bytes: Bytes | None = None
+    tokens: Axis | None = None
+    components: Annotated[tuple[_Block, ...], Len(1, 256)] | None = None
     calibration: CalibrationNote | None = None
     fidelity: AttentionFidelity | None = None
     deviation: AttentionDeviation | None = None

@@ -1,7 +1,7 @@
 """The calibration that is fitted and measured on some images before a source is written, in its own file.
 
-The file is safetensors: the projections, if queries and keys are cut, and one metadata entry, JSON, with the
-settings it was made for and what was measured.
+The file is safetensors: the projections, if queries and keys are cut by one basis, or the basis that factors
+start from; and one metadata entry, JSON, with the settings it was made for and what was measured.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ...data.edge import parse
 from ...data.errors import RepaError
 from ...data.format.bounds import Count
 from ...data.format.canonical import canonical_json
+from ...data.format.factor_layout import FactorLayout
 from ...data.format.notes import AttentionFidelity, TokenFidelity
 from ...data.units import counted
 from ..images.workers import decode_row
@@ -35,6 +36,8 @@ FIT_IMAGES = 128
 HELD_OUT_IMAGES = 64
 
 _METADATA = "repa"
+_BASIS = "basis"
+_LAYOUT = "layout"
 _COUNT: Any = Count
 
 
@@ -46,13 +49,17 @@ class Calibration:
         settings: all that decides its content, plain JSON values.
         images: number of images the projections were fitted to; 0 without projections.
         fidelity: what was measured on held-out images, plain JSON values.
-        projections: of queries and of centred keys, each float32 ``[L, H, r, Dh]``; None: nothing is cut.
+        projections: of queries and of centred keys, each float32 ``[L, H, r, Dh]``; None: nothing is cut by
+            one basis.
+        factors: components of every head and the basis that an image's own is found from, float64
+            ``[L, H, Dh, Dh]``; None: images have no factors of their own.
     """
 
     settings: Mapping[str, Any]
     images: int
     fidelity: Mapping[str, Any]
     projections: tuple[Tensor, Tensor] | None = field(default=None, compare=False)
+    factors: tuple[FactorLayout, Tensor] | None = field(default=None, compare=False)
 
     def encode(self) -> bytes:
         """Write the bytes of the file, equal for equal content."""
@@ -64,6 +71,10 @@ class Calibration:
             "images": self.images,
             "fidelity": self.fidelity,
         }
+        if self.factors is not None:
+            layout, basis = self.factors
+            tensors[_BASIS] = basis.contiguous()
+            values[_LAYOUT] = layout.as_notes
         # one entry only: safetensors writes several in no fixed order
         data: bytes = save(tensors, {_METADATA: canonical_json(values).decode()})
         return data
@@ -84,7 +95,12 @@ class Calibration:
             # checked here, as it is copied into a manifest, which could not be opened with wrong values
             kind: type[Any] = AttentionFidelity if "kl" in values["fidelity"] else TokenFidelity
             parse(kind, values["fidelity"], where="fidelity")
-            return cls(**values, projections=(tensors["q"], tensors["k"]) if tensors else None)
+            layout, basis = values.pop(_LAYOUT, None), tensors.pop(_BASIS, None)
+            return cls(
+                **values,
+                projections=(tensors["q"], tensors["k"]) if tensors else None,
+                factors=None if basis is None else (FactorLayout.of_notes(layout), basis),
+            )
         # safetensors has an error of its own for a broken file, which derives from Exception directly
         except Exception as error:
             raise ValueError(f"not a calibration: {error}") from error
@@ -121,7 +137,7 @@ def choose_images(images: ImageSource, resolution: int) -> ChosenImages:
         raise RepaError(
             f"{images.name} has {counted(len(rows), 'image')} that can be decoded: the storage form is "
             "fitted to some and measured on others, so give --data with 2 at least, or leave int8, "
-            "--attention-rank and --attention-kl out"
+            "--attention-rank, --attention-kl and --attention-bytes out"
         )
     held_out = set(rows[2::3] or rows[1:])
     return ChosenImages(

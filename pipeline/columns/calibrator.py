@@ -11,9 +11,11 @@ from ...data.format.columns import attention_source
 from ...data.writing.calibrations import ensure_calibration
 from ..lanes.lanes import open_lanes
 from .calibration import Calibration, ChosenImages, choose_images, pick_images
+from .choice import choose_form
 from .deviation import DEVIATION_IMAGES
-from .fitting import Passes, choose_rank, token_fidelity
-from .forms import AttentionForm, TokenForm, attention_form
+from .factored import FactoredForm, Form, factored_form
+from .fitting import Passes, token_fidelity
+from .forms import TokenForm, attention_form
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -59,7 +61,7 @@ class Calibrator:
 
     def attention(
         self, encoder: Encoder, provenance: Provenance, settings: AttentionSettings
-    ) -> tuple[AttentionForm, dict[str, Any]]:
+    ) -> tuple[Form, dict[str, Any]]:
         """Settle the form of an encoder's attention and the notes of its source.
 
         Args:
@@ -68,39 +70,43 @@ class Calibrator:
             settings: what is asked for.
 
         Raises:
-            RepaError: no rank meets the tolerance; fewer than two images; values that are not finite.
+            RepaError: no form meets what is asked for; fewer than two images; values that are not finite.
             CacheError: committed shards were written with another calibration.
         """
 
         def compute() -> Calibration:
             with self._passes() as passes:
-                form, fidelity = choose_rank(encoder, settings, self._chosen, passes)
+                form, fidelity = choose_form(encoder, settings, self._chosen, passes)
+            fitted = isinstance(form, FactoredForm) or form.projections is not None
             return Calibration(
                 settings=wanted,
-                images=0 if form.projections is None else len(self._chosen.fit),
+                images=len(self._chosen.fit) if fitted else 0,
                 fidelity=fidelity,
-                projections=form.projections,
+                projections=None if isinstance(form, FactoredForm) else form.projections,
+                factors=(form.layout, form.basis) if isinstance(form, FactoredForm) else None,
             )
 
-        wanted = self._settings(
-            provenance,
-            blocks=list(settings.blocks),
-            dtype=settings.stored_dtype,
-            rank=settings.rank,
-            tolerance=settings.tolerance,
-        )
+        wanted = self._settings(provenance, **settings.asked)
         made, note = self._ensure(attention_source(encoder.name), wanted, compute)
-        at_hand = None
-        if made.projections is not None:
-            # where they are used, once and not for every batch
-            at_hand = made.projections[0].to(self._device), made.projections[1].to(self._device)
-        form = attention_form(encoder, settings, at_hand)
+        form = self._at_hand(encoder, settings, made)
         own = {
             "depth": encoder.depth,
             "logit_scale": encoder.logit_scale,
             "tolerance": settings.tolerance,
         }
+        if settings.bytes is not None:
+            own["bytes"] = settings.bytes
         return form, {**form.notes, **own, "calibration": note, "fidelity": made.fidelity}
+
+    def _at_hand(self, encoder: Encoder, settings: AttentionSettings, made: Calibration) -> Form:
+        """Return the form with its tensors where they are used, once and not for every batch."""
+        if made.factors is not None:
+            layout, basis = made.factors
+            return factored_form(encoder, settings, layout, basis.to(self._device))
+        if made.projections is None:
+            return attention_form(encoder, settings, None)
+        to_query, to_key = (each.to(self._device) for each in made.projections)
+        return attention_form(encoder, settings, (to_query, to_key))
 
     def tokens(self, encoder: Encoder, provenance: Provenance, form: TokenForm) -> dict[str, Any]:
         """Measure what a form that rounds changes, as notes of an encoder's source beside ``provenance``.

@@ -16,10 +16,9 @@ import torch
 from ...data.errors import RepaError
 from ..lanes.batches import Batch
 from ..lanes.lanes import Task
-from .forms import AttentionForm, TokenForm, attention_form
-from .measures import TokenErrors, attention_divergence
-from .specs import AttentionSettings, bytes_per_image
-from .truncation import balanced_projections, centred, second_moment, truncated
+from .measures import GradientErrors, TokenErrors, attention_divergence
+from .specs import bytes_per_image
+from .truncation import balanced_projections, centred, second_moment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +28,8 @@ if TYPE_CHECKING:
 
     from ..encoders.base import Encoder
     from ..lanes.lanes import Lanes
-    from .calibration import ChosenImages
+    from .factored import Form
+    from .forms import TokenForm
 
     Pixels = Mapping[int, NDArray[np.uint8]]
     Compute = Callable[[Tensor], dict[str, Tensor]]
@@ -96,16 +96,25 @@ def fit_attention(
     for batch in passes.over(pixels, moments):
         for name, values in batch.items():
             sums[name] = sums[name] + values[0] if name in sums else values[0]
+    finite_or_refused(encoder, sums)
+    return balanced_projections(*(torch.from_numpy(sums[name] / len(pixels)) for name in "qk"))
+
+
+def finite_or_refused(encoder: Encoder, sums: Mapping[str, NDArray[np.float64]]) -> None:
+    """Refuse sums of queries or keys that are not finite.
+
+    Raises:
+        RepaError: some are not.
+    """
     if not all(np.isfinite(values).all() for values in sums.values()):
         raise RepaError(
             f"queries or keys of encoder {encoder.name} are not finite",
             "try --compute-dtype float32, and check the weights",
         )
-    return balanced_projections(*(torch.from_numpy(sums[name] / len(pixels)) for name in "qk"))
 
 
 def attention_fidelity(
-    encoder: Encoder, forms: Sequence[AttentionForm], pixels: Pixels, passes: Passes
+    encoder: Encoder, forms: Sequence[Form], pixels: Pixels, passes: Passes
 ) -> list[dict[str, Any]]:
     """Measure in one pass what storing attention in each of several forms changes.
 
@@ -116,31 +125,57 @@ def attention_fidelity(
         passes: how they are run.
 
     Returns:
-        For each form: images, rank, bytes_per_image, and the divergence in nats per query row of each block
-        and head: ``kl`` (mean and 99th percentile), ``kl_mean`` over all, ``kl_worst_head``, the largest
-        mean.
+        For each form what `attention_summary` says.
 
     Raises:
         RepaError: a divergence that is not finite: the values, or what is stored of them, are not.
     """
+    gradients = GradientErrors(forms[0].heads, tokens_of(encoder), encoder.head_width, encoder.logit_scale)
 
-    def divergences(images: Tensor) -> dict[str, Tensor]:
+    def errors(images: Tensor) -> dict[str, Tensor]:
         features = encoder.encode(images, forms[0].blocks)
         exact = (features["q"], features["k"])
-        return {
-            str(number): attention_divergence(exact, form.decode(form.encode(features)), encoder.logit_scale)
-            for number, form in enumerate(forms)
-        }
+        found: dict[str, Tensor] = {}
+        for number, form in enumerate(forms):
+            stored = form.decode(form.encode(features))
+            found[f"{number}"] = attention_divergence(exact, stored, encoder.logit_scale)
+            for student, (cosine, change) in gradients(exact, stored).items():
+                found[f"{number} {student} cosine"], found[f"{number} {student} change"] = cosine, change
+        return found
 
-    batches = list(passes.over(pixels, divergences))
+    batches = list(passes.over(pixels, errors))
+    joined = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     return [
-        attention_summary(form, np.concatenate([batch[str(number)] for batch in batches]))
+        attention_summary(
+            form,
+            joined[f"{number}"],
+            {
+                student: (joined[f"{number} {student} cosine"], joined[f"{number} {student} change"])
+                for student in gradients.STUDENTS
+            },
+        )
         for number, form in enumerate(forms)
     ]
 
 
-def attention_summary(form: AttentionForm, divergence: NDArray[np.float64]) -> dict[str, Any]:
-    """Summarise divergences ``[N, L, H, T]`` as the fidelity that is recorded, see `attention_fidelity`.
+def attention_summary(
+    form: Form,
+    divergence: NDArray[np.float64],
+    gradients: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]],
+) -> dict[str, Any]:
+    """Summarise what was measured as the fidelity that is recorded.
+
+    Args:
+        form: of the attention.
+        divergence: nats of each query row, ``[N, L, H, T]``.
+        gradients: student → cosine of the gradients and change of the loss, each ``[N, L]``, see
+            `GradientErrors`.
+
+    Returns:
+        images, rank, bytes_per_image, and the divergence in nats per query row of each block and head:
+        ``kl`` (mean and 99th percentile), ``kl_mean`` over all, ``kl_worst_head``, the largest mean; and of
+        each student ``gradient_cosine_…``, the mean of the block where it is lowest, and ``loss_change_…``,
+        the mean magnitude in nats.
 
     Raises:
         RepaError: a divergence is not finite.
@@ -162,7 +197,7 @@ def attention_summary(form: AttentionForm, divergence: NDArray[np.float64]) -> d
         for index, block in enumerate(form.blocks)
         for head in range(form.heads)
     ]
-    return {
+    summary = {
         "images": len(divergence),
         "rank": form.rank,
         "bytes_per_image": bytes_per_image(form.columns),
@@ -170,45 +205,15 @@ def attention_summary(form: AttentionForm, divergence: NDArray[np.float64]) -> d
         "kl_mean": rounded(means.mean()),
         "kl_worst_head": rounded(means.max()),
     }
+    for student, (cosine, change) in gradients.items():
+        summary[f"gradient_cosine_{student}"] = rounded(cosine.mean(axis=0).min())
+        summary[f"loss_change_{student}"] = rounded(np.abs(change).mean())
+    return summary
 
 
-def choose_rank(
-    encoder: Encoder, settings: AttentionSettings, chosen: ChosenImages, passes: Passes
-) -> tuple[AttentionForm, dict[str, Any]]:
-    """Choose the form that settings ask for, calibrated and measured.
-
-    Args:
-        encoder: the teacher.
-        settings: what is asked for.
-        chosen: images to fit to and to measure on.
-        passes: how they are run.
-
-    Returns:
-        The form, and its fidelity; see `attention_fidelity`.
-
-    Raises:
-        RepaError: no rank meets the tolerance; values that are not finite.
-    """
-    ranks, width = settings.ranks(encoder.head_width), encoder.head_width
-    balanced = fit_attention(encoder, settings.blocks, chosen.fit, passes) if ranks[0] < width else None
-    forms = [
-        attention_form(encoder, settings, truncated(balanced, rank) if balanced and rank < width else None)
-        for rank in ranks
-    ]
-    measured = attention_fidelity(encoder, forms, chosen.held_out, passes)
-    if settings.tolerance is None:
-        return forms[0], measured[0]
-    for form, fidelity in zip(forms, measured, strict=True):
-        if fidelity["kl_worst_head"] <= settings.tolerance:
-            return form, fidelity
-    best = min(measured, key=lambda fidelity: float(fidelity["kl_worst_head"]))
-    worst = max(best["kl"], key=lambda entry: float(entry["mean"]))
-    raise RepaError(
-        f"no rank of encoder {encoder.name}'s attention meets --attention-kl {settings.tolerance:g}: the "
-        f"best, {best['rank']} of {encoder.head_width}, reaches {worst['mean']:g} nats in block "
-        f"{worst['block']}, head {worst['head']}",
-        "allow more, or leave --attention-kl out for float16",
-    )
+def tokens_of(encoder: Encoder) -> int:
+    """Count the patch tokens of an encoder, T."""
+    return encoder.grid[0] * encoder.grid[1]
 
 
 def token_fidelity(encoder: Encoder, form: TokenForm, pixels: Pixels, passes: Passes) -> dict[str, Any]:

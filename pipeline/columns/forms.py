@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...data.format.columns import SCALE_SUFFIX, column_name
 from ...data.format.int8 import dequantise, quantise
-from .specs import INT8, AttentionSettings, attention_columns, token_columns
+from .specs import INT8, TRUNCATED, AttentionSettings, attention_columns, token_columns
 from .truncation import centred, project
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class AttentionForm:
             "blocks": list(self.blocks),
             "head_width": self.head_width,
             "rank": self.rank,
-            "form": "exact" if self.projections is None else "truncated",
+            "form": "exact" if self.projections is None else TRUNCATED,
             "keys": "centred" if self.dtype == INT8 else "as computed",
         }
 

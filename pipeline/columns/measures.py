@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -70,3 +72,85 @@ class TokenErrors:
         # ½‖z − ẑ‖² of unit vectors is 1 − cos, without its cancellation
         error = (truth - kept).square().sum(-1) / 2
         return error, (prediction * (truth - kept)).sum(-1)
+
+
+STUDENT_TURN = 15.0
+STUDENT_SEED = 0
+
+
+class GradientErrors:
+    """What storing attention changes in the loss that aligns a student's attention, and in its gradient.
+
+    Two students are looked at. The *initial* one has queries and keys of independent normal numbers, as a
+    network has before its first step. The *near* one has the teacher's queries and centred keys, each turned
+    by 15° in a direction drawn once: there the loss is close to its minimum, and what is stored wrongly is no
+    longer small beside what is left to learn. With P the attention and s the student's logit scale, the
+    gradient of the cross entropy is s·(P_S − P_T)·k for the queries and s·(P_S − P_T)ᵀ·q for the keys.
+
+    Args:
+        heads: H.
+        tokens: T.
+        width: Dh.
+        logit_scale: of both.
+    """
+
+    STUDENTS = ("initial", "near")
+
+    def __init__(self, heads: int, tokens: int, width: int, logit_scale: float) -> None:
+        generator = torch.Generator().manual_seed(STUDENT_SEED)
+        shape = (2, heads, tokens, width)
+        self._drawn = torch.randn(shape, dtype=torch.float64, generator=generator)
+        self._scale = logit_scale
+
+    def __call__(
+        self, exact: tuple[Tensor, Tensor], stored: tuple[Tensor, Tensor]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Compare the losses with exact and with stored targets.
+
+        Args:
+            exact: queries and keys as computed, each float32 ``[B, L, H, T, Dh]``.
+            stored: queries and keys as read back, each float32 ``[B, L, H, T, r]``.
+
+        Returns:
+            Student → the cosine of the two gradients of all queries and keys of a block, and the change of
+            the block's loss in nats, each float64 ``[B, L]``.
+        """
+        images, blocks = exact[0].shape[:2]
+        empty = torch.empty((2, images, blocks), dtype=torch.float64, device=exact[0].device)
+        result = {name: empty.clone() for name in self.STUDENTS}
+        for image in range(images):
+            for block in range(blocks):
+                true, kept = (
+                    (q[image, block].double(), k[image, block].double()) for q, k in (exact, stored)
+                )
+                targets = [torch.softmax(q @ k.mT * self._scale, dim=-1) for q, k in (true, kept)]
+                for name, values in result.items():
+                    values[:, image, block] = self._compare(self._student(name, *true), targets)
+        return {name: (values[0], values[1]) for name, values in result.items()}
+
+    def _student(self, name: str, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = self._drawn.to(queries.device)
+        if name == "initial":
+            return first, second
+        return _turned(queries, first), _turned(keys - keys.mean(-2, keepdim=True), second)
+
+    def _compare(self, student: tuple[Tensor, Tensor], targets: list[Tensor]) -> Tensor:
+        queries, keys = student
+        log = torch.log_softmax(queries @ keys.mT * self._scale, dim=-1)
+        losses, gradients = [], []
+        for target in targets:
+            losses.append(-(target * log).sum(-1).mean())
+            off = log.exp() - target
+            gradients.append(torch.cat([(off @ keys).flatten(), (off.mT @ queries).flatten()]))
+        cosine = F.cosine_similarity(gradients[0], gradients[1], dim=0)
+        return torch.stack([cosine, losses[1] - losses[0]])
+
+
+def _turned(values: Tensor, drawn: Tensor) -> Tensor:
+    """Turn each vector by `STUDENT_TURN` degrees towards a drawn one, keeping its length."""
+    direction = F.normalize(values, dim=-1)
+    across = F.normalize(drawn - (drawn * direction).sum(-1, keepdim=True) * direction, dim=-1)
+    angle = math.radians(STUDENT_TURN)
+    length = values.norm(dim=-1, keepdim=True)
+    turned: Tensor = math.cos(angle) * values + math.sin(angle) * length * across
+    return turned

@@ -10,7 +10,7 @@ from ...data.format.columns import AUTOENCODER, MOMENTS, ColumnSpec, attention_s
 from ...data.format.manifest import DEVIATION_NOTE, LOADED_NOTE
 from ...data.format.opening import as_recorded
 from .deviation import deviation_notes, latent_deviation, teacher_deviation
-from .forms import AttentionForm, TokenForm, token_form
+from .forms import TokenForm, token_form
 from .specs import INT8
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..encoders.base import Encoder
     from ..encoders.vae import Autoencoder
     from .calibrator import Calibrator
+    from .factored import Form
     from .specs import AttentionSettings
 
 
@@ -170,7 +171,7 @@ class EncoderModel:
         self.declarations: Mapping[str, SourceDeclaration] = {}
         self._encoder = encoder
         self._settings = attention
-        self._attention: AttentionForm | None = None
+        self._attention: Form | None = None
         self._tokens: TokenForm = token_form(encoder, dtype, compressor)
         if self.name in self.sources and dtype != INT8:
             self.declarations = {
@@ -224,7 +225,7 @@ class EncoderModel:
 
     def _run(
         self, images: torch.Tensor, sources: Collection[str]
-    ) -> tuple[list[TokenForm | AttentionForm], dict[str, torch.Tensor]]:
+    ) -> tuple[list[TokenForm | Form], dict[str, torch.Tensor]]:
         """Return the forms of the sources asked for, and what the teacher says that they store."""
         attention = self._attention if attention_source(self.name) in sources else None
         features = self._encoder.encode(images, attention.blocks if attention is not None else ())

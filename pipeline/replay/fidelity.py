@@ -10,7 +10,6 @@ import torch
 
 from ...data.errors import CacheError
 from ...data.format.columns import (
-    ATTENTION_KINDS,
     AUTOENCODER,
     attention_source,
     column_name,
@@ -19,6 +18,7 @@ from ...data.format.columns import (
 )
 from ...data.format.opening import open_manifest
 from ...data.reading.reader import CacheReader
+from ..columns.factored import restore_attention
 from ..columns.forms import restore
 from ..columns.measures import TokenErrors, attention_divergence
 from .live import LiveTeachers
@@ -137,13 +137,9 @@ class _Check:
         errors: list[NDArray[np.float64]] = []
         for exact, stored in self._batches(rows, seed, tuple(notes.get("blocks", ()))):
             if self._attention is not None:
-                pair, kept = (
-                    tuple(restore(self._model, kind, columns) for kind in ATTENTION_KINDS)
-                    for columns in (exact, stored)
-                )
-                divergence = attention_divergence(
-                    (pair[0], pair[1]), (kept[0], kept[1]), float(notes["logit_scale"])
-                )
+                true = restore(self._model, "q", exact), restore(self._model, "k", exact)
+                kept = restore_attention(self._model, notes, stored)
+                divergence = attention_divergence(true, kept, float(notes["logit_scale"]))
                 divergences.append(divergence.cpu().numpy())
             if self._tokens is not None:
                 patch = exact[column_name(self._model, "patch")]

@@ -7,11 +7,12 @@ from pathlib import Path  # noqa: TC003 — dataclasses read it
 from typing import TYPE_CHECKING
 
 from ...data.errors import CacheError
-from ...data.format.columns import AUTOENCODER, SCALE_SUFFIX, model_of
+from ...data.format.columns import AUTOENCODER, PACKED, SCALE_SUFFIX, model_of
 from ...data.format.layout import calibration_file
 from ...data.format.opening import declaration, differences
 from ...data.upkeep.repair import withdraw_calibration
 from ...data.writing.calibrations import check_calibration, read_calibration, recorded_sha256
+from ..columns.specs import recorded_rank
 from ..config import PreprocessConfig
 from ..images.names import DEFAULT_DATA, DEMO_DATA
 from ..plan import Plan
@@ -83,19 +84,18 @@ def recorded_config(cache: Path, manifest: Manifest, source: str, given: Given) 
     model = model_of(source)
     spec = next(spec for name, spec in columns.items() if not name.endswith((SCALE_SUFFIX, "/cls")))
     own = {model: given.weights[model]} if model in given.weights else {}
-    config = replace(
-        config, encoders=(model,), weights=own, feature_dtype=spec.dtype, compress=spec.compressor
-    )
+    config = replace(config, encoders=(model,), weights=own, compress=spec.compressor)
+    if spec.dtype != PACKED:
+        config = replace(config, feature_dtype=spec.dtype)
     if source == model:
         return config
     notes = provenance.notes
-    tolerance = notes.get("tolerance")
-    cut = notes["form"] == "truncated" and tolerance is None
     return replace(
         config,
         attention={model: tuple(notes["blocks"])},
-        attention_rank=int(notes["rank"]) if cut else None,
-        attention_kl=tolerance,
+        attention_rank=recorded_rank(notes),
+        attention_kl=notes.get("tolerance"),
+        attention_bytes=notes.get("bytes"),
     )
 
 

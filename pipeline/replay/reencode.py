@@ -5,6 +5,10 @@ A row is computed in a batch of the size and at the position that it had when th
 differ from those of then by the noise of another device or library; a stored value s must then lie within its
 rounding of x, and that noise: |s − x| ≤ rounding(s) + noise · max|x|, the maximum taken over the row. The
 rounding is nothing for float32, half the distance of neighbouring numbers for float16, half a scale for int8.
+
+Factors of attention are not rounded from numbers that another device would find again: an image's own basis
+is free to turn. They are held against what they stand for: in each head they must lose no more of the
+teacher's attention than twice what factors computed now lose, and the noise.
 """
 
 from __future__ import annotations
@@ -15,11 +19,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from ...data.errors import CacheError
-from ...data.format.columns import SCALE_SUFFIX, scale_column
+from ...data.format.columns import ATTENTION_KINDS, SCALE_SUFFIX, column_name, model_of, scale_column
 from ...data.format.opening import open_manifest
 from ...data.reading.reader import CacheReader
+from ..columns.factored import restore_attention
+from ..columns.measures import attention_divergence
+from ..columns.specs import FACTORED
 from ..images.workers import decode_row
 from ..lanes.batches import Batch
 from ..lanes.lanes import Task, open_lanes
@@ -31,7 +39,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    import torch
     from numpy.typing import NDArray
 
     from ...data.format.columns import ColumnSpec
@@ -40,6 +47,9 @@ if TYPE_CHECKING:
     from ..images.base import ImageSource
     from ..shard_loop.worker import Job
     from .recorded import Given
+
+FACTOR_MARGIN = 2.0
+"""How many times what factors computed now lose of a head's attention may be lost by what is stored."""
 
 _ARITHMETIC = 1e-6  # of computing the bound itself, relative to the value
 _EXACT = ":exact"  # what a column was rounded from, beside it
@@ -173,10 +183,12 @@ class _SourceCheck:
 
     def __init__(self, manifest: Manifest, source: str, reader: CacheReader) -> None:
         self._reader = reader
+        self._model = model_of(source)
+        self._provenance = manifest.sources[source]
         self._specs: Mapping[str, ColumnSpec] = manifest.source_columns(source)
-        noise = tolerance_of(manifest.sources[source]).noise
+        self._tolerance = tolerance_of(self._provenance)
         self.columns = {
-            name: Reencoded(column=name, noise=noise)
+            name: Reencoded(column=name, noise=self._tolerance.noise)
             for name in self._specs
             if not name.endswith(SCALE_SUFFIX)
         }
@@ -186,17 +198,39 @@ class _SourceCheck:
             name: np.empty((len(rows), *spec.shape), spec.numpy_dtype) for name, spec in self._specs.items()
         }
         self._reader.read_rows(rows, tuple(stored), stored)
+        factored = self._provenance.notes.get("form") == FACTORED
+        together = self._factor_excess(stored, computed) if factored else None
         for name, result in self.columns.items():
-            scales = stored.get(scale_column(name))
             for position, row in enumerate(rows.tolist()):
                 same = all(
                     stored[each][position].tobytes() == computed[each][position].tobytes()
                     for each in (name, scale_column(name))
                     if each in stored
                 )
+                if together is not None:
+                    result.add(row, same, float(together[position]))
+                    continue
+                scales = stored.get(scale_column(name))
                 exact = computed[f"{name}{_EXACT}"][position].astype(np.float64)
                 scale = None if scales is None else scales[position]
                 result.add(row, same, _excess(stored[name][position], scale, exact, result.noise))
+
+    def _factor_excess(
+        self, stored: Mapping[str, NDArray[Any]], computed: Mapping[str, NDArray[Any]]
+    ) -> NDArray[np.float64]:
+        """Compute how much more than allowed the worst head of each row loses, queries and keys together."""
+        notes = self._provenance.notes
+        names = [column_name(self._model, kind) for kind in ATTENTION_KINDS]
+        exact = [torch.from_numpy(computed[f"{name}{_EXACT}"]) for name in names]
+        losses = []
+        for columns in (stored, computed):
+            tensors = {name: torch.from_numpy(columns[name]) for name in self._specs}
+            kept = restore_attention(self._model, notes, tensors)
+            divergence = attention_divergence((exact[0], exact[1]), kept, float(notes["logit_scale"]))
+            losses.append(divergence.mean(-1).numpy())
+        allowed = FACTOR_MARGIN * losses[1] + self._tolerance.divergence
+        worst: NDArray[np.float64] = (losses[0] / allowed).max(axis=(1, 2))
+        return worst
 
 
 def _excess(

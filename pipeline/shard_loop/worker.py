@@ -117,8 +117,8 @@ def work(job: Job, images: ImageSource, report: Report) -> Tally:
         model.prepare(settles)
     tally.calibrate_seconds = time.perf_counter() - started - tally.load_seconds
     declarations = {name: each for model in models for name, each in model.declarations.items()}
-    if job.config.attention_kl is not None:
-        # the plan did not know the rank
+    if job.config.attention_kl is not None or job.config.attention_bytes is not None:
+        # the plan did not know the components
         columns = {name: each.columns for name, each in declarations.items()}
         require_room_for(job.config.cache, job.manifest, columns, job.config.compress is not None)
     # only now: a model that cannot be loaded, or a tolerance that cannot be met, leaves nothing behind

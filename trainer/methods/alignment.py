@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...data.format.columns import ColumnSpec, column_name, scale_column, split_column
+from ...data.format.columns import PACKED, ColumnSpec, column_name, scale_column, split_column
+from ...data.format.factor_layout import FactorLayout
+from ...data.format.factors import unpack
 from ...data.format.int8 import dequantise
 from ..models.layers import initialise_linear
 
@@ -129,13 +131,13 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def stored_columns(column: str, specs: Mapping[str, ColumnSpec]) -> tuple[str, ...]:
-    """Name what must be read to know a column, itself and, if it is stored as int8, its scales.
+    """Name what must be read to know a column, itself and, if it has some, its scales.
 
     Args:
         column: name of the column.
         specs: columns that there are; one that is not among them is named as it is.
     """
-    if column in specs and specs[column].dtype == "int8":
+    if scale_column(column) in specs:
         return column, scale_column(column)
     return (column,)
 
@@ -158,6 +160,33 @@ def target(
         columns[name] if at is None else columns[name][:, at] for name in stored_columns(column, specs)
     )
     return dequantise(values, *scale) if scale else values
+
+
+def attention_target(
+    columns: Mapping[str, Tensor],
+    names: Sequence[str],
+    specs: Mapping[str, ColumnSpec],
+    notes: Mapping[str, Any],
+    *,
+    at: int,
+) -> tuple[Tensor, Tensor]:
+    """Decode the queries and keys of one block of a teacher where they lie.
+
+    Args:
+        columns: column → values as stored, ``[B, …]``, at least those of `stored_columns`.
+        names: columns of the queries and of the keys.
+        specs: columns that there are.
+        notes: of their source.
+        at: index of the block among those stored.
+
+    Returns:
+        Queries and keys in a floating point dtype, each ``[B, H, T, r]``.
+    """
+    queries, keys = names
+    if specs[queries].dtype != PACKED:
+        return target(columns, queries, specs, at=at), target(columns, keys, specs, at=at)
+    layout = FactorLayout.of_notes(notes)
+    return unpack(layout, at, columns[queries], columns[keys], columns[scale_column(queries)])
 
 
 def choose_teachers(asked: Sequence[str], columns: Mapping[str, ColumnSpec], *kinds: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import torch
 from annotated_types import Ge
 
 from ...data.format.columns import ATTENTION_KINDS, source_of
-from .alignment import stored_columns, target
+from .alignment import attention_target, stored_columns
 from .attention import attention_alignment
 from .base import Step, Term
 from .repa import Repa, RepaConfig
@@ -139,19 +139,20 @@ class Haste(Repa):
 
     def _attention(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the means over the pairs of blocks. Of the cache's blocks only those in use are decoded."""
-        queries_name, keys_name = self._attention_columns()
-        heads = self.specs[queries_name].shape[1]
-        noted = self.notes[source_of(queries_name)]
+        names = self._attention_columns()
+        noted = self.notes[source_of(names[0])]
         values = []
         for mine, theirs in zip(self.config.student_blocks, self.config.teacher_blocks, strict=True):
             index = noted["blocks"].index(theirs)
+            queries, keys = attention_target(step.columns, names, self.specs, noted, at=index)
+            heads = queries.shape[1]
             values.append(
                 torch.stack(
                     attention_alignment(
                         step.student.queries[mine][:, :heads],
                         step.student.keys[mine][:, :heads],
-                        target(step.columns, queries_name, self.specs, at=index),
-                        target(step.columns, keys_name, self.specs, at=index),
+                        queries,
+                        keys,
                         scale=step.student.queries[mine].shape[-1] ** -0.5,
                         teacher_scale=noted["logit_scale"],
                     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ...data.format.columns import AUTOENCODER, model_of, source_of
+from ...data.format.factor_layout import attention_axes
 from ...data.units import counted
 from .alignment import teachers_with
 from .base import Problem, Requirement
@@ -28,7 +29,6 @@ from .settings_needs import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from ...data.format.columns import ColumnSpec
     from .base import Method
 
 __all__ = [
@@ -113,12 +113,7 @@ class SameGrid(Requirement):
             ]
             for column in _columns(method, kind):
                 for grid in dict.fromkeys(grids):
-                    fault = (
-                        column.partition("/")[0],
-                        method.specs[column].shape[-2],
-                        _grid(method, column),
-                        grid,
-                    )
+                    fault = (column.partition("/")[0], _tokens(method, column), _grid(method, column), grid)
                     if fault not in reported:
                         reported.add(fault)
                         yield from self._compare(method, column, grid, setting)
@@ -129,7 +124,10 @@ class SameGrid(Requirement):
 
     def _compare(self, method: Method, column: str, grid: tuple[int, int], setting: str) -> Iterator[Problem]:
         rows, columns = _grid(method, column)
-        tokens = method.specs[column].shape[-2]
+        tokens = _tokens(method, column)
+        if tokens is None:
+            # of factors that are not described: `StoredAttention` says so
+            return
         if rows * columns != tokens:
             yield Problem(
                 what=f"{column} has {counted(tokens, 'token')} a row, its grid {rows}×{columns} has "
@@ -201,7 +199,7 @@ class HeadsFit(Requirement):
     """Need a head of the student for each of the teacher's.
 
     Args:
-        kind: kind of the teacher's column, whose second axis is its heads.
+        kind: kind of the teacher's column, of queries or keys.
         blocks: name of the setting that says with which blocks it is compared.
     """
 
@@ -215,7 +213,8 @@ class HeadsFit(Requirement):
             return
         mine = min(method.backbone.heads_of(block) for block in blocks)
         for column in _columns(method, self._kind):
-            teacher, heads = column.partition("/")[0], method.specs[column].shape[1]
+            teacher, axes = column.partition("/")[0], _axes(method, column)
+            heads = 0 if axes is None else axes[1]
             if heads > mine:
                 yield Problem(
                     what=f"{teacher} has {heads} attention heads, the backbone {mine}: each of the "
@@ -253,7 +252,7 @@ class StoredAttention(Requirement):
                 continue
             source = source_of(names[0])
             noted = method.notes.get(source, {})
-            if not _describes(noted, [method.specs[name] for name in names]):
+            if not _describes(noted, [_axes(method, name) for name in names]):
                 yield Problem(
                     what=f"the manifest does not say of {source} which blocks and logits {names[0]} and "
                     f"{names[1]} hold",
@@ -307,12 +306,26 @@ def _grid(method: Method, column: str) -> tuple[int, int]:
     return method.grids[source_of(column)]
 
 
-def _describes(noted: Mapping[str, Any], specs: Sequence[ColumnSpec]) -> bool:
-    """Return whether what the manifest notes of attention fits the shapes of queries and keys."""
+def _axes(method: Method, column: str) -> tuple[int, int, int] | None:
+    """Return blocks, heads and tokens of stored queries or keys, None where the manifest does not say."""
+    return attention_axes(method.specs[column].shape, method.notes.get(source_of(column), {}))
+
+
+def _tokens(method: Method, column: str) -> int | None:
+    """Return the tokens of a row of a column, None where the manifest does not say."""
+    shape = method.specs[column].shape
+    if len(shape) > 1:
+        return shape[-2]
+    axes = _axes(method, column)
+    return None if axes is None else axes[2]
+
+
+def _describes(noted: Mapping[str, Any], axes: Sequence[tuple[int, int, int] | None]) -> bool:
+    """Return whether what the manifest notes of attention fits the rows of queries and keys."""
     blocks, scale = noted.get("blocks"), noted.get("logit_scale")
     if not isinstance(blocks, list | tuple) or not isinstance(scale, float | int):
         return False
-    return specs[0].shape == specs[1].shape and specs[0].shape[:1] == (len(blocks),)
+    return axes[0] is not None and axes[0] == axes[1] and axes[0][0] == len(blocks)
 
 
 def _grid_remedy(method: Method, teacher: tuple[int, int], student: tuple[int, int]) -> str:

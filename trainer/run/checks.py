@@ -148,9 +148,10 @@ def _check_backbone(config: TrainConfig, manifest: Manifest, found: Checked) -> 
     found.scale = found.attempt(
         lambda: latent_scale(manifest, where=config.cache).replaced(config.latent_scale, config.latent_shift)
     )
-    shape = manifest.columns[MOMENTS].shape if MOMENTS in manifest.columns else ()
-    if not KINDS["moments"].fits(shape):
+    moments = manifest.columns.get(MOMENTS)
+    if moments is None or not KINDS["moments"].fits(moments.shape, moments.dtype):
         return
+    shape = moments.shape
     if shape[1] != shape[2]:
         found.add(
             f"column {MOMENTS} has latents of {shape[1]}×{shape[2]}, and the backbones take square ones",
