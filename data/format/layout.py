@@ -37,7 +37,8 @@ KEYS_FILE = "keys.txt"
 LOCK_FILE = ".lock"
 COMMITS_FOLDER = "commits"
 CALIBRATION_FOLDER = "calibration"
-LABEL_CHUNK = f"{LABEL}/c/0"
+CHUNK_FOLDER = "c"
+LABEL_CHUNK = f"{LABEL}/{CHUNK_FOLDER}/0"
 VALID = "valid"
 CHECKSUM_ATTRIBUTE = f"{ATTRIBUTE}_sha256"
 
@@ -56,7 +57,7 @@ def shard_file(path: PathT, column: str, spec: ColumnSpec, shard: int) -> PathT:
     Raises:
         RepaError: the column's name is not of the grammar.
     """
-    return path.joinpath(*_column_parts(column), "c", f"{shard:d}", *["0"] * (1 + len(spec.shape)))
+    return path.joinpath(*_column_parts(column), CHUNK_FOLDER, f"{shard:d}", *["0"] * (1 + len(spec.shape)))
 
 
 @lru_cache(maxsize=MOST_COLUMNS)
@@ -85,7 +86,7 @@ def commit_file(path: PathT, source: str, shard: int) -> PathT:
 
 def valid_chunk(path: PathT, shard: int) -> PathT:
     """Return the file of a shard's rows in the array ``valid``."""
-    return path.joinpath(VALID, "c", f"{shard:d}")
+    return path.joinpath(VALID, CHUNK_FOLDER, f"{shard:d}")
 
 
 def calibration_file(path: PathT, source: str) -> PathT:

@@ -7,6 +7,7 @@ on ``<cache>/.lock``.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from ..format.columns import AUTOENCODER, model_of, source_of
 from ..format.group import read_group
 from ..format.layout import (
     CALIBRATION_FOLDER,
+    CHUNK_FOLDER,
     GROUP_COPY,
     GROUP_FILE,
     KEYS_FILE,
@@ -31,7 +33,7 @@ from ..storage.files import locked, make_folder, os_errors, partial_path, sync_f
 from .writer import SourceWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -126,6 +128,7 @@ def ensure_source(
             manifest = open_manifest(path)
             if source not in manifest.sources:
                 _forget_records(path, source)
+                _forget_rows(path, columns)
                 return _declare(path, manifest.with_source(source, provenance, columns), source)
     different = differences(
         declaration(manifest.sources[source], manifest.source_columns(source)),
@@ -135,8 +138,13 @@ def ensure_source(
         # all locks are taken, so that no other process is about to commit by the old declaration
         with SourceWriter(path, manifest, source, range(manifest.num_shards)), cache_lock(path):
             if not committed_shards(path, manifest, source):
+                before = manifest.source_columns(source)
+                # rows of another form may lie in folders where those of this one are files
+                _forget_rows(path, before)
                 replaced = open_manifest(path).with_source(source, provenance, columns)
-                return _declare(path, replaced, source)
+                declared = _declare(path, replaced, source)
+                _forget_columns(path, before.keys() - columns.keys())
+                return declared
     if different:
         flag = "--vae" if source == AUTOENCODER else "--encoder"
         raise CacheError(
@@ -166,8 +174,9 @@ def refuse_foreign_folder(path: Path) -> None:
         RepaError: the operating system refuses.
     """
     with os_errors("read", path):
-        ours = not path.is_dir() or any((path / name).exists() for name in (LOCK_FILE, GROUP_FILE))
-        if not ours and any(each.name != CALIBRATION_FOLDER for each in path.iterdir()):
+        left = path.is_dir() and any(each.name != CALIBRATION_FOLDER for each in path.iterdir())
+        # looked at afterwards: what another process is making begins with its lock
+        if left and not any((path / name).exists() for name in (LOCK_FILE, GROUP_FILE)):
             raise CacheError(f"{path} is not empty and no cache", "choose another folder with --cache")
 
 
@@ -223,6 +232,26 @@ def _forget_records(path: Path, source: str) -> None:
             record.unlink()
         if left:
             sync_folders(folder, path)
+
+
+def _forget_rows(path: Path, columns: Iterable[str]) -> None:
+    """Remove what has been written of columns of which nothing is committed."""
+    for column in columns:
+        rows = path / column / CHUNK_FOLDER
+        with os_errors("remove", rows):
+            if rows.is_dir() and not rows.is_symlink():
+                shutil.rmtree(rows)
+                sync_folders(rows.parent, path)
+
+
+def _forget_columns(path: Path, columns: Iterable[str]) -> None:
+    """Remove the folders of columns that are declared no more."""
+    for column in columns:
+        folder = path / column
+        with os_errors("remove", folder):
+            if folder.is_dir() and not folder.is_symlink():
+                shutil.rmtree(folder)
+                sync_folders(folder.parent, path)
 
 
 def _declare(path: Path, manifest: Manifest, source: str) -> Manifest:

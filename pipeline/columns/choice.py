@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 ROUNDS = 2  # in which the components of the heads are held against what they lose
 ROUND_IMAGES = 32
 MARGIN = 0.95  # of the tolerance, aimed at: other images lose a little more
-CORRECTIONS = 4
+TIGHTENED = (MARGIN, 0.8, 0.5, 0.2, 0.0)
+"""What is aimed at, in one try after the other, of what should meet a tolerance; last with all components."""
 LEAST_GRADIENT_COSINE = 0.99
 """Of a student near the teacher: a form that meets a tolerance must not turn its gradient further."""
 
@@ -87,10 +88,10 @@ class _Factors:
         step = max(1, len(self._chosen.fit) // ROUND_IMAGES)
         images = dict(list(self._chosen.fit.items())[::step][:ROUND_IMAGES])
         for _ in range(ROUNDS):
-            self._allocate(MARGIN)
+            self._allocate()
             self._allocation.learn(self._losses(self._form(), images))
         if most is not None:
-            self._allocate(MARGIN)
+            self._allocate()
             return self._measured()
         return self._within_tolerance()
 
@@ -98,19 +99,23 @@ class _Factors:
         """Return the first form that keeps the tolerance on the held-out images too."""
         tolerance = self._settings.tolerance
         assert tolerance is not None, "one of the two is asked for"
-        share, before = MARGIN, -1
-        for _ in range(CORRECTIONS):
-            size = self._allocate(share)
-            if size == before:
-                break
-            form, fidelity = self._measured()
-            near = fidelity["gradient_cosine_near"]
-            if fidelity["kl_worst_head"] <= tolerance and near >= LEAST_GRADIENT_COSINE:
+        aim, size = MARGIN * tolerance, self._allocate()
+        form, fidelity = self._measured()
+        for share in TIGHTENED:
+            reached, near = float(fidelity["kl_worst_head"]), float(fidelity["gradient_cosine_near"])
+            if reached <= tolerance and near >= LEAST_GRADIENT_COSINE:
                 return form, fidelity
-            before = size
-            turned = (1 - LEAST_GRADIENT_COSINE) / max(1 - near, 1e-12)
-            share *= min(MARGIN * min(tolerance / fidelity["kl_worst_head"], turned), MARGIN)
+            # what the gradient is off by is about in proportion to the divergence that there is
+            lost = min(1.0, tolerance / max(reached, 1e-30))
+            turned = min(1.0, (1 - LEAST_GRADIENT_COSINE) / max(1 - near, 1e-12))
+            aim = share * min(aim * lost, min(aim, reached) * turned)
+            before, size = size, self._allocation.for_loss(aim)
+            if size != before:
+                form, fidelity = self._measured()
+        near = fidelity["gradient_cosine_near"]
         worst = max(fidelity["kl"], key=lambda entry: float(entry["mean"]))
+        if worst["mean"] <= tolerance and near >= LEAST_GRADIENT_COSINE:
+            return form, fidelity
         raise RepaError(
             f"no form of encoder {self._encoder.name}'s attention meets --attention-kl {tolerance:g}: the "
             f"best, {fidelity['bytes_per_image']:,} bytes an image, reaches {worst['mean']:g} nats in block "
@@ -120,11 +125,11 @@ class _Factors:
             field="--attention-kl",
         )
 
-    def _allocate(self, share: float) -> int:
+    def _allocate(self) -> int:
         if self._settings.bytes is not None:
             return self._allocation.for_bytes(self._settings.bytes)
         assert self._settings.tolerance is not None, "one of the two is asked for"
-        return self._allocation.for_loss(share * self._settings.tolerance)
+        return self._allocation.for_loss(MARGIN * self._settings.tolerance)
 
     def _form(self) -> FactoredForm:
         return factored_form(self._encoder, self._settings, self._allocation.layout, self._basis)

@@ -123,7 +123,7 @@ def test_int8_keys_are_compared_centred(caches: Callable[[str], Path]) -> None:
 
 def test_a_cut_rank_is_seen_in_the_loss_alone(caches: Callable[[str], Path]) -> None:
     found = compared(caches("rank"))
-    assert found.columns["demo/q"].stored.startswith("int8, rank 16 of ")
+    assert found.columns["demo/q"].stored == "truncated, rank 16 of 64"
     assert found.columns["demo/q"].largest is None
     assert found.columns["demo/patch"].largest is not None
     assert found.terms["attention"].largest > 0

@@ -190,9 +190,9 @@ REFUSED: dict[str, tuple[Callable[..., dict[str, Any] | None], tuple[str, ...]]]
         ("--attention-rank 65", "demo", "1 to 64"),
     ),
     "tolerance of nothing": (lambda f: {"attention": "haste", "attention_kl": 0.0}, ("--attention-kl 0",)),
-    "tolerance that no rank meets": (
+    "tolerance that no form meets": (
         lambda f: {"attention": "haste", "attention_kl": 1e-12},
-        ("--attention-kl 1e-12", "64 of 64", "nats in block", "head"),
+        ("--attention-kl 1e-12", "bytes an image", "nats in block", "head"),
     ),
     "too few images to measure on": (
         lambda f: {"feature_dtype": "int8", "limit": 1},

@@ -26,7 +26,7 @@ def test_attention_is_written_shown_and_checked(tmp_path: Path, capsys: pytest.C
     printed = capsys.readouterr().out
     assert "≤" in printed
     assert "demo/q: 9 images" in printed
-    assert "demo/k-scale: 9 images" in printed
+    assert "demo/q-scale: 9 images" in printed
     assert run("cache", "info", cache) == 0
     assert "KL(teacher ‖ stored)" in capsys.readouterr().out
     assert run("cache", "verify", cache) == 0

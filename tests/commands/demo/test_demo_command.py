@@ -13,6 +13,7 @@ from repa.cli import run_command
 from repa.commands.demo import run as demo_module
 from repa.commands.demo.run import demo
 from repa.data.errors import RepaError
+from repa.data.format.opening import open_manifest
 from repa.trainer.methods import METHODS
 from repa.trainer.run.metrics import read_metrics
 
@@ -36,9 +37,12 @@ def test_demo_from_images_to_picture(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert (out / "runs" / method / "config.yaml").exists()
     numbers = json.loads((out / "demo.json").read_text())
     rows = {row["method"]: row for row in numbers["rows"]}
-    # moments float32 [8, 8, 8]; patch tokens float16 [64, 128]; until τ also q and k, int8 [3, 2, 64, 8] for
-    # this tolerance, and their scales, float32 [3, 2, 8]
-    moments, patch, attention = 8 * 8 * 8 * 4, 64 * 128 * 2, 2 * 3 * 2 * 8 * (64 + 4)
+    # moments float32 [8, 8, 8]; patch tokens float16 [64, 128]; until τ also q and k
+    moments, patch = 8 * 8 * 8 * 4, 64 * 128 * 2
+    notes = open_manifest(out / "cache").sources["demo+attention"].notes
+    attention = notes["fidelity"]["bytes_per_image"]
+    # less than eight components of each of 3 × 2 heads in int4, and their scales
+    assert attention < 3 * 2 * 8 * (2 * 32 + 4)
     assert rows["none"]["bytes_per_image"] == [moments]
     assert rows["repa"]["bytes_per_image"] == [moments + patch]
     assert rows["haste"]["bytes_per_image"] == [moments + patch + attention, moments]

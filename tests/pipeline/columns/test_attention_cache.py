@@ -14,10 +14,13 @@ from repa.data.format.int8 import quantise
 from repa.data.format.opening import open_manifest
 from repa.data.testing import folder_contents
 from repa.data.upkeep.verify import verify_cache
+from repa.pipeline.columns.specs import bytes_per_image
 from repa.pipeline.encoders.timm_vit import TimmEncoder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+    from repa.data.format.columns import ColumnSpec
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -49,43 +52,60 @@ def test_int8_is_the_codec_on_tokens_queries_and_centred_keys(
     assert (notes(forms["int8"])["form"], notes(forms["int8"])["keys"]) == ("exact", "centred")
 
 
-def test_the_smallest_rank_that_meets_the_tolerance_is_taken(tmp_path: Path) -> None:
-    worst = {}
-    for rank in (8, 16, 24):
-        demo(tmp_path / str(rank), attention_rank=rank)
-        worst[rank] = notes(tmp_path / str(rank))["fidelity"]["kl_worst_head"]
-    assert worst[8] > worst[16] > worst[24]
-    tolerance = (worst[8] * worst[16]) ** 0.5
-    printed = demo(tmp_path / "kl", attention_kl=tolerance)
+def worst(cache: Path) -> float:
+    return float(notes(cache)["fidelity"]["kl_worst_head"])
+
+
+def size(cache: Path) -> int:
+    return int(notes(cache)["fidelity"]["bytes_per_image"])
+
+
+def test_a_tolerance_is_met_with_about_the_fewest_bytes(tmp_path: Path) -> None:
+    printed = demo(tmp_path / "kl", attention_kl=3e-4)
     assert "≤" in printed
     recorded = notes(tmp_path / "kl")
-    assert f"chose rank {recorded['fidelity']['rank']}" in " ".join(printed.split())
-    assert f"{recorded['fidelity']['kl_worst_head']:.3g} nats in the worst head" in " ".join(printed.split())
-    assert (recorded["rank"], recorded["tolerance"], recorded["form"]) == (16, tolerance, "truncated")
-    # the very same columns as of that rank
-    for kind in ("q", "q-scale", "k", "k-scale"):
-        assert torch.equal(read(tmp_path / "kl", kind)[kind], read(tmp_path / "16", kind)[kind])
-    assert recorded["fidelity"] == notes(tmp_path / "16")["fidelity"]
+    fidelity = recorded["fidelity"]
+    said = " ".join(printed.split())
+    assert "demo+attention: --attention-kl 0.0003 took" in said
+    assert f"{fidelity['kl_worst_head']:.3g} nats in the worst head" in said
+    assert (recorded["form"], recorded["keys"], recorded["tolerance"]) == ("factored", "centred", 3e-4)
+    assert worst(tmp_path / "kl") <= 3e-4
+    assert fidelity["gradient_cosine_near"] >= 0.99
+    # what is stored is what is said to be
+    columns = open_manifest(tmp_path / "kl").source_columns(ATTENTION)
+    assert set(columns) == {"demo/q", "demo/q-scale", "demo/k"}
+    assert bytes_per_image(columns) == fidelity["bytes_per_image"]
+    assert recorded["rank"] == max(sum(head) for block in recorded["components"] for head in block)
+    # a third less does not do
+    demo(tmp_path / "less", attention_bytes=size(tmp_path / "kl") * 2 // 3)
+    assert size(tmp_path / "less") <= size(tmp_path / "kl") * 2 // 3
+    assert worst(tmp_path / "less") > 3e-4
     demo(tmp_path / "loose", attention_kl=1.0)
-    assert notes(tmp_path / "loose")["rank"] == 8
+    # a gradient that is turned too far asks for more than this tolerance does
+    assert worst(tmp_path / "loose") < 0.1
+    assert notes(tmp_path / "loose")["fidelity"]["gradient_cosine_near"] >= 0.99
     printed = demo(tmp_path / "loose", attention_kl=1.0)
     assert "complete: nothing to do" in printed
-    assert "q int8[3, 2, 64, 8]" in printed
+    assert f"q uint8[{columns_of(tmp_path / 'loose')['demo/q'].shape[0]}]" in printed
 
 
-def test_the_last_resort_is_the_whole_width_in_int8(
+def columns_of(cache: Path) -> Mapping[str, ColumnSpec]:
+    return open_manifest(cache).source_columns(ATTENTION)
+
+
+def test_one_basis_misses_what_an_image_of_its_own_has(
     forms: dict[str, Path], command: Callable[..., str], tmp_path: Path
 ) -> None:
     """Eight images of four tokens do not span 64 directions: what is cut misses some of other images'."""
     command(attention="haste", attention_rank=56)
-    assert notes(tmp_path / "cache")["fidelity"]["kl_worst_head"] > 1e-4
-    command(attention="haste", attention_kl=1e-4, cache=tmp_path / "whole")
-    recorded = notes(tmp_path / "whole")
-    assert (recorded["rank"], recorded["form"], recorded["keys"]) == (64, "exact", "centred")
-    assert recorded["calibration"]["images"] == 0
-    # a rank that cuts nothing off is the same form
+    assert worst(tmp_path / "cache") > 1e-4
+    command(attention="haste", attention_kl=1e-4, cache=tmp_path / "factors")
+    assert worst(tmp_path / "factors") <= 1e-4
+    assert size(tmp_path / "factors") < size(tmp_path / "cache") / 4
+    # a rank that cuts nothing off is the whole in int8
     demo(tmp_path / "64", attention_rank=64)
-    assert notes(tmp_path / "64")["form"] == "exact"
+    assert (notes(tmp_path / "64")["form"], notes(tmp_path / "64")["keys"]) == ("exact", "centred")
+    assert notes(tmp_path / "64")["calibration"]["images"] == 0
     assert torch.equal(read(tmp_path / "64", "k")["k"], read(forms["int8"], "k")["k"])
 
 
@@ -164,19 +184,26 @@ def test_ranks_of_a_launcher_write_what_one_process_does(
     assert len(passes.made) == alone
 
 
-def test_a_calibration_that_nothing_was_written_with_is_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"attention_kl": 0.5}, {"attention_rank": 16}),
+        ({"attention_rank": 16}, {"attention_kl": 0.5}),
+        ({"attention_bytes": 6000}, {"attention_bytes": 9000}),
+    ],
+)
+def test_a_form_that_nothing_was_written_with_is_replaced(
+    first: dict[str, Any], then: dict[str, Any], tmp_path: Path
+) -> None:
+    """Rows of another form, whose files were folders of this one's, are removed too."""
     cache, fresh = tmp_path / "cache", tmp_path / "fresh"
-    demo(cache, attention_kl=0.5)
+    demo(cache, **first)
     for record in (cache / "commits" / ATTENTION).glob("*.json"):
         record.unlink()
-    demo(cache, attention_rank=16)
-    demo(fresh, attention_rank=16)
+    demo(cache, **then)
+    demo(fresh, **then)
     assert verify_cache(cache) == []
-    assert (cache / "calibration" / f"{ATTENTION}.safetensors").read_bytes() == (
-        fresh / "calibration" / f"{ATTENTION}.safetensors"
-    ).read_bytes()
-    for kind in ("q", "k-scale"):
-        assert torch.equal(read(cache, kind)[kind], read(fresh, kind)[kind])
+    assert folder_contents(cache) == folder_contents(fresh)
 
 
 @pytest.mark.parametrize(

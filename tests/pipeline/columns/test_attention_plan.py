@@ -59,24 +59,36 @@ def test_bytes_of_an_image(wanted: str, flags: dict[str, Any], each: int, tmp_pa
     assert made.rows == IMAGES
 
 
-def test_a_tolerance_leaves_the_rank_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = plan(tmp_path, ("dinov2-b",), "haste", attention_kl=0.01)
+@pytest.mark.parametrize("asked", [{"attention_kl": 0.01}, {"attention_bytes": 500_000}])
+def test_what_is_to_be_reached_leaves_the_components_open(
+    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = plan(tmp_path, ("dinov2-b",), "haste", **asked)
     attention = made.sources[2]
     assert attention.at_most
-    assert attention.columns["dinov2-b/q"] == ColumnSpec(shape=(3, 12, 256, 64), dtype="int8")
-    smallest, largest = (
-        plan(tmp_path, ("dinov2-b",), "haste", attention_rank=rank).sources[2] for rank in (8, 64)
+    # every component of every head in int8; the least is one in int4
+    largest, smallest = (
+        {
+            "dinov2-b/q": ColumnSpec(shape=(3 * 12 * each,), dtype="uint8"),
+            "dinov2-b/q-scale": ColumnSpec(shape=(3 * 12 * components,), dtype="float32"),
+            "dinov2-b/k": ColumnSpec(shape=(3 * 12 * each,), dtype="uint8"),
+        }
+        for each, components in ((64 * 256, 64), (128, 1))
     )
-    assert (attention.least_bytes, attention.bytes) == (smallest.bytes, largest.bytes)
+    assert attention.columns == largest
+    bytes_of = [sum(IMAGES * spec.row_bytes for spec in columns.values()) for columns in (largest, smallest)]
+    overhead = attention.bytes - bytes_of[0]  # checksums and the index
+    assert 0 < overhead < 60_000
+    assert attention.least_bytes == bytes_of[1] + overhead
     # a disk between the two may do: what is chosen is looked at again
     others = made.bytes - attention.bytes
     usage = namedtuple("usage", "total used free")
-    free = others + (smallest.bytes + largest.bytes) // 2
+    free = others + sum(bytes_of) // 2
     monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda path: usage(free, 0, free))
-    tight = plan(tmp_path, ("dinov2-b",), "haste", attention_kl=0.01)
+    tight = plan(tmp_path, ("dinov2-b",), "haste", **asked)
     assert tight.fits
     tight.require_room()
-    for chosen, fits in ((smallest.columns, True), (largest.columns, False)):
+    for chosen, fits in ((smallest, True), (largest, False)):
         columns = {source.source: source.columns for source in made.sources[:2]} | {
             "dinov2-b+attention": chosen
         }

@@ -245,22 +245,23 @@ def test_the_change_of_repas_loss_is_that_of_predictions_at_half_cosine() -> Non
     assert errors(z, 5 * z)[1].abs().max() < 1e-12  # only directions count
 
 
-def test_candidates_of_a_tolerance() -> None:
-    def settings(**options: Any) -> AttentionSettings:
-        return AttentionSettings(blocks=(1,), dtype="float16", **options)
-
-    assert settings(tolerance=0.1).ranks(64) == (8, 16, 24, 32, 40, 48, 56, 64)
-    assert settings(tolerance=0.1).ranks(20) == (8, 16, 20)
-    assert settings(tolerance=0.1).ranks(8) == (8,)
-    assert settings(rank=12).ranks(64) == (12,)
-    assert settings().ranks(64) == (64,)
-    assert [each.stored_dtype for each in (settings(), settings(rank=12), settings(tolerance=1))] == [
-        "float16",
-        "int8",
-        "int8",
-    ]
-    with pytest.raises(ValueError, match="exclude"):
-        settings(rank=8, tolerance=0.1)
+@pytest.mark.parametrize(
+    ("options", "dtype", "factored", "asked"),
+    [
+        ({}, "float16", False, {"rank": None, "tolerance": None}),
+        ({"rank": 12}, "int8", False, {"rank": 12, "tolerance": None}),
+        ({"tolerance": 0.1}, "uint8", True, {"rank": None, "tolerance": 0.1}),
+        ({"bytes": 500}, "uint8", True, {"rank": None, "tolerance": None, "bytes": 500}),
+        # a rank that an earlier version chose for the tolerance, and what its calibration was made for
+        ({"rank": 8, "tolerance": 0.1}, "int8", False, {"rank": None, "tolerance": 0.1}),
+    ],
+)
+def test_what_is_asked_for_says_the_form(
+    options: dict[str, Any], dtype: str, factored: bool, asked: dict[str, Any]
+) -> None:
+    settings = AttentionSettings(blocks=(1,), dtype="float16", **options)
+    assert (settings.stored_dtype, settings.factored) == (dtype, factored)
+    assert settings.asked == {"blocks": [1], "dtype": dtype, **asked}
 
 
 class Images:

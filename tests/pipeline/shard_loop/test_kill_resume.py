@@ -97,7 +97,7 @@ def test_one_process_and_three_write_the_same_bytes(caches: dict[int, Path]) -> 
     for source in ("sd-vae", "demo", "demo+attention"):
         assert committed_shards(cache, manifest, source) == list(range(SHARDS))
     assert list(invalid_reasons(cache, manifest)) == [13]
-    assert manifest.sources["demo+attention"].notes["form"] == "truncated"
+    assert manifest.sources["demo+attention"].notes["form"] == "factored"
     assert verify_cache(cache) == []
 
 
