@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("benchmarks", "commands", "data", "pipeline", "trainer")
-FILES = [ROOT / "cli.py", *(file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py")))]
+FILES = [
+    *sorted(ROOT.glob("*.py")),
+    *(file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))),
+]
 
 # no verb is one of these, ends as a plural or a participle does, or is followed by "of"
 NO_VERBS = frozenset(
