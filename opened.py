@@ -130,7 +130,7 @@ class OpenedCache:
 
     @property
     def valid_rows(self) -> NDArray[np.int64]:
-        """Rows that have data, int64, ascending; the images of the others could not be decoded."""
+        """Rows that have data, int64, ascending. The images of the others could not be decoded."""
         return self._reader.valid_rows
 
     def read(
