@@ -212,15 +212,21 @@ def _demo(
 def _bench(
     parts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[loader|writer|preprocess|train]...", help="Parts; default all."),
+        typer.Argument(
+            metavar="[loader|writer|preprocess|train|fidelity]...", help="Parts; default all but fidelity."
+        ),
     ] = None,
     model: Annotated[str, typer.Option(help="Backbone of the training step.")] = "SiT-T/1",
     encoder: Annotated[
-        str, typer.Option(help="Teacher, with random weights: its speed is the same.")
+        str, typer.Option(help="Teacher; but for fidelity with random weights: its speed is the same.")
     ] = "demo",
-    resolution: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 64,
+    resolution: Annotated[
+        int | None, typer.Option(help="Side of the images in pixels; 64, of fidelity as of preprocess.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images of a training step and of a forward pass.")] = 32,
-    images: Annotated[int, typer.Option(help="Images that preprocess encodes in a round.")] = 256,
+    images: Annotated[
+        int, typer.Option(help="Images that preprocess encodes in a round, or fidelity takes its own from.")
+    ] = 256,
     rows: Annotated[int, typer.Option(help="Rows of the cache that is read or written.")] = 2048,
     steps: Annotated[int, typer.Option(help="Training steps of a round.")] = 10,
     rounds: Annotated[int, typer.Option(help="Rounds; figures are medians over them.")] = 5,
@@ -231,8 +237,28 @@ def _bench(
     folder: Annotated[
         Path | None, typer.Option(help="Where the temporary caches go: the disk to measure.")
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Of fidelity: images, as of preprocess; default images, of the teacher demo 'demo'."
+        ),
+    ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(help="Of fidelity: blocks, as of preprocess; default HASTE's, scaled to the teacher."),
+    ] = None,
+    weights: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FILE", help="Of fidelity: weights of the teacher.")
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Of fidelity: draw the teacher's weights.")
+    ] = False,
 ) -> None:
-    """Measure loader, writer, preprocess and training step against their limits, side by side in one run."""
+    """Measure loader, writer, preprocess and training step against their limits, side by side in one run.
+
+    `fidelity` measures what every form of stored attention and tokens changes, and what encoding costs beside
+    the teacher's forward pass.
+    """
     from .commands.bench.run import bench
 
     settings = BenchSettings(
@@ -246,5 +272,9 @@ def _bench(
         rounds=rounds,
         methods=methods,
         compile=compiled,
+        data=data,
+        attention=attention,
+        weights=tuple(weights or ()),
+        random_weights=random_weights,
     )
     bench(parts or (), settings, folder=folder)

@@ -6,9 +6,9 @@ import gc
 import os
 import platform
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...data.errors import RepaError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 METHODS = "none,repa,haste,irepa,reg,urepa,sra,sra2"
+DEFAULT_RESOLUTION = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,20 +27,25 @@ class BenchSettings:
 
     Attributes:
         model: backbone of the training step.
-        encoder: teacher of the training step and of preprocess; its weights are random.
-        resolution: side in pixels of the images.
-        batch_size: images of a training step and of a preprocessing batch.
-        images: images that preprocess encodes in a round.
+        encoder: teacher; of the training step and of preprocess its weights are random.
+        resolution: side in pixels of the images; None: 64, of fidelity as `repa preprocess` has it.
+        batch_size: images of a training step and of a forward pass.
+        images: images that preprocess encodes in a round; those that fidelity takes its own from.
         rows: rows of the cache that is read or written.
         steps: training steps of a round.
         rounds: rounds; every figure is the median over them.
         methods: names between commas of the methods whose training steps are measured.
         compile: whether their backbones are compiled.
+        data: of fidelity: the images, as of `repa preprocess`.
+        attention: of fidelity: the teacher's blocks, as of `repa preprocess`; None: HASTE's, scaled to its
+            depth.
+        weights: of fidelity: ``NAME=FILE`` of the teacher's weights.
+        random_weights: of fidelity: draw the teacher's weights.
     """
 
     model: str = "SiT-T/1"
     encoder: str = "demo"
-    resolution: int = 64
+    resolution: int | None = None
     batch_size: int = 32
     images: int = 256
     rows: int = 2048
@@ -47,11 +53,21 @@ class BenchSettings:
     rounds: int = 5
     methods: str = METHODS
     compile: bool = False
+    data: str | None = None
+    attention: str | None = None
+    weights: tuple[str, ...] = ()
+    random_weights: bool = False
+
+    @property
+    def side(self) -> int:
+        """Side in pixels of images that nobody gives."""
+        return DEFAULT_RESOLUTION if self.resolution is None else self.resolution
 
     def __post_init__(self) -> None:
         for name in ("resolution", "batch_size", "images", "rows", "steps", "rounds"):
-            if getattr(self, name) < 1:
-                raise RepaError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small: at least 1")
+            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+            if value is not None and value < 1:
+                raise RepaError(f"{flag} {value} is too small", "give at least 1", field=flag)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +82,8 @@ class Measured:
         baseline: name of the line that it is compared with; empty is the first.
         beside: name of another line that it is compared with as well.
         cpu_per_1000: CPU seconds of 1,000 items, one a round; empty if that was not measured.
+        fidelity: what storing it changes, see `attention_summary` and `token_fidelity`; empty of what is not
+            stored.
     """
 
     name: str
@@ -75,6 +93,7 @@ class Measured:
     baseline: str = ""
     beside: str = ""
     cpu_per_1000: tuple[float, ...] = ()
+    fidelity: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def median(self) -> float:

@@ -49,7 +49,7 @@ def bench_preprocess(settings: BenchSettings, room: Path) -> tuple[str, str, lis
         data=data,
         cache=room / "unused",
         encoders=(settings.encoder,),
-        resolution=settings.resolution,
+        resolution=settings.side,
         limit=settings.images,
         batch_size=settings.batch_size,
         random_weights=not demo,
@@ -58,7 +58,7 @@ def bench_preprocess(settings: BenchSettings, room: Path) -> tuple[str, str, lis
     plan = make_plan(config)
     [job] = share_out(plan, detect_rank({}, 1))
     models = load_models(plan.config, plan.config.sources, job.device)
-    pixels = [decode_row(plan.images, row, settings.resolution) for row in range(len(plan.images))]
+    pixels = [decode_row(plan.images, row, settings.side) for row in range(len(plan.images))]
     images = torch.from_numpy(np.stack([each for each in pixels if not isinstance(each, str)]))
     numbers = count()
     variants: dict[str, Callable[[], float]] = {
@@ -75,7 +75,7 @@ def bench_preprocess(settings: BenchSettings, room: Path) -> tuple[str, str, lis
     rates = interleaved(variants, settings.rounds)
     lines = [Measured(name=name, rates=values) for name, values in rates.items()]
     what = f"{settings.encoder} and {'the demo’s autoencoder' if demo else 'SD-VAE, random weights'}"
-    size = f"{counted(settings.images, 'image')} of {settings.resolution}², batch {settings.batch_size}"
+    size = f"{counted(settings.images, 'image')} of {settings.side}², batch {settings.batch_size}"
     return f"preprocess: {what}, {size}", "images/s", lines
 
 

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-PARTS = ("loader", "writer", "preprocess", "train")
+SPEEDS = ("loader", "writer", "preprocess", "train")
+"""The parts that need no teacher's weights and no images."""
+FIDELITY = "fidelity"
+PARTS = (*SPEEDS, FIDELITY)
 
 
 def bench(
@@ -29,7 +32,7 @@ def bench(
     """Run parts of the benchmark and print their tables.
 
     Args:
-        parts: of `PARTS`; all of them if empty.
+        parts: of `PARTS`; `SPEEDS` if empty.
         settings: what is measured.
         folder: where the temporary caches go, on the disk that is to be measured; the system's by default.
         console: where to print.
@@ -38,19 +41,22 @@ def bench(
         Part → the lines of its tables, in each the reference first.
 
     Raises:
-        RepaError: an unknown part or setting.
+        RepaError: an unknown part or setting, or one that no part looks at.
     """
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise RepaError(f"bench has no part {', '.join(unknown)}", f"the parts are {', '.join(PARTS)}")
+    if FIDELITY not in parts:
+        _refuse_unused(settings)
     from ...pipeline.encoders import find_teacher
     from ..shared.terminal import PlainConsole
+    from .fidelity import bench_fidelity, print_fidelity
     from .loader import bench_loader
     from .preprocess import bench_preprocess
     from .train import bench_train
     from .writer import bench_writer
 
-    settings = replace(settings, encoder=find_teacher(settings.encoder).name)
+    settings = replace(settings, encoder=find_teacher(settings.encoder, may_import=True).name)
     if folder is not None and not folder.is_dir():
         raise RepaError(f"--folder {folder} is no folder", "make it first")
     console = console or PlainConsole()
@@ -61,13 +67,31 @@ def bench(
         "writer": bench_writer,
         "preprocess": lambda *given: [bench_preprocess(*given)],
         "train": lambda *given: [bench_train(*given)],
+        FIDELITY: bench_fidelity,
     }
     with tempfile.TemporaryDirectory(prefix="repa-bench-", dir=folder) as scratch:
-        for part in parts or PARTS:
+        for part in parts or SPEEDS:
             room = Path(scratch) / part
             room.mkdir()
             results[part] = []
+            show = print_fidelity if part == FIDELITY else print_table
             for title, unit, lines in jobs[part](settings, room):
-                print_table(console, title, unit, lines)
+                show(console, title, unit, lines)
                 results[part] += lines
     return results
+
+
+def _refuse_unused(settings: BenchSettings) -> None:
+    given = {
+        "--data": settings.data,
+        "--attention": settings.attention,
+        "--weights": settings.weights,
+        "--random-weights": settings.random_weights,
+    }
+    for flag, value in given.items():
+        if value:
+            raise RepaError(
+                f"{flag} is for {FIDELITY}: the other parts need no images and no trained weights",
+                f"name the part {FIDELITY}, or leave {flag} out",
+                field=flag,
+            )

@@ -74,7 +74,7 @@ def bench_train(settings: BenchSettings, room: Path) -> tuple[str, str, list[Mea
         for name, values in rates.items()
     ]
     what = (
-        f"{settings.model}, teacher {settings.encoder}, {settings.resolution}², batch {settings.batch_size}"
+        f"{settings.model}, teacher {settings.encoder}, {settings.side}², batch {settings.batch_size}"
         f"{', compiled' if settings.compile else ''}"
     )
     return f"training step: {what}{bench.left_out}", "images/s", lines
@@ -105,7 +105,7 @@ class _Bench:
         before = torch.cuda.memory_allocated() if self._cuda else 0
         self._teacher = load_encoder(
             settings.encoder,
-            resolution=settings.resolution,
+            resolution=settings.side,
             device="cuda" if self._cuda else "cpu",
             compute_dtype="bfloat16" if self._cuda else "float32",
             random_weights=settings.encoder != "demo",
@@ -176,7 +176,7 @@ class _Bench:
 
     def _write_cache(self) -> Manifest:
         """Write latents, tokens and class token in float16, and the attention that haste would have."""
-        teacher, side = self._teacher, self._settings.resolution // 8
+        teacher, side = self._teacher, self._settings.side // 8
         tokens = teacher.grid[0] * teacher.grid[1]
         columns = {
             MOMENTS: ColumnSpec(shape=(8, side, side), dtype="float32"),
@@ -189,7 +189,7 @@ class _Bench:
             num_rows=max(4 * self._settings.batch_size, 64),
             shard_rows=64,
             grid=teacher.grid,
-            resolution=self._settings.resolution,
+            resolution=self._settings.side,
         )
         manifest = write(columns=columns)
         blocks = attention_blocks(self._config("haste"))
@@ -282,7 +282,7 @@ class _Live(_Targets):
     def __init__(self, manifest: Manifest, settings: BenchSettings, teacher: Encoder) -> None:
         super().__init__(manifest)
         self.columns = {name: replace(spec, dtype="float32") for name, spec in self.columns.items()}
-        side = settings.resolution
+        side = settings.side
         generator = torch.Generator().manual_seed(0)
         shape = (settings.batch_size, 3, side, side)
         self._images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)

@@ -14,6 +14,8 @@ from ...pipeline.images.names import DEMO_DATA
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ...trainer.methods.haste import Preset
+
 HASTE = "haste"
 DEMO_SIZE = "T"
 
@@ -45,6 +47,29 @@ def attention_blocks(wanted: str, encoders: Sequence[str]) -> dict[str, tuple[in
     return {encoder: _preset(encoder, model) for encoder in encoders}
 
 
+def scaled_blocks(encoder: str) -> tuple[int, ...]:
+    """Choose the blocks of a teacher where those of ``haste`` would lie at its depth.
+
+    Args:
+        encoder: name of the teacher.
+    """
+    from ...pipeline.encoders import find_teacher
+    from ...trainer.methods.haste import PRESETS
+
+    return _scaled(PRESETS[_size_for(encoder)], find_teacher(encoder).depth)
+
+
+def _size_for(encoder: str) -> str:
+    from ...trainer.config import TrainConfig
+
+    default = TrainConfig().model
+    return DEMO_SIZE if encoder == DEMO_DATA else default.removeprefix("SiT-").partition("/")[0]
+
+
+def _scaled(preset: Preset, depth: int) -> tuple[int, ...]:
+    return tuple(sorted({round(block * depth / preset.teacher_depth) for block in preset.teacher_blocks}))
+
+
 def _numbers(wanted: str, encoder: str) -> tuple[int, ...]:
     from ...pipeline.encoders import find_teacher
 
@@ -72,16 +97,14 @@ def _numbers(wanted: str, encoder: str) -> tuple[int, ...]:
 
 def _preset(encoder: str, model: str) -> tuple[int, ...]:
     from ...pipeline.encoders import find_teacher
-    from ...trainer.config import TrainConfig
     from ...trainer.methods.haste import PRESETS
 
     depth = find_teacher(encoder).depth
-    default = TrainConfig().model
     if model:
         match = _MODEL.fullmatch(model)
         size = match[1] if match else model
     else:
-        size = DEMO_SIZE if encoder == DEMO_DATA else default.removeprefix("SiT-").partition("/")[0]
+        size = _size_for(encoder)
     if size not in PRESETS:
         raise RepaError(
             f"--attention {HASTE}:{model}: HASTE has presets for SiT-{', SiT-'.join(PRESETS)}",
@@ -90,11 +113,10 @@ def _preset(encoder: str, model: str) -> tuple[int, ...]:
         )
     preset = PRESETS[size]
     if preset.teacher_depth != depth:
-        scaled = [round(block * depth / preset.teacher_depth) for block in preset.teacher_blocks]
         raise RepaError(
             f"--attention {HASTE}: the preset of SiT-{size} is for a teacher of {preset.teacher_depth} "
             f"blocks, encoder {encoder} has {depth}",
-            f"name its blocks, for example --attention {','.join(str(block) for block in scaled)}",
+            f"name its blocks, for example --attention {','.join(map(str, _scaled(preset, depth)))}",
             field="--attention",
         )
     return tuple(sorted(set(preset.teacher_blocks)))
