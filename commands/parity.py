@@ -1,7 +1,7 @@
-"""`repa parity` compares a method's losses from a cache with those of the teacher called live.
+"""`repa parity` compares a method's losses and gradients from a cache with those of the teacher called live.
 
 Same initial weights, images, noise, times and conditions on both sides; they differ in the targets alone, so
-what differs in the losses is what storing the targets costs.
+what differs in the losses and in the gradients of the backbone is what storing the targets costs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..pipeline.images.names import default_cache
 from .shared.live import LiveData, LiveEncoders, LiveRandom, LiveWeights, live_teachers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
     from rich.console import Console
@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from ..data.reading.loader import Batch
     from ..pipeline.replay.live import LiveTeachers
     from ..trainer.config import TrainConfig
+    from ..trainer.methods.base import Term
     from ..trainer.run.checked import Checked
     from ..trainer.step.module import TrainingModule
 
 LOSS = "loss"
+HALF_SCALE = 2.0**12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +65,15 @@ class TermParity:
     Attributes:
         cached: from the cache.
         live: from the live teacher.
+        gradient_cosine: of the two gradients with respect to all parameters of the backbone, as one vector
+            each; 1 where they are equal. Empty of a term that is only logged.
+        gradient_difference: the norm of their difference, as a share of the live one's; empty likewise.
     """
 
     cached: list[float] = field(default_factory=list)
     live: list[float] = field(default_factory=list)
+    gradient_cosine: list[float] = field(default_factory=list)
+    gradient_difference: list[float] = field(default_factory=list)
 
     @property
     def largest(self) -> float:
@@ -83,11 +90,16 @@ class ColumnParity:
         largest: largest absolute difference of an element; None where the form keeps other numbers, and only
             the attention maps can be compared.
         cosine_error: mean of 1 − cosine over the vectors of the last axis; None likewise.
+        kl_mean: of queries and keys: KL(teacher ‖ stored) of their attention in nats, the mean over images,
+            blocks, heads and query rows; None of tokens.
+        kl_worst_head: its largest mean of a block and head; None likewise.
     """
 
     stored: str
     largest: float | None = None
     cosine_error: float | None = None
+    kl_mean: float | None = None
+    kl_worst_head: float | None = None
 
 
 @dataclass(kw_only=True)
@@ -171,6 +183,7 @@ class _Comparison:
         self._module: TrainingModule = assemble(config, checked, {})[0].to(self._device)
         self._context = make_trainer(config).precision_plugin.forward_context
         self._found = Parity()
+        self._divergences: dict[str, list[Tensor]] = {}
 
     def run(self) -> Parity:
         for cached in self._batches():
@@ -210,19 +223,86 @@ class _Comparison:
 
     def _compare(self, cached: Batch, live: Batch) -> None:
         self._compare_columns(cached, live)
-        for side, batch in (("cached", cached), ("live", live)):
-            for name, value in self._terms(side, batch).items():
+        self._compare_attention(cached, live)
+        terms = {"cached": self._terms("cached", cached), "live": self._terms("live", live)}
+        for side, found in terms.items():
+            values = {name: term.value.item() for name, term in found.items()}
+            weighted = [term.weight * values[name] for name, term in found.items() if term.weight is not None]
+            for name, value in {LOSS: sum(weighted), **values}.items():
                 getattr(self._found.terms.setdefault(name, TermParity()), side).append(value)
+        self._compare_gradients(terms["cached"], terms["live"])
 
-    def _terms(self, side: str, batch: Batch) -> dict[str, float]:
+    def _terms(self, side: str, batch: Batch) -> dict[str, Term]:
+        self._module.method = self._methods[side]
+        with self._context():
+            return self._module.terms(batch)
+
+    def _compare_gradients(self, cached: Mapping[str, Term], live: Mapping[str, Term]) -> None:
+        """Compare the gradients of the weighted terms, one after the other, and of their sum."""
+        from ..trainer.step.gradients import cosine, relative_difference
+
+        def compare(name: str, stored: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
+            difference = relative_difference(stored, exact).item()
+            entry = self._found.terms[name]
+            entry.gradient_difference.append(difference)
+            entry.gradient_cosine.append(cosine(stored, exact).item() if difference else 1.0)
+
+        sums: list[list[Tensor]] = []
+        for name, term in cached.items():
+            if term.weight is None:
+                continue
+            pair = [self._gradient(each) for each in (term, live[name])]
+            compare(name, *pair)
+            # summed here, and not by one more walk back through both graphs
+            sums = [
+                [a + b for a, b in zip(total, gradient, strict=True)] if total else list(gradient)
+                for total, gradient in zip(sums or ([], []), pair, strict=True)
+            ]
+        compare(LOSS, *sums)
+
+    def _gradient(self, term: Term) -> Sequence[Tensor]:
+        """Compute the gradient of a weighted term with respect to the backbone's parameters."""
         import torch
 
-        self._module.method = self._methods[side]
-        with torch.no_grad(), self._context():
-            terms = self._module.terms(batch)
-        values = {name: term.value.item() for name, term in terms.items()}
-        weighted = [term.weight * values[name] for name, term in terms.items() if term.weight is not None]
-        return {LOSS: sum(weighted), **values}
+        # float16 loses small numbers, so training scales its loss; what is compared has no scale
+        scale = HALF_SCALE if self._config.precision == "16-mixed" else 1.0
+        assert term.weight is not None, "only weighted terms have a gradient"
+        return torch.autograd.grad(
+            term.weight * scale * term.value,
+            [each for each in self._module.backbone.parameters() if each.requires_grad],
+            retain_graph=True,
+            materialize_grads=True,
+        )
+
+    def _compare_attention(self, cached: Batch, live: Batch) -> None:
+        """Compare the attention that stored queries and keys give with the teacher's, whatever the form."""
+        import torch
+
+        from ..data.format.columns import ATTENTION_KINDS, attention_source, column_name, split_column
+        from ..pipeline.columns.factored import restore_attention
+        from ..pipeline.columns.measures import attention_divergence
+
+        manifest = self._checked.manifest
+        assert manifest is not None, "the checks have passed"
+        for name in self._teachers.columns:
+            teacher, kind = split_column(name)
+            if kind != ATTENTION_KINDS[0] or name not in live.columns:
+                continue
+            source = attention_source(teacher)
+            notes, noted = manifest.sources[source].notes, self._teachers.notes[source]
+            at = [notes["blocks"].index(block) for block in noted["blocks"]]
+            queries, keys = restore_attention(teacher, notes, cached.columns)
+            names = [column_name(teacher, each) for each in ATTENTION_KINDS]
+            exact_queries, exact_keys = (live.columns[each].float() for each in names)
+            divergence = attention_divergence(
+                (exact_queries, exact_keys), (queries[:, at], keys[:, at]), noted["logit_scale"]
+            )
+            means = self._divergences.setdefault(source, [])
+            means.append(divergence.mean(dim=(0, 3)).cpu())
+            heads = torch.stack(means).mean(0)
+            for each in names:
+                self._found.columns[each].kl_mean = heads.mean().item()
+                self._found.columns[each].kl_worst_head = heads.max().item()
 
     def _compare_columns(self, cached: Batch, live: Batch) -> None:
         from ..data.format.columns import source_of
@@ -291,16 +371,33 @@ def _print(found: Parity, config: TrainConfig, console: Console) -> None:
         f"{counted(images, 'image', ',')}",
         title_justify="left",
     )
-    for heading in ("term", "cached", "live", "largest difference"):
+    headings = (
+        "term",
+        "cached",
+        "live",
+        "largest difference",
+        "gradient: least cosine",
+        "largest difference",
+    )
+    for heading in headings:
         terms.add_column(heading, justify="left" if heading == "term" else "right")
     for name, term in found.terms.items():
         means = [f"{sum(values) / len(values):.8f}" for values in (term.cached, term.live)]
-        terms.add_row(name, *means, f"{term.largest:.3g}")
+        cosine = f"{min(term.gradient_cosine):.8f}" if term.gradient_cosine else "–"
+        difference = f"{max(term.gradient_difference):.3g}" if term.gradient_difference else "–"
+        terms.add_row(name, *means, f"{term.largest:.3g}", cosine, difference)
     console.print(terms)
     columns = Table()
-    for heading in ("column", "stored as", "largest difference", "mean cosine error"):
+    for heading in (
+        "column",
+        "stored as",
+        "largest difference",
+        "mean cosine error",
+        "attention: KL mean",
+        "worst head",
+    ):
         columns.add_column(heading, justify="left" if heading in ("column", "stored as") else "right")
     for name, column in found.columns.items():
-        values = (column.largest, column.cosine_error)
+        values = (column.largest, column.cosine_error, column.kl_mean, column.kl_worst_head)
         columns.add_row(name, column.stored, *("–" if value is None else f"{value:.3g}" for value in values))
     console.print(columns)

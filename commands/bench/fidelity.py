@@ -191,7 +191,7 @@ class _Bench:
 
     def tokens(self) -> dict[str, tuple[TokenForm, Mapping[str, Any]]]:
         """Measure the forms of tokens that round, name → form and what it changes."""
-        found = {}
+        found: dict[str, tuple[TokenForm, Mapping[str, Any]]] = {}
         with self._passes() as passes:
             for dtype in ("float16", "int8"):
                 form = token_form(self._encoder, dtype, None)

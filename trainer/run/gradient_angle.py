@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..methods.base import Problem
 from ..step.draws import StepDraws
+from ..step.gradients import cosine
 from ..step.randomness import derived_seed
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def gradient_angle(module: TrainingModule, batch: Batch) -> Tensor | None:
         with nullcontext() if half else module.trainer.precision_plugin.forward_context():
             # one forward pass each: a compiled network's graph can be walked back only once
             gradients = [_gradient(module, batch, at_time, parameters, own=each) for each in (True, False)]
-        cosines.append(_cosine(*gradients))
+        cosines.append(cosine(*gradients))
     return torch.stack(cosines).mean()
 
 
@@ -150,16 +151,3 @@ def _gradient(
     ]
     total = torch.stack(weighted).sum()
     return torch.autograd.grad(total, parameters, materialize_grads=True)
-
-
-def _cosine(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
-    """Compute the cosine of two lists of tensors taken as one vector each, in float64.
-
-    It is 0 if one of them is zero.
-    """
-
-    def dot(some: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-        return torch.stack([(a.double() * b.double()).sum() for a, b in zip(some, others, strict=True)]).sum()
-
-    norms = (dot(first, first) * dot(second, second)).sqrt()
-    return torch.where(norms > 0, dot(first, second) / torch.where(norms > 0, norms, 1.0), 0.0)
