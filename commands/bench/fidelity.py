@@ -147,8 +147,9 @@ class _Bench:
         measured = f"measured on {counted(len(chosen.held_out), 'image')}"
         if not attention:
             return f"{size}; {measured}"
-        named = f"blocks {', '.join(map(str, self._blocks))} of {counted(encoder.heads, 'head')}"
-        return f"{size}, {named}; fitted to {len(chosen.fit)}, {measured}{self._unmet}"
+        blocks = f"block{'s' if len(self._blocks) > 1 else ''} {', '.join(map(str, self._blocks))}"
+        heads = counted(encoder.heads, "head")
+        return f"{size}, {blocks} of {heads}; fitted to {len(chosen.fit)}, {measured}{self._unmet}"
 
     def attention(self) -> dict[str, tuple[Form, Mapping[str, Any]]]:
         """Measure every form of queries and keys, name → form and what it changes."""

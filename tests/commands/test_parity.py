@@ -15,6 +15,7 @@ from repa.commands.parity import Parity, ParityFlags, parity
 from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.commands.train import TrainFlags, train
 from repa.data.errors import RepaError
+from repa.data.format.opening import open_manifest
 from repa.trainer.methods import METHODS
 from repa.trainer.methods.requirements import NeedsColumn
 from repa.trainer.step.checkpoints import checkpoints_of
@@ -46,6 +47,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         "float16": {},
         "int8": {"feature_dtype": "int8"},
         "rank": {"attention_rank": 16},
+        "factors": {"attention_kl": 1e-3},
         "tokens": {"attention": None},
     }
     made: dict[str, Path] = {}
@@ -79,14 +81,28 @@ def test_a_float32_cache_is_the_live_teacher_to_the_bit(caches: Callable[[str], 
         assert len(term.cached) == 2
         assert term.cached == term.live
         assert term.largest == 0.0
+    assert {name for name, term in found.terms.items() if term.gradient_cosine} == names - {
+        "attention_excess"
+    }
+    for name in names - {"attention_excess"}:
+        assert found.terms[name].gradient_cosine == [1.0, 1.0]
+        assert found.terms[name].gradient_difference == [0.0, 0.0]
     assert set(found.columns) == {"demo/patch", *(("demo/q", "demo/k") if method == "haste" else ())}
     for column in found.columns.values():
         assert (column.stored, column.largest, column.cosine_error) == ("float32", 0.0, 0.0)
+    for name, column in found.columns.items():
+        attention = name in ("demo/q", "demo/k")
+        assert (column.kl_mean, column.kl_worst_head) == ((0.0, 0.0) if attention else (None, None))
 
 
 def test_float16_differs_by_its_rounding(caches: Callable[[str], Path]) -> None:
     found = compared(caches("float16"))
     assert found.terms["velocity"].largest == 0.0
+    assert found.terms["velocity"].gradient_difference == [0.0, 0.0]
+    for name in ("loss", "repa", "attention"):
+        assert all(0 < value < 2e-3 for value in found.terms[name].gradient_difference)
+        assert all(1 - 2e-6 < value < 1 for value in found.terms[name].gradient_cosine)
+    assert found.terms["attention_excess"].gradient_cosine == []
     # η of `cosine_similarity`, with the tokens' norms above 1
     assert 0 < found.terms["repa"].largest < 5e-4
     assert 0 < found.terms["attention"].largest < 1e-2
@@ -129,6 +145,23 @@ def test_a_cut_rank_is_seen_in_the_loss_alone(caches: Callable[[str], Path]) -> 
     assert found.terms["attention"].largest > 0
 
 
+def test_factors_are_compared_by_their_attention(caches: Callable[[str], Path]) -> None:
+    cache = caches("factors")
+    found = compared(cache)
+    recorded = open_manifest(cache).sources["demo+attention"].notes["fidelity"]
+    for kind in "qk":
+        column = found.columns[f"demo/{kind}"]
+        assert column.stored.startswith("factored, ")
+        assert column.largest is None
+        assert column.kl_mean is not None
+        assert column.kl_worst_head is not None
+        # other images than those that were held out
+        assert 0.5 < column.kl_mean / recorded["kl_mean"] < 2
+        assert column.kl_mean <= column.kl_worst_head < 2e-3
+    assert all(1e-4 < value < 0.1 for value in found.terms["attention"].gradient_difference)
+    assert all(value > 0.99 for value in found.terms["attention"].gradient_cosine)
+
+
 def test_the_command_prints_both_tables(
     caches: Callable[[str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +172,9 @@ def test_the_command_prints_both_tables(
     for part in (
         "repa, SiT-T/1: 1 batch, 4 images",
         "velocity",
-        "largest difference",
+        "largest",
+        "gradient",
+        "1.00000000",
         "demo/patch",
         "float16",
     ):
