@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from repa.commands.bench.forms import FORMS
 from repa.commands.bench.measured import BenchSettings, Measured, interleaved
-from repa.commands.bench.run import PARTS, bench
+from repa.commands.bench.run import SPEEDS, bench
 from repa.data.errors import RepaError
 from repa.trainer.methods import METHODS
 from rich.console import Console
@@ -69,7 +69,7 @@ def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     # per form: warm 7 lines of ours and the limit, cold 8; and zarr, perhaps tensorstore, in each
     others = 4 * (1 + (find_spec("tensorstore") is not None)) - 2
     results = bench((), settings, folder=tmp_path, console=Console(file=text, width=160))
-    assert [len(results[part]) for part in PARTS] == [32 + others, 6, 4, 10]
+    assert [len(results[part]) for part in SPEEDS] == [32 + others, 6, 4, 10]
     for lines in results.values():
         assert lines[0].ratio(lines[0]) == 1.0
         assert all(rate > 0 for line in lines for rate in line.rates)
