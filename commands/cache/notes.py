@@ -92,7 +92,7 @@ def _attention_form(notes: Mapping[str, Any]) -> str:
     if notes.get("components"):
         heads = [head for block in notes["components"] for head in block]
         ranks = sorted(sum(head) for head in heads)
-        whole = sum(head[0] for head in heads) / sum(ranks)
+        whole = sum(head[0] for head in heads) / max(1, sum(ranks))
         rank = (
             f"{ranks[0]} to {ranks[-1]} of {notes['head_width']} components a head, each image by itself, "
             f"{whole:.0%} of them int8, the others int4"

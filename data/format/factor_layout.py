@@ -108,15 +108,18 @@ def half_bytes(tokens: int) -> int:
     return (tokens + 1) // 2
 
 
-def attention_axes(shape: Sequence[int], notes: Mapping[str, Any]) -> tuple[int, int, int] | None:
+def attention_axes(
+    shape: Sequence[int], notes: Mapping[str, Any], scales: Sequence[int] | None = None
+) -> tuple[int, int, int] | None:
     """Return blocks, heads and tokens of stored queries, or keys, in whatever form.
 
     Args:
         shape: of a row of the column, ``[L, H, T, r]``, or ``[bytes]`` of factors.
         notes: of its source.
+        scales: shape of a row of scales beside it, if there is one.
 
     Returns:
-        L, H and T; None where the notes describe no factors of so many bytes.
+        L, H and T; None where the notes describe no factors of so many bytes and scales.
     """
     if len(shape) > 1:
         return shape[0], shape[1], shape[2]
@@ -125,5 +128,7 @@ def attention_axes(shape: Sequence[int], notes: Mapping[str, Any]) -> tuple[int,
     layout = FactorLayout.of_notes(notes)
     even = all(len(heads) == layout.heads for heads in layout.components)
     if not even or layout.row_bytes != shape[0]:
+        return None
+    if scales is not None and tuple(scales) != (layout.scales,):
         return None
     return len(layout.components), layout.heads, layout.tokens

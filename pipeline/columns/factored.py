@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...data.format.columns import column_name, scale_column
-from ...data.format.factor_layout import FactorLayout
+from ...data.errors import CacheError
+from ...data.format.columns import attention_source, column_name, scale_column
+from ...data.format.factor_layout import FactorLayout, attention_axes
 from ...data.format.factors import unpack
 from .factoring import factorise
 from .forms import AttentionForm, restore
@@ -141,8 +142,19 @@ def restore_attention(
         model: name of the teacher.
         notes: of the source.
         columns: as stored, name → values.
+
+    Raises:
+        CacheError: the notes describe no factors of so many bytes and scales.
     """
     if notes["form"] == FACTORED:
+        queries = column_name(model, "q")
+        shapes = [columns[name].shape[1:] for name in (queries, scale_column(queries))]
+        if attention_axes(shapes[0], notes, shapes[1]) is None:
+            raise CacheError(
+                f"what the manifest notes of {attention_source(model)} does not fit the bytes of its rows",
+                f"the manifest is damaged: write {attention_source(model)} again",
+                field="components",
+            )
         return restore_factors(model, FactorLayout.of_notes(notes), columns)
     return restore(model, "q", columns), restore(model, "k", columns)
 

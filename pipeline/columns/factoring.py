@@ -43,6 +43,7 @@ ITERATIONS = 2
 # than the wider steps that the largest would ask for
 _INT4_RANGE = 0.85
 _JITTER = 1e-10  # of a diagonal of ones: where there are fewer directions than components
+_LEAST_WEIGHT = 1e-3  # of the mean key's: one that no query looks at must not come to be looked at
 _FLOOR = 1e-8  # of the largest second moment: a component below has no part in any logit
 
 
@@ -68,7 +69,8 @@ def factorise(
     attention = torch.softmax(logits * logit_scale, dim=-1)
     kept, rotation, largest = _of_layout(layout, block, queries.device)
     received = attention.mean(dim=-2)
-    q, k = _subspace(queries, keys, received, basis[..., : kept.shape[-1]])
+    weights = received + _LEAST_WEIGHT / keys.shape[-2]
+    q, k = _subspace(queries, keys, weights, basis[..., : kept.shape[-1]])
     q, k = q.float() * kept, k.float() * kept
 
     k = _refine_keys(logits, attention, q, k)
@@ -138,7 +140,8 @@ def _moments(queries: Tensor, keys: Tensor, received: Tensor) -> tuple[Tensor, T
 
 def _cholesky(moment: Tensor) -> Tensor:
     """Return the Cholesky factor of a second moment, which may have fewer directions than rows."""
-    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(1e-300)
+    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    mean = torch.where(mean == 0, 1.0, mean)  # of nothing at all: any basis will do
     unit = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
     factor: Tensor = torch.linalg.cholesky_ex(moment + _JITTER * mean * unit)[0]
     return factor

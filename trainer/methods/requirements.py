@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ...data.format.columns import AUTOENCODER, model_of, source_of
+from ...data.format.columns import AUTOENCODER, model_of, scale_column, source_of
 from ...data.format.factor_layout import attention_axes
 from ...data.units import counted
 from .alignment import teachers_with
@@ -308,7 +308,12 @@ def _grid(method: Method, column: str) -> tuple[int, int]:
 
 def _axes(method: Method, column: str) -> tuple[int, int, int] | None:
     """Return blocks, heads and tokens of stored queries or keys, None where the manifest does not say."""
-    return attention_axes(method.specs[column].shape, method.notes.get(source_of(column), {}))
+    scales = method.specs.get(scale_column(column))
+    return attention_axes(
+        method.specs[column].shape,
+        method.notes.get(source_of(column), {}),
+        None if scales is None else scales.shape,
+    )
 
 
 def _tokens(method: Method, column: str) -> int | None:
