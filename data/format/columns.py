@@ -179,7 +179,9 @@ class ColumnSpec:
             )
         if self.compressor == "pcodec" and self.dtype not in FLOAT_DTYPES:
             raise RepaError(
-                f"pcodec compresses floats only, no {self.dtype} columns", "use zstd or blosc for them"
+                f"pcodec compresses floats only, no {self.dtype} columns",
+                "use zstd or blosc for them",
+                field="compressor",
             )
 
     @property

@@ -16,11 +16,13 @@ from repa.pipeline.demo.shapes import DemoImages
 from repa.pipeline.encoders import load_encoder
 from repa.pipeline.images.workers import decode_row
 from rich.console import Console
+from slow_factors import logits_slowly
 
 IMAGES, BATCH, SHARD = 21, 4, 8
 BLOCKS = (4, 5, 6)
 HELD_OUT = list(range(IMAGES))[2::3]
 ATTENTION = "demo+attention"
+FACTOR_BYTES = 5000
 
 
 def demo(cache: Path, **changes: Any) -> str:
@@ -79,10 +81,28 @@ def write_forms(folder: Path) -> dict[str, Path]:
         "float32": {"feature_dtype": "float32"},
         "int8": {"feature_dtype": "int8"},
         "rank": {"attention_rank": 12},
+        "factored": {"attention_bytes": FACTOR_BYTES},
     }
     for name, flags in forms.items():
         demo(folder / name, **flags)
     return {name: folder / name for name in forms}
+
+
+def products(queries: torch.Tensor, keys: torch.Tensor) -> np.ndarray:
+    """Products of all queries with all keys, in float64."""
+    return np.asarray(np.einsum("nlhsd,nlhtd->nlhst", queries.double().numpy(), keys.double().numpy()))
+
+
+def factored_products(cache: Path, stored: dict[str, torch.Tensor]) -> np.ndarray:
+    """The same from packed factors, read byte by byte."""
+    noted = notes(cache)
+    rows = zip(*(stored[kind].numpy() for kind in ("q", "k", "q-scale")), strict=True)
+    return np.stack(
+        [
+            logits_slowly(noted["tokens"], noted["components"], *(part.tobytes() for part in row))
+            for row in rows
+        ]
+    )
 
 
 def divergences(teacher: dict[str, torch.Tensor], cache: Path) -> np.ndarray:
@@ -90,13 +110,16 @@ def divergences(teacher: dict[str, torch.Tensor], cache: Path) -> np.ndarray:
     columns = open_manifest(cache).columns
     kinds = [kind for kind in ("q", "q-scale", "k", "k-scale") if f"demo/{kind}" in columns]
     stored = read(cache, *kinds)
-    pair = {
-        kind: dequantise(stored[kind], stored[f"{kind}-scale"]) if "q-scale" in stored else stored[kind]
-        for kind in ("q", "k")
-    }
+    if columns["demo/q"].dtype == "uint8":
+        kept = factored_products(cache, stored)
+    else:
+        pair = {
+            kind: dequantise(stored[kind], stored[f"{kind}-scale"]) if "q-scale" in stored else stored[kind]
+            for kind in ("q", "k")
+        }
+        kept = products(pair["q"], pair["k"])
     maps = []
-    for queries, keys in ((teacher["q"], teacher["k"]), (pair["q"], pair["k"])):
-        logits = np.einsum("nlhsd,nlhtd->nlhst", queries.double().numpy(), keys.double().numpy()) / 8
+    for logits in (products(teacher["q"], teacher["k"]) / 8, kept / 8):
         exponentials = np.exp(logits - logits.max(-1, keepdims=True))
         maps.append(exponentials / exponentials.sum(-1, keepdims=True))
     return np.asarray((maps[0] * np.log(maps[0] / maps[1])).sum(-1))

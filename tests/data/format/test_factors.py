@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from repa.data.format.factor_layout import FactorLayout, attention_axes, half_bytes
 from repa.data.format.factors import pack, unpack
+from slow_factors import decoded_slowly
 
 Heads = tuple[tuple[int, int], ...]
 
@@ -58,36 +58,6 @@ def stored(
     return rows[0], rows[1], torch.rand(len(rows[0]), layout.scales, generator=generator) + 0.5
 
 
-def decoded_slowly(
-    layout: FactorLayout, queries: bytes, keys: bytes, scales: bytes
-) -> list[list[list[list[tuple[float, float]]]]]:
-    """Block → head → component → token → query and key, from one row's bytes, as the format is documented."""
-    numbers = struct.unpack(f"<{len(scales) // 4}f", scales)
-    tokens, at, scale_at = layout.tokens, 0, 0
-    blocks = []
-    for heads in layout.components:
-        found: list[list[list[tuple[float, float]]]] = [[] for _ in heads]
-        for half in (False, True):
-            for head, counts in enumerate(heads):
-                for _ in range(counts[half]):
-                    values = []
-                    for row in (queries, keys):
-                        if not half:
-                            part = row[at : at + tokens]
-                            values.append([each - 256 if each > 127 else each for each in part])
-                            continue
-                        part = row[at : at + (tokens + 1) // 2]
-                        nibbles = [each % 16 - 8 for each in part] + [each // 16 - 8 for each in part]
-                        values.append(nibbles[:tokens])
-                    at += (tokens + 1) // 2 if half else tokens
-                    scale = numbers[scale_at]
-                    scale_at += 1
-                    found[head].append([(scale * q, float(k)) for q, k in zip(*values, strict=True)])
-        blocks.append(found)
-    assert (at, scale_at) == (len(queries), len(numbers))
-    return blocks
-
-
 @settings(max_examples=60)
 @given(layouts(), st.integers(0, 2**16))
 def test_what_is_packed_comes_back(layout: FactorLayout, seed: int) -> None:
@@ -110,7 +80,11 @@ def test_what_is_packed_comes_back(layout: FactorLayout, seed: int) -> None:
 def test_a_slow_reading_of_the_bytes_agrees(layout: FactorLayout, seed: int) -> None:
     queries, keys, scales = stored(layout, codes_of(layout, 2, seed), seed)
     for image in range(2):
-        slow = decoded_slowly(layout, *(each[image].numpy().tobytes() for each in (queries, keys, scales)))
+        slow = decoded_slowly(
+            layout.tokens,
+            layout.components,
+            *(each[image].numpy().tobytes() for each in (queries, keys, scales)),
+        )
         for block, heads in enumerate(slow):
             ours = unpack(layout, block, queries, keys, scales)
             for head, components in enumerate(heads):

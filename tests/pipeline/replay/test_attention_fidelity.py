@@ -23,7 +23,7 @@ from repa.data.writing.writer import SourceWriter
 from rich.console import Console
 
 
-@pytest.mark.parametrize("form", ["float16", "int8", "rank"])
+@pytest.mark.parametrize("form", ["float16", "int8", "rank", "factored"])
 def test_what_is_recorded_is_what_the_stored_columns_give(
     form: str, forms: dict[str, Path], teacher: dict[str, torch.Tensor]
 ) -> None:
@@ -41,7 +41,7 @@ def test_what_is_recorded_is_what_the_stored_columns_give(
         assert entry["p99"] == pytest.approx(tail, rel=1e-4, abs=1e-12)
     assert recorded["kl_mean"] == pytest.approx(means.mean(), rel=1e-4)
     assert recorded["kl_worst_head"] == pytest.approx(means.max(), rel=1e-4)
-    assert recorded["rank"] == (12 if form == "rank" else 64)
+    assert recorded["rank"] == {"rank": 12, "factored": notes(forms[form])["rank"]}.get(form, 64)
 
 
 def test_what_is_recorded_of_int8_tokens(forms: dict[str, Path], teacher: dict[str, torch.Tensor]) -> None:
@@ -65,7 +65,7 @@ def fidelity(cache: Path, **changes: Any) -> str:
     return output.getvalue()
 
 
-@pytest.mark.parametrize("form", ["float16", "float32", "int8", "rank"])
+@pytest.mark.parametrize("form", ["float16", "float32", "int8", "rank", "factored"])
 def test_fidelity_measured_again(form: str, forms: dict[str, Path]) -> None:
     printed = fidelity(forms[form], rows=10, seed=1)
     assert "as close to the teacher as recorded" in printed
@@ -103,7 +103,9 @@ def swap_rows(cache: Path, manifest: Manifest, source: str) -> None:
         shard.commit()
 
 
-@pytest.mark.parametrize(("form", "source"), [("rank", ATTENTION), ("float16", "demo"), ("int8", "demo")])
+@pytest.mark.parametrize(
+    ("form", "source"), [("rank", ATTENTION), ("factored", ATTENTION), ("float16", "demo"), ("int8", "demo")]
+)
 def test_a_cache_of_other_content_is_found(
     form: str, source: str, forms: dict[str, Path], tmp_path: Path
 ) -> None:
