@@ -159,7 +159,8 @@ def _print_table(rows: Sequence[DemoRow], floor: float, unseen: int) -> None:
         "training images/s",
         "bytes/image",
     ):
-        table.add_column(heading, justify="left" if heading in ("method", "backbone") else "right")
+        names = heading in ("method", "backbone")
+        table.add_column(heading, justify="left" if names else "right", no_wrap=names)
     for row in rows:
         table.add_row(
             row.method,
