@@ -11,7 +11,7 @@ rounding, peak²/(12·L²) of a component whose largest integer is L.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,11 +19,14 @@ import numpy as np
 from ...data.format.factor_layout import INT4_LARGEST, INT8_LARGEST, FactorLayout, half_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
 _PEAK = 3.0  # the largest of some hundred normal numbers, in standard deviations
 _SCALE_BYTES = 4
 _BISECTIONS = 60
+_LEAST = 1e-30  # nats, whose logarithm is taken
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,21 @@ class Curve:
     def at_most(self, loss: float) -> int:
         """Return the index of the fewest bytes that lose no more, or of the most bytes if none do."""
         return min(int(np.searchsorted(-self.loss, -loss)), len(self.loss) - 1)
+
+    def corrected(self, known: Mapping[int, float]) -> Curve:
+        """Return the curve through what was measured, and in between by as much off as there.
+
+        Args:
+            known: index → nats.
+        """
+        if not known:
+            return self
+        position = -np.log(np.maximum(self.loss, _LEAST))
+        indices = sorted(known)
+        off = [np.log(max(known[index], _LEAST)) + position[index] for index in indices]
+        loss = np.exp(np.interp(position, position[indices], off) - position)
+        # what is measured is of some images, and need not fall with every byte
+        return replace(self, loss=np.minimum.accumulate(loss))
 
 
 def head_curve(spectrum: NDArray[np.float64], tokens: int, logit_scale: float) -> Curve:
@@ -95,7 +113,8 @@ class Allocation:
         self._shape = spectra.shape[:2]
         heads = spectra.reshape(-1, spectra.shape[-1])
         self._curves = [head_curve(each, tokens, logit_scale) for each in heads]
-        self._factors = np.ones(len(heads))
+        self._known: list[dict[int, float]] = [{} for _ in heads]
+        self._corrected = self._curves
         self._chosen = [0] * len(heads)
 
     @property
@@ -121,9 +140,7 @@ class Allocation:
 
         A head that loses more with all its components has them all.
         """
-        self._chosen = [
-            curve.at_most(loss / factor) for curve, factor in zip(self._curves, self._factors, strict=True)
-        ]
+        self._chosen = [curve.at_most(loss) for curve in self._corrected]
         return int(sum(curve.bytes[index] for curve, index in zip(self._curves, self._chosen, strict=True)))
 
     def for_bytes(self, most: int) -> int:
@@ -132,10 +149,7 @@ class Allocation:
         Returns:
             The bytes.
         """
-        losses = [
-            (curve.loss * factor)[[-1, 0]] for curve, factor in zip(self._curves, self._factors, strict=True)
-        ]
-        least, largest = np.maximum(np.stack(losses), 1e-30).T
+        least, largest = np.maximum(np.stack([curve.loss[[-1, 0]] for curve in self._corrected]), _LEAST).T
         low, high = float(np.log(least.min())) - 1, float(np.log(largest.max())) + 1
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
@@ -146,14 +160,13 @@ class Allocation:
         return self.for_loss(float(np.exp(high)))
 
     def learn(self, measured: NDArray[np.float64]) -> None:
-        """Hold what was expected against what each head lost with the components chosen last.
+        """Correct what is expected by what each head lost with the components chosen last.
 
         Args:
             measured: nats, float64 ``[L, H]``.
         """
-        for index, (curve, chosen, nats) in enumerate(
-            zip(self._curves, self._chosen, measured.ravel(), strict=True)
-        ):
-            expected = curve.loss[chosen]
-            if nats > 0 and expected > 0:
-                self._factors[index] = nats / expected
+        for known, chosen, nats in zip(self._known, self._chosen, measured.ravel(), strict=True):
+            known[chosen] = float(nats)
+        self._corrected = [
+            curve.corrected(known) for curve, known in zip(self._curves, self._known, strict=True)
+        ]

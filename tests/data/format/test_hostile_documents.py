@@ -211,6 +211,45 @@ def test_numbers_of_notes_are_those_of_float64(cache: Path, tmp_path: Path, name
         assert caught.value.field.startswith(f"sources.demo+attention.notes.{name}")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("components", []),
+        ("components", [[]]),
+        ("components", [[[1]]]),
+        ("components", [[[1, 2, 3]]]),
+        ("components", [[[-1, 2]]]),
+        ("components", [[["1", 2]]]),
+        ("components", [[[True, 2]]]),
+        ("components", [[[1.5, 2]]]),
+        ("components", {"0": 1}),
+        ("components", "many"),
+        ("tokens", 0),
+        ("tokens", -4),
+        ("tokens", "4"),
+        ("tokens", 10**30),
+        ("bytes", -1),
+        ("bytes", "1"),
+    ],
+)
+def test_notes_of_factors_are_refused_by_their_name(
+    cache: Path, tmp_path: Path, name: str, value: object
+) -> None:
+    shutil.copytree(cache, tmp_path / "c")
+    group = json.loads((cache / GROUP_FILE).read_bytes())
+    manifest = group["attributes"][ATTRIBUTE]
+    noted = manifest["sources"]["demo+attention"]["notes"]
+    noted |= {"tokens": 4, "components": [[[1, 2], [0, 1]]], "bytes": 100}
+    write_manifest(tmp_path / "c", group, manifest)
+    assert open_manifest(tmp_path / "c").sources["demo+attention"].notes["components"] == noted["components"]
+    noted[name] = value
+    write_manifest(tmp_path / "c", group, manifest)
+    with pytest.raises(CacheError) as caught:
+        open_manifest(tmp_path / "c")
+    assert caught.value.field.startswith(f"sources.demo+attention.notes.{name}")
+    use(tmp_path / "c")
+
+
 names = st.text(st.sampled_from("aZ0._+-/\\ \x00\n~é"), max_size=8) | st.sampled_from(
     [
         "commits",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from repa.data.format.columns import ColumnSpec
+from repa.data.format.factor_layout import FactorLayout
 from repa.data.format.int8 import dequantise, quantise
 from repa.trainer.methods import METHODS
 from repa.trainer.methods.attention import attention_alignment
@@ -13,6 +16,7 @@ from repa.trainer.methods.base import Flags, MethodConfig, Phase, Step
 from repa.trainer.methods.repa import Repa, RepaConfig
 from repa.trainer.models.capture import NOTHING, Capture, Captured
 from repa.trainer.models.sit import SiT
+from slow_factors import decoded_slowly
 from small_haste import CONFIG, GRIDS, HEADS, MOMENTS, NOTES, RANK, STORED, TOKENS, make, specs_of
 from torch import Tensor
 
@@ -293,3 +297,75 @@ def test_the_contract() -> None:
         batch[name], batch[f"{name}-scale"] = quantise(values)
     before = method.losses(make_step(batch, student_of(dtype=torch.float32), 9))
     assert list(before) == ["repa", "attention", "attention_excess"]
+
+
+LAYOUT = FactorLayout(tokens=TOKENS, components=(((2, 3), (1, 5)), ((4, 0), (0, 4)), ((0, 2), (3, 3))))
+
+
+def factored() -> tuple[dict[str, ColumnSpec], dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """Specs, notes and a batch of three images of random bytes, which any bytes of factors may be."""
+    generator = torch.Generator().manual_seed(4)
+    specs = {name: spec for name, spec in specs_of().items() if name not in ("a/q", "a/k")} | {
+        "a/q": ColumnSpec(shape=(LAYOUT.row_bytes,), dtype="uint8"),
+        "a/k": ColumnSpec(shape=(LAYOUT.row_bytes,), dtype="uint8"),
+        "a/q-scale": ColumnSpec(shape=(LAYOUT.scales,), dtype="float32"),
+    }
+    noted = {**NOTES["a+attention"], "form": "factored", "keys": "centred", **LAYOUT.as_notes}
+    batch = {
+        "a/patch": targets()["a/patch"],
+        "a/q-scale": 0.01 * torch.rand(3, LAYOUT.scales, generator=generator),
+        **{
+            name: torch.randint(0, 256, (3, LAYOUT.row_bytes), generator=generator, dtype=torch.uint8)
+            for name in ("a/q", "a/k")
+        },
+    }
+    return specs, {**NOTES, "a+attention": noted}, batch
+
+
+def test_factors() -> None:
+    """The term is that of queries and keys read byte by byte, and only pairs in use are decoded."""
+    specs, notes, batch = factored()
+    method, student = make(columns=specs, notes=notes), student_of(dtype=torch.float32)
+    assert method.problems() == []
+    assert {"a/q", "a/k", "a/q-scale"} <= {
+        name for phase in method.phases() for name in method.columns(phase)
+    }
+    found = method.losses(make_step(batch, student))
+    # [N, L, H, T, r], as no query or key is of more than seven components
+    decoded = {name: torch.zeros(3, len(STORED), HEADS, TOKENS, 7) for name in ("a/q", "a/k")}
+    for image in range(3):
+        row = [batch[name][image].numpy().tobytes() for name in ("a/q", "a/k", "a/q-scale")]
+        for block, heads in enumerate(decoded_slowly(TOKENS, LAYOUT.components, *row)):
+            for head, components in enumerate(heads):
+                for number, pairs in enumerate(components):
+                    query, key = zip(*pairs, strict=True)
+                    decoded["a/q"][image, block, head, :, number] = torch.tensor(query)
+                    decoded["a/k"][image, block, head, :, number] = torch.tensor(key)
+    cross, entropy = slow_attention(decoded, student, {2: 6, 3: 3})
+    assert found["attention"].value.item() == pytest.approx(cross, rel=1e-6)
+    assert found["attention_excess"].value.item() == pytest.approx(cross - entropy, rel=1e-5)
+    batch["a/q-scale"][:, LAYOUT.scales_of(STORED.index(5))] = torch.nan
+    again = method.losses(make_step(batch, student))
+    assert torch.equal(again["attention"].value, found["attention"].value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("components", None),
+        ("tokens", None),
+        ("tokens", TOKENS + 1),
+        ("components", [[[2, 3], [1, 5]], [[4, 0], [0, 4]]]),
+        ("components", [[[2, 3], [1, 5]], [[4, 0], [0, 4]], [[0, 2], [3, 3]], [[1, 0], [1, 0]]]),
+        ("components", [[[2, 3], [1, 5]], [[4, 0], [0, 4]], [[0, 2], [3, 4]]]),
+        ("components", [[[2, 3], [1, 5]], [[4, 0], [0, 4]], [[0, 2]]]),
+        # as many bytes, other components
+        ("components", [[[3, 1], [1, 5]], [[4, 0], [0, 4]], [[0, 2], [3, 3]]]),
+    ],
+)
+def test_factors_that_are_not_as_described_are_refused(name: str, value: Any) -> None:
+    specs, notes, _ = factored()
+    damaged = {**notes, "a+attention": {**notes["a+attention"], name: value}}
+    problems = make(columns=specs, notes=damaged).problems()
+    assert [problem.field for problem in problems] == ["a/q"]
+    assert all(problem.remedy for problem in problems)
