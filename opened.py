@@ -278,7 +278,7 @@ class OpenedCache:
         Raises:
             CacheError: the cache has no attention of that block.
         """
-        from .trainer.methods.alignment import target
+        from .trainer.methods.alignment import attention_target
 
         source = attention_source(teacher)
         provenance = self.manifest.sources.get(source)
@@ -290,9 +290,9 @@ class OpenedCache:
                 f"add it with `repa preprocess --cache {self.path} --encoder {teacher} --attention …`",
                 field=source,
             )
-        queries, keys = (
-            target(batch, column_name(teacher, kind), self.manifest.columns, at=blocks.index(block))
-            for kind in ATTENTION_KINDS
+        names = [column_name(teacher, kind) for kind in ATTENTION_KINDS]
+        queries, keys = attention_target(
+            batch, names, self.manifest.columns, provenance.notes, at=blocks.index(block)
         )
         return Attention(queries, keys, provenance.notes["logit_scale"])
 

@@ -16,6 +16,8 @@ import torch
 from repa import losses
 from repa.data.errors import CacheError, RepaError
 from repa.data.format.columns import ColumnSpec
+from repa.data.format.factor_layout import FactorLayout
+from repa.data.format.factors import pack
 from repa.data.reading.latents import sample_posterior, scale_latent
 from repa.data.reading.loader import CacheLoader
 from repa.data.reading.reader import CacheReader
@@ -206,6 +208,35 @@ def test_latents_and_targets(path: Path) -> None:
         wanted = batch[name][:, 1].double() * batch[f"{name}-scale"][:, 1, :, None].double()
         assert values.shape == (4, 2, 4, 8)
         torch.testing.assert_close(values.double(), wanted)
+
+
+def test_attention_in_the_packed_form(tmp_path: Path) -> None:
+    """Factors come out as the queries and keys that were packed, with one scale for both on the queries."""
+    layout = FactorLayout(tokens=5, components=(((1, 1), (2, 0)), ((0, 1), (1, 1))))
+    rows = ColumnSpec(shape=(layout.row_bytes,), dtype="uint8")
+    columns = {"demo/q": rows, "demo/k": rows}
+    columns["demo/q-scale"] = ColumnSpec(shape=(layout.scales,), dtype="float32")
+    about = {"blocks": [3, 7], "logit_scale": 0.25, "head_width": 8, "rank": 2, "form": "factored"}
+    notes = {"demo+attention": {**about, "keys": "centred", **layout.as_notes}}
+    synthetic_cache(tmp_path / "cache", num_rows=8, columns=columns, notes=notes, grid=(5, 1), written=False)
+    draws = torch.Generator().manual_seed(0)
+    codes = [torch.randint(-7, 8, (2, 3, 2, 5, 2), generator=draws) for _ in layout.components]
+    scales = torch.rand(3, layout.scales, generator=draws)
+    batch = {
+        name: torch.cat([pack(layout, block, both[side]) for block, both in enumerate(codes)], 1)
+        for side, name in enumerate(("demo/q", "demo/k"))
+    } | {"demo/q-scale": scales}
+    found = repa.open(tmp_path / "cache").attention(batch, "demo", block=7)
+    assert found.scale == 0.25
+    # head 0 has one component, in int4; head 1 has one in int8 and one in int4, after it in the order of int4
+    wanted = torch.stack(
+        [codes[1][:, :, 0, :, 0], codes[1][:, :, 1, :, 0], codes[1][:, :, 1, :, 1]], 3
+    ).float()
+    eight, four_of_0, four_of_1 = scales[:, layout.scales_of(1)].unbind(1)
+    for head, places, factors in ((0, [0], [four_of_0]), (1, [1, 2], [eight, four_of_1])):
+        queries, keys = (wanted[side][:, :, places] for side in (0, 1))
+        logits = (queries * torch.stack(factors, 1)[:, None]) @ keys.mT
+        torch.testing.assert_close(found.queries[:, head] @ found.keys[:, head].mT, logits)
 
 
 def test_readme_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
