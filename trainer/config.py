@@ -41,7 +41,7 @@ _OWNED_TRAINER_KEYS = {
     "precision": "precision",
     "log_every_n_steps": "log_every",
     "val_check_interval": "eval_every",
-    "logger": "log_every",
+    "logger": "loggers",
     "callbacks": "preview_every",
     "enable_checkpointing": "checkpoint_every",
     "enable_progress_bar": "log_every",
@@ -111,6 +111,8 @@ class TrainConfig:
             alignment and of the objective; 0 makes none.
         gradient_angle_block: block over whose parameters; none takes the last that alignment reaches.
         log_every: steps between rows of metrics.csv, each the mean over the steps since the last.
+        loggers: of Lightning's, which get metrics, previews and the configuration beside metrics.csv, which
+            is always written; tensorboard, wandb and trackio are packages of their own.
         threads: reading threads of the loader.
         check_crc: compare every row read with its checksum.
         direct: read past the page cache (on), through it (off), or as is faster on that disk (auto).
@@ -157,6 +159,7 @@ class TrainConfig:
     gradient_angle_every: _Count = 0
     gradient_angle_block: int | None = None
     log_every: _Positive = 50
+    loggers: tuple[Literal["csv", "tensorboard", "wandb", "trackio"], ...] = ()
     threads: Annotated[int, Ge(1), Le(1024)] = 2
     check_crc: bool = True
     direct: Literal["auto", "on", "off"] = "auto"

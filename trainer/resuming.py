@@ -55,6 +55,7 @@ ON_RESUME: Mapping[str, OnResume] = {
     "gradient_angle_every": "free",
     "gradient_angle_block": "free",
     "log_every": "free",
+    "loggers": "free",
     "threads": "free",
     "check_crc": "free",
     "direct": "free",

@@ -1,9 +1,8 @@
-"""The callbacks between steps, for rows of metrics, the held-out loss, previews and the console."""
+"""The callbacks between steps, for rows of metrics, the held-out loss, the loggers and the console."""
 
 from __future__ import annotations
 
 import time
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch.callbacks import Callback
@@ -21,13 +20,12 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from rich.console import Console
     from rich.progress import TaskID
-    from torch.utils.tensorboard import SummaryWriter
 
     from ..config import TrainConfig
     from ..step.module import TrainingModule
+    from .loggers import Reports
 
 METRICS_FILE = "metrics.csv"
-TENSORBOARD_FOLDER = "tensorboard"
 _PLAIN_LINE_SECONDS = 15.0
 
 
@@ -58,7 +56,7 @@ class StepCallback(Callback):
 
 
 class Metrics(StepCallback):
-    """Rows of ``metrics.csv`` and ``timing.csv``, TensorBoard, and the bar or the lines of the console.
+    """Rows of ``metrics.csv`` and ``timing.csv``, the loggers, and the bar or the lines of the console.
 
     Wall-clock times have a file of their own, so that ``metrics.csv`` of a run that was killed and resumed is
     byte for byte that of an undisturbed one.
@@ -69,6 +67,7 @@ class Metrics(StepCallback):
         console: where to show progress.
         clock: measures the rate.
         evaluate: the held-out losses by name; None without held-out rows.
+        reports: tells the loggers.
         bytes_read: bytes that this process has read from the cache so far; None where nobody counts them.
     """
 
@@ -79,6 +78,7 @@ class Metrics(StepCallback):
         console: Console,
         clock: Clock,
         evaluate: Callable[[Trainer, TrainingModule], dict[str, float]] | None,
+        reports: Reports,
         bytes_read: Callable[[], int] | None = None,
     ) -> None:
         super().__init__(config)
@@ -88,7 +88,7 @@ class Metrics(StepCallback):
         self._bytes_read = bytes_read
         self._timing: Timing | None = None
         self._file: MetricsFile | None = None
-        self._tensorboard: SummaryWriter | None = None
+        self._reports = reports
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._clock = clock
@@ -132,7 +132,6 @@ class Metrics(StepCallback):
                 highlight=False,
                 soft_wrap=True,
             )
-        self._tensorboard = tensorboard_writer(self._run / TENSORBOARD_FOLDER, trainer.global_step)
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("[bold]{task.description}"),
@@ -161,12 +160,12 @@ class Metrics(StepCallback):
                 values |= self._evaluate(trainer, module)
         if values and self._file is not None:
             self._file.write(step, values)
-            if self._tensorboard is not None:
-                for name, value in values.items():
-                    self._tensorboard.add_scalar(name, value, step)
+        cost: dict[str, float] = {}
         if rate is not None and self._timing is not None:
-            self._timing.write(step, self._timing.values(rate))
+            cost = self._timing.values(rate)
+            self._timing.write(step, cost)
         if trainer.is_global_zero:
+            self._reports.values(values | cost, step)
             self._show(step, values, rate)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -178,9 +177,6 @@ class Metrics(StepCallback):
         self._stop()
 
     def _stop(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -204,18 +200,6 @@ class Metrics(StepCallback):
             self._console.print(
                 f"step {step:,}/{self.config.max_steps:,}  {note}", highlight=False, soft_wrap=True
             )
-
-
-def tensorboard_writer(folder: Path, resumed_step: int) -> SummaryWriter | None:
-    """Make a writer where TensorBoard is installed.
-
-    It hides what a killed run wrote after its last checkpoint.
-    """
-    if find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=resumed_step + 1)
 
 
 class Clock:

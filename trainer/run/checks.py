@@ -26,6 +26,7 @@ from ..step.randomness import derived_seed
 from .checked import RANDOM_WEIGHTS, Checked
 from .gradient_angle import angle_problems
 from .lightning_trainer import make_trainer
+from .loggers import logger_problems
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +47,8 @@ def check(config: TrainConfig, live: LiveTargets | None = None) -> Checked:
         live: computes the targets if the configuration says ``targets=online``; else it is not looked at.
     """
     found = Checked(live=live if config.targets == "online" else None)
+    for problem in logger_problems(config):
+        found.add(problem.what, problem.remedy, field=problem.field)
     _check_model_name(config, found)
     _check_devices(config, found)
     if not config.cache:

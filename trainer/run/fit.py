@@ -36,8 +36,9 @@ from .lightning_trainer import (
     resolve_precision,
     restoring,
 )
+from .loggers import Reports, logger_ids, make_loggers
 from .previews import LatentDecoder, Previews
-from .starts import add_start, describe_start, method_changed
+from .starts import add_start, describe_start, method_changed, read_starts
 from .stop import Stop, requeue
 
 if TYPE_CHECKING:
@@ -184,17 +185,21 @@ def _train(
     held_out = _held_out_evaluation(config, checked)
     if decoder is None and config.preview_every:
         say("no previews: no decoder was given")
-    metrics = Metrics(config, run, console, clock, held_out, _bytes_read(checked))
+    reports = Reports(config, say)
+    metrics = Metrics(config, run, console, clock, held_out, reports, _bytes_read(checked))
     callbacks: list[Callback] = [
         GradientAngle(config),
         metrics,
-        Previews(config, run, decoder, say, clock),
+        Previews(config, run, decoder, say, clock, reports),
         stop,
         Checkpoints(config, run, clock, metrics.sync),
     ]
-    trainer = make_trainer(config, run=run, callbacks=callbacks)
+    ids = logger_ids(config, read_starts(run), anew=from_step is not None)
+    loggers = make_loggers(config, run, ids, resumed=resumed, leader=leader)
+    trainer = make_trainer(config, run=run, callbacks=callbacks, loggers=loggers)
     if leader:
         start = describe_start(config, checked, trainer, command=command, resumed=resumed, changed=changed)
+        start["loggers"] = ids
         start["init"] = None if initial is None else initial.record
         if from_step is not None:
             start["from_step"], start["set_aside"] = from_step, set_newer_aside(run, from_step)
@@ -211,7 +216,13 @@ def _train(
         if any(module.method.flags(phase).ema_forward for phase in module.method.phases()):
             module.ema.compile()
     checkpoint = checkpoint_path(run, resumed) if resumed else None
-    with quiet_lightning(), other_ranks(), at_once(trainer), restoring(checkpoint, stop):
+    with (
+        reports.begun(loggers if leader else ()),
+        quiet_lightning(),
+        other_ranks(),
+        at_once(trainer),
+        restoring(checkpoint, stop),
+    ):
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     step = trainer.global_step
     if step < config.max_steps and leader:

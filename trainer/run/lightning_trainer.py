@@ -20,10 +20,11 @@ from ..step.checkpoints import FOLDER, AtomicCheckpointIO
 from .launch import environments, launched_devices
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from lightning.pytorch.callbacks import Callback
+    from lightning.pytorch.loggers import Logger
 
     from ..config import TrainConfig
     from .stop import Stop
@@ -59,6 +60,7 @@ def make_trainer(
     *,
     run: Path | None = None,
     callbacks: Iterable[Callback] = (),
+    loggers: Sequence[Logger] = (),
 ) -> Trainer:
     """Return the trainer of a run, on the launcher's processes, else on ``trainer.devices`` or one device.
 
@@ -81,7 +83,9 @@ def make_trainer(
                 max_steps=config.max_steps,
                 accumulate_grad_batches=config.accumulate,
                 callbacks=list(callbacks),
-                logger=False,
+                logger=list(loggers) or False,
+                # of what callbacks from outside log
+                log_every_n_steps=config.log_every,
                 plugins=[*plugins, AtomicCheckpointIO(), *environments(world)],
                 # where Lightning would look for a checkpoint of its own
                 default_root_dir=None if run is None else run / FOLDER,

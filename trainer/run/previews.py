@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from ...data.errors import RepaError
 from ...data.reading.latents import unscale_latent
 from ..sampling.pictures import make_grid, save_png
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from ..config import TrainConfig
     from ..step.module import TrainingModule
+    from .loggers import Reports
 
 FOLDER = "samples"
 
@@ -46,6 +49,7 @@ class Previews(StepCallback):
         decoder: latents to images; None makes no previews.
         say: prints a line.
         clock: not to count the time of sampling.
+        reports: tells the loggers.
     """
 
     def __init__(
@@ -55,12 +59,14 @@ class Previews(StepCallback):
         decoder: LatentDecoder | None,
         say: Callable[[str], None],
         clock: Clock,
+        reports: Reports,
     ) -> None:
         super().__init__(config)
         self._run = run
         self._decoder = decoder
         self._say = say
         self._clock = clock
+        self._reports = reports
 
     def on_step(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
         """Sample and write a grid if one is due. Without a decoder it says so, once."""
@@ -77,11 +83,9 @@ class Previews(StepCallback):
                 self._say(f"no previews: {error}")
                 self._decoder = None
                 return
-            save_png(
-                make_grid(images.permute(0, 2, 3, 1).cpu().numpy()),
-                self._run / FOLDER / f"step-{step:08d}.png",
-                self._run,
-            )
+            grid = make_grid(images.permute(0, 2, 3, 1).cpu().numpy())
+            save_png(grid, self._run / FOLDER / f"step-{step:08d}.png", self._run)
+            self._reports.picture(FOLDER, np.asarray(grid), step)
 
     def _latents(self, trainer: Trainer, module: TrainingModule) -> Tensor:
         """Sample unscaled latents ``[B, C, h, w]`` of the averaged weights.

@@ -40,6 +40,7 @@ class _Start:
     from_step: int | None = None
     live: dict[str, Any] | None = None
     method: dict[str, str | None] = field(default_factory=dict)
+    loggers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -226,18 +226,6 @@ def test_no_decoder_is_a_note(settings: Settings, run_fit: Fit) -> None:
     assert printed.count("no previews") == 1
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_tensorboard_is_optional(
-    settings: Settings, run_fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
-) -> None:
-    if installed:
-        pytest.importorskip("tensorboard")
-    else:
-        monkeypatch.setattr("repa.trainer.run.callbacks.find_spec", lambda name: None)
-    run_fit(settings(max_steps=1))
-    assert (tmp_path / "run" / "tensorboard").is_dir() == installed
-
-
 def test_a_corrupt_row_is_named(settings: Settings, run_fit: Fit, cache: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(cache, copy)
