@@ -20,6 +20,7 @@ from . import __version__
 from .commands.bench.measured import METHODS as MEASURED_METHODS
 from .commands.bench.measured import BenchSettings
 from .commands.cache.app import cache_app
+from .commands.compare import CompareFlags, compare
 from .commands.demo.run import DEFAULT_STEPS, IMAGES, METHODS
 from .commands.parity import ParityFlags, parity
 from .commands.plan import PlanFlags, plan
@@ -188,6 +189,17 @@ def _parity(flags: ParityFlags) -> None:
 def _sample(flags: SampleFlags) -> None:
     """Sample images from a run or from a published checkpoint."""
     sample(flags)
+
+
+@app.command("compare")
+@takes_flags(CompareFlags)
+def _compare(flags: CompareFlags) -> None:
+    """Write a page that compares runs.
+
+    It has curves, samples, figures, costs and settings, in one HTML file that opens from a disk, without a
+    server, a network or a script.
+    """
+    compare(flags)
 
 
 @app.command("demo")

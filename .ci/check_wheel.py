@@ -19,7 +19,9 @@ def main(wheel: str) -> None:
     wanted = {package.replace(".", "/") + "/__init__.py" for package in packages}
     for name in tracked.stdout.split():
         inside = not name.startswith(("tests/", "docs/", "benchmarks/", "."))
-        if inside and (name.endswith(".py") or name.startswith("pipeline/demo/")):
+        if inside and (
+            name.endswith(".py") or name.startswith(("pipeline/demo/", "trainer/reports/templates/"))
+        ):
             wanted.add(f"repa/{name}")
     missing = sorted(wanted - names)
     if missing:

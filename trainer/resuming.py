@@ -91,8 +91,8 @@ def changes(before: Mapping[str, Any], now: TrainConfig) -> list[Change]:
     Raises:
         RepaError: a setting that the run is bound to differs; ``field`` is the first one's key.
     """
-    defaults = _flat(TrainConfig(method_name=now.method_name, method=type(now.method)()).to_dict())
-    old, new = _flat(before), _flat(now.to_dict())
+    defaults = flat(TrainConfig(method_name=now.method_name, method=type(now.method)()).to_dict())
+    old, new = flat(before), flat(now.to_dict())
     found = [
         Change(key=key, before=then, now=new.get(key))
         for key in dict.fromkeys((*old, *new))
@@ -115,14 +115,15 @@ def on_resume(key: str, config: TrainConfig) -> OnResume:
     return ON_RESUME.get(key.partition(".")[0], "bound")
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def _shown(value: Any) -> str:

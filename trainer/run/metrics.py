@@ -123,10 +123,25 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         RepaError: it cannot be read, or a line is no row.
     """
     with os_errors("read", path):
-        columns, rows, damaged = _parse(path.read_bytes())
+        rows, damaged = read_whole_rows(path.read_bytes())
     if damaged is not None:
         raise RepaError(f"{path} is damaged in line {damaged}", "restore it", field=path.name)
-    return [{key: float(cell) for key, cell in zip(columns, row, strict=False) if cell} for row in rows]
+    return rows
+
+
+def read_whole_rows(raw: bytes) -> tuple[list[dict[str, float]], int | None]:
+    """Return the rows of a metrics file that others may have written, up to the first line that is none.
+
+    Args:
+        raw: bytes of the file; a last line without an end is left out.
+
+    Returns:
+        The rows, empty cells left out, and the number of that line, None where all are rows.
+    """
+    columns, rows, damaged = _parse(raw)
+    return [
+        {key: float(cell) for key, cell in zip(columns, row, strict=False) if cell} for row in rows
+    ], damaged
 
 
 def _parse(raw: bytes) -> tuple[list[str], list[list[str]], int | None]:
