@@ -175,8 +175,16 @@ C = TypeVar("C", bound=MethodConfig)
 
 
 def filled(config: C, preset: MethodConfig | None) -> C:
-    """Return settings with the preset's where nothing was set, which is where they are None or empty."""
-    unset = [item.name for item in fields(config) if getattr(config, item.name) in (None, ())]
+    """Return settings with the preset's where nothing was set, which is where None or empty is the default.
+
+    Where the default is a value, None is what somebody has set.
+    """
+    default = type(config)()
+    unset = [
+        item.name
+        for item in fields(config)
+        if getattr(config, item.name) in (None, ()) and getattr(default, item.name) in (None, ())
+    ]
     return replace(config, **{name: getattr(preset, name) for name in unset if hasattr(preset, name)})
 
 

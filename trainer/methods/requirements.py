@@ -18,6 +18,7 @@ from .settings_needs import (
     AlignsFirst,
     DepthWithin,
     HasPreset,
+    NoGroupEmpty,
     Paired,
     SameTokens,
     TakesEffect,
@@ -38,6 +39,8 @@ __all__ = [
     "HasPreset",
     "HeadsFit",
     "NeedsColumn",
+    "NoGroupEmpty",
+    "OtherGrid",
     "Paired",
     "SameGrid",
     "SameTokens",
@@ -168,6 +171,33 @@ class GridDivides(SameGrid):
         """Return whether the student's tokens, up-sampled by a whole factor, lie on the teacher's grid."""
         factor = teacher[0] // student[0]
         return factor > 0 and teacher == (factor * student[0], factor * student[1])
+
+
+class OtherGrid(Requirement):
+    """Need tokens and targets on different grids where a setting says how the one is brought to the other.
+
+    Args:
+        setting: its name; at its default it is left alone.
+        blocks: as of `SameGrid`.
+    """
+
+    def __init__(self, setting: str, **blocks: str) -> None:
+        self._setting, self._blocks = setting, blocks
+
+    def problems(self, method: Method) -> Iterator[Problem]:
+        """Report a setting that is no default where all grids are alike."""
+        default = getattr(method.config_class(), self._setting)
+        value = getattr(method.asked, self._setting)
+        theirs = {_grid(method, column) for kind in self._blocks for column in _columns(method, kind)}
+        blocks = [block for name in self._blocks.values() for block in blocks_of(method, name)]
+        mine = {method.backbone.grid_of(block) for block in blocks if method.backbone.has_block(block)}
+        if value != default and len(mine) == 1 and mine == theirs:
+            yield Problem(
+                what=f"method.{self._setting}={value} has no effect: the backbone's tokens lie on the "
+                "teacher's grid",
+                remedy=f"leave it at {default}",
+                field=f"method.{self._setting}",
+            )
 
 
 class SameWidth(Requirement):

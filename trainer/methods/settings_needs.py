@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from ...data.units import counted
@@ -170,7 +171,7 @@ class TakesEffect(Requirement):
         if self._unless is not None and getattr(method.config, self._unless[0]) == self._unless[1]:
             name, other = self._unless
             yield Problem(
-                what=f"{written} has no effect with method.{name}={other}",
+                what=f"{written} has no effect with method.{name}={str(other).lower()}",
                 remedy=f"{leave}, or set another method.{name}",
                 field=f"method.{self._setting}",
             )
@@ -182,6 +183,30 @@ class TakesEffect(Requirement):
             remedy=f"{leave}, or set {needed[0]}",
             field=f"method.{self._setting}",
         )
+
+
+class NoGroupEmpty(Requirement):
+    """Need a token at least in each group that the tokens of an image fall into.
+
+    Args:
+        share: name of the setting that says the groups' sizes.
+    """
+
+    def __init__(self, share: str) -> None:
+        self._share = share
+
+    def problems(self, method: Method) -> Iterator[Problem]:
+        """Report a group without tokens, whose time nothing would have."""
+        tokens = math.prod(method.backbone.grid)
+        for law in filter(None, map(method.token_times, method.phases())):
+            sizes = law.sizes(tokens)
+            if 0 in sizes:
+                yield Problem(
+                    what=f"method.{self._share}={getattr(method.config, self._share)} makes groups of "
+                    f"{listed(sizes, ' and ')} of the backbone's {counted(tokens, 'token')}",
+                    remedy=f"set method.{self._share} between {1 / tokens:.3g} and {1 - 1 / tokens:.3g}",
+                    field=f"method.{self._share}",
+                )
 
 
 def _is_set(method: Method, name: str) -> bool:

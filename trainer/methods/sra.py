@@ -16,7 +16,7 @@ from ..objectives.token_times import TokenTimes
 from .aligning import ALIGN, Aligning, AligningConfig
 from .alignment import cosine_similarity, smooth_l1
 from .base import Flags, Phase, Requirement, Step, Term, filled
-from .requirements import AlignsFirst, DepthWithin, HasPreset, SameTokens, TakesEffect
+from .requirements import AlignsFirst, DepthWithin, HasPreset, NoGroupEmpty, SameTokens, TakesEffect
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -136,6 +136,7 @@ class Sra(Aligning):
         TakesEffect("offset", teacher=("offset",)),
         TakesEffect("decay_after", unless=("decay_epochs", 0)),
         TakesEffect("epoch_steps", unless=("decay_epochs", 0)),
+        NoGroupEmpty("share"),
     )
 
     def __init__(

@@ -18,7 +18,15 @@ from ...data.format.columns import ColumnSpec, source_of
 from .base import Requirement, Step, Term
 from .relations import Pairs, mean_pair_cosine
 from .repa import Repa, RepaConfig
-from .requirements import AlignsFirst, DepthWithin, GridDivides, HasPreset, NeedsColumn
+from .requirements import (
+    AlignsFirst,
+    DepthWithin,
+    GridDivides,
+    HasPreset,
+    NeedsColumn,
+    OtherGrid,
+    TakesEffect,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -92,6 +100,8 @@ class Urepa(Repa):
         AlignsFirst("stop"),
         DepthWithin("depth"),
         GridDivides(patch="depth"),
+        OtherGrid("upsampling", patch="depth"),
+        TakesEffect("pairs", unless=("relations", None)),
     )
 
     def __init__(

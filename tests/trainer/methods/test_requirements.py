@@ -100,6 +100,13 @@ def test_presets_fill_what_nobody_set() -> None:
     class More(Settings):
         extra: int | None = None
 
+    @dataclass(frozen=True, kw_only=True)
+    class Set(MethodConfig):
+        extra: float | None = 3.0
+
+    # None is what somebody said, where the default is a value
+    assert filled(Set(extra=None), Set()) == Set(extra=None)
+
     # the table of the method that it extends does not know the new setting
     assert filled(More(), preset) == More(depth=2, blocks=(1, 2), stop=9, encoders=("b",))
 

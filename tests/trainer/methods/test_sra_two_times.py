@@ -238,6 +238,8 @@ def test_which_images_have_groups() -> None:
         ({"teacher": "self_flow", "times": "two", "offset": 0.1}, "method.offset"),
         ({"decay_epochs": 0, "decay_after": 5}, "method.decay_after"),
         ({"decay_epochs": 0, "epoch_steps": 5}, "method.epoch_steps"),
+        ({"times": "two", "share": 0.001}, "method.share"),
+        ({"separate": True, "share": 0.999}, "method.share"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(settings: dict[str, Any], field: str) -> None:

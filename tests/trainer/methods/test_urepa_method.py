@@ -282,6 +282,27 @@ def test_without_the_manifold_term() -> None:
     assert set(terms) == {"repa", "student_pair_cosine", "teacher_pair_cosine"}
 
 
+def test_who_leaves_out_the_manifold_term_has_the_last_word_over_the_preset() -> None:
+    facts = SiTDownConfig.named("SiT-down-B/1", input_size=8).facts
+    method = make(facts, depth=None, relations=None)
+    assert (method.config.depth, method.config.relations) == (8, None)
+    hidden = drawn(1, 16, 768).float()
+    step = make_step({"a/patch": drawn(1, 64, 24).float()}, student_of(hidden, 8))
+    assert "relations" not in method.losses(step)
+
+
+def test_settings_that_would_do_nothing_are_refused() -> None:
+    def fields_of(facts: BackboneFacts = GOLDEN.facts, **settings: Any) -> list[str]:
+        return [problem.field for problem in make(facts, **settings).problems()]
+
+    flat = SiTConfig(depth=4, width=32, heads=2, patch_size=2, input_size=16, num_classes=5).facts
+    assert fields_of(flat, upsampling="nearest") == ["method.upsampling"]
+    assert fields_of(flat) == fields_of(upsampling="nearest") == []
+    assert fields_of(flat, depth=99, upsampling="nearest") == ["method.depth"]
+    assert fields_of(relations=None, pairs="batch") == ["method.pairs"]
+    assert fields_of(relations=2.0, pairs="batch") == fields_of(relations=None) == []
+
+
 def test_the_up_sampling_is_in_no_checkpoint() -> None:
     method = make()
     assert {key.partition(".")[0] for key in method.state_dict()} == {"projectors"}
