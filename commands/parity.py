@@ -39,7 +39,9 @@ class ParityFlags:
     """The flags of `repa parity`."""
 
     method: Annotated[str | None, typer.Option(help="As of `repa train`.", show_default="repa")] = None
-    model: Annotated[str | None, typer.Option(help="Backbone.", show_default="SiT-B/2")] = None
+    model: Annotated[
+        str | None, typer.Option(help="Backbone.", show_default="SiT-B/2, or the method's own")
+    ] = None
     cache: Annotated[
         str | None, typer.Option(help="Folder of the cache; default: the only one under caches/.")
     ] = None

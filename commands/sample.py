@@ -46,7 +46,7 @@ class SampleFlags:
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            "--ckpt", help="Instead: a checkpoint of a run, or a published one of SiT, REPA or REG."
+            "--ckpt", help="Instead: a checkpoint of a run, or a published one of SiT, REPA, REG or SRA."
         ),
     ] = None
     num: Annotated[int, typer.Option(help="Number of images.")] = 16

@@ -209,12 +209,11 @@ def _settings(flags: TrainFlags) -> tuple[TrainConfig, Path]:
     given = {name: getattr(flags, name) for name in _SETTINGS}
     assignments = flags.assignments or ()
     base = None if flags.config is None else load_yaml(flags.config)
-    settings = build(base, given, assignments)
-    folder = flags.run or RUNS / settings.default_run_name
+    folder = flags.run or RUNS / build(base, given, assignments).default_run_name
     own = folder / CONFIG_FILE
     if base is None and own.exists():
-        settings = build(load_yaml(own), given, assignments)
-    return settings, folder
+        base = load_yaml(own)
+    return build(base, given, assignments), folder
 
 
 def _cache_of_run(folder: Path) -> str | None:

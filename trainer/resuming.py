@@ -112,6 +112,8 @@ def on_resume(key: str, config: TrainConfig) -> OnResume:
     """Return what a resumed run does with another value of a setting, see `ON_RESUME`."""
     if key == "max_steps" and config.lr_schedule != "constant":
         return "recorded"  # the learning rate falls towards it
+    if key == "method.preset":
+        return "free"  # a name for settings, each of which is looked at itself
     return ON_RESUME.get(key.partition(".")[0], "bound")
 
 

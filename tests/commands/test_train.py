@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from repa.commands.train import TrainFlags, train
+from repa.commands.train import TrainFlags, _settings, train
 from repa.data.errors import CacheError, RepaError
 from repa.data.testing import synthetic_cache
 from repa.trainer.config import build
@@ -82,6 +82,19 @@ def test_a_run_named_alone_goes_on_with_its_own_configuration(
     assert (here / "mine" / "metrics.csv").read_bytes().startswith(before)
     assert checkpoints_of(here / "mine").keys() >= {3}
     assert read_starts(here / "mine")[-1]["changed"] == []
+
+
+def test_settings_of_a_run_named_alone_are_of_its_method(tmp_path: Path) -> None:
+    flags = {"method": "sra", "model": "SiT-T/2", "cache": "somewhere"}
+    (tmp_path / "config.yaml").write_text(build(flags=flags).to_yaml())
+    settings, folder = _settings(TrainFlags(run=tmp_path, assignments=["method.preset=channel"]))
+    assert folder == tmp_path
+    assert (settings.method_name, settings.model, settings.method.weight) == ("sra", "SiT-T/2", 0.5)
+    settings, _ = _settings(TrainFlags(run=tmp_path, assignments=["method.offset=0.1"]))
+    assert (settings.method_name, settings.method.offset) == ("sra", 0.1)
+    with pytest.raises(RepaError) as caught:
+        _settings(TrainFlags(run=tmp_path, assignments=["method.projector_width=8"]))
+    assert caught.value.field == "method.projector_width"
 
 
 def test_dry_run_prints_and_writes_nothing(here: Path, run_train: Callable[..., str]) -> None:

@@ -117,7 +117,7 @@ def _read(path: Path) -> Mapping[str, Any]:
             reason = "it holds other objects, or is damaged"
         raise RepaError(
             f"{path} is no checkpoint of tensors and plain values ({reason})",
-            "give a published .pt of SiT or REPA, or its state dict as .safetensors",
+            "give a published .pt of SiT, REPA, REG or SRA, or its state dict as .safetensors",
         ) from error
     if not isinstance(content, Mapping):
         raise RepaError(
@@ -183,7 +183,7 @@ def _infer(state: Mapping[str, Tensor], path: Path, heads: int | None) -> SiTCon
         raise RepaError(
             f"{path} holds no weights of a SiT (no {_some(lacking)} of the right rank; "
             f"it has {_some(list(state))})",
-            "give a published checkpoint of SiT or REPA",
+            "give a published checkpoint of SiT, REPA, REG or SRA",
         )
     width, channels, patch_size, _ = shapes["x_embedder.proj.weight"]
     token_widths = shapes.get("cls_projectors2.weight", ())[1:]

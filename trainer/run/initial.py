@@ -84,10 +84,14 @@ def read_initial(path: str, checked: Checked) -> Initial:
         raise RuntimeError("the checks have not passed")
     if backbone != checked.backbone:
         was, now = backbones.to_plain(backbone), backbones.to_plain(checked.backbone)
-        different = [f"{name} ({was.get(name)} → {now[name]})" for name in now if was.get(name) != now[name]]
+        different = {name: f"{was.get(name)} → {now[name]}" for name in now if was.get(name) != now[name]}
+        said = ", ".join(f"{name} ({values})" for name, values in different.items())
         raise RepaError(
-            f"the backbone of {file} is not the one of this run: {', '.join(different)}",
-            "choose the same --model, or a cache with the same latents and classes",
+            f"the backbone of {file} is not the one of this run: {said}",
+            # what is denoised beside the latent is the method's
+            "choose the --method that the weights were trained with, or other weights"
+            if [*different] == ["token_widths"]
+            else "choose the same --model, or a cache with the same latents and classes",
             field=FLAG,
         )
     if not math.isfinite(float(largest([*initial.backbone.values(), *initial.ema.values()]))):

@@ -97,7 +97,8 @@ def newest_checkpoint(run: Path) -> Path:
 
 
 def model_of_file(file: Path, *, weights: str = "ema") -> TrainedModel:
-    """Load the model of a checkpoint file, one of ours or a published one of SiT, REPA or REG.
+    """Load the model of a checkpoint file, one of ours or a published one of SiT, REPA, REG or
+    SRA.
 
     A published file that does not name its path was trained on the linear one, and its latents were scaled as
     those of Stable Diffusion.

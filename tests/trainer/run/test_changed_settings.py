@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from repa.data.errors import RepaError
+from repa.trainer import resuming
 from repa.trainer.config import build
 from repa.trainer.methods.base import Step
 from repa.trainer.run.metrics import read_metrics
@@ -22,6 +23,8 @@ from repa.trainer.step.schedule import learning_rate
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from repa.trainer.config import TrainConfig
 
     Settings = Callable[..., Any]
     Fit = Callable[..., tuple[Any, str]]
@@ -70,6 +73,18 @@ def test_what_the_optimiser_is_told_beside_the_learning_rate(
     assert (group["weight_decay"], tuple(group["betas"])) == (0.5, (0.8, 0.95))
     changed = read_starts(tmp_path / "run")[-1]["changed"]
     assert [each["key"] for each in changed] == ["betas", "weight_decay", "clip"]
+
+
+def test_the_name_of_a_preset_may_change_and_no_setting_of_it() -> None:
+    def sra(*assignments: str) -> TrainConfig:
+        return build({"method": {"name": "sra"}}, {}, assignments)
+
+    unnamed = sra().to_dict()
+    assert resuming.changes(unnamed, sra("method.preset=paper")) == []
+    assert resuming.changes(sra("method.preset=paper").to_dict(), sra()) == []
+    with pytest.raises(RepaError) as caught:
+        resuming.changes(unnamed, sra("method.preset=channel"))
+    assert caught.value.field == "method.weight"
 
 
 def test_an_edit_of_what_the_run_is_bound_to_is_refused(

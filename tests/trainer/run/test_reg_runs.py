@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from repa.data.errors import RepaError
 from repa.data.format.columns import MOMENTS, ColumnSpec
 from repa.data.testing import SYNTHETIC_COLUMNS, expected_row, synthetic_cache
 from repa.trainer.config import TrainConfig
+from repa.trainer.methods.base import MethodConfig
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
 from repa.trainer.run.checks import check
 from repa.trainer.run.fit import assemble
@@ -245,3 +247,8 @@ def test_a_run_begins_with_published_weights(
     found, published = model_of_run(tmp_path / "run").backbone.state_dict(), load_file(file)
     for name, value in found.items():
         torch.testing.assert_close(value, published[name].float(), rtol=0, atol=1e-7)
+    # what the method adds to the network is named by its flag
+    with pytest.raises(RepaError) as caught:
+        run_fit(replace(config, method_name="none", method=MethodConfig()), "other")
+    assert caught.value.field == "--init"
+    assert "--method" in caught.value.remedy
