@@ -22,6 +22,8 @@ from .commands.bench.measured import BenchSettings
 from .commands.cache.app import cache_app
 from .commands.compare import CompareFlags, compare
 from .commands.demo.run import DEFAULT_STEPS, IMAGES, METHODS
+from .commands.evaluate.command import evaluate
+from .commands.evaluate.flags import EvaluateFlags
 from .commands.parity import ParityFlags, parity
 from .commands.plan import PlanFlags, plan
 from .commands.preprocess import PreprocessFlags, preprocess
@@ -200,6 +202,13 @@ def _compare(flags: CompareFlags) -> None:
     server, a network or a script.
     """
     compare(flags)
+
+
+@app.command("evaluate")
+@takes_flags(EvaluateFlags)
+def _evaluate(flags: EvaluateFlags) -> None:
+    """Measure samples of a run, a checkpoint or a file against a reference. The same command resumes."""
+    evaluate(flags)
 
 
 @app.command("demo")

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
-import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path  # noqa: TC003 - typer resolves annotations of flags
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,20 +16,13 @@ from ..data.units import counted
 from .shared.flags import local_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
-    from numpy.typing import NDArray
     from rich.console import Console
 
-    from ..trainer.models.conditioning import Conditioner
     from ..trainer.sampling.generate import TrainedModel
-    from ..trainer.sampling.record import SamplingRecord
-    from ..trainer.sampling.sampler import SamplerConfig
-    from .shared.decoder import Decoder
+    from .shared.prepared import Prepared
     from .shared.sampling import SamplingJob
-
-_PLAIN_LINE_SECONDS = 15.0
-_MOST_STEPS = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,35 +98,35 @@ def sample(flags: SampleFlags, *, console: Console | None = None) -> None:
     Raises:
         RepaError: a mistake the user can mend.
     """
-    from .shared.terminal import PlainConsole
+    from .shared.prepared import check_devices, check_numbers, prepare_sampling
+    from .shared.terminal import PlainConsole, progress
 
     console = console or PlainConsole()
-    _check(flags)
+    check_numbers(
+        flags,
+        ("--num", flags.num, 1, 10**9),
+        ("--batch-size", flags.batch_size, 1, 10**6),
+        ("--devices", flags.devices, 1, 1024),
+    )
+    checkpoint, out = _places(flags)
     import torch
 
     from ..data.storage.files import os_errors, refuse_links
-    from ..trainer.sampling.generate import model_of_file
     from ..trainer.sampling.record import SampleFolder
-    from ..trainer.sampling.sampler import SamplerConfig
 
-    settings = SamplerConfig(
-        solver=flags.solver,
-        steps=flags.steps,
-        guidance=flags.guidance,
-        guidance_cls=flags.guidance_cls,
-        interval=flags.interval,
-    )
-    checkpoint, out = _places(flags)
     cuda = torch.cuda.is_available()
-    _check_devices(flags.devices, torch.cuda.device_count() if cuda else 0)
-    model = model_of_file(checkpoint, weights=flags.weights)
-    _check_guidance(flags, model)
-    model.backbone.to("cuda" if cuda else "cpu")
-    asked = _asked(flags.labels or (), model)
-    condition = _conditions(model.backbone.y_embedder, asked, flags)
-    # before the sampling, which may take hours: without an autoencoder it would be for nothing
-    decoder = _decoder(model, flags.vae, "cuda" if cuda else "cpu", console)
-    record = _record(flags, settings, checkpoint, model, decoder, asked)
+    check_devices(flags.devices, torch.cuda.device_count() if cuda else 0)
+    prepared = prepare_sampling(
+        checkpoint,
+        flags,
+        num=flags.num,
+        batch_size=flags.batch_size,
+        form="npz" if flags.npz else "png",
+        device="cuda" if cuda else "cpu",
+        say=lambda line: _say(console, line),
+        asked=lambda model: _asked(flags.labels or (), model),
+    )
+    record = prepared.record
     if flags.out is None:
         # a run that others made may have links where its samples go
         with os_errors("write", out):
@@ -144,104 +134,14 @@ def sample(flags: SampleFlags, *, console: Console | None = None) -> None:
     folder = SampleFolder(out, record)
     folder.open(replace_other=flags.replace)
     missing = folder.missing()
-    jobs = _jobs(flags, model, record, condition, missing, out)
+    jobs = _jobs(flags, prepared, missing, out)
     left = sum(min(flags.batch_size, flags.num - first) for first in missing)
     if left < flags.num:
         _say(console, f"{flags.num - left:,} of {counted(flags.num, 'image', ',')} are in {out} already.")
-    with _progress(left, console) as report:
-        _run(jobs, model, decoder, report)
-    folder.finish(condition)
+    with progress(left, console, "sampling") as report:
+        _run(jobs, prepared, report)
+    folder.finish(prepared.condition)
     _say(console, f"Wrote {counted(flags.num, 'image', ',')} to {out}.")
-
-
-def _record(
-    flags: SampleFlags,
-    settings: SamplerConfig,
-    checkpoint: Path,
-    model: TrainedModel,
-    decoder: Decoder,
-    asked: tuple[int, ...],
-) -> SamplingRecord:
-    """Say what the sampling is of, and how it is made."""
-    from ..trainer.sampling.record import SamplingRecord, sha256_of
-
-    return SamplingRecord(
-        checkpoint=checkpoint.name,
-        checkpoint_sha256=sha256_of(checkpoint),
-        step=model.steps,
-        weights=flags.weights,
-        autoencoder=decoder.name,
-        autoencoder_sha256=decoder.weights_sha256,
-        num=flags.num,
-        labels=asked,
-        solver=settings.solver,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        guidance_cls=(flags.guidance if flags.guidance_cls is None else flags.guidance_cls)
-        if model.backbone.config.token_widths
-        else None,
-        interval=settings.interval,
-        seed=flags.seed,
-        batch_size=flags.batch_size,
-        form="npz" if flags.npz else "png",
-    )
-
-
-def _check_guidance(flags: SampleFlags, model: TrainedModel) -> None:
-    """Refuse guidance that the model cannot have.
-
-    Raises:
-        RepaError: it was never trained without a label, or has no class token.
-    """
-    given = {"--guidance": flags.guidance, "--guidance-cls": flags.guidance_cls}
-    if flags.guidance_cls is not None and not model.backbone.config.token_widths:
-        raise RepaError(
-            f"{model.origin} makes no class token that --guidance-cls could act on",
-            "leave it out",
-            field="--guidance-cls",
-        )
-    guided = [flag for flag, weight in given.items() if weight not in (None, 1)]
-    if guided and not model.guidable:
-        raise RepaError(
-            f"{model.origin} was trained with label_dropout=0, so it has nothing to be guided away from",
-            f"leave {guided[0]} at 1",
-            field=guided[0],
-        )
-
-
-def _check(flags: SampleFlags) -> None:
-    """Refuse numbers out of their range.
-
-    Raises:
-        RepaError: the first of them.
-    """
-    for flag, value, least, most in (
-        ("--num", flags.num, 1, 10**9),
-        ("--batch-size", flags.batch_size, 1, 10**6),
-        ("--steps", flags.steps, 1, _MOST_STEPS),
-        ("--seed", flags.seed, 0, 2**63 - 1),
-        ("--devices", flags.devices, 1, 1024),
-    ):
-        if not least <= value <= most:
-            raise RepaError(f"{flag} {value} is not valid", f"give {least:,} to {most:,}", field=flag)
-    for flag, weight in (("--guidance", flags.guidance), ("--guidance-cls", flags.guidance_cls)):
-        if weight is not None and not 0 <= weight < math.inf:
-            raise RepaError(f"{flag} {weight} is not valid", "give a finite number from 0", field=flag)
-
-
-def _check_devices(devices: int, gpus: int) -> None:
-    """Refuse more processes than help.
-
-    Raises:
-        RepaError: more than there are GPUs, or without any than cores.
-    """
-    most = gpus or os.cpu_count() or 1
-    if devices > most:
-        raise RepaError(
-            f"--devices {devices}, and this machine has {counted(most, 'GPU' if gpus else 'core')}",
-            f"give at most {most}",
-            field="--devices",
-        )
 
 
 def _places(flags: SampleFlags) -> tuple[Path, Path]:
@@ -258,22 +158,6 @@ def _places(flags: SampleFlags) -> tuple[Path, Path]:
         "sample from one thing: a run with --run, or a checkpoint with --ckpt",
         field="--run",
     )
-
-
-def _conditions(conditioner: Conditioner, asked: Sequence[int], flags: SampleFlags) -> NDArray[Any]:
-    """Choose the condition of each sample ``[N, …]``, for labels int64 ``[N]``."""
-    import numpy as np
-
-    from ..trainer.models.conditioning import LabelConditioner, balanced_labels
-    from ..trainer.step.randomness import generator_for
-
-    if isinstance(conditioner, LabelConditioner):
-        if not asked:
-            return balanced_labels(flags.num, conditioner.num_classes).numpy()
-        return np.resize(np.array(asked, np.int64), flags.num)
-    drawn = conditioner.sampling(flags.num, generator_for(flags.seed, "sample condition"))
-    found: NDArray[Any] = drawn.cpu().numpy()
-    return found
 
 
 def _asked(labels: Sequence[str], model: TrainedModel) -> tuple[int, ...]:
@@ -321,53 +205,19 @@ def _class_of(label: str, model: TrainedModel) -> int:
     )
 
 
-def _decoder(model: TrainedModel, vae: str | None, device: str, console: Console) -> Decoder:
-    """Load the autoencoder.
-
-    Raises:
-        RepaError: it cannot be had, or has latents of other channels.
-    """
-    from ..pipeline.encoders.vae import DEFAULT_VAE
-    from .shared.decoder import Decoder
-
-    name = vae or model.autoencoder or DEFAULT_VAE
-    decoder = Decoder(name, device, random_weights=vae is None and model.autoencoder_random)
-    autoencoder = decoder.load()
-    channels = model.latent_shape[0]
-    if autoencoder.latent_channels != channels:
-        raise RepaError(
-            f"{name} decodes latents of {counted(autoencoder.latent_channels, 'channel')}, and those of "
-            f"{model.origin} have {channels}",
-            "give --vae the autoencoder that the latents came from",
-            field="--vae",
-        )
-    if model.autoencoder_sha256 is not None and decoder.weights_sha256 != model.autoencoder_sha256:
-        _say(
-            console,
-            f"note: {name} has other weights than the autoencoder that {model.origin} was trained with",
-        )
-    return decoder
-
-
-def _jobs(
-    flags: SampleFlags,
-    model: TrainedModel,
-    record: SamplingRecord,
-    condition: NDArray[Any],
-    missing: Sequence[int],
-    out: Path,
-) -> list[SamplingJob]:
+def _jobs(flags: SampleFlags, prepared: Prepared, missing: Sequence[int], out: Path) -> list[SamplingJob]:
     """Deal the batches that are missing to the processes in turn."""
     from .shared.sampling import SamplingJob
 
+    model = prepared.model
     cuda = next(model.backbone.parameters()).device.type == "cuda"
     threads = None if cuda or flags.devices == 1 else max((os.cpu_count() or 1) // flags.devices, 1)
     return [
         SamplingJob(
             checkpoint=model.origin,
-            random_autoencoder=flags.vae is None and model.autoencoder_random,
-            record=record,
-            condition=condition,
+            random_autoencoder=prepared.random_autoencoder,
+            record=prepared.record,
+            condition=prepared.condition,
             batches=tuple(missing[number :: flags.devices]),
             folder=out,
             device=f"cuda:{number}" if cuda else "cpu",
@@ -377,45 +227,15 @@ def _jobs(
     ]
 
 
-def _run(
-    jobs: Sequence[SamplingJob], model: TrainedModel, decoder: Decoder, report: Callable[[int], None]
-) -> None:
-    from .shared.sampling import sample_batches, sample_in_processes
+def _run(jobs: Sequence[SamplingJob], prepared: Prepared, report: Callable[[int], None]) -> None:
+    from .shared.processes import in_processes
+    from .shared.sampling import sample_batches, sample_in_process
 
     if len(jobs) > 1:
-        sample_in_processes(jobs, report)
+        in_processes(sample_in_process, jobs, report, what="sampling")
         return
     for job in jobs:
-        sample_batches(job, model, decoder, report)
-
-
-@contextmanager
-def _progress(total: int, console: Console) -> Iterator[Callable[[int], None]]:
-    """Show a bar on a terminal, elsewhere a line now and then.
-
-    Yields:
-        A function that takes the number of images that have come since the last call.
-    """
-    from rich.progress import Progress
-
-    began = said = time.monotonic()
-    done = 0
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("sampling", total=total)
-
-        def report(count: int) -> None:
-            nonlocal done, said
-            done += count
-            bar.advance(task, count)
-            now = time.monotonic()
-            if not console.is_terminal and now - said > _PLAIN_LINE_SECONDS:
-                said = now
-                _say(
-                    console,
-                    f"{done:,} of {counted(total, 'image', ',')}, {done / (now - began):,.1f} a second",
-                )
-
-        yield report
+        sample_batches(job, prepared.model, prepared.decoder, report)
 
 
 def _say(console: Console, line: str) -> None:

@@ -14,8 +14,12 @@ if TYPE_CHECKING:
 DEFAULT_ENCODER = "dinov2-b"
 
 
-def parse_weights(pairs: Sequence[str]) -> dict[str, Path]:
+def parse_weights(pairs: Sequence[str], *, flag: str = "--weights") -> dict[str, Path]:
     """Parse texts ``NAME=FILE`` into encoder → file of its weights.
+
+    Args:
+        pairs: the texts.
+        flag: the flag that gave them, for errors.
 
     Raises:
         RepaError: not of that form, or a name twice.
@@ -25,10 +29,11 @@ def parse_weights(pairs: Sequence[str]) -> dict[str, Path]:
         name, sign, file = pair.partition("=")
         if not (name and sign and file):
             raise RepaError(
-                f"--weights {pair!r} is not NAME=FILE",
-                f"write for example --weights {DEFAULT_ENCODER}=dinov2_vitb14_pretrain.pth",
+                f"{flag} {pair!r} is not NAME=FILE",
+                f"write for example {flag} {DEFAULT_ENCODER}=dinov2_vitb14_pretrain.pth",
+                field=flag,
             )
         if name in weights:
-            raise RepaError(f"--weights names {name} twice", "give one file for each encoder")
+            raise RepaError(f"{flag} names {name} twice", "give one file for each encoder", field=flag)
         weights[name] = Path(file)
     return weights

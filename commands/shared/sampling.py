@@ -5,21 +5,11 @@ A batch is the same whoever makes it: its images depend on the seed, their label
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import traceback
-from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ...data.errors import RepaError
-from ...pipeline.shard_loop.interrupts import terminated_as_interrupt
-from ...pipeline.shard_loop.processes import deaf_to_interrupts, end_with_parent
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from multiprocessing.context import SpawnProcess
+    from collections.abc import Callable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -27,8 +17,7 @@ if TYPE_CHECKING:
 
     from ...trainer.sampling.generate import TrainedModel
     from ...trainer.sampling.record import SamplingRecord
-
-_GRACE_SECONDS = 5.0
+    from ...trainer.sampling.sampler import SamplerConfig
 
 
 class LatentDecoder(Protocol):
@@ -64,6 +53,19 @@ class SamplingJob:
     threads: int | None = None
 
 
+def settings_of(record: SamplingRecord) -> SamplerConfig:
+    """Return how a sampling is made."""
+    from ...trainer.sampling.sampler import SamplerConfig
+
+    return SamplerConfig(
+        solver=record.solver,
+        steps=record.steps,
+        guidance=record.guidance,
+        guidance_cls=record.guidance_cls,
+        interval=record.interval,
+    )
+
+
 def sample_batches(
     job: SamplingJob, model: TrainedModel, decoder: LatentDecoder, report: Callable[[int], None]
 ) -> None:
@@ -82,17 +84,10 @@ def sample_batches(
 
     from ...trainer.sampling.generate import generate
     from ...trainer.sampling.record import SampleFolder
-    from ...trainer.sampling.sampler import SamplerConfig
 
     record = job.record
     folder = SampleFolder(job.folder, record)
-    settings = SamplerConfig(
-        solver=record.solver,
-        steps=record.steps,
-        guidance=record.guidance,
-        guidance_cls=record.guidance_cls,
-        interval=record.interval,
-    )
+    settings = settings_of(record)
     latents = generate(
         model,
         torch.from_numpy(job.condition),
@@ -106,91 +101,24 @@ def sample_batches(
         report(len(part))
 
 
-def sample_in_processes(jobs: Sequence[SamplingJob], report: Callable[[int], None]) -> None:
-    """Do several jobs, each in a process of its own.
+def sample_in_process(job: SamplingJob, report: Callable[[int], None]) -> None:
+    """Do a job in a process that has loaded nothing yet.
 
     Args:
-        jobs: one a process.
-        report: called here with the number of images of each batch that a process has written.
+        job: what to sample.
+        report: called with the number of images of each batch that is written.
 
     Raises:
-        RepaError: of the first process that failed or was killed; the others are stopped, and what is written
-            stays.
+        RepaError: as of `sample_batches`, or the model or the autoencoder cannot be loaded.
     """
-    context = multiprocessing.get_context("spawn")
-    children: list[SpawnProcess] = []
-    listening: dict[Connection, int] = {}
-    try:
-        with deaf_to_interrupts():
-            for number, job in enumerate(jobs):
-                here, there = context.Pipe(duplex=False)
-                child = context.Process(
-                    target=_child, args=(job, there, os.getpid()), name=f"sample-{number}"
-                )
-                child.start()
-                there.close()
-                children.append(child)
-                listening[here] = number
-        while listening:
-            for ready in wait(list(listening)):
-                assert isinstance(ready, Connection)
-                if _hear(ready, listening[ready], children, report):
-                    del listening[ready]
-    finally:
-        for child in children:
-            if child.is_alive():
-                child.terminate()
-        for child in children:
-            child.join(_GRACE_SECONDS)
-            if child.is_alive():
-                child.kill()
+    import torch
 
+    from ...trainer.sampling.generate import model_of_file
+    from .decoder import Decoder
 
-def _hear(
-    connection: Connection, number: int, children: Sequence[SpawnProcess], report: Callable[[int], None]
-) -> bool:
-    """Take what a process says, and tell whether that was its last word.
-
-    Raises:
-        RepaError: it failed, or was killed without a word.
-    """
-    try:
-        kind, *values = connection.recv()
-    except (EOFError, OSError):
-        children[number].join(_GRACE_SECONDS)
-        raise RepaError(
-            f"sampling process {number} ended with status {children[number].exitcode}",
-            "the same command goes on with what is missing",
-            field="--devices",
-        ) from None
-    if kind == "failed":
-        what, remedy, field = values
-        raise RepaError(f"sampling process {number}: {what}", remedy, field=field)
-    if kind == "report":
-        report(*values)
-    return bool(kind == "done")
-
-
-def _child(job: SamplingJob, connection: Any, parent: int) -> None:
-    """Do the job in a started process, and send a last word to its parent."""
-    end_with_parent(parent)
-    with suppress(KeyboardInterrupt), terminated_as_interrupt():
-        try:
-            import torch
-
-            from ...trainer.sampling.generate import model_of_file
-            from .decoder import Decoder
-
-            if job.threads is not None:
-                torch.set_num_threads(job.threads)
-            model = model_of_file(job.checkpoint, weights=job.record.weights)
-            model.backbone.to(job.device)
-            decoder = Decoder(job.record.autoencoder, job.device, random_weights=job.random_autoencoder)
-            sample_batches(job, model, decoder, lambda count: connection.send(("report", count)))
-            connection.send(("done",))
-        except RepaError as error:
-            connection.send(("failed", error.what, error.remedy, error.field))
-        except Exception as error:
-            traceback.print_exc()
-            connection.send(("failed", f"{type(error).__name__}: {error}", "", ""))
-    connection.close()
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    model = model_of_file(job.checkpoint, weights=job.record.weights)
+    model.backbone.to(job.device)
+    decoder = Decoder(job.record.autoencoder, job.device, random_weights=job.random_autoencoder)
+    sample_batches(job, model, decoder, report)

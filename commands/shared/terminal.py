@@ -6,17 +6,22 @@ made. In them an escape sequence would move the cursor, and Rich's markup would 
 
 from __future__ import annotations
 
+import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.segment import Segment
 
 from ...data.edge import printable
+from ...data.units import counted, human_rate, human_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from rich.console import ConsoleOptions, RenderableType
+
+LINE_SECONDS = 15.0
 
 
 class PlainConsole(Console):
@@ -36,3 +41,48 @@ class PlainConsole(Console):
             if control is None and not text.isprintable():
                 text = "\n".join(map(printable, text.split("\n")))
             yield Segment(text, style, control)
+
+
+@contextmanager
+def progress(total: int, console: Console, what: str) -> Iterator[Callable[[int], None]]:
+    """Show images done, images a second and time left, as a bar on a terminal, elsewhere now and then a line.
+
+    Args:
+        total: images to do.
+        console: where to.
+        what: what is done, as ``sampling``.
+
+    Yields:
+        A function that takes the number of images that have come since the last call.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    began = said = time.monotonic()
+    done = 0
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=total, rate="")
+
+        def report(count: int) -> None:
+            nonlocal done, said
+            done += count
+            now = time.monotonic()
+            rate = done / max(now - began, 1e-9)
+            bar.update(task, advance=count, rate=human_rate(rate))
+            if not console.is_terminal and now - said > LINE_SECONDS:
+                said = now
+                console.print(
+                    f"{what}: {done:,} of {counted(total, 'image', ',')}, {human_rate(rate)}, "
+                    f"{human_seconds((total - done) / rate)} left",
+                    highlight=False,
+                    markup=False,
+                    soft_wrap=True,
+                )
+
+        yield report

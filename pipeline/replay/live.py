@@ -9,7 +9,6 @@ used for training therefore computes plain batches, unless exactness is asked fo
 
 from __future__ import annotations
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -36,6 +35,7 @@ from ..images.base import AUTO_LABELS, FOLDER_LABELS, NO_LABELS, ONLY_CLASS
 from ..images.open import open_source
 from ..images.workers import decode_row
 from ..lanes.lanes import usable_cores
+from ..lanes.threads import one_thread_lanes
 from .placement import Pass, Placement
 
 if TYPE_CHECKING:
@@ -280,7 +280,7 @@ class _Teacher:
         self._blocks = blocks
         self._placement = placement
         self._device = device
-        self._lanes = _one_thread_lanes(min(MAX_LANES, usable_cores())) if device.type == "cpu" else None
+        self._lanes = one_thread_lanes(min(MAX_LANES, usable_cores())) if device.type == "cpu" else None
 
     def compute(
         self,
@@ -324,24 +324,6 @@ class _Teacher:
 def _as_run(provenance: Provenance) -> Provenance:
     """Return a provenance that tells weights by what is run, as runs have always recorded live teachers."""
     return replace(provenance, weights_sha256=provenance.notes.get(LOADED_NOTE, provenance.weights_sha256))
-
-
-def _one_thread_lanes(count: int) -> ThreadPoolExecutor:
-    """Start threads that compute with one thread each. The number of threads of everybody else stays."""
-    before = torch.get_num_threads()
-    lanes = ThreadPoolExecutor(count, "repa-live", initializer=_compute_with_one_thread)
-    # all begin now: what a thread sets is also the default of threads that have not begun
-    barrier = threading.Barrier(count)
-    for done in [lanes.submit(barrier.wait) for _ in range(count)]:
-        done.result()
-    torch.set_num_threads(before)
-    return lanes
-
-
-def _compute_with_one_thread() -> None:
-    torch.set_num_threads(1)
-    # PyTorch takes the default once more when a thread first asks: it must not be another's by then
-    torch.get_num_threads()
 
 
 def _open_as_recorded(manifest: Manifest, data: str, may_import: bool) -> ImageSource:

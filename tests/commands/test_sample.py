@@ -72,7 +72,7 @@ class LatentPixels:
 @pytest.fixture
 def run_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Any, str]]:
     """Sample with the plain decoder; images ``[N, H, W, 3]``, labels and what was printed."""
-    monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: LatentPixels())
+    monkeypatch.setattr("repa.commands.shared.prepared.decoder_of", lambda *_: LatentPixels())
 
     def go(name: str = "out", **options: Any) -> tuple[Any, Any, str]:
         printed = io.StringIO()
@@ -172,7 +172,7 @@ def test_labels_in_turn(run: Path, run_sample: Run) -> None:
 
 
 def test_png_files_and_a_grid(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: LatentPixels())
+    monkeypatch.setattr("repa.commands.shared.prepared.decoder_of", lambda *_: LatentPixels())
     out = tmp_path / "png"
     flags = SampleFlags(run=run, num=70, steps=1, out=out, batch_size=16)
     sample(flags, console=Console(file=io.StringIO()))
@@ -232,7 +232,7 @@ def test_without_an_autoencoder_nothing_is_sampled(
 def test_mistakes(
     run: Path, tmp_path: Path, options: dict[str, Any], field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: LatentPixels())
+    monkeypatch.setattr("repa.commands.shared.prepared.decoder_of", lambda *_: LatentPixels())
     flags = SampleFlags(**({"run": run, **options} if options else {}), out=tmp_path / "o")
     with pytest.raises(RepaError) as caught:
         sample(flags, console=Console(file=io.StringIO()))
@@ -275,7 +275,7 @@ def test_a_folder_holds_one_sampling_and_its_record(run: Path, run_sample: Run, 
 def test_images_without_a_record_are_not_mixed_with_others(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: LatentPixels())
+    monkeypatch.setattr("repa.commands.shared.prepared.decoder_of", lambda *_: LatentPixels())
     out = tmp_path / "out"
     out.mkdir()
     for number in range(9):
@@ -315,7 +315,7 @@ def test_an_interrupted_sampling_goes_on(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     flags = SampleFlags(run=run, num=7, steps=2, batch_size=2, npz=npz, out=whole)
     printed = io.StringIO()
-    monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: LatentPixels())
+    monkeypatch.setattr("repa.commands.shared.prepared.decoder_of", lambda *_: LatentPixels())
     sample(flags, console=Console(file=printed))
 
     decoded: list[int] = []
@@ -327,7 +327,7 @@ def test_an_interrupted_sampling_goes_on(
                 raise Stopped
             return super().decode(latent)
 
-    monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: DiesOnce())
+    monkeypatch.setattr("repa.commands.shared.prepared.decoder_of", lambda *_: DiesOnce())
     flags = replace(flags, out=broken)
     with pytest.raises(Stopped):
         sample(flags, console=Console(file=printed))
@@ -351,14 +351,15 @@ def test_batches_dealt_to_several_are_the_same_images(
 ) -> None:
     dealt: list[tuple[int, ...]] = []
 
-    def in_turn(jobs: Any, report: Any) -> None:
+    def in_turn(_: Any, jobs: Any, report: Any, *, what: str) -> None:
+        assert what == "sampling"
         for job in reversed(jobs):
             dealt.append(job.batches)
             sample_batches(job, model_of_file(job.checkpoint), LatentPixels(), report)
 
-    monkeypatch.setattr("repa.commands.sample._check_devices", lambda *_: None)
-    monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: LatentPixels())
-    monkeypatch.setattr("repa.commands.shared.sampling.sample_in_processes", in_turn)
+    monkeypatch.setattr("repa.commands.shared.prepared.check_devices", lambda *_: None)
+    monkeypatch.setattr("repa.commands.shared.prepared.decoder_of", lambda *_: LatentPixels())
+    monkeypatch.setattr("repa.commands.shared.processes.in_processes", in_turn)
     for name, devices in (("one", 1), ("three", 3)):
         flags = SampleFlags(run=run, num=9, steps=2, batch_size=2, out=tmp_path / name, devices=devices)
         sample(flags, console=Console(file=io.StringIO()))
@@ -371,7 +372,7 @@ def test_batches_dealt_to_several_are_the_same_images(
 
 @pytest.mark.thorough
 def test_processes_make_the_same_images(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("repa.commands.sample._check_devices", lambda *_: None)
+    monkeypatch.setattr("repa.commands.shared.prepared.check_devices", lambda *_: None)
     torch.set_num_threads(1)
     for name, devices in (("one", 1), ("two", 2)):
         # the run's network is not among the sizes, its checkpoint alone says what it is
@@ -386,7 +387,7 @@ def test_processes_make_the_same_images(run: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_what_is_not_finite_is_an_error(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: LatentPixels())
+    monkeypatch.setattr("repa.commands.shared.prepared.decoder_of", lambda *_: LatentPixels())
     checkpoint = load_checkpoint(checkpoints_of(run)[3])
     for key, value in checkpoint["state_dict"].items():
         if key.endswith("final_layer.linear.bias"):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .metrics import MetricsFile
+from .metrics import MetricsFile, read_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,6 +87,26 @@ class Timing:
         """
         if self._file is not None:
             self._file.write(step, values)
+
+
+def device_hours(run: Path, step: int) -> float | None:
+    """Return the time that devices had trained by a step, summed over them, with steps that were made again.
+
+    It is None where a part of it was not measured.
+
+    Args:
+        run: folder of the run.
+        step: the last one that counts.
+
+    Raises:
+        RepaError: the file is damaged.
+    """
+    file = run / TIMING_FILE
+    rows = read_metrics(file) if file.exists() else []
+    rows = [row for row in rows if row["step"] <= step]
+    if not rows or not all({"seconds", "devices"} <= row.keys() for row in rows):
+        return None
+    return sum(row["seconds"] * row["devices"] for row in rows) / 3600
 
 
 def peak_memory(device: torch.device) -> int:

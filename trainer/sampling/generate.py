@@ -47,6 +47,7 @@ class TrainedModel:
         class_names: of the classes, by number; empty if the file does not say.
         guidable: whether it was trained without the label at times, which guidance needs.
         origin: the file, for messages.
+        images_seen: images of all its steps, each as often as it was seen; None if the file does not say.
     """
 
     backbone: Backbone
@@ -59,6 +60,7 @@ class TrainedModel:
     origin: Path
     class_names: tuple[str, ...] = ()
     guidable: bool = True
+    images_seen: int | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -217,6 +219,7 @@ def _model_of(checkpoint: Mapping[str, Any], file: Path, weights: str) -> Traine
         reason = printable(" ".join(str(error).split()))
         raise RepaError(f"{where} does not fit together ({reason})", remedy, field="--ckpt") from error
     latent, names = said["latent"], tuple(said.get("class_names", ()))
+    batch_size = said.get("settings", {}).get("batch_size")
     return TrainedModel(
         backbone=backbone.eval().requires_grad_(False),
         objective=objective,
@@ -229,5 +232,6 @@ def _model_of(checkpoint: Mapping[str, Any], file: Path, weights: str) -> Traine
         steps=checkpoint["global_step"],
         class_names=names if len(names) == backbone.config.num_classes else (),
         guidable=said.get("settings", {}).get("label_dropout") != 0,
+        images_seen=checkpoint["global_step"] * batch_size if isinstance(batch_size, int) else None,
         origin=file,
     )

@@ -46,7 +46,8 @@ class SamplingRecord:
         autoencoder: what decoded the latents, by name or folder.
         autoencoder_sha256: of its weights.
         num: number of images.
-        labels: classes, in turn; none takes all of them, equally often.
+        labels: classes, in turn; none takes all of them, as the next says.
+        label_mode: ``balanced``, every class equally often, or ``random``, drawn.
         solver: see `SamplerConfig`.
         steps: of the solver.
         guidance: see `SamplerConfig`.
@@ -66,6 +67,7 @@ class SamplingRecord:
     autoencoder_sha256: str
     num: int
     labels: tuple[int, ...]
+    label_mode: str = "balanced"
     solver: str
     steps: int
     guidance: float

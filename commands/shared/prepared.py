@@ -1,0 +1,258 @@
+"""What is found out and refused before anything is sampled, for the commands that sample."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ...data.errors import RepaError
+from ...data.units import counted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from ...trainer.models.conditioning import Conditioner
+    from ...trainer.sampling.generate import TrainedModel
+    from ...trainer.sampling.record import SamplingRecord
+    from .decoder import Decoder
+
+MOST_STEPS = 100_000
+BALANCED, RANDOM = "balanced", "random"
+
+
+class SamplingFlags(Protocol):
+    """What the flags of a command say of a sampling."""
+
+    @property
+    def solver(self) -> str:
+        """See `SamplerConfig`, as are the next four."""
+
+    @property
+    def steps(self) -> int:
+        """Steps of the solver."""
+
+    @property
+    def guidance(self) -> float:
+        """Scale of guidance."""
+
+    @property
+    def guidance_cls(self) -> float | None:
+        """Scale for the vectors beside the latent."""
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Times between which guidance acts."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the noise."""
+
+    @property
+    def weights(self) -> str:
+        """Either ``ema`` or ``model``."""
+
+    @property
+    def vae(self) -> str | None:
+        """Name of the autoencoder, None for the one the latents came from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A sampling that can begin.
+
+    Attributes:
+        model: what to sample.
+        record: what its images are of.
+        condition: of each image ``[N, …]``; for labels int64 ``[N]``.
+        decoder: latents to images.
+        random_autoencoder: whether the decoder's weights are drawn.
+    """
+
+    model: TrainedModel
+    record: SamplingRecord
+    condition: NDArray[Any]
+    decoder: Decoder
+    random_autoencoder: bool
+
+
+def prepare_sampling(
+    checkpoint: Path,
+    flags: SamplingFlags,
+    *,
+    num: int,
+    batch_size: int,
+    form: str,
+    device: str,
+    say: Callable[[str], None],
+    asked: Callable[[TrainedModel], tuple[int, ...]] = lambda _: (),
+    label_mode: str = BALANCED,
+) -> Prepared:
+    """Load a model and its autoencoder, and say what the sampling is.
+
+    Args:
+        checkpoint: file of the model.
+        flags: how to sample.
+        num: N, number of images.
+        batch_size: images of a forward pass.
+        form: ``png`` or ``npz``.
+        device: where model and autoencoder go.
+        say: prints a line.
+        asked: the classes that a model is to sample, in turn; none takes all.
+        label_mode: how they are chosen then, ``balanced`` or ``random``.
+
+    Raises:
+        RepaError: the model or the autoencoder cannot be had, or has nothing of what is asked for.
+    """
+    from ...trainer.sampling.generate import model_of_file
+    from ...trainer.sampling.record import SamplingRecord, sha256_of
+    from ...trainer.sampling.sampler import SamplerConfig
+
+    settings = SamplerConfig(
+        solver=flags.solver,
+        steps=flags.steps,
+        guidance=flags.guidance,
+        guidance_cls=flags.guidance_cls,
+        interval=flags.interval,
+    )
+    model = model_of_file(checkpoint, weights=flags.weights)
+    _check_guidance(flags, model)
+    model.backbone.to(device)
+    labels = asked(model)
+    condition = _conditions(model.backbone.y_embedder, labels, num, flags.seed, label_mode)
+    # before the sampling, which may take hours: without an autoencoder it would be for nothing
+    decoder = decoder_of(model, flags.vae, device, say)
+    record = SamplingRecord(
+        checkpoint=checkpoint.name,
+        checkpoint_sha256=sha256_of(checkpoint),
+        step=model.steps,
+        weights=flags.weights,
+        autoencoder=decoder.name,
+        autoencoder_sha256=decoder.weights_sha256,
+        num=num,
+        labels=labels,
+        label_mode=label_mode,
+        solver=settings.solver,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        guidance_cls=(flags.guidance if flags.guidance_cls is None else flags.guidance_cls)
+        if model.backbone.config.token_widths
+        else None,
+        interval=settings.interval,
+        seed=flags.seed,
+        batch_size=batch_size,
+        form=form,
+    )
+    return Prepared(
+        model=model,
+        record=record,
+        condition=condition,
+        decoder=decoder,
+        random_autoencoder=flags.vae is None and model.autoencoder_random,
+    )
+
+
+def check_numbers(flags: SamplingFlags, *others: tuple[str, int, int, int]) -> None:
+    """Refuse numbers out of their range.
+
+    Args:
+        flags: how to sample.
+        others: flag, value, least and most of what else the command takes.
+
+    Raises:
+        RepaError: the first of them.
+    """
+    for flag, value, least, most in (
+        *others,
+        ("--steps", flags.steps, 1, MOST_STEPS),
+        ("--seed", flags.seed, 0, 2**63 - 1),
+    ):
+        if not least <= value <= most:
+            raise RepaError(f"{flag} {value} is not valid", f"give {least:,} to {most:,}", field=flag)
+    for flag, weight in (("--guidance", flags.guidance), ("--guidance-cls", flags.guidance_cls)):
+        if weight is not None and not 0 <= weight < math.inf:
+            raise RepaError(f"{flag} {weight} is not valid", "give a finite number from 0", field=flag)
+
+
+def check_devices(devices: int, gpus: int) -> None:
+    """Refuse more processes than help.
+
+    Raises:
+        RepaError: more than there are GPUs, or without any than cores.
+    """
+    most = gpus or os.cpu_count() or 1
+    if devices > most:
+        raise RepaError(
+            f"--devices {devices}, and this machine has {counted(most, 'GPU' if gpus else 'core')}",
+            f"give at most {most}",
+            field="--devices",
+        )
+
+
+def _check_guidance(flags: SamplingFlags, model: TrainedModel) -> None:
+    """Refuse guidance that the model cannot have.
+
+    Raises:
+        RepaError: it was never trained without a label, or has no class token.
+    """
+    given = {"--guidance": flags.guidance, "--guidance-cls": flags.guidance_cls}
+    if flags.guidance_cls is not None and not model.backbone.config.token_widths:
+        raise RepaError(
+            f"{model.origin} makes no class token that --guidance-cls could act on",
+            "leave it out",
+            field="--guidance-cls",
+        )
+    guided = [flag for flag, weight in given.items() if weight not in (None, 1)]
+    if guided and not model.guidable:
+        raise RepaError(
+            f"{model.origin} was trained with label_dropout=0, so it has nothing to be guided away from",
+            f"leave {guided[0]} at 1",
+            field=guided[0],
+        )
+
+
+def _conditions(
+    conditioner: Conditioner, asked: Sequence[int], num: int, seed: int, label_mode: str
+) -> NDArray[Any]:
+    """Choose the condition of each sample ``[N, …]``, for labels int64 ``[N]``."""
+    import numpy as np
+
+    from ...trainer.models.conditioning import LabelConditioner, balanced_labels
+    from ...trainer.step.randomness import generator_for
+
+    if isinstance(conditioner, LabelConditioner) and asked:
+        return np.resize(np.array(asked, np.int64), num)
+    if isinstance(conditioner, LabelConditioner) and label_mode == BALANCED:
+        return balanced_labels(num, conditioner.num_classes).numpy()
+    drawn = conditioner.sampling(num, generator_for(seed, "sample condition"))
+    found: NDArray[Any] = drawn.cpu().numpy()
+    return found
+
+
+def decoder_of(model: TrainedModel, vae: str | None, device: str, say: Callable[[str], None]) -> Decoder:
+    """Load the autoencoder.
+
+    Raises:
+        RepaError: it cannot be had, or has latents of other channels.
+    """
+    from ...pipeline.encoders.vae import DEFAULT_VAE
+    from .decoder import Decoder
+
+    name = vae or model.autoencoder or DEFAULT_VAE
+    decoder = Decoder(name, device, random_weights=vae is None and model.autoencoder_random)
+    autoencoder = decoder.load()
+    channels = model.latent_shape[0]
+    if autoencoder.latent_channels != channels:
+        raise RepaError(
+            f"{name} decodes latents of {counted(autoencoder.latent_channels, 'channel')}, and those of "
+            f"{model.origin} have {channels}",
+            "give --vae the autoencoder that the latents came from",
+            field="--vae",
+        )
+    if model.autoencoder_sha256 is not None and decoder.weights_sha256 != model.autoencoder_sha256:
+        say(f"note: {name} has other weights than the autoencoder that {model.origin} was trained with")
+    return decoder
