@@ -6,7 +6,7 @@ Whatever could not have come from one `repa preprocess` of all images is refused
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -207,9 +207,11 @@ def check_source(parts: Sequence[Part], source: str, chosen: Sequence[str]) -> N
         own = part.manifest.sources[source]
         here = declaration(as_recorded(recorded, [own]), first.manifest.source_columns(source))
         there = declaration(as_recorded(own, [recorded]), part.manifest.source_columns(source))
-        fitted = [
-            name for name in ("notes.calibration", "notes.fidelity") if here.get(name) != there.get(name)
-        ]
+        settled = {"notes.calibration", "notes.fidelity"}
+        if recorded.notes.get("components") and own.notes.get("components"):
+            # how many components the heads have, each part's images said
+            settled |= {"notes.components", "notes.rank"} | _sized(first.manifest, part.manifest, source)
+        fitted = {name for name in settled if here.get(name) != there.get(name)}
         different = differences(
             {name: value for name, value in here.items() if name not in fitted},
             {name: value for name, value in there.items() if name not in fitted},
@@ -228,6 +230,16 @@ def check_source(parts: Sequence[Part], source: str, chosen: Sequence[str]) -> N
                 f"leave it out with {_flags(rest)}, then "
                 f"add it to the whole with `repa preprocess {_flag_of(source)}`",
             )
+
+
+def _sized(one: Manifest, other: Manifest, source: str) -> set[str]:
+    """Name the columns of a source that differ in their size alone, as `declaration` names them."""
+    theirs = other.source_columns(source)
+    return {
+        f"columns.{name}"
+        for name, spec in one.source_columns(source).items()
+        if name in theirs and replace(theirs[name], shape=spec.shape) == spec
+    }
 
 
 def _flag_of(source: str) -> str:

@@ -255,6 +255,29 @@ def test_calibrations_of_their_own_are_said_and_what_to_do(made: Path, tmp_path:
     assert folder_contents(tmp_path / "out") == folder_contents(tmp_path / "at-once")
 
 
+def test_factors_of_parts_have_a_calibration_each(made: Path, tmp_path: Path) -> None:
+    """However many components the heads of each part have come to."""
+    flags: dict[str, Any] = {"attention": "4,6", "attention_kl": 1e-3}
+    for name in ("a", "b"):
+        encode(made / name, tmp_path / name, **flags)
+    noted = [open_manifest(tmp_path / name).sources["demo+attention"].notes for name in ("a", "b")]
+    assert noted[0]["components"] != noted[1]["components"]
+    message = (
+        "have demo+attention with a calibration each, fitted and measured on their own images, and the whole "
+        "needs one for all; leave it out with --source sd-vae --source demo, then add it to the whole with "
+        "`repa preprocess --encoder demo --attention …`"
+    )
+    refused(re.escape(message), tmp_path / "a", tmp_path / "b", out=tmp_path / "out")
+    whole = str(made / "whole")
+    join(tmp_path / "a", tmp_path / "b", out=tmp_path / "out", sources=["sd-vae", "demo"], data=whole)
+    encode(made / "whole", tmp_path / "out", **flags)
+    encode(made / "whole", tmp_path / "at-once", **flags)
+    assert folder_contents(tmp_path / "out") == folder_contents(tmp_path / "at-once")
+    # other flags are another thing
+    encode(made / "b", tmp_path / "c", attention="4,6", attention_bytes=3000)
+    refused("in different forms", tmp_path / "a", tmp_path / "c", out=tmp_path / "other")
+
+
 def test_loose_images_of_two_folders_have_no_common_class(tmp_path: Path) -> None:
     for number, name in enumerate(("x", "y")):
         draw(tmp_path / name, [f"{name}{i}.png" for i in range(2)], seed=number)

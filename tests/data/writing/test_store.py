@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,7 @@ import zarr
 from repa.data.errors import CacheError
 from repa.data.format.columns import MOMENTS, ColumnSpec
 from repa.data.format.commits import read_commit
-from repa.data.format.layout import shard_file
+from repa.data.format.layout import LOCK_FILE, shard_file
 from repa.data.format.manifest import Manifest
 from repa.data.format.opening import labels_sha256, open_manifest, read_keys, read_labels
 from repa.data.format.shard_index import MISSING
@@ -30,12 +31,18 @@ from repa.data.testing import (
 )
 from repa.data.upkeep.info import cache_info
 from repa.data.writing import writer
-from repa.data.writing.store import create_cache, ensure_cache, ensure_source, keys_sha256
+from repa.data.writing.store import (
+    create_cache,
+    ensure_cache,
+    ensure_source,
+    keys_sha256,
+    refuse_foreign_folder,
+)
 from repa.data.writing.writer import SourceWriter
 from shard_files_read import read_index
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
 TEACHER = {"other/patch": ColumnSpec(shape=(6, 5), dtype="float32")}
 
@@ -373,3 +380,24 @@ def test_info_counts_rows_shards_and_bytes(tmp_path: Path) -> None:
     assert patch.bytes_per_image == 4 * 16 * 2
     files = [shard_file(tmp_path, patch.name, manifest.columns[patch.name], shard) for shard in (0, 2)]
     assert patch.file_bytes == sum(file.stat().st_size for file in files)
+
+
+def test_a_folder_that_another_process_begins_at_this_moment_is_no_foreign_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other's lock and first file come while its files are listed."""
+    folder = tmp_path / "cache"
+    (folder / "calibration").mkdir(parents=True)
+    listed = Path.iterdir
+
+    def begun(path: Path) -> Iterator[Path]:
+        (folder / LOCK_FILE).touch()
+        (folder / "keys.txt").touch()
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", begun)
+    refuse_foreign_folder(folder)
+    monkeypatch.undo()
+    (folder / LOCK_FILE).unlink()
+    with pytest.raises(CacheError, match="no cache"):
+        refuse_foreign_folder(folder)
