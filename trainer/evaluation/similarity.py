@@ -104,7 +104,7 @@ def _centred(kernel: Tensor) -> Tensor:
 
 
 def _hsic(first: Tensor, second: Tensor) -> float:
-    """Return the unbiased HSIC of two kernels; they need not be symmetric."""
+    """Return the unbiased HSIC of two kernels, which need not be symmetric."""
     n = len(first)
     first, second = (kernel.clone().fill_diagonal_(0) for kernel in (first, second))
     trace = float((first * second.mT).sum())

@@ -110,7 +110,7 @@ def spatial_contrast(tokens: Tensor) -> Tensor:
 
 
 def _mean_where(values: Tensor, where: Tensor) -> Tensor:
-    """Return the mean over the last axis where it is asked for; not a number where it is nowhere."""
+    """Return the mean over the last axis where it is asked for, or not a number."""
     return torch.where(where, values, 0.0).sum(dim=-1) / where.sum(dim=-1)
 
 
