@@ -17,6 +17,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from . import __version__
+from .commands.analyze.run import AnalyzeFlags, analyze
 from .commands.bench.measured import METHODS as MEASURED_METHODS
 from .commands.bench.measured import BenchSettings
 from .commands.cache.app import cache_app
@@ -209,6 +210,13 @@ def _compare(flags: CompareFlags) -> None:
 def _evaluate(flags: EvaluateFlags) -> None:
     """Measure samples of a run, a checkpoint or a file against a reference. The same command resumes."""
     evaluate(flags)
+
+
+@app.command("analyze")
+@takes_flags(AnalyzeFlags)
+def _analyze(flags: AnalyzeFlags) -> None:
+    """Measure the teachers of a cache, or what the blocks of a run have learned of them."""
+    analyze(flags)
 
 
 @app.command("demo")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...data.errors import RepaError
-from .moments import as_rows
+from .moments import Moments, as_rows
 
 if TYPE_CHECKING:
     from .moments import Rows
@@ -39,14 +39,14 @@ def vendi_score(features: Rows) -> float:
     return float(np.exp(_entropy(np.linalg.eigvalsh(gram / len(rows)))))
 
 
-def effective_rank(features: Rows) -> float:
+def effective_rank(features: Rows | Moments) -> float:
     """Compute the effective rank of centred features (Roy and Vetterli, "The effective rank", 2007).
 
     The exponential of the entropy of the singular values, scaled to a sum of 1. It is 1 where all features
     lie on a line, and D where they spread evenly over all channels.
 
     Args:
-        features: ``[N, D]``.
+        features: ``[N, D]``, or their moments.
 
     Returns:
         The rank, from 1; 0 where all rows are equal.
@@ -54,9 +54,12 @@ def effective_rank(features: Rows) -> float:
     Raises:
         RepaError: the features are not ``[N, D]`` or not finite.
     """
-    rows = as_rows(features)
-    centred = rows - rows.mean(axis=0)
-    gram = centred @ centred.T if len(rows) < rows.shape[1] else centred.T @ centred
+    if isinstance(features, Moments):
+        gram = features.covariance
+    else:
+        rows = as_rows(features)
+        centred = rows - rows.mean(axis=0)
+        gram = centred @ centred.T if len(rows) < rows.shape[1] else centred.T @ centred
     eigenvalues = np.linalg.eigvalsh(gram)
     # below the rounding of the largest there is noise, whose roots would count
     floor = eigenvalues[-1] * len(gram) * np.finfo(np.float64).eps

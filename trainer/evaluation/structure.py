@@ -22,6 +22,11 @@ SLOPE_DISTANCES = 8
 """Distances 1 to this one give the slope."""
 
 
+def measurable(grid: tuple[int, int]) -> bool:
+    """Return whether a grid is large enough for all four measures."""
+    return sum(grid) - 2 >= SLOPE_DISTANCES
+
+
 def local_distant_similarity(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return the mean cosine of neighbours minus that of distant tokens (LDS).
 

@@ -1,0 +1,1 @@
+"""`repa analyze` looks into caches and runs."""
