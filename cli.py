@@ -17,7 +17,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from . import __version__
-from .commands.analyze.run import AnalyzeFlags, analyze
+from .commands.analyze.flags import AnalyzeFlags
+from .commands.analyze.run import analyze
 from .commands.bench.measured import METHODS as MEASURED_METHODS
 from .commands.bench.measured import BenchSettings
 from .commands.cache.app import cache_app

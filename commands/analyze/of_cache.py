@@ -29,7 +29,7 @@ from ...trainer.evaluation.moments import MomentSums
 from ...trainer.evaluation.tokens import OBJECT_IMAGES, TokenSums, object_component
 from ...trainer.methods.alignment import attention_target, target
 from .chosen import batches, chosen_rows, chosen_teachers, columns_of
-from .run import DOCUMENT
+from .flags import DOCUMENT
 from .tables import print_attention, print_latents, print_tokens
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from ...data.format.manifest import Manifest
     from ..shared.decoder import Decoder
-    from .run import AnalyzeFlags
+    from .flags import AnalyzeFlags
 
 
 def analyze_cache(flags: AnalyzeFlags, console: Console) -> None:

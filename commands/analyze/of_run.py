@@ -24,7 +24,7 @@ from ...trainer.sampling.generate import model_of_file, newest_checkpoint
 from ...trainer.settings_file import load_yaml
 from ...trainer.step.checkpoints import checkpoints_of
 from .chosen import batches, chosen_rows, chosen_teachers, columns_of
-from .run import DOCUMENT
+from .flags import DOCUMENT
 from .tables import print_blocks
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
-    from .run import AnalyzeFlags
+    from .flags import AnalyzeFlags
 
 _FITTED = 0.75
 

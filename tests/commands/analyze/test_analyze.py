@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from repa.commands.analyze.run import DOCUMENT, AnalyzeFlags, analyze
+from repa.commands.analyze.flags import DOCUMENT, AnalyzeFlags
+from repa.commands.analyze.run import analyze
 from repa.data.errors import RepaError
 from repa.data.format.columns import MOMENTS, ColumnSpec
 from repa.data.testing import expected_row, synthetic_cache
