@@ -111,7 +111,8 @@ def _drawn_rows(reader: CacheReader, rows: NDArray[np.int64], flags: AnalyzeFlag
     """
     if not flags.rows:
         spread = np.linspace(0, len(rows) - 1, min(flags.pictures, len(rows))).astype(int)
-        return rows[spread]
+        some: NDArray[np.int64] = rows[spread]
+        return some
     for row in flags.rows:
         if row not in reader.valid_rows:
             raise RepaError(

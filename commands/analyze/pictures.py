@@ -136,20 +136,20 @@ def draw_blocks(times: Mapping[str, Mapping[str, Any]], teachers: Sequence[str],
         path: of the PNG file.
     """
     measures = [
-        *(("CKNNA", lambda each, name=teacher: each["cknna"][name], teacher) for teacher in teachers),
-        ("accuracy of a linear probe", lambda each: each["probe"], ""),
-        ("norm of a token", lambda each: each["norm"], ""),
+        *((f"CKNNA with {teacher}", "cknna", teacher) for teacher in teachers),
+        ("accuracy of a linear probe", "probe", None),
+        ("norm of a token", "norm", None),
     ]
     plt = _pyplot()
     figure, axes = plt.subplots(
         1, len(measures), figsize=(4.2 * len(measures), 3.2), layout="constrained", squeeze=False
     )
-    for each, (title, value, teacher) in zip(axes[0], measures, strict=True):
+    for each, (title, key, teacher) in zip(axes[0], measures, strict=True):
         for time, blocks in times.items():
-            numbers = [value(numbers) for numbers in blocks.values()]
+            numbers = [of[key] if teacher is None else of[key][teacher] for of in blocks.values()]
             if None not in numbers:
                 each.plot([int(block) for block in blocks], numbers, marker="o", label=f"t = {time}")
-        each.set_title(f"{title} with {teacher}" if teacher else title, fontsize=10)
+        each.set_title(title, fontsize=10)
         each.set_xlabel("block")
         each.xaxis.get_major_locator().set_params(integer=True)
         each.grid(visible=True, alpha=0.3)

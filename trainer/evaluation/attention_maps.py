@@ -33,4 +33,5 @@ def attention_entropy(maps: Tensor) -> Tensor:
     Returns:
         Nats ``[B, H]``, from 0, where each token looks at one other, to log T, where it looks at all alike.
     """
-    return torch.special.entr(maps).sum(dim=-1).mean(dim=-1)
+    entropy: Tensor = torch.special.entr(maps).sum(dim=-1).mean(dim=-1)
+    return entropy
