@@ -61,6 +61,8 @@ sample --ckpt text
 sample --ckpt nowhere.pt
 plan --data nowhere
 bench sampler
+compare nowhere
+compare folder
 cache info nowhere
 cache info text
 cache info damaged

@@ -26,6 +26,7 @@ IMAGES = 2304  # of which the held-out rows are not trained on
 HOLDOUT = 256
 SAMPLES = 160
 SOLVER_STEPS = 12
+GUIDANCE = 2
 
 
 def demo(
@@ -36,7 +37,7 @@ def demo(
     images: int = IMAGES,
     methods: str = METHODS,
 ) -> None:
-    """Preprocess the demo's images, train each method for the same steps, sample, compare, draw.
+    """Preprocess the demo's images, train each method for the same steps, sample, draw, compare.
 
     The same call resumes a demo that was cut off: each of its commands does.
 
@@ -86,13 +87,14 @@ def demo(
     for run in runs:
         _train(say_and_run, run, chosen[run.method], cache, steps)
     for run in runs:
-        solver = ("--solver", "heun", "--steps", SOLVER_STEPS, "--guidance", 2, "--seed", 0)
+        solver = ("--solver", "heun", "--steps", SOLVER_STEPS, "--guidance", GUIDANCE, "--seed", 0)
         say_and_run("sample", "--run", run.folder, "--num", SAMPLES, "--npz", "--out", run.samples, *solver)
 
     from .report import report
 
     print()
     report(cache, runs, out)
+    say_and_run("compare", *(run.folder for run in runs), "--out", out / "compare.html")
     print(f"The demo took {(time.perf_counter() - started) / 60:.1f} minutes.")
 
 
@@ -105,7 +107,9 @@ def _train(
         "eval_every": max(steps // 6, 1),
         "log_every": 20,
         "checkpoint_every": 400,
-        "preview_every": 0,
+        "preview_every": max(steps // 2, 1),
+        "preview_steps": SOLVER_STEPS,
+        "preview_guidance": GUIDANCE,
     }
     if "projector_width" in {item.name for item in fields(method.config_class)}:
         # the paper's 2,048 are for backbones of 384 channels and more

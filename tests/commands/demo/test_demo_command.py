@@ -58,10 +58,15 @@ def test_demo_from_images_to_picture(tmp_path: Path, capsys: pytest.CaptureFixtu
     with Image.open(out / "demo.png") as picture:
         assert picture.width > 1000
 
+    page = (out / "compare.html").read_text()
+    assert page.count("<img ") == 3 * 3  # of three runs, the previews of three steps
+    assert 'id="notes"' not in page
+
     written = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.ckpt")}
     demo(run_command, out=out, steps=3, images=64)
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.ckpt")} == written
     assert json.loads((out / "demo.json").read_text()) == numbers
+    assert (out / "compare.html").read_text() == page
 
     # others on the same cache, one with a backbone of its own and one without a teacher: the report is of
     # those that were asked for
