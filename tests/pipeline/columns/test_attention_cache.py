@@ -189,7 +189,6 @@ def test_ranks_of_a_launcher_write_what_one_process_does(
     [
         ({"attention_kl": 0.5}, {"attention_rank": 16}),
         ({"attention_rank": 16}, {"attention_kl": 0.5}),
-        ({"attention_bytes": 6000}, {"attention_bytes": 9000}),
     ],
 )
 def test_a_form_that_nothing_was_written_with_is_replaced(
