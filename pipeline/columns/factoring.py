@@ -44,6 +44,7 @@ ITERATIONS = 2
 _INT4_RANGE = 0.85
 _JITTER = 1e-10  # of a diagonal of ones: where there are fewer directions than components
 _LEAST_WEIGHT = 1e-3  # of the mean key's: one that no query looks at must not come to be looked at
+_CACHED_NUMBERS = 1 << 18  # of an attention map, as float32 1 MiB
 _FLOOR = 1e-8  # of the largest second moment: a component below has no part in any logit
 
 
@@ -64,23 +65,50 @@ def factorise(
         Queries and keys, uint8 ``[B, bytes]``, and scales, float32 ``[B, n]``. What is not finite has scales
         that are not.
     """
+    kept, rotation, largest = _of_layout(layout, block, queries.device)
+    heads = queries.shape[1]
+    size = heads
+    if queries.device.type == "cpu":
+        # as many maps at a time as stay in a core's cache
+        size = max(1, _CACHED_NUMBERS // queries.shape[2] ** 2)
+    parts = [
+        _factors(
+            queries[:, some],
+            keys[:, some],
+            basis[some, :, : kept.shape[-1]],
+            (kept[some], rotation[some], largest[some]),
+            logit_scale,
+        )
+        for some in (slice(start, start + size) for start in range(0, heads, size))
+    ]
+    q, k, scale = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
+    order = torch.cat(places(layout, block, kept.shape[-1], queries.device))
+    scales = scale.flatten(1).index_select(1, order)
+    return pack(layout, block, q), pack(layout, block, k), scales
+
+
+def _factors(
+    queries: Tensor,
+    keys: Tensor,
+    basis: Tensor,
+    layout: tuple[Tensor, Tensor, Tensor],
+    logit_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the integers of some heads, each ``[B, H, T, r]``, and their scales, ``[B, H, 1, r]``."""
+    kept, rotation, largest = layout
     keys = centred(keys)
     logits = queries @ keys.mT
     attention = torch.softmax(logits * logit_scale, dim=-1)
-    kept, rotation, largest = _of_layout(layout, block, queries.device)
     received = attention.mean(dim=-2)
     weights = received + _LEAST_WEIGHT / keys.shape[-2]
-    q, k = _subspace(queries, keys, weights, basis[..., : kept.shape[-1]])
+    q, k = _subspace(queries, keys, weights, basis)
     q, k = q.float() * kept, k.float() * kept
-
     k = _refine_keys(logits, attention, q, k)
     q, k = q @ rotation, k @ rotation
     k, key_scale = _rounded(k, largest)
     # the keys are their integers from here on, and their scales the queries' part
     q, scale = _rounded(_refine_queries(logits, attention, received, q * key_scale, k), largest)
-    order = torch.cat(places(layout, block, kept.shape[-1], queries.device))
-    scales = scale.flatten(1).index_select(1, order)
-    return pack(layout, block, q), pack(layout, block, k), scales
+    return q, k, scale
 
 
 def start_basis(query_moment: Tensor, key_moment: Tensor) -> Tensor:
@@ -176,22 +204,29 @@ def _orthonormal(directions: Tensor, moment: Tensor) -> Tensor:
 
 def _refine_keys(logits: Tensor, attention: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """Move each key to where the weighted change of its column of logits is less."""
-    off = logits - q @ k.mT
-    # a constant of a row changes no softmax: it is no error
-    off = off - (attention * off).sum(-1, keepdim=True)
-    weights = attention.mT.contiguous()
-    return k + _step((attention * off).mT @ q, q.square().sum(-2), lambda step: (weights * (step @ q.mT)) @ q)
+    gradient = _weighted(logits - q @ k.mT, attention).mT @ q
+
+    def curvature(step: Tensor) -> Tensor:
+        return (q @ step.mT).mul_(attention).mT @ q
+
+    return k + _step(gradient, q.square().sum(-2), curvature)
 
 
 def _refine_queries(logits: Tensor, attention: Tensor, received: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """Move each query to where the weighted change of its row of logits is less."""
+    gradient = _weighted(logits - q @ k.mT, attention) @ k
 
-    def curved(change: Tensor) -> Tensor:
-        weighted = attention * change
-        return (weighted - attention * weighted.sum(-1, keepdim=True)) @ k
+    def curvature(step: Tensor) -> Tensor:
+        return _weighted(step @ k.mT, attention) @ k
 
     metric = (received.unsqueeze(-1) * k.square()).sum(-2)
-    return q + _step(curved(logits - q @ k.mT), metric, lambda step: curved(step @ k.mT))
+    return q + _step(gradient, metric, curvature)
+
+
+def _weighted(change: Tensor, attention: Tensor) -> Tensor:
+    """Weigh a change of logits, in place, less the constant of each row, which changes no softmax."""
+    weighted = change.mul_(attention)
+    return weighted.addcmul_(attention, weighted.sum(-1, keepdim=True), value=-1)
 
 
 def _step(gradient: Tensor, metric: Tensor, curvature: Callable[[Tensor], Tensor]) -> Tensor:
