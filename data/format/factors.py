@@ -56,35 +56,37 @@ def unpack(
     Returns:
         Queries and keys, each float32 ``[B, H, T, r]``. A head with fewer than r components has zeros beyond.
     """
-    factors = scales[:, layout.scales_of(block)].float().unsqueeze(-1)
-    whole, _ = layout.counts(block)
-    decoded = []
-    for rows, scaled in ((queries, True), (keys, False)):
-        parts = _numbers(layout, block, rows[:, layout.bytes_of(block)])
-        if scaled:
-            parts = parts[0] * factors[:, :whole], parts[1] * factors[:, whole:]
-        decoded.append(_spread(layout, block, parts))
-    return decoded[0], decoded[1]
-
-
-def _numbers(layout: FactorLayout, block: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the integers of a block as float32, of int8 ``[B, n, T]`` and of int4."""
-    whole, half = layout.counts(block)
-    tokens = layout.tokens
-    eight = rows[:, : whole * tokens].view(torch.int8).reshape(len(rows), whole, tokens)
-    four = rows[:, whole * tokens :].reshape(len(rows), half, half_bytes(tokens))
-    numbers = torch.cat([four & 15, four >> 4], dim=-1)[..., :tokens]
-    return eight.float(), numbers.float().sub_(_INT4_ZERO)
-
-
-def _spread(layout: FactorLayout, block: int, parts: tuple[Tensor, Tensor]) -> Tensor:
-    """Bring the components of all heads, ``[B, n, T]``, to ``[B, H, T, r]``."""
+    decoded = [_numbers(layout, block, rows[:, layout.bytes_of(block)]) for rows in (queries, keys)]
     rank = layout.rank(block)
-    images, _, tokens = parts[0].shape
-    spread = parts[0].new_zeros(images, layout.heads * rank, tokens)
-    for values, chosen in zip(parts, places(layout, block, rank, spread.device), strict=True):
-        spread.index_copy_(1, chosen, values)
-    return spread.view(images, layout.heads, rank, tokens).mT
+    own = scales[:, layout.scales_of(block)].float()
+    factors = own.new_zeros(len(own), layout.heads * rank)
+    factors[:, torch.cat(places(layout, block, rank, own.device))] = own
+    decoded[0].mul_(factors.view(len(own), layout.heads, rank, 1))
+    return decoded[0].mT, decoded[1].mT
+
+
+def _numbers(layout: FactorLayout, block: int, rows: Tensor) -> Tensor:
+    """Return the integers of a block as float32, ``[B, H, r, T]``, with zeros where a head has no component.
+
+    They are written once, where they stay: at this size a copy costs more than the arithmetic.
+    """
+    count, halves = layout.counts(block)
+    images, tokens, half = len(rows), layout.tokens, half_bytes(layout.tokens)
+    eight = rows[:, : count * tokens].view(torch.int8).reshape(images, count, tokens)
+    four = rows[:, count * tokens :].reshape(images, halves, half)
+    low, high = (nibbles.to(torch.int8).sub_(_INT4_ZERO) for nibbles in (four & 15, four >> 4))
+    numbers = torch.empty(
+        images, layout.heads, layout.rank(block), tokens, dtype=torch.float32, device=rows.device
+    )
+    first, second = 0, 0
+    for head, (whole, rounded) in enumerate(layout.components[block]):
+        kept = whole + rounded
+        numbers[:, head, :whole] = eight[:, first : first + whole]
+        numbers[:, head, whole:kept, :half] = low[:, second : second + rounded]
+        numbers[:, head, whole:kept, half:] = high[:, second : second + rounded, : tokens - half]
+        numbers[:, head, kept:] = 0
+        first, second = first + whole, second + rounded
+    return numbers
 
 
 @lru_cache(maxsize=256)
