@@ -243,7 +243,8 @@ def _bench(
     parts: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[loader|writer|preprocess|train|fidelity]...", help="Parts; default all but fidelity."
+            metavar="[loader|attention|writer|preprocess|train|fidelity]...",
+            help="Parts; default all but fidelity.",
         ),
     ] = None,
     model: Annotated[str, typer.Option(help="Backbone of the training step.")] = "SiT-T/1",
@@ -284,7 +285,7 @@ def _bench(
         bool, typer.Option("--random-weights", help="Of fidelity: draw the teacher's weights.")
     ] = False,
 ) -> None:
-    """Measure loader, writer, preprocess and training step against their limits, side by side in one run.
+    """Measure loader, stored attention, writer, preprocess and training step, side by side in one run.
 
     `fidelity` measures what every form of stored attention and tokens changes, and what encoding costs beside
     the teacher's forward pass.

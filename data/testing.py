@@ -185,7 +185,8 @@ def synthetic_provenance(
     if source == AUTOENCODER and "moments" in shapes:
         grid = (shapes["moments"][1], shapes["moments"][2])
     elif grid is None:
-        tokens = shapes["patch"][0] if "patch" in shapes else shapes["q"][2] if "q" in shapes else 1
+        queries = shapes.get("q", ())
+        tokens = shapes["patch"][0] if "patch" in shapes else queries[2] if len(queries) > 1 else 1
         grid = (isqrt(tokens), tokens // isqrt(tokens))
     model = model_of(source)
     return Provenance(

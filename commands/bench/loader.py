@@ -40,7 +40,7 @@ _FEW = BATCH_SIZE
 _BLOCK = 4 << 20
 
 
-class _Pass(NamedTuple):
+class Pass(NamedTuple):
     """One measurement, as rows read and the seconds and CPU seconds they took."""
 
     rows: int
@@ -58,7 +58,7 @@ def bench_loader(settings: BenchSettings, room: Path) -> Iterator[tuple[str, str
     """
     rows = max(settings.rows, BATCH_SIZE) // BATCH_SIZE * BATCH_SIZE
     for form, columns in FORMS.items():
-        bench = _Bench(room / form, columns, rows)
+        bench = LoaderBench(room / form, columns, rows)
         what = f"{form}, {rows:,} rows of {bench.row_bytes:,} bytes, batch {BATCH_SIZE}"
         yield f"loader: {what}, page cache warm", "rows/s", bench.lines(bench.warm(), settings.rounds)
         state = "cold" if bench.can_drop() else "NOT cold, it cannot be emptied here"
@@ -66,16 +66,30 @@ def bench_loader(settings: BenchSettings, room: Path) -> Iterator[tuple[str, str
         shutil.rmtree(room / form)
 
 
-class _Bench:
-    """A cache, the same rows in a plain file, and what is measured with them."""
+class LoaderBench:
+    """A cache, the same rows in a plain file, and what is measured with them.
 
-    def __init__(self, room: Path, columns: Mapping[str, ColumnSpec], rows: int) -> None:
+    Attributes:
+        cache: its folder.
+        columns: of the cache, name → spec.
+        row_bytes: of all columns.
+    """
+
+    def __init__(
+        self,
+        room: Path,
+        columns: Mapping[str, ColumnSpec],
+        rows: int,
+        notes: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         self.row_bytes = sum(spec.row_bytes for spec in columns.values())
-        self._columns = columns
-        self._cache = room / "cache"
-        manifest = synthetic_cache(self._cache, num_rows=rows, columns=columns, shard_rows=SHARD_ROWS)
+        self.columns = columns
+        self.cache = room / "cache"
+        manifest = synthetic_cache(
+            self.cache, num_rows=rows, columns=columns, shard_rows=SHARD_ROWS, notes=notes or {}
+        )
         self._shards = [
-            shard_file(self._cache, column, spec, shard)
+            shard_file(self.cache, column, spec, shard)
             for column, spec in columns.items()
             for shard in range(manifest.num_shards)
         ]
@@ -88,7 +102,7 @@ class _Bench:
             plain[start : start + BATCH_SIZE] = np.arange(self.row_bytes, dtype=np.uint8)
         plain.flush()
 
-    def lines(self, variants: Mapping[str, Callable[[], _Pass]], rounds: int) -> list[Measured]:
+    def lines(self, variants: Mapping[str, Callable[[], Pass]], rounds: int) -> list[Measured]:
         """Measure every variant in turn."""
         cpu: dict[str, list[float]] = {name: [] for name in variants}
 
@@ -108,23 +122,23 @@ class _Bench:
             for name, values in rates.items()
         ]
 
-    def warm(self) -> dict[str, Callable[[], _Pass]]:
+    def warm(self) -> dict[str, Callable[[], Pass]]:
         """Measure what is read out of the page cache."""
-        variants: dict[str, Callable[[], _Pass]] = {"copy from a memory map (limit)": self._copy}
+        variants: dict[str, Callable[[], Pass]] = {"copy from a memory map (limit)": self.copy}
         for threads in THREADS:
             for check_crc in (False, True):
                 name = f"repa, {_threads(threads)}, crc32c {'on' if check_crc else 'off'}"
-                variants[name] = partial(self._load, threads, "off", check_crc=check_crc, warm_up=True)
+                variants[name] = partial(self.load, threads, "off", check_crc=check_crc, warm_up=True)
         return {**variants, **self._others()}
 
-    def cold(self) -> dict[str, Callable[[], _Pass]]:
+    def cold(self) -> dict[str, Callable[[], Pass]]:
         """Measure what is read from the disk."""
-        variants: dict[str, Callable[[], _Pass]] = {"sequential O_DIRECT reads (limit)": self._sequential}
+        variants: dict[str, Callable[[], Pass]] = {"sequential O_DIRECT reads (limit)": self._sequential}
         for threads in THREADS:
             for direct in ("on", "off"):
                 way = "O_DIRECT" if direct == "on" else "page cache"
-                variants[f"repa, {_threads(threads)}, {way}"] = partial(self._load, threads, direct)
-        variants = {**variants, "copy from a memory map": self._copy, **self._others()}
+                variants[f"repa, {_threads(threads)}, {way}"] = partial(self.load, threads, direct)
+        variants = {**variants, "copy from a memory map": self.copy, **self._others()}
         return {name: partial(self._dropped, action) for name, action in variants.items()}
 
     def can_drop(self) -> bool:
@@ -146,7 +160,7 @@ class _Bench:
                 return False
         return True
 
-    def _dropped(self, action: Callable[[], _Pass]) -> _Pass:
+    def _dropped(self, action: Callable[[], Pass]) -> Pass:
         self._drop()
         return action()
 
@@ -156,20 +170,21 @@ class _Bench:
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def _copy(self) -> _Pass:
+    def copy(self) -> Pass:
+        """Copy rows from a memory map into one reused batch buffer."""
         plain = np.load(self._plain, mmap_mode="r")
         order = permutation(0, 0, len(plain))
         buffer = np.ones((BATCH_SIZE, self.row_bytes), dtype=np.uint8)
-        with _Timer() as timer:
+        with Timer() as timer:
             for start in range(0, len(order), BATCH_SIZE):
                 for position, row in enumerate(order[start : start + BATCH_SIZE]):
                     buffer[position] = plain[row]
         return timer.result(len(order))
 
-    def _sequential(self) -> _Pass:
+    def _sequential(self) -> Pass:
         memory = mmap.mmap(-1, _BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         total = 0
-        with _Timer() as timer:
+        with Timer() as timer:
             for path in self._shards:
                 descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
                 try:
@@ -181,9 +196,10 @@ class _Bench:
                     os.close(descriptor)
         return timer.result(total // self.row_bytes)
 
-    def _load(self, threads: int, direct: str, *, check_crc: bool = True, warm_up: bool = False) -> _Pass:
-        columns = tuple(self._columns)
-        with CacheReader(self._cache, columns, check_crc=check_crc, direct=direct) as reader:
+    def load(self, threads: int, direct: str, *, check_crc: bool = True, warm_up: bool = False) -> Pass:
+        """Read an epoch of batches, after one that does not count if the page cache is to be warm."""
+        columns = tuple(self.columns)
+        with CacheReader(self.cache, columns, check_crc=check_crc, direct=direct) as reader:
             count = len(reader.valid_rows)
             loader = CacheLoader(
                 reader,
@@ -197,43 +213,43 @@ class _Bench:
             # warm: an epoch to open shards and settle buffers, as in a long run; then one that counts
             for _ in range(count // BATCH_SIZE if warm_up else 0):
                 next(batches)
-            with _Timer() as timer:
+            with Timer() as timer:
                 seen = sum(len(batch.rows) for batch in batches)
             loader.close()
         return timer.result(seen)
 
-    def _others(self) -> dict[str, Callable[[], _Pass]]:
+    def _others(self) -> dict[str, Callable[[], Pass]]:
         """Other readers of the same cache, those that are installed."""
-        found: dict[str, Callable[[], _Pass]] = {}
+        found: dict[str, Callable[[], Pass]] = {}
         if find_spec("tensorstore") is not None:
             found["tensorstore, batches into given buffers"] = self._tensorstore
         found["zarr-python, row by row"] = self._zarr
         return found
 
     def _rows(self, limit: int | None = None) -> NDArray[np.int64]:
-        count = open_manifest(self._cache).num_rows
+        count = open_manifest(self.cache).num_rows
         return permutation(1, 0, count)[: min(count, limit or count)]
 
     def _buffers(self) -> dict[str, NDArray[Any]]:
         return {
             column: np.ones((BATCH_SIZE, *spec.shape), dtype=spec.numpy_dtype)
-            for column, spec in self._columns.items()
+            for column, spec in self.columns.items()
         }
 
-    def _tensorstore(self) -> _Pass:
+    def _tensorstore(self) -> Pass:
         import tensorstore
 
         context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
         stores = {
             column: tensorstore.open(
-                {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{self._cache / column}/"}},
+                {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{self.cache / column}/"}},
                 context=context,
             ).result()
-            for column in self._columns
+            for column in self.columns
         }
         order, buffers = self._rows(), self._buffers()
         targets = {column: tensorstore.array(buffer, copy=False) for column, buffer in buffers.items()}
-        with _Timer() as timer:
+        with Timer() as timer:
             for rows in np.split(order, len(order) // BATCH_SIZE):
                 pending = [
                     targets[column].write(store[tensorstore.d[0][rows.tolist()]][:, 0])
@@ -243,23 +259,23 @@ class _Bench:
                     each.result()
         return timer.result(len(order))
 
-    def _zarr(self) -> _Pass:
+    def _zarr(self) -> Pass:
         import zarr
 
-        group: Any = zarr.open_group(self._cache, mode="r")
-        arrays = {column: group[column] for column in self._columns}
+        group: Any = zarr.open_group(self.cache, mode="r")
+        arrays = {column: group[column] for column in self.columns}
         order, buffers = self._rows(_FEW), self._buffers()
-        with _Timer() as timer:
+        with Timer() as timer:
             for position, row in enumerate(order.tolist()):
                 for column, array in arrays.items():
                     buffers[column][position % BATCH_SIZE] = array[row, 0]
         return timer.result(len(order))
 
 
-class _Timer:
+class Timer:
     """Seconds and CPU seconds of all threads of this process, of what runs in the context."""
 
-    def __enter__(self) -> _Timer:
+    def __enter__(self) -> Timer:
         self._started = time.perf_counter(), time.process_time()
         return self
 
@@ -267,8 +283,9 @@ class _Timer:
         started, cpu = self._started
         self._seconds, self._cpu = time.perf_counter() - started, time.process_time() - cpu
 
-    def result(self, rows: int) -> _Pass:
-        return _Pass(rows, self._seconds, self._cpu)
+    def result(self, rows: int) -> Pass:
+        """Return what was measured, of so many rows."""
+        return Pass(rows, self._seconds, self._cpu)
 
 
 def _threads(count: int) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-SPEEDS = ("loader", "writer", "preprocess", "train")
+SPEEDS = ("loader", "attention", "writer", "preprocess", "train")
 """The parts that need no teacher's weights and no images."""
 FIDELITY = "fidelity"
 PARTS = (*SPEEDS, FIDELITY)
@@ -50,6 +50,7 @@ def bench(
         _refuse_unused(settings)
     from ...pipeline.encoders import find_teacher
     from ..shared.terminal import PlainConsole
+    from .attention import bench_attention
     from .fidelity import bench_fidelity, print_fidelity
     from .loader import bench_loader
     from .preprocess import bench_preprocess
@@ -64,6 +65,7 @@ def bench(
     results: dict[str, list[Measured]] = {}
     jobs: dict[str, Callable[[BenchSettings, Path], Iterable[tuple[str, str, list[Measured]]]]] = {
         "loader": bench_loader,
+        "attention": bench_attention,
         "writer": bench_writer,
         "preprocess": lambda *given: [bench_preprocess(*given)],
         "train": lambda *given: [bench_train(*given)],

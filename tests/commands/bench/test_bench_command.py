@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from repa.commands.bench.attention import ATTENTION_FORMS
 from repa.commands.bench.forms import FORMS
 from repa.commands.bench.measured import BenchSettings, Measured, interleaved
 from repa.commands.bench.run import SPEEDS, bench
@@ -54,6 +55,18 @@ def test_the_forms_are_those_of_the_readme() -> None:
     }
 
 
+def test_the_forms_of_attention_are_of_the_sizes_that_are_told() -> None:
+    # q and k of 36 heads: 512 bytes a component in int8, 256 in int4; float32 scales, of each or of both
+    assert {
+        name: sum(spec.row_bytes for spec in form.columns.values()) for name, form in ATTENTION_FORMS.items()
+    } == {
+        "int8, one basis, rank 32": 36 * 32 * (512 + 8),
+        "int8, whole": 36 * 64 * (512 + 8),
+        "factors, 16 int8 and 32 int4": 36 * (16 * 516 + 32 * 260),
+        "factors, 10 int8 and 16 int4": 36 * (10 * 516 + 16 * 260),
+    }
+
+
 def small(form: Mapping[str, ColumnSpec]) -> dict[str, ColumnSpec]:
     """The same columns with shapes a quarter as long."""
     shapes = {name: tuple(side // 4 for side in spec.shape) for name, spec in form.items()}
@@ -64,12 +77,14 @@ def small(form: Mapping[str, ColumnSpec]) -> dict[str, ColumnSpec]:
 def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for form, columns in FORMS.items():
         monkeypatch.setitem(FORMS, form, small(columns))
+    for form in list(ATTENTION_FORMS)[:-1]:
+        monkeypatch.delitem(ATTENTION_FORMS, form)
     settings = BenchSettings(batch_size=4, images=8, rows=128, steps=1, rounds=1, methods="haste,urepa,sra")
     text = StringIO()
     # per form: warm 7 lines of ours and the limit, cold 8; and zarr, perhaps tensorstore, in each
     others = 4 * (1 + (find_spec("tensorstore") is not None)) - 2
     results = bench((), settings, folder=tmp_path, console=Console(file=text, width=160))
-    assert [len(results[part]) for part in SPEEDS] == [32 + others, 6, 4, 10]
+    assert [len(results[part]) for part in SPEEDS] == [32 + others, 4, 6, 4, 10]
     for lines in results.values():
         assert lines[0].ratio(lines[0]) == 1.0
         assert all(rate > 0 for line in lines for rate in line.rates)
@@ -103,7 +118,9 @@ def test_every_method_is_measured_by_default() -> None:
 
 
 def test_unknown_parts_and_sizes_are_refused() -> None:
-    with pytest.raises(RepaError, match="no part sampler; the parts are loader, writer, preprocess, train"):
+    with pytest.raises(
+        RepaError, match="no part sampler; the parts are loader, attention, writer, preprocess, train"
+    ):
         bench(["sampler"], BenchSettings())
     with pytest.raises(RepaError, match="--rounds 0"):
         BenchSettings(rounds=0)
