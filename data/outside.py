@@ -42,7 +42,7 @@ def find_outside(
     Args:
         name: of an entry point, or ``module:Class``.
         group: of entry points.
-        flag: the flag that named it, for errors.
+        flag: the flag that named it, or ``--set KEY=``, for errors.
         what: what it should be, as ``image source``, for errors.
         example: how such a thing is named in full.
         may_import: whether a module may be imported because the name says so.
@@ -62,11 +62,19 @@ def find_outside(
     else:
         raise RepaError(
             f"the {what} {name} is code from outside repa, and a file alone cannot have it imported",
-            f"if you trust that code, name it on the command line too: {flag} {name}",
-            field=flag,
+            f"if you trust that code, name it on the command line too: {_given(flag, name)}",
+            field=_field(flag),
         )
     _imported[group, name] = found
     return found
+
+
+def _given(flag: str, name: str) -> str:
+    return f"{flag}{name}" if flag.endswith("=") else f"{flag} {name}"
+
+
+def _field(flag: str) -> str:
+    return flag.removeprefix("--set ").removesuffix("=")
 
 
 def _entry(name: str, group: str, flag: str, what: str, example: str) -> str:
@@ -77,13 +85,13 @@ def _entry(name: str, group: str, flag: str, what: str, example: str) -> str:
         raise RepaError(
             f"{what} {shortened(name)} is unknown",
             f"installed packages offer {others}; a class is named as {example}",
-            field=flag,
+            field=_field(flag),
         )
     if len(found) > 1:
         raise RepaError(
             f"several installed packages offer the {what} {name!r} ({', '.join(found)})",
-            f"name the one you mean, as {flag} {found[0]}",
-            field=flag,
+            f"name the one you mean, as {_given(flag, found[0])}",
+            field=_field(flag),
         )
     return found[0]
 
@@ -97,7 +105,7 @@ def _import(target: str, flag: str, what: str) -> Any:
         raise RepaError(
             f"{what} {target}: the module {module} cannot be imported ({reason})",
             f"start where it lies, or install its package; `python -c 'import {module}'` shows more",
-            field=flag,
+            field=_field(flag),
         ) from error
     if not hasattr(found, attribute):
         classes = [key for key, value in vars(found).items() if isclass(value) and value.__module__ == module]
@@ -105,6 +113,6 @@ def _import(target: str, flag: str, what: str) -> Any:
         raise RepaError(
             f"{what} {target}: the module {module} has no {attribute}",
             f"did you mean {near[0]}?" if near else "define the class there, or name another module",
-            field=flag,
+            field=_field(flag),
         )
     return getattr(found, attribute)

@@ -15,6 +15,8 @@ from ..data.edge import shortened
 from ..data.errors import RepaError
 from ..data.format.columns import LABEL
 from ..data.tars.names import command_in
+from .added_callbacks import SETTING as CALLBACKS
+from .added_callbacks import find_callback
 from .methods.base import MethodConfig  # noqa: TC001 - annotations are read when settings are typed
 from .methods.named_presets import with_preset
 from .methods.outside import find_method
@@ -42,7 +44,6 @@ _OWNED_TRAINER_KEYS = {
     "log_every_n_steps": "log_every",
     "val_check_interval": "eval_every",
     "logger": "loggers",
-    "callbacks": "preview_every",
     "enable_checkpointing": "checkpoint_every",
     "enable_progress_bar": "log_every",
     "enable_model_summary": "log_every",
@@ -116,7 +117,9 @@ class TrainConfig:
         threads: reading threads of the loader.
         check_crc: compare every row read with its checksum.
         direct: read past the page cache (on), through it (off), or as is faster on that disk (auto).
-        trainer: passed on to ``lightning.Trainer``: devices, num_nodes, strategy, accelerator, …
+        trainer: passed on to ``lightning.Trainer``: devices, num_nodes, strategy, accelerator, …;
+            trainer.callbacks are names of callbacks to add, ``my_module:MyCallback`` from the command line
+            alone.
     """
 
     cache: str = ""
@@ -195,7 +198,7 @@ def build(
 ) -> TrainConfig:
     """Return the configuration of defaults < `base` < `flags` < `assignments`.
 
-    A method from outside, ``module:Class``, is imported only if `flags` or `assignments` name it.
+    What is from outside, ``module:Class``, is imported only if `flags` or `assignments` name it.
 
     Args:
         base: values of a configuration file.
@@ -204,7 +207,7 @@ def build(
 
     Raises:
         RepaError: an unknown key, with the nearest names, a value of another type, a command to run that is
-            not of the command line, or a method that cannot be had; ``field`` is the key.
+            not of the command line, or a method or callback that cannot be had; ``field`` is the key.
     """
     values = _normalise(base or {})
     _check_sections(values)
@@ -232,6 +235,9 @@ def build(
     method = from_mapping(kind, settings, prefix="method.")
     objective = _objective(dict(values.pop("objective", {})), values["model"])
     trainer = _trainer_settings(values.pop("trainer", {}))
+    if CALLBACKS in dict(given):
+        for callback in trainer["callbacks"]:
+            find_callback(callback, may_import=True)
     annotations = _annotations()
     for key in values:
         if key not in annotations:
@@ -352,6 +358,9 @@ def _trainer_settings(values: Mapping[str, Any]) -> dict[str, Any]:
         if name not in known:
             raise unknown_setting(key, [f"trainer.{each}" for each in known])
         settings[name] = value
+        if key == CALLBACKS:
+            settings[name] = list(coerce(value, tuple[str, ...], key))
+            continue
         if isinstance(value, str):
             remedy = f"give {key} a value as YAML writes it"
             settings[name] = parse_yaml(value, where=key, remedy=remedy, field=key)

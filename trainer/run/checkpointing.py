@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..added_callbacks import check_state
 from ..step.checkpoints import FOLDER, checkpoint_path, checkpoints_of
 from .callbacks import Clock, StepCallback
 from .divergence import refuse_divergence, refuse_weights
@@ -40,7 +41,8 @@ class Checkpoints(StepCallback):
         """Save if it is time.
 
         Raises:
-            RepaError: training has diverged, so that the last good checkpoint stays; or the disk refuses.
+            RepaError: training has diverged, so that the last good checkpoint stays; a callback keeps a state
+                that could not be read again; or the disk refuses.
         """
         if not self.is_due(step, self.config.checkpoint_every) and not trainer.should_stop:
             return
@@ -48,6 +50,8 @@ class Checkpoints(StepCallback):
             module.fetch_means()
             refuse_divergence(module.means.state_dict()["sums"], step, self._run)
             refuse_weights(module.parameters(), step, self._run, module.over_ranks)
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                check_state(type(callback).__name__, callback.state_dict())
             self._before()
             trainer.save_checkpoint(checkpoint_path(self._run, step))
             if trainer.is_global_zero:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from ...data.tars.cache import TarCache, manifest_of
 from ...data.tars.names import names_tars
 from ...data.tars.order import steps_of_epoch
 from ...data.units import counted
+from ..added_callbacks import find_callback
 from ..input.datamodule import columns_of_phase
 from ..input.online import live_columns, offer, read_columns
 from ..input.tar_stream import GUARANTEES
@@ -49,6 +51,8 @@ def check(config: TrainConfig, live: LiveTargets | None = None) -> Checked:
     found = Checked(live=live if config.targets == "online" else None)
     for problem in logger_problems(config):
         found.add(problem.what, problem.remedy, field=problem.field)
+    for name in config.trainer.get("callbacks", ()):
+        found.attempt(partial(find_callback, name))
     _check_model_name(config, found)
     _check_devices(config, found)
     if not config.cache:

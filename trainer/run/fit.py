@@ -12,6 +12,7 @@ from ...data.errors import RepaError
 from ...data.format.columns import LABEL, MOMENTS
 from ...data.reading.reader import CacheReader
 from ...data.units import counted
+from ..added_callbacks import make_callbacks
 from ..input.datamodule import CacheData
 from ..input.statistics import column_statistics
 from ..step.checkpoints import checkpoint_path, checkpoints_of
@@ -191,6 +192,7 @@ def _train(
         GradientAngle(config),
         metrics,
         Previews(config, run, decoder, say, clock, reports),
+        *make_callbacks(config.trainer.get("callbacks", ())),
         stop,
         Checkpoints(config, run, clock, metrics.sync),
     ]

@@ -71,6 +71,8 @@ def make_trainer(
     world = launched_world()
     settings = {**config.trainer, **launched_devices(config.trainer, world)}
     plugins = settings.pop("plugins", None) or []
+    # names, which the run makes callbacks of
+    settings.pop("callbacks", None)
     # `Stop` minds the time: Lightning's timer asks all ranks in every step, and saves nothing
     settings.pop("max_time", None)
     _check_precision(config)
