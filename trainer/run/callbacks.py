@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning.pytorch.callbacks import Callback
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ...data.units import counted
+from ...data.units import counted, human_seconds
 from .divergence import refuse_divergence
 from .metrics import MetricsFile
 from .timing import Timing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from lightning.pytorch import LightningModule, Trainer
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..config import TrainConfig
     from ..step.module import TrainingModule
     from .loggers import Reports
+    from .utilisation import Utilisation
 
 METRICS_FILE = "metrics.csv"
 _PLAIN_LINE_SECONDS = 15.0
@@ -69,6 +70,7 @@ class Metrics(StepCallback):
         evaluate: the held-out losses by name; None without held-out rows.
         reports: tells the loggers.
         bytes_read: bytes that this process has read from the cache so far; None where nobody counts them.
+        utilisation: tells the MFU; None where it is not known.
     """
 
     def __init__(
@@ -80,12 +82,14 @@ class Metrics(StepCallback):
         evaluate: Callable[[Trainer, TrainingModule], dict[str, float]] | None,
         reports: Reports,
         bytes_read: Callable[[], int] | None = None,
+        utilisation: Utilisation | None = None,
     ) -> None:
         super().__init__(config)
         self._run = run
         self._console = console
         self._evaluate = evaluate
         self._bytes_read = bytes_read
+        self._utilisation = utilisation
         self._timing: Timing | None = None
         self._file: MetricsFile | None = None
         self._reports = reports
@@ -163,10 +167,12 @@ class Metrics(StepCallback):
         cost: dict[str, float] = {}
         if rate is not None and self._timing is not None:
             cost = self._timing.values(rate)
+            if self._utilisation is not None:
+                cost["mfu"] = self._utilisation.at(step, rate)
             self._timing.write(step, cost)
         if trainer.is_global_zero:
             self._reports.values(values | cost, step)
-            self._show(step, values, rate)
+            self._show(step, values, cost)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the bar away, close what is open."""
@@ -181,14 +187,8 @@ class Metrics(StepCallback):
             self._bar.stop()
             self._bar = None
 
-    def _show(self, step: int, values: dict[str, float], rate: float | None) -> None:
-        note = " ".join(
-            f"{name.replace('_', ' ')} {value:.4f}"
-            for name, value in values.items()
-            if name in ("loss", "held_out_ema")
-        )
-        if rate is not None:
-            note += f" · {rate:,.1f} images/s"
+    def _show(self, step: int, values: Mapping[str, float], cost: Mapping[str, float]) -> None:
+        note = progress_note(values, cost)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step)
             if note:
@@ -197,9 +197,38 @@ class Metrics(StepCallback):
             time.monotonic() - self._last_line > _PLAIN_LINE_SECONDS or step == self.config.max_steps
         ):
             self._last_line = time.monotonic()
+            left = time_left(self.config, step, cost)
             self._console.print(
-                f"step {step:,}/{self.config.max_steps:,}  {note}", highlight=False, soft_wrap=True
+                f"step {step:,}/{self.config.max_steps:,}  {note}{left}", highlight=False, soft_wrap=True
             )
+
+
+def progress_note(values: Mapping[str, float], cost: Mapping[str, float]) -> str:
+    """Return the losses, the rate and, where it is known, the MFU of a step in one line.
+
+    Args:
+        values: a row of metrics.csv.
+        cost: a row of timing.csv, or nothing.
+    """
+    parts = [
+        f"{name.replace('_', ' ')} {value:.4f}"
+        for name, value in values.items()
+        if name in ("loss", "held_out_ema")
+    ]
+    note = " ".join(parts)
+    if "images_per_second" in cost:
+        note += f" · {cost['images_per_second']:,.1f} images/s"
+    if "mfu" in cost:
+        note += f" · MFU {cost['mfu']:.1%}"
+    return note
+
+
+def time_left(config: TrainConfig, step: int, cost: Mapping[str, float]) -> str:
+    """Return how long the steps to come take at the rate of the last ones, nothing at the end."""
+    rate = cost.get("images_per_second", 0.0)
+    if step >= config.max_steps or rate <= 0:
+        return ""
+    return f" · {human_seconds((config.max_steps - step) * config.batch_size / rate)} left"
 
 
 class Clock:

@@ -41,6 +41,7 @@ from .loggers import Reports, logger_ids, make_loggers
 from .previews import LatentDecoder, Previews
 from .starts import add_start, describe_start, method_changed, read_starts
 from .stop import Stop, requeue
+from .utilisation import utilisation_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -187,7 +188,10 @@ def _train(
     if decoder is None and config.preview_every:
         say("no previews: no decoder was given")
     reports = Reports(config, say)
-    metrics = Metrics(config, run, console, clock, held_out, reports, _bytes_read(checked))
+    utilisation = None
+    if checked.device is not None and checked.world_size is not None:
+        utilisation = utilisation_of(config, module, checked.device, checked.world_size)
+    metrics = Metrics(config, run, console, clock, held_out, reports, _bytes_read(checked), utilisation)
     callbacks: list[Callback] = [
         GradientAngle(config),
         metrics,
@@ -203,13 +207,7 @@ def _train(
         start = describe_start(config, checked, trainer, command=command, resumed=resumed, changed=changed)
         start["loggers"] = ids
         start["init"] = None if initial is None else initial.record
-        if from_step is not None:
-            start["from_step"], start["set_aside"] = from_step, set_newer_aside(run, from_step)
-        if method_changed(run, start):
-            say(
-                f"[yellow]note[/yellow]: the file of method {config.method_name} changed since the last start"
-            )
-        add_start(run, start)
+        _record_start(config, run, start, from_step, say)
     if resumed:
         say(f"resuming {run} at step {resumed:,}")
     if config.compile:
@@ -232,6 +230,21 @@ def _train(
     return Outcome(
         step=step, finished=step >= config.max_steps, resumed_from=resumed, trained=True, leader=leader
     )
+
+
+def _record_start(
+    config: TrainConfig,
+    run: Path,
+    start: dict[str, Any],
+    from_step: int | None,
+    say: Callable[[str], None],
+) -> None:
+    """Add a start to the run's, and set aside what is newer than the step that it goes back to."""
+    if from_step is not None:
+        start["from_step"], start["set_aside"] = from_step, set_newer_aside(run, from_step)
+    if method_changed(run, start):
+        say(f"[yellow]note[/yellow]: the file of method {config.method_name} changed since the last start")
+    add_start(run, start)
 
 
 def _say_stopped(
