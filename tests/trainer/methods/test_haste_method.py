@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from method_steps import make_step
 from repa.data.format.columns import ColumnSpec
 from repa.data.format.factor_layout import FactorLayout
 from repa.data.format.int8 import dequantise, quantise
 from repa.trainer.methods import METHODS
 from repa.trainer.methods.attention import attention_alignment
-from repa.trainer.methods.base import Flags, MethodConfig, Phase, Step
+from repa.trainer.methods.base import Flags, MethodConfig, Phase
 from repa.trainer.methods.repa import Repa, RepaConfig
 from repa.trainer.models.capture import NOTHING, Capture, Captured
 from repa.trainer.models.sit import SiT
@@ -42,21 +43,6 @@ def student_of(images: int = 3, dtype: torch.dtype = torch.float64, seed: int = 
         grids={3: (4, 4)},
         queries={block: draw(images, 4, TOKENS, 8) for block in (2, 3)},
         keys={block: draw(images, 4, TOKENS, 8) for block in (2, 3)},
-    )
-
-
-def make_step(columns: dict[str, Tensor], student: Captured, index: int = 0) -> Step:
-    blank = torch.zeros(1)
-    return Step(
-        index=index,
-        columns=columns,
-        x0=blank,
-        noise=blank,
-        t=blank,
-        condition=blank,
-        student=student,
-        interpolate=lambda t: t,
-        generator=torch.Generator(),
     )
 
 

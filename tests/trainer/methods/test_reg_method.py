@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from method_steps import make_step
 from repa.data.format.columns import ColumnSpec, scale_column
 from repa.data.format.int8 import dequantise, quantise
 from repa.trainer.methods import METHODS
-from repa.trainer.methods.base import Step
 from repa.trainer.methods.reg import PRESETS, Reg, RegConfig
 from repa.trainer.models.capture import Captured
 from repa.trainer.models.published import load_published
@@ -34,21 +34,6 @@ def make(columns: dict[str, ColumnSpec] = COLUMNS, **settings: Any) -> Reg:
     torch.manual_seed(0)
     config = RegConfig(**{"depth": 2, "projector_width": 40} | settings)
     return Reg(config, CONFIG.facts, columns, GRIDS)
-
-
-def make_step(columns: dict[str, torch.Tensor], student: Captured, index: int = 0) -> Step:
-    blank = torch.zeros(1)
-    return Step(
-        index=index,
-        columns=columns,
-        x0=blank,
-        noise=blank,
-        t=blank,
-        condition=blank,
-        student=student,
-        interpolate=lambda t: t,
-        generator=torch.Generator(),
-    )
 
 
 def test_golden(shared: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from method_steps import make_step, student_of
 from repa.data.format.columns import ColumnSpec
 from repa.trainer.methods import METHODS
 from repa.trainer.methods.alignment import cosine_similarity, stored_columns, target
@@ -43,25 +44,6 @@ def make(
     torch.manual_seed(0)
     config = RepaConfig(**{"depth": 2, "projector_width": 40} | settings)  # type: ignore[arg-type]
     return Repa(config, backbone, columns, grids)
-
-
-def make_step(columns: dict[str, torch.Tensor], student: Captured) -> Step:
-    blank = torch.zeros(1)
-    return Step(
-        index=0,
-        columns=columns,
-        x0=blank,
-        noise=blank,
-        t=blank,
-        condition=blank,
-        student=student,
-        interpolate=lambda t: t,
-        generator=torch.Generator(),
-    )
-
-
-def student_of(hidden: torch.Tensor, block: int = 2) -> Captured:
-    return Captured(prediction=None, hidden={block: hidden}, grids={block: (4, 4)})
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])
