@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from .runs import RunRead
 
+    ValuesOf: TypeAlias = Callable[[RunRead], Mapping[float, float]]
+
 Axis: TypeAlias = Literal["steps", "images", "hours"]
 AXES: tuple[Axis, ...] = ("steps", "images", "hours")
 _LARGEST = 1e300  # so that the difference of two values is finite
@@ -83,16 +85,17 @@ def group_runs(runs: Sequence[RunRead]) -> list[Group]:
         if len(members) > 1:
             seeds = {repr(run.settings.get("seed")) for run in members}
             what = "seeds" if len(seeds) == len(members) else "runs"
-            name = f"{_common(members)} ({len(members)} {what})"
+            shared = _common(members) or f"{members[0].name} and others"
+            name = f"{shared} ({len(members)} {what})"
         groups.append(Group(number=number, name=name, runs=tuple(members)))
     return groups
 
 
 def _common(runs: Sequence[RunRead]) -> str:
-    """Return what the names of runs begin with, or the first name where that is nothing."""
+    """Return what the names of runs begin with, without what counts them."""
     first, last = min(run.name for run in runs), max(run.name for run in runs)
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return first[:length].rstrip("-_ ./0123456789").removesuffix("seed").rstrip("-_ ./") or runs[0].name
+    return first[:length].rstrip("-_ ./0123456789").removesuffix("seed").rstrip("-_ ./")
 
 
 def metric_names(runs: Sequence[RunRead]) -> list[str]:
@@ -100,7 +103,7 @@ def metric_names(runs: Sequence[RunRead]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for row in run.rows for name in row if name != "step"))
 
 
-def metric_of(name: str) -> Callable[[RunRead], Mapping[float, float]]:
+def metric_of(name: str) -> ValuesOf:
     """Return what gives step → value of a metric of metrics.csv."""
     return lambda run: {row["step"]: row[name] for row in run.rows if name in row}
 
@@ -165,7 +168,7 @@ class Positions:
 
 def curves_of(
     groups: Sequence[Group],
-    values_of: Callable[[RunRead], Mapping[float, float]],
+    values_of: ValuesOf,
     positions: Mapping[str, Positions],
     most_points: int,
 ) -> list[Curve]:
@@ -179,14 +182,16 @@ def curves_of(
     """
     found = []
     for group in groups:
-        values = [values_of(run) for run in group.runs]
+        # of seeds that were begun and came to nothing there is nothing to draw
+        runs = [run for run in group.runs if values_of(run)]
+        values = [values_of(run) for run in runs]
         gaps = sum(not math.isfinite(value) for each in values for value in each.values())
         # a step that one of the seeds has not reached would let the mean jump
-        steps = sorted(set.intersection(*map(set, values)))
+        steps = sorted(set.intersection(*map(set, values))) if values else []
         if not steps:
             continue
         points = [
-            _point([positions[run.name].of(step) for run in group.runs], [each[step] for each in values])
+            _point([positions[run.name].of(step) for run in runs], [each[step] for each in values])
             for step in steps
         ]
         found.append(Curve(group=group, points=list(_thinned(points, most_points)), gaps=gaps))

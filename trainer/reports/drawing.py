@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .curves import Axis, Curve, Point
 
 WIDTH, HEIGHT = 460, 280
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 40
+LEFT, RIGHT, TOP, BOTTOM = 56, 20, 10, 40
 _LOGARITHMIC_FROM = 30  # times the smallest value that the largest is
 _DECADES = 6  # most labels of a logarithmic scale
 _LETTERS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))

@@ -13,7 +13,7 @@ from .curves import Group, seconds_of
 from .drawing import value_number
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from .runs import RunRead
 
@@ -22,7 +22,7 @@ _LONGEST_VALUE = 200
 _MOST_DIFFERING = 200
 HELD_OUT = ("held_out_ema", "held_out")
 # what two held-out losses must share, lest they be of other rows or units
-_OF_HELD_OUT = ("cache", "holdout", "condition", "latent_scale", "latent_shift")
+OF_HELD_OUT = ("cache", "holdout", "condition", "latent_scale", "latent_shift")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +110,11 @@ def held_out_tables(groups: Sequence[Group]) -> list[Table]:
     protocols: dict[tuple[tuple[str, str], ...], list[tuple[Group, RunRead]]] = {}
     for group, run in each_run(groups):
         if any(name in row for row in run.rows for name in HELD_OUT):
-            key = tuple((name, repr(value)) for name, value in _of_held_out(run).items())
+            key = tuple((name, repr(value)) for name, value in protocol_of(run, OF_HELD_OUT).items())
             protocols.setdefault(key, []).append((group, run))
     tables = []
     for members in protocols.values():
-        said = _of_held_out(members[0][1])
+        said = protocol_of(members[0][1], OF_HELD_OUT)
         found = [
             Measured(
                 group=group,
@@ -257,6 +257,14 @@ def setting_text(value: Any) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
 
 
+def protocol_of(run: RunRead, keys: Sequence[str]) -> dict[str, Any]:
+    """Return some settings that numbers must share to be compared, with those of the objective."""
+    if not keys:
+        return {}
+    objective = {key: value for key, value in run.settings.items() if key.startswith("objective.")}
+    return {key: run.settings.get(key) for key in keys} | objective
+
+
 def each_run(groups: Sequence[Group]) -> list[tuple[Group, RunRead]]:
     """List the runs with their groups, those of a group together."""
     return [(group, run) for group in groups for run in group.runs]
@@ -274,11 +282,6 @@ def _devices(run: RunRead) -> str:
     if not isinstance(device, str) or not isinstance(count, int):
         return UNKNOWN
     return f"{count} × {device[:_LONGEST_VALUE]}"
-
-
-def _of_held_out(run: RunRead) -> Mapping[str, Any]:
-    objective = {key: value for key, value in run.settings.items() if key.startswith("objective.")}
-    return {key: run.settings.get(key) for key in _OF_HELD_OUT} | objective
 
 
 def _last(run: RunRead, metric: str) -> tuple[int, float | None]:

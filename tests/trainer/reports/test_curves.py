@@ -45,6 +45,7 @@ def test_runs_without_settings_are_alone_and_a_run_made_twice_is_no_seed() -> No
     bare = [RunRead(folder=Path(name), name=name) for name in "ab"]
     assert len(group_runs(bare)) == 2
     assert [group.name for group in group_runs([run("x1"), run("x2")])] == ["x (2 runs)"]
+    assert [group.name for group in group_runs([run("b"), run("a", seed=1)])] == ["b and others (2 seeds)"]
 
 
 def test_values_that_are_not_finite_are_gaps() -> None:

@@ -185,6 +185,30 @@ def test_figures_of_another_count_or_reference_never_share_a_column(seeds: list[
     assert page.text.count("Values of fid") == 1
 
 
+def test_curves_of_other_rows_or_protocols_are_other_charts(tmp_path: Path) -> None:
+    quick = {"steps": 50, "log_every": 10}
+    runs = [
+        make_run(tmp_path / "a", **quick),
+        make_run(tmp_path / "b", lr=1e-3, **quick),
+        make_run(tmp_path / "c", holdout=64, **quick),
+    ]
+    for run in runs:
+        lines = (run / "metrics.csv").read_text().splitlines()
+        added = [f"{lines[0]},fd/demo@64", *(f"{line},{number}" for number, line in enumerate(lines[1:]))]
+        (run / "metrics.csv").write_text("\n".join(added) + "\n")
+    (runs[1] / "config.yaml").write_text(
+        (runs[1] / "config.yaml").read_text().replace("cache: cache", "cache: d")
+    )
+    page, notes = page_of(*runs)
+    assert notes == []
+    titles = [heading for heading in page.text.splitlines() if heading.startswith("Values of")]
+    assert titles.count("Values of loss") == 1
+    # of three, two have other held-out rows; one has another cache, and with it another reference
+    assert titles.count("Values of held_out_ema") == 3
+    assert titles.count("Values of fd/demo@64") == 2
+    assert sum(table[0] == ["step", "a", "c"] for table in page.tables) == 1
+
+
 MARKUP = "<script>alert(1)</script>\"'&{{ 7 * 7 }}"
 
 
