@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..pipeline.replay.live import LiveTeachers
     from ..trainer.config import TrainConfig
     from ..trainer.run.checked import Checked
+    from ..trainer.run.evaluations import Evaluator
     from .shared.decoder import Decoder
 
 RUNS = Path("runs")
@@ -156,6 +157,7 @@ def train(flags: TrainFlags, *, console: Console | None = None) -> None:
             console=console,
             live=teachers,
             decoder=_decoder(settings),
+            evaluator=_evaluator(settings, flags),
             command=sys.argv,
             from_step=flags.from_step,
         )
@@ -181,7 +183,9 @@ def _live(config: TrainConfig, flags: TrainFlags, folder: Path) -> LiveTeachers 
         RepaError: see `live_teachers`; or flags for them, but the targets come from the cache.
     """
     if config.targets != "online":
-        if needless := flags_given(flags):
+        # evaluations have encoders of their own
+        of_evaluations = ("--weights",) if config.evaluate_every else ()
+        if needless := [flag for flag in flags_given(flags) if flag not in of_evaluations]:
             raise RepaError(
                 f"{', '.join(needless)} choose live teachers",
                 "add --targets online, or leave them out",
@@ -246,6 +250,46 @@ def _decoder(config: TrainConfig) -> Decoder | None:
     name = str(provenance.notes.get("location", provenance.model))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Decoder(name, device, random_weights=provenance.random_weights)
+
+
+def _evaluator(config: TrainConfig, flags: TrainFlags) -> Evaluator | None:
+    """Make what evaluations need, None where the run has none.
+
+    Raises:
+        RepaError: the cache has nothing that the metrics could be measured against, or an encoder's weights
+            cannot be had.
+    """
+    if not config.evaluate_every:
+        return None
+    from ..trainer.evaluation.measuring import asked_for, check_asked
+    from ..trainer.run.evaluations import Evaluator
+    from .shared.references import network_specs, open_reference
+
+    reference = open_reference(config.cache, None)
+    try:
+        asked = asked_for([each.strip() for each in config.evaluate_metrics.split(",")], reference)
+        m = {each: reference.count(each) for each in reference.encoders}
+        check_asked(asked, reference, config.evaluate_num, m)
+    except RepaError as error:
+        raise RepaError(
+            error.what,
+            "set evaluate_metrics to metrics of the cache's encoders, as fd/<encoder>",
+            field="evaluate_metrics",
+        ) from error
+    assert reference.resolution is not None, "a cache has one"
+    names = {each.network for each in asked}
+    # of an online run others are of its teachers
+    files = [
+        each for each in flags.weights or () if config.targets != "online" or each.partition("=")[0] in names
+    ]
+    specs = network_specs(asked, reference, reference.resolution, None, files)
+    for spec in specs.values():
+        spec.load("cpu")  # now, for what cannot be had is else said thousands of steps later
+    return Evaluator(
+        asked=asked,
+        reference=reference,
+        load=lambda device: {name: spec.load(str(device)) for name, spec in specs.items()},
+    )
 
 
 def _print_plan(

@@ -108,6 +108,14 @@ class TrainConfig:
         preview_count: images of a grid.
         preview_steps: Heun steps of a preview.
         preview_guidance: guidance scale of a preview.
+        evaluate_every: steps between evaluations of samples of the averaged weights, as by `repa evaluate`; 0
+            makes none.
+        evaluate_num: samples of an evaluation; its curve is named after it, for figures of different numbers
+            cannot be compared.
+        evaluate_metrics: names between commas, as of ``repa evaluate --metrics``, against the run's cache.
+        evaluate_solver: solver of those samples.
+        evaluate_steps: steps of that solver.
+        evaluate_guidance: guidance scale of those samples.
         gradient_angle_every: steps between values of ``gradient_angle``, the cosine of the gradients of
             alignment and of the objective; 0 makes none.
         gradient_angle_block: block over whose parameters; none takes the last that alignment reaches.
@@ -159,6 +167,12 @@ class TrainConfig:
     preview_count: Annotated[int, Ge(1), Le(4096)] = 16
     preview_steps: _Positive = 25
     preview_guidance: float = 1.0
+    evaluate_every: _Count = 0
+    evaluate_num: Annotated[int, Ge(2), Le(_MOST)] = 5_000
+    evaluate_metrics: str = "fd"
+    evaluate_solver: Literal["euler", "heun", "sde"] = "euler"
+    evaluate_steps: _Positive = 50
+    evaluate_guidance: Annotated[float, Ge(0)] = 1.0
     gradient_angle_every: _Count = 0
     gradient_angle_block: int | None = None
     log_every: _Positive = 50

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,12 +16,16 @@ from ...data.units import counted
 from ...pipeline.lanes.lanes import usable_cores
 from ...pipeline.shard_loop.ranks import detect_rank
 from ...trainer.evaluation.feature_shards import IMAGE, FeatureShards, repeated
-from ...trainer.evaluation.image_sets import open_samples
-from ...trainer.evaluation.measuring import Measured, asked_for, check_asked, figures_of, notes_of
+from ...trainer.evaluation.measuring import (
+    Measured,
+    asked_for,
+    check_asked,
+    figures_of,
+    needs_images,
+    notes_of,
+)
 from ...trainer.evaluation.networks import BATCH
-from ...trainer.evaluation.results import Evaluation, SamplesSaid, add_evaluation
-from ...trainer.run.timing import device_hours
-from ...trainer.sampling.record import SampleFolder
+from ...trainer.evaluation.results import Evaluation, add_evaluation
 from ..shared.features import (
     FeatureJob,
     FileImages,
@@ -31,12 +34,12 @@ from ..shared.features import (
     SourceImages,
     compute_features,
 )
-from ..shared.prepared import check_devices, prepare_sampling
+from ..shared.prepared import check_devices
 from ..shared.processes import in_processes
+from ..shared.references import network_specs, open_reference
 from ..shared.terminal import progress
-from .flags import NUM
 from .printed import print_evaluation
-from .references import network_specs, open_reference
+from .samples import FOLDER, SHOWN_DIGITS, folder_of, reference_for, samples_of, short_sha256
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -48,41 +51,14 @@ if TYPE_CHECKING:
     from ...pipeline.shard_loop.ranks import Rank
     from ...trainer.evaluation.networks import FeatureNetwork
     from ...trainer.evaluation.references import Reference
+    from ...trainer.sampling.record import SampleFolder
     from ..shared.features import ImageSpec
     from .flags import EvaluateFlags
+    from .samples import Samples
 
-FOLDER = "evaluation"
-_SHOWN_DIGITS = 12
 _POLL_SECONDS = 0.5
 _ADM_METRICS = "fid,sfid,is,precision,recall"
 _CACHE_METRICS = "fd"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Samples:
-    """What is measured.
-
-    Attributes:
-        said: what evaluations record of it.
-        spec: where its images come from.
-        identity: what decides its images.
-        folder: name of the folder of its features.
-        run: folder of the run it is of; None if it is of none.
-        keep: where the images are written too.
-        condition: of each image, for that.
-        class_sorted: whether images stand class by class.
-        notes: what a reader of figures must know.
-    """
-
-    said: SamplesSaid
-    spec: ImageSpec
-    identity: Mapping[str, Any]
-    folder: str
-    run: Path | None = None
-    keep: SampleFolder | None = None
-    condition: NDArray[Any] | None = None
-    class_sorted: bool = False
-    notes: tuple[str, ...] = field(default=())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +100,9 @@ def run_evaluation(flags: EvaluateFlags, console: Console) -> None:
         if rank.rank == 0:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    out = _out(flags)
-    samples = _samples(flags, out, say)
-    for note in samples.notes:
-        say(f"note: {note}")
-    reference = open_reference(_reference(flags, samples), samples.said.resolution)
+    out = folder_of(flags)
+    samples = samples_of(flags, out, say)
+    reference = open_reference(reference_for(flags, samples), samples.said.resolution)
     names = flags.metrics or (_CACHE_METRICS if reference.cache is not None else _ADM_METRICS)
     asked = asked_for([each.strip() for each in names.split(",") if each.strip()], reference)
     specs = network_specs(
@@ -136,24 +110,18 @@ def run_evaluation(flags: EvaluateFlags, console: Console) -> None:
     )
     rows = {each: reference.count(each) for each in specs if reference.count(each)}
     check_asked(asked, reference, samples.said.num, rows)
-    with os_errors("write", out):
-        make_folder(out, samples.run)
     # before anything is sampled: what cannot be had is said now
     networks = {name: spec.load("cpu") for name, spec in specs.items()}
-    of_samples, of_reference = _sets(out, samples, reference, specs, networks, cuda)
+    with os_errors("write", out):
+        make_folder(out, samples.run)
+    encoded = [name for name in specs if needs_images(asked, reference, name)]
+    of_samples, of_reference = _sets(out, samples, reference, specs, networks, encoded, cuda)
     for each in filter(None, (of_reference, of_samples)):
         _compute(each, flags, rank, console, cuda, say)
     if rank.rank:
         return
     arrays = dict(zip(specs, (each.read() for each in of_samples.shards), strict=True))
-    twice = repeated(next(iter(arrays.values()))[IMAGE])
-    if twice is not None:
-        raise RepaError(
-            f"samples {twice[0]:,} and {twice[1]:,} are the same image, so there are fewer than "
-            f"{samples.said.num:,}",
-            "look at the samples; make them anew with different noise",
-            field="--samples" if flags.samples is not None else "--seed",
-        )
+    _refuse_repeated(next(iter(arrays.values()))[IMAGE], "--seed" if flags.samples is None else "--samples")
     measured = _measured(networks, arrays, reference, of_reference)
     evaluation = Evaluation(
         samples=samples.said,
@@ -170,146 +138,28 @@ def run_evaluation(flags: EvaluateFlags, console: Console) -> None:
     print_evaluation(evaluation, console, out)
 
 
-def _out(flags: EvaluateFlags) -> Path:
-    """Choose the folder of features and results."""
-    if flags.out is not None:
-        return flags.out
-    if flags.run is not None:
-        return flags.run
-    named = flags.checkpoint or flags.samples
-    assert named is not None, "the flags name one thing"
-    return _run_of(named) or named.parent / f"{named.stem}-{FOLDER}"
-
-
-def _run_of(checkpoint: Path) -> Path | None:
-    """Return the run that a checkpoint lies in, if it lies in one."""
-    from ...trainer.run.folder import CONFIG_FILE
-    from ...trainer.step.checkpoints import FOLDER as CHECKPOINTS
-
-    run = checkpoint.parent.parent
-    return run if checkpoint.parent.name == CHECKPOINTS and (run / CONFIG_FILE).exists() else None
-
-
-def _samples(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> _Samples:
-    if flags.samples is not None:
-        return _finished(flags)
-    return _generated(flags, out, say)
-
-
-def _finished(flags: EvaluateFlags) -> _Samples:
-    assert flags.samples is not None
-    images = open_samples(flags.samples, flags.num)
-    said = SamplesSaid(name=images.name, sha256=images.sha256, num=images.count, resolution=images.resolution)
-    identity = {"images": images.sha256, "num": images.count}
-    return _Samples(
-        said=said,
-        spec=FileImages(images=images),
-        identity=identity,
-        folder=f"samples-{_short(identity)}",
-        class_sorted=images.class_sorted,
-        notes=images.notes,
-    )
-
-
-def _generated(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> _Samples:
-    checkpoint = _checkpoint(flags)
-    run = flags.run or _run_of(checkpoint)
-    prepared = prepare_sampling(
-        checkpoint,
-        flags,
-        num=flags.num or NUM,
-        batch_size=BATCH,
-        form="npz",
-        device="cpu",
-        say=say,
-        label_mode=flags.labels,
-    )
-    record, model = prepared.record, prepared.model
-    said = SamplesSaid(
-        name=record.checkpoint,
-        sha256=record.checkpoint_sha256,
-        num=record.num,
-        resolution=model.latent_shape[1] * prepared.decoder.load().stride,
-        seed=record.seed,
-        labels=record.label_mode,
-        solver=record.solver,
-        steps=record.steps,
-        guidance=record.guidance,
-        guidance_cls=record.guidance_cls,
-        interval=record.interval,
-        weights=record.weights,
-        decoder=record.autoencoder,
-        decoder_sha256=record.autoencoder_sha256,
-        step=record.step,
-        images_seen=model.images_seen,
-        device_hours=None if run is None or record.step is None else device_hours(run, record.step),
-    )
-    of_others = ("checkpoint", "autoencoder", "form", "finished")
-    identity = {name: value for name, value in asdict(record).items() if name not in of_others}
-    folder = f"{checkpoint.stem}-{_short(identity)}"
-    return _Samples(
-        said=said,
-        spec=GeneratedImages(
-            checkpoint=checkpoint,
-            record=record,
-            condition=prepared.condition,
-            random_autoencoder=prepared.random_autoencoder,
-        ),
-        identity=identity,
-        folder=folder,
-        run=run,
-        keep=SampleFolder(out / FOLDER / folder / "samples", record) if flags.keep_samples else None,
-        condition=prepared.condition,
-    )
-
-
-def _checkpoint(flags: EvaluateFlags) -> Path:
-    from ...trainer.sampling.generate import newest_checkpoint
-    from ...trainer.step.checkpoints import checkpoints_of
-
-    if flags.checkpoint is not None:
-        return flags.checkpoint
-    assert flags.run is not None
-    newest = newest_checkpoint(flags.run)
-    found = checkpoints_of(flags.run)
-    if flags.step is not None and flags.step not in found:
-        raise RepaError(
-            f"{flags.run} has no checkpoint of step {flags.step}",
-            f"it has those of {', '.join(map(str, found))}",
-            field="--step",
-        )
-    return newest if flags.step is None else found[flags.step]
-
-
-def _reference(flags: EvaluateFlags, samples: _Samples) -> str:
-    """Return what to compare with, by default the cache that the run was trained from.
+def _refuse_repeated(hashes: NDArray[Any], flag: str) -> None:
+    """Refuse samples of which two are the same.
 
     Raises:
-        RepaError: nothing says it.
+        RepaError: two are.
     """
-    from ...trainer.config import build
-    from ...trainer.run.folder import CONFIG_FILE
-    from ...trainer.settings_file import load_yaml
-
-    if flags.reference is not None:
-        return flags.reference
-    if samples.run is not None and (samples.run / CONFIG_FILE).exists():
-        cache = build(load_yaml(samples.run / CONFIG_FILE)).cache
-        if cache:
-            return cache
-    raise RepaError(
-        "nothing says what to compare the samples with",
-        "give --reference a file of the ADM evaluation suite, a cache or a folder of images",
-        field="--reference",
-    )
+    twice = repeated(hashes)
+    if twice is not None:
+        raise RepaError(
+            f"of {len(hashes):,} samples {twice[0]:,} and {twice[1]:,} are the same image",
+            "look at them, and make them anew with other noise",
+            field=flag,
+        )
 
 
 def _sets(
     out: Path,
-    samples: _Samples,
+    samples: Samples,
     reference: Reference,
     specs: Mapping[str, NetworkSpec],
     networks: Mapping[str, FeatureNetwork],
+    encoded: Sequence[str],
     cuda: bool,
 ) -> tuple[_Set, _Set | None]:
     """Say which features are wanted of the samples and of the reference's images, and where they lie."""
@@ -324,7 +174,7 @@ def _sets(
             "device": "cuda" if cuda else "cpu",
         }
         return FeatureShards(
-            folder=out / FOLDER / folder / f"{name}-{network.weights_sha256[:_SHOWN_DIGITS]}",
+            folder=out / FOLDER / folder / f"{name}-{network.weights_sha256[:SHOWN_DIGITS]}",
             root=out,
             identity=json.dumps(whole, sort_keys=True),
             count=count,
@@ -340,17 +190,15 @@ def _sets(
         keep=samples.keep,
     )
     images = reference.images
-    # those of a cache's encoder are its column
-    wanted = [] if images is None else [name for name in specs if name not in reference.encoders]
-    if images is None or not wanted:
+    if images is None or not encoded:
         return of_samples, None
     identity = {"images": reference.said.sha256}
-    folder = f"reference-{_short(identity)}"
+    folder = f"reference-{short_sha256(identity)}"
     of_reference = _Set(
         spec=images if isinstance(images, SourceImages) else FileImages(images=images),
         count=images.count,
-        networks=tuple(specs[name] for name in wanted),
-        shards=tuple(shards(name, identity, folder, images.count) for name in wanted),
+        networks=tuple(specs[name] for name in encoded),
+        shards=tuple(shards(name, identity, folder, images.count) for name in encoded),
         what="reference",
     )
     return of_samples, of_reference
@@ -431,7 +279,3 @@ def _measured(
             random_weights=network.random_weights,
         )
     return found
-
-
-def _short(identity: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:_SHOWN_DIGITS]

@@ -11,12 +11,11 @@ from ...data.errors import RepaError
 from ...data.units import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from ...trainer.models.conditioning import Conditioner
     from ...trainer.sampling.generate import TrainedModel
     from ...trainer.sampling.record import SamplingRecord
     from .decoder import Decoder
@@ -108,7 +107,7 @@ def prepare_sampling(
     Raises:
         RepaError: the model or the autoencoder cannot be had, or has nothing of what is asked for.
     """
-    from ...trainer.sampling.generate import model_of_file
+    from ...trainer.sampling.generate import conditions, model_of_file
     from ...trainer.sampling.record import SamplingRecord, sha256_of
     from ...trainer.sampling.sampler import SamplerConfig
 
@@ -123,7 +122,9 @@ def prepare_sampling(
     _check_guidance(flags, model)
     model.backbone.to(device)
     labels = asked(model)
-    condition = _conditions(model.backbone.y_embedder, labels, num, flags.seed, label_mode)
+    condition = conditions(
+        model.backbone.y_embedder, num, seed=flags.seed, asked=labels, balanced=label_mode == BALANCED
+    ).numpy()
     # before the sampling, which may take hours: without an autoencoder it would be for nothing
     decoder = decoder_of(model, flags.vae, device, say)
     record = SamplingRecord(
@@ -213,24 +214,6 @@ def _check_guidance(flags: SamplingFlags, model: TrainedModel) -> None:
             f"leave {guided[0]} at 1",
             field=guided[0],
         )
-
-
-def _conditions(
-    conditioner: Conditioner, asked: Sequence[int], num: int, seed: int, label_mode: str
-) -> NDArray[Any]:
-    """Choose the condition of each sample ``[N, …]``, for labels int64 ``[N]``."""
-    import numpy as np
-
-    from ...trainer.models.conditioning import LabelConditioner, balanced_labels
-    from ...trainer.step.randomness import generator_for
-
-    if isinstance(conditioner, LabelConditioner) and asked:
-        return np.resize(np.array(asked, np.int64), num)
-    if isinstance(conditioner, LabelConditioner) and label_mode == BALANCED:
-        return balanced_labels(num, conditioner.num_classes).numpy()
-    drawn = conditioner.sampling(num, generator_for(seed, "sample condition"))
-    found: NDArray[Any] = drawn.cpu().numpy()
-    return found
 
 
 def decoder_of(model: TrainedModel, vae: str | None, device: str, say: Callable[[str], None]) -> Decoder:

@@ -76,10 +76,9 @@ class FeatureShards:
         Raises:
             RepaError: the disk refuses.
         """
-        hashes = [hashlib.sha256(image.tobytes()).digest()[:_DIGEST_BYTES] for image in images]
         arrays: dict[str, NDArray[np.generic]] = {
             **{name: np.ascontiguousarray(features[name], np.float32) for name in self.widths},
-            IMAGE: np.frombuffer(b"".join(hashes), np.uint8).reshape(len(images), _DIGEST_BYTES),
+            IMAGE: image_hashes(images),
         }
         file = self._file(first)
         with os_errors("write", file):
@@ -129,6 +128,16 @@ def _checksum(arrays: Mapping[str, NDArray[np.generic]]) -> str:
         digest.update(f"{name}\t{arrays[name].dtype}\t{arrays[name].shape}\n".encode())
         digest.update(np.ascontiguousarray(arrays[name]).tobytes())
     return digest.hexdigest()
+
+
+def image_hashes(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the hash of each image, uint8 ``[N, 16]``.
+
+    Args:
+        images: uint8 ``[N, R, R, 3]``.
+    """
+    hashes = [hashlib.sha256(image.tobytes()).digest()[:_DIGEST_BYTES] for image in images]
+    return np.frombuffer(b"".join(hashes), np.uint8).reshape(len(images), _DIGEST_BYTES)
 
 
 def repeated(hashes: NDArray[np.generic]) -> tuple[int, int] | None:

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 FLAG: Final = "--metrics"
 _DEVIATION = "_deviation"
 _OF_REFERENCE = (REFERENCE, REFERENCE_STATISTICS, REFERENCE_SPATIAL_STATISTICS)
-_STATISTICS = (REFERENCE_STATISTICS, REFERENCE_SPATIAL_STATISTICS)
 _IN_ORDER = "is"
 # input of the samples' side → name of the features that it is made of
 _ROWS = {FEATURES: POOL, STATISTICS: POOL, SPATIAL_STATISTICS: SPATIAL, LOGITS_INPUT: LOGITS}
@@ -159,15 +158,13 @@ def check_asked(asked: Iterable[Asked], reference: Reference, num: int, m: Mappi
                 )
 
 
-def names_needed(asked: Iterable[Asked]) -> dict[str, tuple[str, ...]]:
-    """Return network → what of its features is needed, ``pool``, ``spatial`` or ``logits``."""
-    found: dict[str, dict[str, None]] = {}
-    for each in asked:
-        for need in each.needs:
-            spatial = need in (SPATIAL_STATISTICS, REFERENCE_SPATIAL_STATISTICS)
-            name = LOGITS if need == LOGITS_INPUT else SPATIAL if spatial else POOL
-            found.setdefault(each.network, {})[name] = None
-    return {network: tuple(names) for network, names in found.items()}
+def needs_images(asked: Iterable[Asked], reference: Reference, network: str) -> bool:
+    """Return whether features of the reference's images are needed, which has neither them nor statistics."""
+    if reference.images is None or network in reference.encoders:
+        return False
+    ready = reference.statistics_of(network)
+    needs = {need for each in asked if each.network == network for need in each.needs}
+    return any(need in _OF_REFERENCE and need not in ready for need in needs)
 
 
 @dataclass(frozen=True, kw_only=True)

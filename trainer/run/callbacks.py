@@ -14,7 +14,7 @@ from .metrics import MetricsFile
 from .timing import Timing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from lightning.pytorch import LightningModule, Trainer
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ..step.module import TrainingModule
     from .loggers import Reports
     from .utilisation import Utilisation
+
+    Evaluate = Callable[[Trainer, TrainingModule], dict[str, float]]
 
 METRICS_FILE = "metrics.csv"
 _PLAIN_LINE_SECONDS = 15.0
@@ -67,7 +69,7 @@ class Metrics(StepCallback):
         run: its folder.
         console: where to show progress.
         clock: measures the rate.
-        evaluate: the held-out losses by name; None without held-out rows.
+        evaluations: what is measured beside training values, each with the steps between its values.
         reports: tells the loggers.
         bytes_read: bytes that this process has read from the cache so far; None where nobody counts them.
         utilisation: tells the MFU; None where it is not known.
@@ -79,7 +81,7 @@ class Metrics(StepCallback):
         run: Path,
         console: Console,
         clock: Clock,
-        evaluate: Callable[[Trainer, TrainingModule], dict[str, float]] | None,
+        evaluations: Sequence[tuple[int, Evaluate]],
         reports: Reports,
         bytes_read: Callable[[], int] | None = None,
         utilisation: Utilisation | None = None,
@@ -87,7 +89,7 @@ class Metrics(StepCallback):
         super().__init__(config)
         self._run = run
         self._console = console
-        self._evaluate = evaluate
+        self._evaluations = evaluations
         self._bytes_read = bytes_read
         self._utilisation = utilisation
         self._timing: Timing | None = None
@@ -159,9 +161,10 @@ class Metrics(StepCallback):
             values |= module.take_means()
             refuse_divergence(values, step, self._run)
         rate = self._clock.rate(step, self.config.batch_size) if log else None
-        if self._evaluate is not None and self.is_due(step, self.config.eval_every):
-            with self._clock.paused():
-                values |= self._evaluate(trainer, module)
+        for every, evaluate in self._evaluations:
+            if self.is_due(step, every):
+                with self._clock.paused():
+                    values |= evaluate(trainer, module)
         if values and self._file is not None:
             self._file.write(step, values)
         cost: dict[str, float] = {}

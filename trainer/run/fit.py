@@ -22,6 +22,7 @@ from .checked import RANDOM_WEIGHTS, Checked, ProblemsError
 from .checkpointing import Checkpoints
 from .checks import check
 from .divergence import refuse_lost
+from .evaluations import Evaluations, Evaluator
 from .folder import changed_settings, locked_run, refuse_foreign_folder, settle_config
 from .going_back import checkpoint_to_go_on_from, set_newer_aside
 from .gradient_angle import GradientAngle
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from ..methods.base import Method
     from ..resuming import Change
     from ..step.beside import Statistics
+    from .callbacks import Evaluate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,7 @@ def fit(
     console: Console,
     live: LiveTargets | None = None,
     decoder: LatentDecoder | None = None,
+    evaluator: Evaluator | None = None,
     command: Sequence[str] = (),
     from_step: int | None = None,
 ) -> Outcome:
@@ -97,7 +100,8 @@ def fit(
         run: its folder, made if it is not there.
         console: where to print.
         live: computes the targets of a run with ``targets=online``.
-        decoder: latents to images for the previews; None makes none.
+        decoder: latents to images for previews and evaluations; None makes none.
+        evaluator: networks and reference of the evaluations; None makes none.
         command: the command line, for the record.
         from_step: go back to the checkpoint of this step, and on from there; once, not at every start.
 
@@ -153,6 +157,7 @@ def fit(
             stop,
             console=console,
             decoder=decoder,
+            evaluator=evaluator,
             command=command,
             resumed=resumed,
             changed=changed,
@@ -170,6 +175,7 @@ def _train(
     *,
     console: Console,
     decoder: LatentDecoder | None,
+    evaluator: Evaluator | None,
     command: Sequence[str],
     resumed: int,
     changed: Sequence[Change],
@@ -184,14 +190,14 @@ def _train(
         for line in (f"begins with the weights of {initial.record['file']}", *initial.notes):
             say(line)
     clock = Clock()
-    held_out = _held_out_evaluation(config, checked)
+    evaluations = _evaluations(config, run, checked, evaluator, decoder, say)
     if decoder is None and config.preview_every:
         say("no previews: no decoder was given")
     reports = Reports(config, say)
     utilisation = None
     if checked.device is not None and checked.world_size is not None:
         utilisation = utilisation_of(config, module, checked.device, checked.world_size)
-    metrics = Metrics(config, run, console, clock, held_out, reports, _bytes_read(checked), utilisation)
+    metrics = Metrics(config, run, console, clock, evaluations, reports, _bytes_read(checked), utilisation)
     callbacks: list[Callback] = [
         GradientAngle(config),
         metrics,
@@ -317,6 +323,26 @@ def _bytes_read(checked: Checked) -> Callable[[], int] | None:
     """Return what counts the bytes read from the cache. Nobody does for tars."""
     reader = checked.reader
     return (lambda: sum(reader.bytes_read.values())) if isinstance(reader, CacheReader) else None
+
+
+def _evaluations(
+    config: TrainConfig,
+    run: Path,
+    checked: Checked,
+    evaluator: Evaluator | None,
+    decoder: LatentDecoder | None,
+    say: Callable[[str], None],
+) -> list[tuple[int, Evaluate]]:
+    """Return what is measured beside training values, each with the steps between its values."""
+    evaluations: list[tuple[int, Evaluate]] = []
+    held_out = _held_out_evaluation(config, checked)
+    if held_out is not None:
+        evaluations.append((config.eval_every, held_out))
+    if evaluator is not None and decoder is not None:
+        evaluations.append((config.evaluate_every, Evaluations(config, run, evaluator, decoder, say)))
+    elif config.evaluate_every:
+        say("no evaluations: no networks or no decoder were given")
+    return evaluations
 
 
 def _held_out_evaluation(

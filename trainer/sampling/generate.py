@@ -11,11 +11,12 @@ from ...data.edge import printable
 from ...data.errors import RepaError
 from ...data.reading.latents import LatentScale, scale_of, unscale_latent
 from ..models import registry as backbones
-from ..models.conditioning import ConditionColumn
+from ..models.conditioning import ConditionColumn, LabelConditioner, balanced_labels
 from ..models.published import WEIGHTS
 from ..objectives import registry as objectives
 from ..step.checkpoints import checkpoints_of, load_checkpoint, objective_said
 from ..step.module import CHECKPOINT_KEY
+from ..step.randomness import generator_for
 from ..typed import from_mapping
 from .sampler import SamplerConfig, sample, state_noises
 from .state import state_of
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..models.base import Backbone
+    from ..models.conditioning import Conditioner
     from ..objectives.base import Objective
 
 STABLE_DIFFUSION_SCALE = LatentScale(0.18215)
@@ -126,6 +128,28 @@ def model_of_file(file: Path, *, weights: str = "ema") -> TrainedModel:
         steps=published.steps,
         origin=file,
     )
+
+
+def conditions(
+    conditioner: Conditioner, num: int, *, seed: int, asked: Sequence[int] = (), balanced: bool = True
+) -> Tensor:
+    """Choose the condition of each sample, on the CPU.
+
+    Args:
+        conditioner: of the model.
+        num: N, number of samples.
+        seed: of the draws.
+        asked: classes to take in turn; none takes all.
+        balanced: take every class equally often; else, and where conditions are no labels, they are drawn.
+
+    Returns:
+        ``[N, …]``; for labels int64 ``[N]``.
+    """
+    if isinstance(conditioner, LabelConditioner) and asked:
+        return torch.tensor(asked, dtype=torch.int64).repeat(-(-num // len(asked)))[:num]
+    if isinstance(conditioner, LabelConditioner) and balanced:
+        return balanced_labels(num, conditioner.num_classes)
+    return conditioner.sampling(num, generator_for(seed, "sample condition")).cpu()
 
 
 def generate(

@@ -28,6 +28,7 @@ from repa.trainer.evaluation.frechet import frechet_distance
 from repa.trainer.evaluation.results import COLUMNS, read_evaluations
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
 from repa.trainer.run.fit import fit
+from repa.trainer.run.metrics import read_metrics
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -414,3 +415,54 @@ def test_warnings(run: Path, tmp_path: Path) -> None:
     )
     assert "4 of the samples are JPEG files" in printed
     assert feature_shards.BATCH == 32
+
+
+def trained(run: Path, folder: Path, *settings: str, weights: list[str] | None = None) -> Any:
+    """The metrics of a run of two steps with evaluations, and the folder it is in."""
+    from repa.commands.train import TrainFlags, train
+
+    small = ("log_every=1", "preview_every=0", "checkpoint_every=1", "ema_decay=0.5", "precision=32-true")
+    flags = TrainFlags(
+        cache=str(run.parent / "cache"),
+        run=folder,
+        method="none",
+        model="SiT-T/2",
+        max_steps=2,
+        batch_size=4,
+        lr=1e-2,
+        assignments=[*small, "evaluate_every=2", "evaluate_steps=1", *settings],
+        weights=weights,
+    )
+    train(flags, console=quiet())
+    return read_metrics(folder / "metrics.csv")
+
+
+def test_the_same_figure_while_training(run: Path, tmp_path: Path) -> None:
+    rows = trained(run, tmp_path / "run", "evaluate_num=34", "evaluate_guidance=1.5")
+    assert "fd/demo@34" not in rows[0]
+    found, _ = evaluated(tmp_path / "out", run=tmp_path / "run", **{**QUICK, "num": 34, "seed": 0})
+    assert rows[1]["fd/demo@34"] == pytest.approx(found["fd/demo"], rel=1e-8)  # nine digits are kept
+
+
+def test_evaluations_that_cannot_be_are_refused_before_a_step(run: Path, tmp_path: Path) -> None:
+    for settings, field in (
+        (("evaluate_metrics=fid",), "evaluate_metrics"),
+        (("evaluate_metrics=fd/mae-l",), "evaluate_metrics"),
+        (("evaluate_metrics=kid", "evaluate_num=10"), "evaluate_metrics"),
+        (("evaluate_num=1",), "evaluate_num"),
+    ):
+        with pytest.raises(RepaError) as caught:
+            trained(run, tmp_path / "run", *settings)
+        assert caught.value.field == field
+    with pytest.raises(RepaError) as caught:
+        trained(run, tmp_path / "run", weights=["demo=nowhere.safetensors"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_goes_on_where_samples_have_no_figure(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("repa.trainer.run.evaluations.repeated", lambda _: (0, 1))
+    rows = trained(run, tmp_path / "run", "evaluate_num=4")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert "fd/demo@4" not in rows[1]

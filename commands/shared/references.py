@@ -20,8 +20,8 @@ from ...trainer.evaluation.references import (
     reference_of_file,
 )
 from ...trainer.evaluation.results import ReferenceSaid
-from ..shared.encoders import parse_weights
-from ..shared.features import NetworkSpec, SourceImages
+from .encoders import parse_weights
+from .features import NetworkSpec, SourceImages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from ...trainer.evaluation.measuring import Asked
 
 
-def open_reference(given: str, resolution: int) -> Reference:
+def open_reference(given: str, resolution: int | None) -> Reference:
     """Open what samples are compared with.
 
     Args:
         given: an .npz file, a cache or its address in a bucket, or a folder of images.
-        resolution: side of the samples in pixels.
+        resolution: side of the samples in pixels; None takes a cache's own, and caches alone.
 
     Raises:
         RepaError: it is none of these, or of images of another size.
@@ -47,7 +47,7 @@ def open_reference(given: str, resolution: int) -> Reference:
             field=FLAG,
         )
     path = Path(given)
-    if is_remote(given) or is_cache(path):
+    if is_remote(given) or is_cache(path) or resolution is None:
         reference = reference_of_cache(cache_path(given))
     elif path.is_dir():
         return _folder(given, resolution)
@@ -57,7 +57,7 @@ def open_reference(given: str, resolution: int) -> Reference:
         raise RepaError(
             f"{given} does not exist", "give an .npz file, a cache or a folder of images", field=FLAG
         )
-    if reference.resolution not in (None, resolution):
+    if resolution is not None and reference.resolution not in (None, resolution):
         raise RepaError(
             f"the samples have {resolution}×{resolution} pixels, and the images of {given} "
             f"{reference.resolution}×{reference.resolution}",

@@ -1,0 +1,206 @@
+"""What an evaluation measures: finished samples, or those that a checkpoint is to make."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ...data.errors import RepaError
+from ...trainer.evaluation.image_sets import open_samples
+from ...trainer.evaluation.networks import BATCH
+from ...trainer.evaluation.results import SamplesSaid
+from ...trainer.run.timing import device_hours
+from ...trainer.sampling.record import SampleFolder
+from ..shared.features import FileImages, GeneratedImages
+from ..shared.prepared import prepare_sampling
+from .flags import NUM
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from ..shared.features import ImageSpec
+    from .flags import EvaluateFlags
+
+FOLDER = "evaluation"
+SHOWN_DIGITS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """What is measured.
+
+    Attributes:
+        said: what evaluations record of it.
+        spec: where its images come from.
+        identity: what decides its images.
+        folder: name of the folder of its features.
+        run: folder of the run it is of; None if it is of none.
+        keep: where the images are written too.
+        condition: of each image, for that.
+        class_sorted: whether images stand class by class.
+        notes: what a reader of figures must know.
+    """
+
+    said: SamplesSaid
+    spec: ImageSpec
+    identity: Mapping[str, Any]
+    folder: str
+    run: Path | None = None
+    keep: SampleFolder | None = None
+    condition: NDArray[Any] | None = None
+    class_sorted: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+
+def folder_of(flags: EvaluateFlags) -> Path:
+    """Choose the folder of features and results."""
+    if flags.out is not None:
+        return flags.out
+    if flags.run is not None:
+        return flags.run
+    named = flags.checkpoint or flags.samples
+    assert named is not None, "the flags name one thing"
+    return _run_of(named) or named.parent / f"{named.stem}-{FOLDER}"
+
+
+def _run_of(checkpoint: Path) -> Path | None:
+    """Return the run that a checkpoint lies in, if it lies in one."""
+    from ...trainer.run.folder import CONFIG_FILE
+    from ...trainer.step.checkpoints import FOLDER as CHECKPOINTS
+
+    run = checkpoint.parent.parent
+    return run if checkpoint.parent.name == CHECKPOINTS and (run / CONFIG_FILE).exists() else None
+
+
+def samples_of(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> Samples:
+    """Open finished samples, or load what is to make them.
+
+    Args:
+        flags: of the command.
+        out: folder of features and results.
+        say: prints a line.
+
+    Raises:
+        RepaError: neither can be had, or they are not what can be measured.
+    """
+    if flags.samples is not None:
+        return _finished(flags)
+    return _generated(flags, out, say)
+
+
+def _finished(flags: EvaluateFlags) -> Samples:
+    assert flags.samples is not None
+    images = open_samples(flags.samples, flags.num)
+    said = SamplesSaid(name=images.name, sha256=images.sha256, num=images.count, resolution=images.resolution)
+    identity = {"images": images.sha256, "num": images.count}
+    return Samples(
+        said=said,
+        spec=FileImages(images=images),
+        identity=identity,
+        folder=f"samples-{short_sha256(identity)}",
+        class_sorted=images.class_sorted,
+        notes=images.notes,
+    )
+
+
+def _generated(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> Samples:
+    checkpoint = _checkpoint(flags)
+    run = flags.run or _run_of(checkpoint)
+    prepared = prepare_sampling(
+        checkpoint,
+        flags,
+        num=flags.num or NUM,
+        batch_size=BATCH,
+        form="npz",
+        device="cpu",
+        say=say,
+        label_mode=flags.labels,
+    )
+    record, model = prepared.record, prepared.model
+    said = SamplesSaid(
+        name=record.checkpoint,
+        sha256=record.checkpoint_sha256,
+        num=record.num,
+        resolution=model.latent_shape[1] * prepared.decoder.load().stride,
+        seed=record.seed,
+        labels=record.label_mode,
+        solver=record.solver,
+        steps=record.steps,
+        guidance=record.guidance,
+        guidance_cls=record.guidance_cls,
+        interval=record.interval,
+        weights=record.weights,
+        decoder=record.autoencoder,
+        decoder_sha256=record.autoencoder_sha256,
+        step=record.step,
+        images_seen=model.images_seen,
+        device_hours=None if run is None or record.step is None else device_hours(run, record.step),
+    )
+    of_others = ("checkpoint", "autoencoder", "form", "finished")
+    identity = {name: value for name, value in asdict(record).items() if name not in of_others}
+    folder = f"{checkpoint.stem}-{short_sha256(identity)}"
+    return Samples(
+        said=said,
+        spec=GeneratedImages(
+            checkpoint=checkpoint,
+            record=record,
+            condition=prepared.condition,
+            random_autoencoder=prepared.random_autoencoder,
+        ),
+        identity=identity,
+        folder=folder,
+        run=run,
+        keep=SampleFolder(out / FOLDER / folder / "samples", record) if flags.keep_samples else None,
+        condition=prepared.condition,
+    )
+
+
+def _checkpoint(flags: EvaluateFlags) -> Path:
+    from ...trainer.sampling.generate import newest_checkpoint
+    from ...trainer.step.checkpoints import checkpoints_of
+
+    if flags.checkpoint is not None:
+        return flags.checkpoint
+    assert flags.run is not None
+    newest = newest_checkpoint(flags.run)
+    found = checkpoints_of(flags.run)
+    if flags.step is not None and flags.step not in found:
+        raise RepaError(
+            f"{flags.run} has no checkpoint of step {flags.step}",
+            f"it has those of {', '.join(map(str, found))}",
+            field="--step",
+        )
+    return newest if flags.step is None else found[flags.step]
+
+
+def reference_for(flags: EvaluateFlags, samples: Samples) -> str:
+    """Return what to compare with, by default the cache that the run was trained from.
+
+    Raises:
+        RepaError: nothing says it.
+    """
+    from ...trainer.config import build
+    from ...trainer.run.folder import CONFIG_FILE
+    from ...trainer.settings_file import load_yaml
+
+    if flags.reference is not None:
+        return flags.reference
+    if samples.run is not None and (samples.run / CONFIG_FILE).exists():
+        cache = build(load_yaml(samples.run / CONFIG_FILE)).cache
+        if cache:
+            return cache
+    raise RepaError(
+        "nothing says what to compare the samples with",
+        "give --reference a file of the ADM evaluation suite, a cache or a folder of images",
+        field="--reference",
+    )
+
+
+def short_sha256(identity: Mapping[str, Any]) -> str:
+    """Return the first digits of the hash of plain values."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:SHOWN_DIGITS]
