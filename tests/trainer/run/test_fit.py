@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -300,7 +301,14 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_two_ranks_share_the_global_batch(settings: Settings, tmp_path: Path) -> None:
     """The loss is the mean over two gloo ranks' halves of the same global rows, each with its draws."""
-    config = settings(max_steps=3, holdout=7, eval_every=3, trainer__devices=2, trainer__accelerator="cpu")
+    config = settings(
+        max_steps=3,
+        holdout=7,
+        eval_every=3,
+        loggers="csv,tensorboard" if find_spec("tensorboard") else "csv",
+        trainer__devices=2,
+        trainer__accelerator="cpu",
+    )
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
     words = [f"{key}={value}" for key, value in flat(config.to_dict())]
@@ -316,6 +324,11 @@ def test_two_ranks_share_the_global_batch(settings: Settings, tmp_path: Path) ->
     rows = read_metrics(tmp_path / "run" / "metrics.csv")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert {"held_out", "held_out_ema"} <= rows[2].keys()
+    # rank 0 alone reports
+    told = (tmp_path / "run" / "csv" / "metrics.csv").read_text().splitlines()
+    column = told[0].split(",").index("step")
+    assert [int(line.split(",")[column]) for line in told[1:]] == [1, 2, 3]
+    assert len(list((tmp_path / "run").glob("tensorboard/events*"))) == config.loggers.count("tensorboard")
 
     checked = check(settings(max_steps=3, holdout=7))
     module, _ = assemble(settings(), checked, identity_of(checked, settings()))

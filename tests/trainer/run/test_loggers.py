@@ -39,7 +39,7 @@ class Pixels:
         return (128 + 20 * latent[:, :3]).clamp(0, 255).to(torch.uint8)
 
 
-def train_twice(settings: Settings, run_fit: Fit, **changes: Any) -> None:
+def train_twice(settings: Settings, run_fit: Fit, *, pause: float = 0, **changes: Any) -> None:
     """Train for 2 steps, then on to 4, with previews of both."""
     for steps in (2, 4):
         config = settings(
@@ -53,8 +53,7 @@ def train_twice(settings: Settings, run_fit: Fit, **changes: Any) -> None:
             }
         )
         run_fit(config, decoder=Pixels())
-        # W&B names the folder of a start by the second
-        time.sleep(1.1)
+        time.sleep(pause)
 
 
 def ids_of(run: Path) -> list[dict[str, str]]:
@@ -152,7 +151,8 @@ def test_wandb_offline(
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    train_twice(settings, run_fit, loggers="wandb")
+    # W&B names the folder of a start by the second
+    train_twice(settings, run_fit, pause=1.1, loggers="wandb")
     run = tmp_path / "run"
     first, second = ids_of(run)
     assert first == second
