@@ -12,6 +12,7 @@ from ..data.format.columns import AUTOENCODER, model_of
 from ..data.format.survey import committed_shards
 from ..data.launchers import tasks_without_srun
 from ..data.units import counted
+from ..data.upkeep.latent_statistics import settle_latent_statistics
 from ..data.writing.store import ensure_source
 from .plan import make_plan, present_manifest
 from .progress import ProgressView
@@ -66,13 +67,16 @@ def run(config: PreprocessConfig, console: Console, *, dry_run: bool = False) ->
         return plan
     _check_given_weights(plan, config)
     if not plan.rows:
-        say(console, f"{plan.config.cache} is complete: nothing to do")
+        measured = settle_latent_statistics(plan.config.cache)
+        done = "its latents are measured" if measured else "nothing to do"
+        say(console, f"{plan.config.cache} is complete: {done}")
         return plan
     warn_of_random_weights(plan, console)
     jobs = share_out(plan, rank)
     with terminated_as_interrupt():
         try:
             tallies = _work(plan, rank, jobs, console)
+            settle_latent_statistics(plan.config.cache)
         except KeyboardInterrupt:
             raise StoppedError(saved(plan)) from None
     show_summary(plan, rank, tallies, time.perf_counter() - started, console)

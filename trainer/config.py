@@ -79,8 +79,11 @@ class TrainConfig:
         objective: settings of what the backbone learns to predict; their type says what. ``path`` and
             ``times`` stand for ``objective.path`` and ``objective.times``, as they were called before.
         qk_norm: LayerNorm of queries and keys.
-        latent_scale: what latents are multiplied by; none takes the autoencoder's own factor.
-        latent_shift: what is subtracted from latents first; none takes the autoencoder's own.
+        latent_norm: what latents are normalised by: autoencoder, what its configuration says; channel, mean
+            and standard deviation of each channel of the cache; sd, the one factor of Stable Diffusion.
+        latent_scale: what latents are multiplied by; none takes the factor of latent_norm, which is 1 for
+            channel.
+        latent_shift: what is subtracted from latents first; none takes that of latent_norm.
         seed: of initialisation, order and every draw.
         order: of the images: full, any after any other; or blocks, a few shards of the cache at a time, for
             disks that are slow at random offsets.
@@ -140,6 +143,7 @@ class TrainConfig:
     method: MethodConfig = field(default_factory=RepaConfig)
     qk_norm: bool = False
     objective: ObjectiveConfig = field(default_factory=FlowConfig)
+    latent_norm: Literal["autoencoder", "channel", "sd"] = "autoencoder"
     latent_scale: Annotated[float, Gt(0)] | None = None
     latent_shift: float | None = None
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0

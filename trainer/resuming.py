@@ -25,6 +25,7 @@ ON_RESUME: Mapping[str, OnResume] = {
     "condition": "bound",
     "qk_norm": "bound",
     "objective": "bound",
+    "latent_norm": "bound",
     "latent_scale": "bound",
     "latent_shift": "bound",
     "seed": "bound",

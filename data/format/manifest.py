@@ -50,6 +50,9 @@ COMPUTE_DTYPES = ("float32", "tf32", "bfloat16", "float16")
 DEVIATION_NOTE = "deviation"
 """Note of how far a compute dtype's outputs lie from those of float32; measured, so it binds nobody."""
 
+LATENTS_NOTE = "latent_statistics"
+"""Note of mean and standard deviation of each channel of the latents; measured, so it binds nobody."""
+
 _AGAIN = "restore it, or write the cache again"
 
 
@@ -89,12 +92,13 @@ class Provenance:
     def identity(self) -> dict[str, Any]:
         """Return what two runs must share for their rows to stand in one column.
 
-        Library versions are left out, the weights as they are run, which follow from those of the file, and
-        how far the compute dtype lies from float32, which every device measures a little differently.
+        Library versions are left out, the weights as they are run, which follow from those of the file, how
+        far the compute dtype lies from float32, which every device measures a little differently, and the
+        statistics of what was written.
         """
         values: dict[str, Any] = _plain(asdict(self))
         del values["libraries"]
-        for derived in (LOADED_NOTE, DEVIATION_NOTE):
+        for derived in (LOADED_NOTE, DEVIATION_NOTE, LATENTS_NOTE):
             values["notes"].pop(derived, None)
         return values
 

@@ -103,6 +103,21 @@ class LatentDeviation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentStatistics:
+    """Statistics of the cache's latents, drawn from the posterior, unscaled.
+
+    Attributes:
+        images: that they were measured on.
+        mean: of each channel.
+        std: of each channel.
+    """
+
+    images: Count
+    mean: Annotated[tuple[Number, ...], Len(1, 4096)]
+    std: Annotated[tuple[Positive, ...], Len(1, 4096)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenDeviation:
     """How far a teacher's tokens lie from those of float32, as 1 − cosine, measured on some images."""
 
@@ -146,6 +161,7 @@ class LatentNotes(Notes):
     """Notes of the autoencoder."""
 
     deviation: LatentDeviation | None = None
+    latent_statistics: LatentStatistics | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..edge import parse
 from ..errors import CacheError, RepaError
 from ..format.columns import AUTOENCODER, MOMENTS
+from ..format.manifest import LATENTS_NOTE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -64,6 +65,15 @@ class LatentScale(NamedTuple):
         if self.mean:
             values |= {"latents_mean": list(self.mean), "latents_std": list(self.std)}
         return values
+
+
+AUTOENCODER_NORM, CHANNEL_NORM, STABLE_DIFFUSION_NORM = "autoencoder", "channel", "sd"
+LATENT_NORMS = (AUTOENCODER_NORM, CHANNEL_NORM, STABLE_DIFFUSION_NORM)
+"""What latents may be normalised by.
+
+The autoencoder's own configuration, measured statistics of each channel, or Stable Diffusion's one factor."""
+
+STABLE_DIFFUSION_SCALE = LatentScale(0.18215)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +156,37 @@ def latent_scale(manifest: Manifest, *, where: str) -> LatentScale:
         where=f"the {AUTOENCODER} of cache {where}",
         remedy="write the cache again with `repa preprocess`",
         channels=None if moments is None or not moments.shape else moments.shape[0] // 2,
+    )
+
+
+def chosen_scale(manifest: Manifest, norm: str, *, where: str) -> LatentScale:
+    """Return the map of one of `LATENT_NORMS`.
+
+    Args:
+        manifest: of the cache.
+        norm: its name.
+        where: path of the cache, for the error.
+
+    Raises:
+        CacheError: the cache has no autoencoder, or does not say what is asked for.
+    """
+    recorded = latent_scale(manifest, where=where)
+    if norm == AUTOENCODER_NORM:
+        return recorded
+    if norm == STABLE_DIFFUSION_NORM:
+        return STABLE_DIFFUSION_SCALE
+    found = manifest.sources[AUTOENCODER].notes.get(LATENTS_NOTE)
+    if found is None:
+        raise CacheError(
+            f"cache {where} does not say mean and standard deviation of its latents",
+            "give the `repa preprocess` command that wrote it again, which measures them",
+            field="latent_norm",
+        )
+    return scale_of(
+        {"scaling_factor": 1.0, "latents_mean": found["mean"], "latents_std": found["std"]},
+        where=f"the statistics of the latents of cache {where}",
+        remedy="write the cache again with `repa preprocess`",
+        channels=manifest.columns[MOMENTS].shape[0] // 2 if MOMENTS in manifest.columns else None,
     )
 
 

@@ -22,14 +22,15 @@ import numpy as np
 from ..errors import CacheError, RepaError
 from ..format.commits import is_committed
 from ..format.layout import calibration_file
-from ..format.manifest import FORMAT_VERSION
-from ..format.opening import labels_sha256
+from ..format.manifest import FORMAT_VERSION, LATENTS_NOTE
+from ..format.opening import labels_sha256, open_manifest
 from ..format.survey import invalid_reasons
 from ..reading.reader import CacheReader
 from ..units import human_bytes
 from ..writing.calibrations import check_calibration, ensure_calibration, read_calibration, recorded_sha256
 from ..writing.store import ensure_cache, ensure_source, keys_sha256
 from ..writing.writer import SourceWriter
+from .latent_statistics import settle_latent_statistics
 from .parts import check_alike, check_source, chosen_sources, origins
 
 if TYPE_CHECKING:
@@ -91,7 +92,11 @@ def merge_caches(
         copier = _Copier(out, parts, readers, origin, stack.enter_context(ThreadPoolExecutor(_THREADS)))
         for source in chosen:
             _copy_calibration(parts[0], out, source)
-            manifest = ensure_source(out, source, first.sources[source], first.source_columns(source))
+            provenance = first.sources[source]
+            # of that part's latents alone
+            notes = {name: note for name, note in provenance.notes.items() if name != LATENTS_NOTE}
+            provenance = replace(provenance, notes=notes)
+            manifest = ensure_source(out, source, provenance, first.source_columns(source))
         _check_room(out, manifest, chosen)
         done, total = 0, manifest.num_rows * len(chosen)
         for source in chosen:
@@ -99,7 +104,7 @@ def merge_caches(
                 done += rows
                 if progress is not None:
                     progress(done, total)
-    return manifest
+    return open_manifest(out) if settle_latent_statistics(out) else manifest
 
 
 def _manifest_of(images: ImageSet, part: Manifest) -> Manifest:

@@ -9,7 +9,7 @@ import torch
 
 from ...data.format.columns import KINDS, LABEL, MOMENTS, source_of
 from ...data.format.manifest import ORIGINAL_VIEW
-from ...data.reading.latents import latent_scale
+from ...data.reading.latents import chosen_scale
 from ...data.reading.order import split_holdout
 from ...data.reading.reader import CacheReader
 from ...data.tars.cache import TarCache, manifest_of
@@ -153,7 +153,9 @@ def _check_backbone(config: TrainConfig, manifest: Manifest, found: Checked) -> 
         )
     found.attempt(lambda: manifest.require((MOMENTS,), where=config.cache))
     found.scale = found.attempt(
-        lambda: latent_scale(manifest, where=config.cache).replaced(config.latent_scale, config.latent_shift)
+        lambda: chosen_scale(manifest, config.latent_norm, where=config.cache).replaced(
+            config.latent_scale, config.latent_shift
+        )
     )
     moments = manifest.columns.get(MOMENTS)
     if moments is None or not KINDS["moments"].fits(moments.shape, moments.dtype):

@@ -9,7 +9,7 @@ import torch
 
 from ...data.edge import printable
 from ...data.errors import RepaError
-from ...data.reading.latents import LatentScale, scale_of, unscale_latent
+from ...data.reading.latents import STABLE_DIFFUSION_SCALE, LatentScale, scale_of, unscale_latent
 from ..models import registry as backbones
 from ..models.conditioning import ConditionColumn, LabelConditioner, balanced_labels
 from ..models.published import WEIGHTS
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from ..models.base import Backbone
     from ..models.conditioning import Conditioner
     from ..objectives.base import Objective
-
-STABLE_DIFFUSION_SCALE = LatentScale(0.18215)
 
 
 @dataclass(frozen=True, kw_only=True)
