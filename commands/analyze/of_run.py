@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .flags import AnalyzeFlags
 
 _FITTED = 0.75
+_IMAGES_A_CLASS = 4
 
 
 def analyze_run(flags: AnalyzeFlags, run: Path, times: Sequence[float], console: Console) -> None:
@@ -181,13 +182,14 @@ def _numbers(
 def _probe(features: Tensor, labels: NDArray[np.int32] | None) -> float | None:
     """Return the accuracy of a probe that is fitted to three quarters of the images.
 
-    It is None where all are of one class, and where the network was told the labels.
+    It is None where the network was told the labels, and where a class has fewer than 4 images on average.
     """
     if labels is None:
         return None
     order = np.random.default_rng(0).permutation(len(labels))
     fitted, tried = np.split(order, [int(_FITTED * len(order))])
-    if len(np.unique(labels[fitted])) < 2:
+    classes = len(np.unique(labels[fitted]))
+    if classes < 2 or len(fitted) < _IMAGES_A_CLASS * classes:
         return None
     return linear_probe(
         features[torch.from_numpy(fitted)],

@@ -78,6 +78,9 @@ def print_blocks(document: Mapping[str, Any], console: Console) -> None:
     if document["condition"] == "own":
         _say(console, "–: the network was never trained without labels, and a probe would find those")
     for teacher, each in document["teachers"].items():
+        if each["probe"] is None:
+            _say(console, "no probe: it wants two classes, and four images a class; give more with --num")
+            break
         _say(console, f"the probe of {teacher} itself: {_number(each['probe'])}")
 
 

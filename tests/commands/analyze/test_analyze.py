@@ -139,6 +139,14 @@ def test_a_run_by_its_blocks(run: Path, cache: Path, tmp_path: Path) -> None:
     assert earlier["times"]["0.2"]["2"]["norm"] != found["times"]["0.2"]["2"]["norm"]
 
 
+def test_a_probe_wants_images_of_each_class(run: Path, cache: Path, tmp_path: Path) -> None:
+    flags = AnalyzeFlags(run=run, out=tmp_path / "out", teachers=["demo"], num=8, k=3)
+    found, printed = analyzed(flags)
+    assert found["times"]["0.5"]["1"]["probe"] is None
+    assert found["teachers"]["demo"]["probe"] is None
+    assert "--num" in printed
+
+
 def test_a_network_that_always_saw_labels_has_no_probe(run: Path, tmp_path: Path) -> None:
     found, _ = analyzed(AnalyzeFlags(run=run.parent / "conditional", out=tmp_path / "out", teachers=["demo"]))
     assert found["condition"] == "own"
