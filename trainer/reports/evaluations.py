@@ -196,7 +196,7 @@ def column_name(column: Pairs) -> str:
 
 def _short(name: str, cell: str) -> str:
     """Write enough of a hash to tell it from others by chance."""
-    return f"{cell[:19]}…" if name.endswith("sha256") and len(cell) > 20 else cell
+    return f"{cell[:12]}…" if name.endswith("sha256") and len(cell) > 20 else cell
 
 
 def _grouped(cell: str) -> str:
