@@ -142,7 +142,8 @@ class SameTokens(Requirement):
             ]
             yield Problem(
                 what=f"block {first} of the backbone has {said[0]}, block {second} {said[1]}",
-                remedy=f"set blocks of one stage, for example `--set method.{self._names[1]}={nearest}`",
+                remedy="set blocks whose tokens are alike, for example "
+                f"`--set method.{self._names[1]}={nearest}`",
                 field=f"method.{self._names[0]}",
             )
 

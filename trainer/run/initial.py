@@ -45,7 +45,7 @@ class Initial:
     notes: tuple[str, ...] = ()
 
     def load_into(self, module: TrainingModule) -> None:
-        """Copy the weights. Those of another method are left out.
+        """Copy the weights. Those of a method with other parameters are left out.
 
         Raises:
             RepaError: the backbone is conditioned in another way.
