@@ -106,7 +106,7 @@ def test_they_train_resume_and_sample(
     assert rows[-1]["loss"] == pytest.approx(rows[-1]["clean"] + 0.5 * rows[-1]["repa"], rel=1e-6)
     assert (whole / "samples" / "step-00000006.png").exists()
 
-    monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: Pixels())
+    monkeypatch.setattr("repa.commands.shared.prepared.decoder_of", lambda *_: Pixels())
     images = []
     for run in (whole, tmp_path / "killed"):
         out = tmp_path / f"out-{run.name}-{len(images)}"

@@ -244,7 +244,7 @@ def test_it_has_a_held_out_loss_and_samples(
 ) -> None:
     run = undisturbed(small_config(name, whole))
     assert [{"held_out", "held_out_ema"} <= row.keys() for row in metrics_of(run)] == [False, True] * 2
-    monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: Pixels())
+    monkeypatch.setattr("repa.commands.shared.prepared.decoder_of", lambda *_: Pixels())
     sample(SampleFlags(run=run, num=3, steps=2, guidance=1.5, npz=True, out=tmp_path / "out"))
     with np.load(tmp_path / "out" / "samples.npz") as arrays:
         images = arrays["arr_0"]

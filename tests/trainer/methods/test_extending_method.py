@@ -94,7 +94,7 @@ def test_it_trains_resumes_and_samples(
     (place / "pooled.py").unlink()
     monkeypatch.setattr(outside, "_imported", {})
     del sys.modules["pooled"]
-    monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: Pixels())
+    monkeypatch.setattr("repa.commands.shared.prepared.decoder_of", lambda *_: Pixels())
     sample(SampleFlags(run=place / "run", num=3, steps=2, npz=True, out=place / "out"))
     assert "pooled" not in sys.modules
     with np.load(place / "out" / "samples.npz") as arrays:

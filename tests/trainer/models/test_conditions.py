@@ -80,7 +80,7 @@ def test_a_column_conditions_training_and_sampling(
     weights = load_checkpoint(checkpoints_of(whole)[4])["state_dict"]
     assert weights["backbone.y_embedder.linear.weight"].shape == (48, 16)
 
-    monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: Pixels())
+    monkeypatch.setattr("repa.commands.shared.prepared.decoder_of", lambda *_: Pixels())
     flags = {"run": whole, "num": 3, "steps": 3, "guidance": 1.5, "npz": True}
     sample(SampleFlags(**flags, out=tmp_path / "out"))
     with np.load(tmp_path / "out" / "samples.npz") as arrays:

@@ -147,7 +147,7 @@ def test_a_standardised_class_token(
 def test_it_is_sampled(
     trained: tuple[TrainConfig, Path], solver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: Pixels())
+    monkeypatch.setattr("repa.commands.shared.prepared.decoder_of", lambda *_: Pixels())
     images = {}
     for name, guidance, guidance_cls, batch in (
         ("plain", 1.0, None, 2),
@@ -181,7 +181,7 @@ def test_it_is_sampled(
 def test_another_guidance_of_the_class_token_is_another_sampling(
     trained: tuple[TrainConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: Pixels())
+    monkeypatch.setattr("repa.commands.shared.prepared.decoder_of", lambda *_: Pixels())
     values: dict[str, Any] = {"run": trained[1], "num": 1, "steps": 1, "out": tmp_path / "out"}
     sample(SampleFlags(**values, guidance=2.0))
     with pytest.raises(RepaError) as caught:
@@ -216,7 +216,7 @@ def test_a_u_shaped_network_refuses(settings: Settings) -> None:
 
 
 def test_published_reg_is_sampled(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: Pixels())
+    monkeypatch.setattr("repa.commands.shared.prepared.decoder_of", lambda *_: Pixels())
     monkeypatch.setitem(SIT_SIZES, "T", SiTSize(depth=4, width=48, heads=4))
     file = shared / "golden" / "reg.safetensors"
     assert model_of_file(file).backbone.config.token_widths == (24,)

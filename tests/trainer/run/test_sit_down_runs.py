@@ -67,7 +67,7 @@ def test_repa_trains_resumes_previews_and_samples(
 
     model = model_of_run(whole)
     assert isinstance(model.backbone, SiTDown)
-    monkeypatch.setattr("repa.commands.sample._decoder", lambda *_: Pixels())
+    monkeypatch.setattr("repa.commands.shared.prepared.decoder_of", lambda *_: Pixels())
     images = []
     for guidance in (1.0, 4.0):
         out = tmp_path / f"out-{guidance}"
