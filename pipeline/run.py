@@ -67,9 +67,7 @@ def run(config: PreprocessConfig, console: Console, *, dry_run: bool = False) ->
         return plan
     _check_given_weights(plan, config)
     if not plan.rows:
-        measured = settle_latent_statistics(plan.config.cache)
-        done = "its latents are measured" if measured else "nothing to do"
-        say(console, f"{plan.config.cache} is complete: {done}")
+        say(console, f"{plan.config.cache} is complete: nothing to do")
         return plan
     warn_of_random_weights(plan, console)
     jobs = share_out(plan, rank)

@@ -133,7 +133,7 @@ def _cache_drop(
 
 @cache_app.command("upgrade")
 def _cache_upgrade(cache: CacheArgument = None) -> None:
-    """Bring a cache of an earlier version to today's, in place. No column is rewritten."""
+    """Give a cache what earlier versions did not write, in place. No column is rewritten."""
     from .upgrade import upgrade
 
     upgrade(cache=cache)

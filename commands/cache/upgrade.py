@@ -1,4 +1,4 @@
-"""`repa cache upgrade` brings a cache of an earlier format version to today's, in place."""
+"""`repa cache upgrade` gives a cache what earlier versions did not write, in place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 def upgrade(*, cache: Path | None = None, console: Console | None = None) -> None:
-    """Upgrade a cache. The same command again goes on where it was stopped.
+    """Bring a cache to today's format version, and measure its latents where nobody has.
+
+    The same command again goes on where it was stopped.
 
     Args:
         cache: folder of the cache; by default the only one under ``caches/``.
@@ -29,6 +31,7 @@ def upgrade(*, cache: Path | None = None, console: Console | None = None) -> Non
 
     from ...data.edge import printable
     from ...data.format.manifest import FORMAT_VERSION
+    from ...data.upkeep.latent_statistics import settle_latent_statistics
     from ...data.upkeep.upgrade import upgrade_cache
 
     console = console or Console()
@@ -48,5 +51,8 @@ def upgrade(*, cache: Path | None = None, console: Console | None = None) -> Non
             bars.update(task, completed=done, total=of)
 
         changed = upgrade_cache(path, progress)
+        measured = settle_latent_statistics(path)
+    if measured:
+        console.print("measured mean and standard deviation of its latents", highlight=False)
     what = "is now" if changed else "is already"
     console.print(Text(f"{printable(path)} {what} of format version {FORMAT_VERSION}"), soft_wrap=True)

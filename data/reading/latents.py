@@ -179,7 +179,7 @@ def chosen_scale(manifest: Manifest, norm: str, *, where: str) -> LatentScale:
     if found is None:
         raise CacheError(
             f"cache {where} does not say mean and standard deviation of its latents",
-            "give the `repa preprocess` command that wrote it again, which measures them",
+            "measure them with `repa cache upgrade`",
             field="latent_norm",
         )
     return scale_of(

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from repa.commands.cache.upgrade import upgrade
 from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.data.errors import RepaError
-from repa.data.format.columns import MOMENTS
+from repa.data.format.columns import AUTOENCODER, MOMENTS
+from repa.data.format.manifest import LATENTS_NOTE
 from repa.data.format.opening import open_manifest, read_keys, read_labels
 from repa.data.format.survey import committed_shards
 from repa.data.reading.reader import CacheReader
-from repa.data.testing import folder_contents
+from repa.data.testing import folder_contents, synthetic_cache
 from repa.pipeline import loading
 from repa.pipeline.demo.shapes import DemoImages
 from repa.pipeline.encoders import load_encoder
@@ -140,6 +142,19 @@ def test_a_complete_cache_needs_no_model(cached: tuple[Path, str], monkeypatch: 
     before = folder_contents(cached[0])
     assert "is complete: nothing to do" in demo(cached[0], feature_dtype="float32")
     assert folder_contents(cached[0]) == before
+    # what is written is measured
+    assert open_manifest(cached[0]).sources[AUTOENCODER].notes[LATENTS_NOTE]["images"] == 21
+
+
+def test_upgrade_measures_the_latents_of_a_cache_from_before(tmp_path: Path) -> None:
+    synthetic_cache(tmp_path / "cache", num_rows=12)
+    printed = []
+    for _ in range(2):
+        console = Console(file=io.StringIO())
+        upgrade(cache=tmp_path / "cache", console=console)
+        printed.append(console.file.getvalue())
+    assert ["measured" in each for each in printed] == [True, False]
+    assert open_manifest(tmp_path / "cache").sources[AUTOENCODER].notes[LATENTS_NOTE]["images"] == 12
 
 
 def test_a_dry_run_plans_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ _SHOWN = 200  # characters of a library's reason
 
 
 def logger_problems(config: TrainConfig) -> Iterator[Problem]:
-    """Say of each logger whose package is not installed how to have it."""
+    """Yield a problem for each logger whose package is not installed."""
     for name in dict.fromkeys(config.loggers):
         if name in PACKAGES and find_spec(PACKAGES[name]) is None:
             yield Problem(
