@@ -83,6 +83,7 @@ class OpenedCache:
             )
         self.path = cache_path(name)
         self.manifest: Manifest = open_manifest(self.path)
+        self._scales: dict[str, LatentScale] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OpenedCache, (str(self.path),)
@@ -223,23 +224,37 @@ class OpenedCache:
             )
         )
 
-    @cached_property
-    def latent_scale(self) -> LatentScale:
-        """Scaling and shift of the autoencoder's latents.
+    def latent_scale(self, norm: str = "autoencoder") -> LatentScale:
+        """Return the map from the autoencoder's latents to those a backbone trains on.
+
+        Args:
+            norm: as of the setting ``latent_norm`` of `repa train`.
 
         Raises:
-            CacheError: the cache has no autoencoder.
+            CacheError: the cache has no autoencoder, or does not say what is asked for.
+            RepaError: there is no such normalisation.
         """
-        from .data.reading.latents import latent_scale
+        from .data.reading.latents import LATENT_NORMS, chosen_scale
 
-        return latent_scale(self.manifest, where=str(self.path))
+        if norm not in LATENT_NORMS:
+            raise RepaError(f"norm={norm} is not valid", f"there are {', '.join(LATENT_NORMS)}", field="norm")
+        if norm not in self._scales:
+            self._scales[norm] = chosen_scale(self.manifest, norm, where=str(self.path))
+        return self._scales[norm]
 
-    def latent(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+    def latent(
+        self,
+        batch: Mapping[str, Tensor],
+        generator: torch.Generator | None = None,
+        *,
+        norm: str = "autoencoder",
+    ) -> Tensor:
         """Draw from the posterior of each image and scale it, which is what a backbone trains on.
 
         Args:
             batch: of a loader with the column ``sd-vae/moments``, on any device.
             generator: to draw from, on the device of the batch; PyTorch's own by default.
+            norm: as of `latent_scale`.
 
         Returns:
             float32 ``[B, C, h, w]``.
@@ -251,7 +266,7 @@ class OpenedCache:
         moments = batch[MOMENTS].float()
         shape = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
         noise = torch.randn(shape, generator=generator, device=moments.device)
-        return scale_latent(sample_posterior(moments, noise), *self.latent_scale)
+        return scale_latent(sample_posterior(moments, noise), *self.latent_scale(norm))
 
     def target(self, batch: Mapping[str, Tensor], column: str) -> Tensor:
         """Return a column of a batch in floating point, decoded where the batch lies.

@@ -18,7 +18,7 @@ from repa.data.errors import CacheError, RepaError
 from repa.data.format.columns import ColumnSpec
 from repa.data.format.factor_layout import FactorLayout
 from repa.data.format.factors import pack
-from repa.data.reading.latents import sample_posterior, scale_latent
+from repa.data.reading.latents import chosen_scale, sample_posterior, scale_latent
 from repa.data.reading.loader import CacheLoader
 from repa.data.reading.reader import CacheReader
 from repa.data.testing import SYNTHETIC_COLUMNS, expected_labels, expected_row, synthetic_cache
@@ -201,6 +201,16 @@ def test_latents_and_targets(path: Path) -> None:
     x0 = cache.latent(batch, torch.Generator().manual_seed(1))
     noise = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     assert torch.equal(x0, scale_latent(sample_posterior(batch[MOMENTS], noise), 0.18215))
+    mine = cache.latent(batch, torch.Generator().manual_seed(1), norm="sd")
+    assert torch.equal(
+        mine,
+        scale_latent(sample_posterior(batch[MOMENTS], noise), *chosen_scale(cache.manifest, "sd", where="")),
+    )
+    with pytest.raises(CacheError):
+        cache.latent_scale("channel")  # which this cache was not measured for
+    with pytest.raises(RepaError) as caught:
+        cache.latent_scale("other")
+    assert caught.value.field == "norm"
     assert torch.equal(cache.target(batch, PATCH), batch[PATCH])
     found = cache.attention(batch, "demo", block=2)
     assert found.scale == 8**-0.5
