@@ -360,9 +360,14 @@ def _columns(config: PreprocessConfig, source: str, *, smallest: bool = False) -
             compressor=config.compress,
         )
     if settings.factored:
-        whole = (0, 1) if smallest else (teacher.head_width, 0)
+        heads = teacher.heads * len(settings.blocks)
+        most = teacher.head_width
+        if settings.bytes is not None:
+            # as many whole components as hold the bytes asked for
+            most = min(most, -(-settings.bytes // (heads * (2 * rows * columns + 4))))
+        components = (0, 1) if smallest else (most, 0)
         layout = FactorLayout(
-            tokens=rows * columns, components=((whole,) * teacher.heads,) * len(settings.blocks)
+            tokens=rows * columns, components=((components,) * teacher.heads,) * len(settings.blocks)
         )
         return factored_columns(teacher.name, layout, settings.compressor)
     return attention_columns(
