@@ -40,7 +40,14 @@ class EvaluateFlags:
         typer.Option(help="Instead: finished samples, an .npz file (arr_0) or a folder of images."),
     ] = None
     num: Annotated[
-        int | None, typer.Option(help="Number of samples.", show_default=f"{NUM}, or all that --samples has")
+        int | None,
+        typer.Option(
+            # torchrun takes --num for a short form of its own --numa-binding
+            "--num",
+            "--num-samples",
+            help="Number of samples. Write --num-samples behind torchrun.",
+            show_default=f"{NUM}, or all that --samples has",
+        ),
     ] = None
     labels: Annotated[str, typer.Option(help="Classes: balanced (in turn) or random (drawn).")] = "balanced"
     reference: Annotated[

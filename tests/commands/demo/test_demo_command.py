@@ -14,6 +14,7 @@ from repa.commands.demo import run as demo_module
 from repa.commands.demo.run import demo
 from repa.data.errors import RepaError
 from repa.data.format.opening import open_manifest
+from repa.trainer.evaluation.results import read_evaluations
 from repa.trainer.methods import METHODS
 from repa.trainer.run.metrics import read_metrics
 
@@ -67,6 +68,18 @@ def test_demo_from_images_to_picture(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.ckpt")} == written
     assert json.loads((out / "demo.json").read_text()) == numbers
     assert (out / "compare.html").read_text() == page
+
+    # by run and by file `repa evaluate` has the demo's own number
+    settings = ("--num", "20", "--solver", "heun", "--steps", "3", "--guidance", "2")
+    folder, samples = out / "runs" / "repa", out / "samples" / "repa"
+    run_command(["evaluate", "--run", str(folder), *settings])
+    run_command(
+        ["evaluate", "--samples", str(samples), "--reference", str(out / "cache"), "--out", str(samples)]
+    )
+    for place in (folder, samples):
+        (figure,) = read_evaluations(place)[-1].figures
+        assert (figure.metric, figure.n, figure.m) == ("fd/demo", 20, 64)
+        assert figure.value == pytest.approx(rows["repa"]["frechet_distance"], rel=1e-6)
 
     # others on the same cache, one with a backbone of its own and one without a teacher: the report is of
     # those that were asked for

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_inception import write_random_inception
 from repa.data.errors import RepaError
 from repa.pipeline.encoders.inception import Inception
 from repa.pipeline.encoders.weights import weights_sha256
@@ -15,15 +16,8 @@ inception = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
 
 @pytest.fixture(scope="module")
 def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of RANDOM weights, in the form of torch-fidelity's own."""
-    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
-        patch.setattr(inception.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        patch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})
-        torch.manual_seed(0)
-        state = inception.FeatureExtractorInceptionV3("x", ["2048"]).state_dict()
-    file = tmp_path_factory.mktemp("inception") / "random.pth"
-    torch.save(state, file)
-    return file
+    """A file of RANDOM weights."""
+    return write_random_inception(tmp_path_factory.mktemp("inception") / "random.pth")
 
 
 def test_features(random_weights: Path) -> None:

@@ -12,7 +12,14 @@ from repa.data.errors import CacheError, RepaError
 from repa.data.testing import synthetic_cache
 from repa.trainer.evaluation.frechet import frechet_distance
 from repa.trainer.evaluation.image_sets import array_of, open_samples
-from repa.trainer.evaluation.measuring import Measured, asked_for, check_asked, figures_of, needs_images
+from repa.trainer.evaluation.measuring import (
+    Measured,
+    asked_for,
+    check_asked,
+    figures_of,
+    needs_images,
+    notes_of,
+)
 from repa.trainer.evaluation.references import reference_of_cache, reference_of_file
 from repa.trainer.evaluation.registry import REFERENCE_SPATIAL_STATISTICS, REFERENCE_STATISTICS
 
@@ -147,3 +154,14 @@ def test_class_sorted_samples(tmp_path: Path) -> None:
         np.savez(tmp_path / f"{name}.npz", arr_0=IMAGES, arr_1=labels)
         assert open_samples(tmp_path / f"{name}.npz").class_sorted is is_sorted
     assert not open_samples(tmp_path / "a.npz", 5).class_sorted
+
+
+def test_notes(adm: Path) -> None:
+    reference = reference_of_file(adm)
+    asked = asked_for(("is", "fid"), reference)
+    few = GENERATOR.standard_normal((3, 4))
+    for class_sorted, count in ((False, 1), (True, 2)):
+        notes = notes_of(asked, measured(reference, few), reference, class_sorted=class_sorted)
+        assert len(notes) == count
+        assert "3 samples span at most 2 of the 4 channels" in notes[0]
+    assert not notes_of(asked, measured(reference, POOL), reference, class_sorted=False)
