@@ -20,6 +20,7 @@ from ...trainer.evaluation.probe import linear_probe
 from ...trainer.evaluation.similarity import cka, cknna
 from ...trainer.methods.alignment import target
 from ...trainer.run.folder import CONFIG_FILE
+from ...trainer.run.trained_beside import beside_of
 from ...trainer.sampling.generate import model_of_file, newest_checkpoint
 from ...trainer.settings_file import load_yaml
 from ...trainer.step.checkpoints import checkpoints_of
@@ -65,8 +66,10 @@ def analyze_run(flags: AnalyzeFlags, run: Path, times: Sequence[float], console:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.backbone.to(device)
     condition = model.backbone.y_embedder.column
-    needed = (MOMENTS, *(() if condition == LABEL else (condition,)))
-    with CacheReader(path, (*needed, *columns_of(manifest, teachers, "patch"))) as reader:
+    beside = beside_of(checkpoint, model.backbone, manifest, where=where)
+    needed = tuple(dict.fromkeys(each for each in (MOMENTS, condition, *beside.columns) if each != LABEL))
+    columns = dict.fromkeys((*needed, *columns_of(manifest, teachers, "patch")))
+    with CacheReader(path, tuple(columns)) as reader:
         _check_fits(reader, model.latent_shape, where)
         rows = chosen_rows(reader, flags.num, flags.seed)
         if flags.k >= len(rows):
@@ -92,7 +95,7 @@ def analyze_run(flags: AnalyzeFlags, run: Path, times: Sequence[float], console:
         }
         for time in times:
             parts = (batch.values for batch in batches(reader, rows, needed, flags.batch_size))
-            found = block_features(model, parts, time, seed=flags.seed)
+            found = block_features(model, parts, time, beside, seed=flags.seed)
             told = labels if model.guidable else None
             document["times"][f"{time:g}"] = {
                 str(block): _numbers(features, told, targets, flags.k) for block, features in found.items()

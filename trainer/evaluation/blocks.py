@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...data.errors import RepaError
 from ...data.format.columns import LABEL, MOMENTS
 from ...data.reading.latents import sample_posterior, scale_latent
 from ..models.capture import Capture
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..sampling.generate import TrainedModel
+    from ..step.beside import Beside
 
 
 @dataclass(kw_only=True)
@@ -46,7 +46,7 @@ class BlockFeatures:
 
 @torch.no_grad()
 def block_features(
-    model: TrainedModel, batches: Iterable[Mapping[str, Tensor]], time: float, *, seed: int
+    model: TrainedModel, batches: Iterable[Mapping[str, Tensor]], time: float, beside: Beside, *, seed: int
 ) -> dict[int, BlockFeatures]:
     """Return block → its features of noisy images, the class token left out.
 
@@ -55,21 +55,14 @@ def block_features(
 
     Args:
         model: the network with its objective and scale.
-        batches: moments ``[B, 2C, h, w]`` and the conditioner's column, by name.
+        batches: moments ``[B, 2C, h, w]``, the conditioner's column and those of `beside`, by name.
         time: t in [0, 1], data at 0.
+        beside: what the network denoises beside the latent, noised to the same time.
         seed: of the draws.
-
-    Raises:
-        RepaError: the network also denoises a vector, whose noise nobody has chosen here.
     """
     backbone = model.backbone
-    if backbone.config.token_widths:
-        raise RepaError(
-            f"{model.origin} denoises a vector beside the latent, and the analysis has latents alone",
-            "analyze a run of another method",
-            field="--run",
-        )
     device = next(backbone.parameters()).device
+    beside = beside.to(device)
     depth = backbone.facts.depth
     capture = Capture(hidden=tuple(range(1, depth + 1)), stop_after=depth)
     found = {block: BlockFeatures() for block in capture.hidden}
@@ -84,15 +77,34 @@ def block_features(
             for i in range(len(moments))
         ]
         posterior, noise = torch.stack(draws, dim=1)
+        noises = {
+            name: _vectors(seed, name, first, (len(moments), width)) for name, width in beside.widths.items()
+        }
         first += len(moments)
         x0 = scale_latent(sample_posterior(moments, posterior), *model.scale).to(device)
-        noised = model.objective.noised(x0, noise.to(device), torch.full((len(x0),), time, device=device))
+        t = torch.full((len(x0),), time, device=device)
+        noised = model.objective.noised(x0, noise.to(device), t)
+        vectors = beside.noised(
+            {name: columns[name].to(device) for name in beside.columns},
+            {name: each.to(device) for name, each in noises.items()},
+            t,
+            model.objective,
+        )
+        tokens = (tuple(each.x_t for each in vectors.values()),) if vectors else ()
         values = columns[LABEL if conditioner.column == LABEL else conditioner.column].to(device)
         drop = torch.full((len(x0),), model.guidable, device=device)
         condition = conditioner.condition(values, drop)
-        captured = backbone.forward(noised.x_t, noised.t, condition, capture)
+        captured = backbone.forward(noised.x_t, noised.t, condition, capture, *tokens)
         for block, hidden in captured.hidden.items():
-            tokens = hidden.float()
-            found[block].pooled.append(tokens.mean(dim=1).cpu())
-            found[block].norms.append(torch.linalg.vector_norm(tokens, dim=-1).mean(dim=1).cpu())
+            grid = hidden.float()
+            found[block].pooled.append(grid.mean(dim=1).cpu())
+            found[block].norms.append(torch.linalg.vector_norm(grid, dim=-1).mean(dim=1).cpu())
     return found
+
+
+def _vectors(seed: int, name: str, first: int, shape: tuple[int, int]) -> Tensor:
+    """Draw the noise ``[B, D]`` of one vector beside the latent, that of each image by itself."""
+    count, width = shape
+    return torch.stack(
+        [torch.randn(width, generator=generator_for(seed, "analysis", name, first + i)) for i in range(count)]
+    )

@@ -15,14 +15,20 @@ from repa.commands.analyze.flags import DOCUMENT, AnalyzeFlags
 from repa.commands.analyze.run import analyze
 from repa.data.errors import RepaError
 from repa.data.format.columns import MOMENTS, ColumnSpec
+from repa.data.format.opening import open_manifest
+from repa.data.reading.latents import scale_latent
 from repa.data.testing import expected_row, synthetic_cache
 from repa.trainer.config import build
 from repa.trainer.evaluation.attention_maps import attention_entropy, attention_maps
+from repa.trainer.evaluation.blocks import block_features
 from repa.trainer.evaluation.similarity import cknna
 from repa.trainer.evaluation.structure import local_distant_similarity, spatial_contrast
 from repa.trainer.evaluation.tokens import object_component, principal_components
+from repa.trainer.models.capture import Capture
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
 from repa.trainer.run.fit import fit
+from repa.trainer.run.trained_beside import beside_of
+from repa.trainer.sampling.generate import model_of_file, newest_checkpoint
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -37,6 +43,7 @@ COLUMNS = {
     "demo/k": ColumnSpec(shape=(2, 3, 64, 4), dtype="float16"),
     "small/patch": ColumnSpec(shape=(4, 6), dtype="int8"),
     "small/patch-scale": ColumnSpec(shape=(6,), dtype="float32"),
+    "small/cls": ColumnSpec(shape=(6,), dtype="float16"),
 }
 
 
@@ -151,6 +158,68 @@ def test_a_network_that_always_saw_labels_has_no_probe(run: Path, tmp_path: Path
     found, _ = analyzed(AnalyzeFlags(run=run.parent / "conditional", out=tmp_path / "out", teachers=["demo"]))
     assert found["condition"] == "own"
     assert found["times"]["0.5"]["1"]["probe"] is None
+
+
+@pytest.fixture(scope="module")
+def reg_run(run: Path, cache: Path) -> Path:
+    values = {
+        "cache": str(cache),
+        "model": "SiT-T/2",
+        "method": "reg",
+        "method.depth": 1,
+        "method.encoders": "small",
+        "method.projector_width": 16,
+        "method.standardise": True,
+        "max_steps": 2,
+        "lr": 1e-2,
+        "ema_decay": 0.5,
+        "batch_size": 8,
+        "preview_every": 0,
+    }
+    fit(build(flags=values), run.parent / "reg", console=Console(file=io.StringIO()))
+    return run.parent / "reg"
+
+
+def test_a_network_beside_whose_latent_a_class_token_is_denoised(
+    reg_run: Path, cache: Path, tmp_path: Path
+) -> None:
+    """At t = 0 the token is the image's own, standardised as in training."""
+    flags = AnalyzeFlags(run=reg_run, times="0,0.6", out=tmp_path / "out", teachers=["demo"], batch_size=7)
+    found, _ = analyzed(flags)
+    again, _ = analyzed(replace(flags, batch_size=64, out=tmp_path / "again"))
+    for one, two in zip(found["times"].values(), again["times"].values(), strict=True):
+        for block in ("1", "2"):
+            assert one[block]["norm"] == pytest.approx(two[block]["norm"], rel=1e-5)
+            assert one[block]["cka"]["demo"] == pytest.approx(two[block]["cka"]["demo"], rel=1e-4)
+
+    file = newest_checkpoint(reg_run)
+    model, manifest = model_of_file(file), open_manifest(cache)
+    beside = beside_of(file, model.backbone, manifest, where=str(cache))
+    tokens = valid("small/cls")
+    standardised = beside.values(beside.vectors[0], {"small/cls": tokens})
+    assert standardised.mean(dim=0).abs().max() < 1e-5
+    assert standardised.std(dim=0, correction=0).sub(1).abs().max() < 1e-5
+    moments = valid(MOMENTS)
+    moments[:, 4:] = 0  # no draw of the posterior, so that nothing is random at t = 0
+    batch = {MOMENTS: moments, "small/cls": tokens, "label": torch.zeros(len(moments), dtype=torch.int64)}
+    features = block_features(model, [batch], 0, beside, seed=0)
+    zeros = torch.zeros(len(moments))
+    null = torch.full((len(moments),), model.num_classes)
+    capture = Capture(hidden=(1, 2))
+    scaled = scale_latent(moments[:, :4], *model.scale)
+    with torch.no_grad():
+        expected = model.backbone(scaled, zeros, null, capture, (standardised,)).hidden
+    for block in (1, 2):
+        torch.testing.assert_close(features[block].features, expected[block].mean(dim=1))
+
+
+def test_a_cache_without_the_class_tokens_of_the_run(reg_run: Path, tmp_path: Path) -> None:
+    columns = {name: spec for name, spec in COLUMNS.items() if name != "small/cls"}
+    synthetic_cache(tmp_path / "cache", num_rows=ROWS, columns=columns)
+    with pytest.raises(RepaError) as caught:
+        analyze(AnalyzeFlags(run=reg_run, cache=str(tmp_path / "cache"), out=tmp_path / "out"))
+    assert caught.value.field == "--cache"
+    assert caught.value.remedy
 
 
 @pytest.mark.parametrize(
