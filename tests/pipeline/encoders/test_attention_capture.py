@@ -48,7 +48,7 @@ def small(kind: str, **changes: Any) -> TimmEncoder:
         teacher,
         resolution=16,
         device=torch.device("cpu"),
-        dtype=changes.pop("dtype", torch.float32),
+        compute_dtype=changes.pop("compute_dtype", "float32"),
         weights=None,
         random_weights=True,
     )
@@ -178,7 +178,7 @@ def test_fused_attention_is_used_whatever_the_environment_says() -> None:
 
 def test_lower_precision_gives_float32_nearby() -> None:
     exact, lower = (
-        small("plain", dtype=dtype).encode(images(), (3,)) for dtype in (torch.float32, torch.bfloat16)
+        small("plain", compute_dtype=name).encode(images(), (3,)) for name in ("float32", "bfloat16")
     )
     for name in ("q", "k"):
         assert lower[name].dtype == torch.float32
