@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 class OpenFile:
@@ -27,9 +27,10 @@ class OpenFile:
         # where a FIFO lies in place of a file, it is not waited for: reading in places then fails
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)
 
-    def __del__(self) -> None:
+    # bound here, because at the end of the interpreter this module's names may be gone before its objects
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if self.descriptor >= 0:
-            os.close(self.descriptor)
+            close(self.descriptor)
 
 
 class DescriptorCache:

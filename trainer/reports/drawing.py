@@ -91,17 +91,17 @@ def draw(curves: Sequence[Curve], axis: Axis) -> Drawing | None:
     return Drawing(axis=axis, x_ticks=x_ticks, y_ticks=ticks, lines=tuple(lines), logarithmic=logarithmic)
 
 
-def axis_number(value: float) -> str:
+def axis_number(value: float, digits: int = 4) -> str:
     """Write a number of steps, images or hours, for example ``250``, ``1.5k``, ``12M``."""
     for size, letter in _LETTERS:
         if abs(value) >= size:
-            return f"{value / size:.4g}{letter}"
-    return f"{value:.4g}"
+            return f"{value / size:.{digits}g}{letter}"
+    return f"{value:.{digits}g}"
 
 
-def value_number(value: float) -> str:
-    """Write a value with four digits."""
-    return f"{value:.4g}"
+def value_number(value: float, digits: int = 4) -> str:
+    """Write a value with so many digits."""
+    return f"{value:.{digits}g}"
 
 
 def _stretches(points: Sequence[Point], axis: Axis) -> list[list[Point]]:
@@ -120,7 +120,7 @@ def _scale(
     high: float,
     start: float,
     end: float,
-    write: Callable[[float], str],
+    write: Callable[[float, int], str],
     *,
     margin: float = 0.04,
     logarithmic: bool = False,
@@ -139,7 +139,20 @@ def _scale(
         found = [(exponent, 10.0**exponent) for exponent in _exponents(low, high)]
     else:
         found = [(value, value) for value in _round_numbers(low, high)]
-    return place, tuple(Tick(at=place(at), label=write(value)) for at, value in found)
+    labels = _labels([value for _, value in found], write)
+    return place, tuple(Tick(at=place(found[number][0]), label=label) for label, number in labels.items())
+
+
+def _labels(values: Sequence[float], write: Callable[[float, int], str]) -> dict[str, int]:
+    """Return label → number of its value, with as many digits as tell the values apart.
+
+    There are six at most, since no more fit beside the chart; of values that are alike then, one is kept.
+    """
+    for digits in range(4, 7):
+        labels = {write(value, digits): number for number, value in enumerate(values)}
+        if len(labels) == len(values):
+            break
+    return labels
 
 
 def _round_numbers(low: float, high: float) -> list[float]:

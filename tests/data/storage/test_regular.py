@@ -7,6 +7,7 @@ import socket
 from typing import TYPE_CHECKING
 
 import pytest
+from repa.data.storage import descriptors
 from repa.data.storage.descriptors import OpenFile
 from repa.data.storage.regular import read_regular
 
@@ -37,3 +38,18 @@ def test_a_fifo_in_the_place_of_a_cache_file_is_not_waited_for(tmp_path: Path) -
     file = OpenFile(str(tmp_path / "fifo"))
     with pytest.raises(OSError, match="seek"):
         os.pread(file.descriptor, 1, 0)
+
+
+def test_a_file_is_closed_after_the_names_of_its_module_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at the end of an interpreter in which a traceback or a notebook still holds a cache."""
+    (tmp_path / "file").write_bytes(b"1")
+    file = OpenFile(str(tmp_path / "file"))
+    descriptor = file.descriptor
+    monkeypatch.setattr(descriptors, "os", None)
+    file.__del__()
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="descriptor"):
+        os.fstat(descriptor)
+    file.descriptor = -1

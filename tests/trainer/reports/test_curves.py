@@ -92,6 +92,12 @@ def test_scales() -> None:
     assert not linear.logarithmic
     assert [tick.label for tick in linear.y_ticks] == ["0", "2", "4", "6", "8", "10"]
     assert [tick.label for tick in linear.x_ticks] == ["0", "200", "400", "600", "800", "1k"]
+    for difference, fewest in ((1e-3, 3), (1e-4, 3), (1e-5, 1), (1e-12, 1)):
+        narrow = draw(curves(run(rows=rows(_1=2.03641, _2=2.03641 + difference))), "steps")
+        assert narrow is not None
+        labels = [tick.label for tick in narrow.y_ticks]
+        assert len(labels) == len(set(labels)) >= fewest
+        assert all(len(label) <= 7 for label in labels)
     wide = draw(curves(run(rows=rows(_1=0.001, _2=1000.0))), "steps")
     assert wide is not None
     assert wide.logarithmic
