@@ -123,7 +123,7 @@ def reference_of_file(file: Path) -> Reference:
     """
     names = names_in(file, field=FLAG)
     statistics = {
-        need: Moments(_numbers(file, mean), _numbers(file, covariance))
+        need: _moments(file, mean, covariance)
         for need, (mean, covariance) in _STATISTICS.items()
         if mean in names and covariance in names
     }
@@ -151,6 +151,15 @@ def is_cache(path: Path) -> bool:
     except (CacheError, RepaError):
         return (path / "zarr.json").exists()
     return True
+
+
+def _moments(file: Path, mean: str, covariance: str) -> Moments:
+    try:
+        return Moments(_numbers(file, mean), _numbers(file, covariance))
+    except RepaError as error:
+        if error.field == FLAG:
+            raise
+        raise RepaError(f"{mean}, {covariance} of {file}: {error.what}", error.remedy, field=FLAG) from error
 
 
 def _numbers(file: Path, name: str) -> NDArray[np.float64]:

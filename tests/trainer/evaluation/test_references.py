@@ -89,9 +89,9 @@ def test_statistics_alone(bare: Path) -> None:
     ("arrays", "field"),
     [
         ({"labels": np.arange(3)}, "--reference"),
-        ({"mu": np.zeros(4), "sigma": np.zeros((3, 3))}, "reference"),
+        ({"mu": np.zeros(4), "sigma": np.zeros((3, 3))}, "--reference"),
         ({"mu": np.array(["a"]), "sigma": np.zeros((1, 1))}, "--reference"),
-        ({"mu": np.full(2, np.nan), "sigma": np.zeros((2, 2))}, "reference"),
+        ({"mu": np.full(2, np.nan), "sigma": np.zeros((2, 2))}, "--reference"),
         ({"arr_0": IMAGES[..., 0]}, "--reference"),
     ],
 )
