@@ -67,6 +67,7 @@ def run(config: PreprocessConfig, console: Console, *, dry_run: bool = False) ->
         return plan
     _check_given_weights(plan, config)
     if not plan.rows:
+        _settle_what_a_kill_left(plan.config.cache)
         say(console, f"{plan.config.cache} is complete: nothing to do")
         return plan
     warn_of_random_weights(plan, console)
@@ -79,6 +80,19 @@ def run(config: PreprocessConfig, console: Console, *, dry_run: bool = False) ->
             raise StoppedError(saved(plan)) from None
     show_summary(plan, rank, tallies, time.perf_counter() - started, console)
     return plan
+
+
+def _settle_what_a_kill_left(cache: Path) -> None:
+    """Note the statistics of latents whose last shard was committed just before a kill.
+
+    Caches from before there were statistics stay as they are: `repa cache upgrade` is for them.
+    """
+    from .encoders.weights import REPA
+
+    manifest = present_manifest(cache)
+    latents = None if manifest is None else manifest.sources.get(AUTOENCODER)
+    if latents is not None and REPA in latents.libraries:
+        settle_latent_statistics(cache)
 
 
 def saved(plan: Plan) -> str:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from repa.data.format.opening import open_manifest, read_keys, read_labels
 from repa.data.format.survey import committed_shards
 from repa.data.reading.reader import CacheReader
 from repa.data.testing import folder_contents, synthetic_cache
+from repa.data.writing.store import write_manifest
 from repa.pipeline import loading
 from repa.pipeline.demo.shapes import DemoImages
 from repa.pipeline.encoders import load_encoder
@@ -144,6 +146,25 @@ def test_a_complete_cache_needs_no_model(cached: tuple[Path, str], monkeypatch: 
     assert folder_contents(cached[0]) == before
     # what is written is measured
     assert open_manifest(cached[0]).sources[AUTOENCODER].notes[LATENTS_NOTE]["images"] == 21
+
+
+@pytest.mark.parametrize("from_before", [False, True])
+def test_a_kill_before_the_latents_were_measured_leaves_nothing_out(
+    from_before: bool, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    demo(cache, encoders=["none"], limit=3)
+    undisturbed = folder_contents(cache)
+    manifest = open_manifest(cache)
+    latents = manifest.sources[AUTOENCODER]
+    notes = {name: value for name, value in latents.notes.items() if name != LATENTS_NOTE}
+    # what an earlier version wrote does not name repa among the libraries, and stays as it is
+    names = {name: value for name, value in latents.libraries.items() if not (from_before and name == "repa")}
+    bare = replace(latents, notes=notes, libraries=names)
+    write_manifest(cache, replace(manifest, sources={**manifest.sources, AUTOENCODER: bare}))
+    killed = folder_contents(cache)
+    assert "is complete: nothing to do" in demo(cache, encoders=["none"], limit=3)
+    assert folder_contents(cache) == (killed if from_before else undisturbed)
 
 
 def test_upgrade_measures_the_latents_of_a_cache_from_before(tmp_path: Path) -> None:

@@ -73,7 +73,12 @@ def assert_the_rows_of_old(cache: Path) -> None:
 def test_it_is_complete_for_the_same_command(old: Path) -> None:
     before = folder_contents(old)
     assert "nothing to do" in demo(old, **FLAGS)
-    assert {name: each for name, each in folder_contents(old).items() if not name.endswith(".lock")} == before
+    # that version named repa among the libraries, as later ones do: its latents count as not measured yet
+    group = ("zarr.json", "zarr.json.copy")
+    after = {name: each for name, each in folder_contents(old).items() if not name.endswith(".lock")}
+    assert {name for name in after if after[name] != before.get(name)} == set(group)
+    assert set(after) == set(before)
+    assert_the_rows_of_old(old)
     assert (notes(old)["form"], notes(old)["rank"], notes(old)["tolerance"]) == ("truncated", 8, 0.002)
 
 
