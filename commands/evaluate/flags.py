@@ -76,7 +76,7 @@ class EvaluateFlags:
         list[str] | None,
         typer.Option(metavar="NAME=FILE", help="File of an encoder's weights; may repeat."),
     ] = None
-    solver: Annotated[str, typer.Option(help="euler, heun or sde.")] = "euler"
+    solver: Annotated[str, typer.Option(help="euler, heun or sde.", show_default="euler")] = ""
     steps: Annotated[int, typer.Option(help="Steps of the solver.")] = 50
     guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1: none.")] = 1.0
     guidance_cls: Annotated[

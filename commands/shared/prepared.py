@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ...trainer.sampling.record import SamplingRecord
     from .decoder import Decoder
 
-MOST_STEPS = 100_000
 BALANCED, RANDOM = "balanced", "random"
 
 
@@ -109,7 +108,7 @@ def prepare_sampling(
     """
     from ...trainer.sampling.generate import conditions, model_of_file
     from ...trainer.sampling.record import SamplingRecord, sha256_of
-    from ...trainer.sampling.sampler import SamplerConfig
+    from ...trainer.sampling.settings import SamplerConfig
 
     settings = SamplerConfig(
         solver=flags.solver,
@@ -119,6 +118,7 @@ def prepare_sampling(
         interval=flags.interval,
     )
     model = model_of_file(checkpoint, weights=flags.weights)
+    settings = settings.of(model.objective)
     _check_guidance(flags, model)
     model.backbone.to(device)
     labels = asked(model)
@@ -169,7 +169,6 @@ def check_numbers(flags: SamplingFlags, *others: tuple[str, int, int, int]) -> N
     """
     for flag, value, least, most in (
         *others,
-        ("--steps", flags.steps, 1, MOST_STEPS),
         ("--seed", flags.seed, 0, 2**63 - 1),
     ):
         if not least <= value <= most:

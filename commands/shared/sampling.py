@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ...trainer.sampling.generate import TrainedModel
     from ...trainer.sampling.record import SamplingRecord
-    from ...trainer.sampling.sampler import SamplerConfig
+    from ...trainer.sampling.settings import SamplerConfig
 
 
 class LatentDecoder(Protocol):
@@ -55,7 +55,7 @@ class SamplingJob:
 
 def settings_of(record: SamplingRecord) -> SamplerConfig:
     """Return how a sampling is made."""
-    from ...trainer.sampling.sampler import SamplerConfig
+    from ...trainer.sampling.settings import SamplerConfig
 
     return SamplerConfig(
         solver=record.solver,

@@ -1,7 +1,8 @@
 """The objective contract, which says what the network predicts, along which path, at which times.
 
 An objective is one file with an `ObjectiveConfig` and an `Objective`, and one line in `registry`. No other
-file knows what a prediction means: the training step asks for its loss, the sampler for its velocity.
+file knows what a prediction means: the training step asks for its loss, and it names the solvers that make
+images of it. One whose prediction gives the velocity of a path is a `PathObjective`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from .paths import interpolant
-from .times import time_law
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -25,15 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """Settings of an objective. Each objective's are a frozen subclass.
-
-    Attributes:
-        path: name of the path between data and noise.
-        times: name of the law of the training times, where the method has none of its own.
-    """
-
-    path: str = "linear"
-    times: str = "uniform"
+    """Settings of an objective. Each objective's are a frozen subclass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +49,12 @@ class Objective(ABC):
     Attributes:
         config_class: its settings.
         terms: names of the loss terms, as metrics.csv calls them.
+        predicts: what the network predicts, in words.
+        solvers: names of the solvers that make images of it, the default first.
+        preview_solver: the one of them that makes previews; it draws no noise.
         vectors: whether all answers also take vectors ``[B, D]``, of what is denoised beside the latent.
         token_times: whether `noised` and `losses` take a time of each pixel.
         config: settings.
-        path: the path of those settings.
 
     Args:
         config: settings.
@@ -70,13 +62,16 @@ class Objective(ABC):
 
     config_class: ClassVar[type[ObjectiveConfig]]
     terms: ClassVar[tuple[str, ...]]
+    predicts: ClassVar[str]
+    solvers: ClassVar[tuple[str, ...]]
+    preview_solver: ClassVar[str]
     vectors: ClassVar[bool] = False
     token_times: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
-        self.path = interpolant(config.path)
 
+    @abstractmethod
     def times(self, count: int, generator: torch.Generator, law: TimeLaw | None = None) -> Tensor:
         """Return training times float32 ``[B]``, on the generator's device.
 
@@ -85,11 +80,10 @@ class Objective(ABC):
             generator: to draw from.
             law: of the method; None for the configured one.
         """
-        return (law or time_law(self.config.times))(count, self.path, generator)
 
+    @abstractmethod
     def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return x_t of latents ``[B, C, h, w]``, noise and times ``[B]`` or ``[B, 1, h, w]``."""
-        return self.path.interpolate(x0, noise, t)
 
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Noised:
         """Return what the network is given of latents ``[B, C, h, w]``, noise and times, as `interpolate`."""
@@ -102,16 +96,6 @@ class Objective(ABC):
         Args:
             captured: what the network returned; of a vector beside the latent, its prediction ``[B, D]``.
             noised: what it was given.
-        """
-
-    @abstractmethod
-    def velocity(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Return dx_t/dt, which the samplers integrate.
-
-        Args:
-            prediction: of the network ``[B, C, h, w]``, float64.
-            x: the state it was given, of that shape.
-            t: its times ``[B]`` in (0, 1], float64.
         """
 
 

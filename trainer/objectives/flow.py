@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from .base import Noised, Objective, ObjectiveConfig, require_prediction, squared_error
+from .base import Noised, require_prediction, squared_error
+from .path_objective import PathConfig, PathObjective
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,7 +19,7 @@ VELOCITY = "velocity"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowConfig(ObjectiveConfig):
+class FlowConfig(PathConfig):
     """Settings of flow matching. The defaults are REPA's.
 
     Attributes:
@@ -30,11 +31,12 @@ class FlowConfig(ObjectiveConfig):
     times: Literal["uniform", "lognormal"] = "uniform"
 
 
-class Flow(Objective):
+class Flow(PathObjective):
     """L_v = mean of (v_θ(x_t, t) − dx_t/dt)²."""
 
     config_class = FlowConfig
     terms = (VELOCITY,)
+    predicts = "a velocity"
     vectors = True
     token_times = True
     config: FlowConfig

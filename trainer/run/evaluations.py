@@ -14,7 +14,7 @@ from ..evaluation.feature_shards import IMAGE, image_hashes, repeated
 from ..evaluation.measuring import Measured, figures_of
 from ..evaluation.networks import BATCH, features_of
 from ..sampling.generate import TrainedModel, conditions, generate
-from ..sampling.sampler import SamplerConfig
+from ..sampling.settings import SamplerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

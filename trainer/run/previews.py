@@ -10,6 +10,7 @@ from ...data.errors import RepaError
 from ...data.reading.latents import unscale_latent
 from ..sampling.pictures import make_grid, save_png
 from ..sampling.sampler import sample, state_noises
+from ..sampling.settings import SamplerConfig
 from ..sampling.state import state_of
 from ..step.randomness import generator_for
 from .callbacks import Clock, StepCallback
@@ -102,8 +103,10 @@ class Previews(StepCallback):
                 module.objective,
                 noise.to(module.device),
                 condition.to(module.device),
-                solver="heun",
-                steps=self.config.preview_steps,
-                guidance=self.config.preview_guidance,
+                SamplerConfig(
+                    solver=module.objective.preview_solver,
+                    steps=self.config.preview_steps,
+                    guidance=self.config.preview_guidance,
+                ),
             )
         return unscale_latent(latents.float(), *module.scale)

@@ -18,7 +18,7 @@ from ..step.checkpoints import checkpoints_of, load_checkpoint, objective_said
 from ..step.module import CHECKPOINT_KEY
 from ..step.randomness import generator_for
 from ..typed import from_mapping
-from .sampler import SamplerConfig, sample, state_noises
+from .sampler import sample, state_noises
 from .state import state_of
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..models.base import Backbone
     from ..models.conditioning import Conditioner
     from ..objectives.base import Objective
+    from .settings import SamplerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,11 +190,7 @@ def generate(
             model.objective,
             next(noises).to(device),
             part.to(device),
-            solver=settings.solver,
-            steps=settings.steps,
-            guidance=settings.guidance,
-            guidance_cls=settings.guidance_cls,
-            interval=settings.interval,
+            settings,
             noises=noises,
             progress=progress,
         )

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -26,9 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.errors import RepaError
 from ..models.capture import NOTHING
 from ..objectives.base import require_prediction
+from ..objectives.path_objective import PathObjective
 from ..objectives.paths import Interpolant, Linear
 from .state import StateShape, state_of
 
@@ -36,9 +35,8 @@ if TYPE_CHECKING:
     from ..models.base import Backbone
     from ..models.capture import Captured
     from ..objectives.base import Objective
+    from .settings import SamplerConfig
 
-SOLVERS = ("euler", "heun", "sde")
-LAST_NOISY_TIME = 0.04
 LINEAR = Linear()
 
 Velocity: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -48,60 +46,7 @@ With vectors beside the latent x is ``[B, F]``, see `StateShape`.
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
-    """How to sample.
-
-    Attributes:
-        solver: ``euler``, ``heun`` or ``sde``.
-        steps: number of times the state is advanced.
-        guidance: w; 1 means none.
-        guidance_cls: w of the vectors beside the latent; None takes `guidance`.
-        interval: low and high time between which guidance acts.
-    """
-
-    solver: str = "euler"
-    steps: int = 50
-    guidance: float = 1.0
-    guidance_cls: float | None = None
-    interval: tuple[float, float] = (0.0, 1.0)
-
-    def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:
-            raise RepaError(
-                f"solver {self.solver!r} is unknown",
-                f"the solvers are {', '.join(SOLVERS)}",
-                field="--solver",
-            )
-        least = 2 if self.solver == "sde" else 1
-        if self.steps < least:
-            raise RepaError(
-                f"{self.steps} sampling steps are too few for {self.solver}",
-                f"take {least} or more",
-                field="--steps",
-            )
-        low, high = self.interval
-        if not 0 <= low <= high <= 1:
-            raise RepaError(
-                f"guidance interval [{low}, {high}] is not inside [0, 1] with low ≤ high",
-                "set --interval to such times",
-                field="--interval",
-            )
-
-    def weights(self, shape: StateShape) -> float | Tensor:
-        """Return the weight of guidance, of each number of the state ``[F]`` where they differ."""
-        return shape.weights(self.guidance, self.guidance if self.guidance_cls is None else self.guidance_cls)
-
-    def times(self) -> list[float]:
-        """Return the steps + 1 times, from 1 to 0."""
-        if self.solver == "sde":
-            noisy: list[float] = torch.linspace(1, LAST_NOISY_TIME, self.steps, dtype=torch.float64).tolist()
-            return [*noisy, 0.0]
-        times: list[float] = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64).tolist()
-        return times
-
-
-def model_velocity(backbone: Backbone, objective: Objective) -> Velocity:
+def model_velocity(backbone: Backbone, objective: PathObjective) -> Velocity:
     """Return a backbone as a velocity.
 
     Inputs are in its parameters' dtype; the objective turns the prediction, in float64, into a velocity.
@@ -175,17 +120,13 @@ def sample(
     objective: Objective,
     latents: Tensor,
     condition: Tensor,
+    settings: SamplerConfig,
     *,
-    solver: str = "euler",
-    steps: int = 50,
-    guidance: float = 1.0,
-    guidance_cls: float | None = None,
-    interval: tuple[float, float] = (0.0, 1.0),
     noises: Iterable[Tensor] | None = None,
     generator: torch.Generator | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Sample a backbone from initial noise, see `integrate` and `SamplerConfig` for the arguments.
+    """Sample a backbone from initial noise, by a solver that its objective offers.
 
     Args:
         backbone: in eval mode; its conditioner gives the null condition.
@@ -193,12 +134,8 @@ def sample(
         latents: standard normal noise ``[B, C, h, w]`` on the backbone's device; ``[B, F]`` as of
             `state_noises` for one that denoises vectors beside the latent.
         condition: condition of each sample ``[B, …]``.
-        solver: ``euler``, ``heun`` or ``sde``.
-        steps: number of times the state is advanced.
-        guidance: weight w; 1 means none.
-        guidance_cls: weight of the vectors beside the latent; None takes `guidance`.
-        interval: low and high time between which guidance acts.
-        noises: noises of the SDE.
+        settings: solver, steps and guidance.
+        noises: of a solver that adds noise, see `integrate`.
         generator: draws them when none are given.
         progress: called with the number of finished steps after each.
 
@@ -206,17 +143,17 @@ def sample(
         float64 ``[B, C, h, w]``: scaled latents, without what was denoised beside them.
 
     Raises:
-        RepaError: unknown solver, too few steps, or an interval outside [0, 1].
+        RepaError: the objective offers no such solver.
     """
+    settings = settings.of(objective)
     shape = state_of(backbone.config)
+    assert isinstance(objective, PathObjective), "no other offers a solver that integrates a velocity"
     state = integrate(
         model_velocity(backbone, objective),
         latents,
         condition,
         backbone.y_embedder.null(len(latents)),
-        SamplerConfig(
-            solver=solver, steps=steps, guidance=guidance, guidance_cls=guidance_cls, interval=interval
-        ),
+        settings,
         path=objective.path,
         shape=shape,
         noises=noises,

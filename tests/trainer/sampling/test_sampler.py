@@ -12,7 +12,8 @@ from repa.data.errors import RepaError
 from repa.trainer.models.sit import SiT, SiTConfig
 from repa.trainer.objectives.flow import Flow, FlowConfig
 from repa.trainer.objectives.paths import INTERPOLANTS, interpolant
-from repa.trainer.sampling.sampler import SamplerConfig, integrate, model_velocity, sample, sample_noises
+from repa.trainer.sampling.sampler import integrate, model_velocity, sample, sample_noises
+from repa.trainer.sampling.settings import SamplerConfig
 from safetensors.torch import load_file
 
 if TYPE_CHECKING:
@@ -49,10 +50,7 @@ def test_golden_ode(
         FLOW,
         golden["sample_latents"],
         golden["sample_y"],
-        solver=solver,
-        steps=12,
-        guidance=guidance,
-        interval=GOLDEN_INTERVAL,
+        SamplerConfig(solver=solver, steps=12, guidance=guidance, interval=GOLDEN_INTERVAL),
     )
     torch.testing.assert_close(samples, golden[f"ode_heun{heun}_cfg{guidance}"], rtol=0, atol=1e-9)
 
@@ -63,10 +61,7 @@ def test_golden_sde(golden: dict[str, torch.Tensor], backbone: SiT) -> None:
         FLOW,
         golden["sample_latents"],
         golden["sample_y"],
-        solver="sde",
-        steps=12,
-        guidance=1.8,
-        interval=GOLDEN_INTERVAL,
+        SamplerConfig(solver="sde", steps=12, guidance=1.8, interval=GOLDEN_INTERVAL),
         noises=golden["sde_noise"],
     )
     torch.testing.assert_close(samples, golden["sde_cfg1.8"], rtol=0, atol=1e-9)
@@ -201,7 +196,7 @@ def test_the_state_is_float64_and_the_model_sees_its_own_dtype() -> None:
         return forward(x, t, condition)
 
     model.forward = spy  # type: ignore[method-assign]
-    out = sample(model, FLOW, torch.randn(2, 4, 4, 4), torch.tensor([0, 1]), steps=2)
+    out = sample(model, FLOW, torch.randn(2, 4, 4, 4), torch.tensor([0, 1]), SamplerConfig(steps=2))
     assert out.dtype == torch.float64
     assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
     assert (

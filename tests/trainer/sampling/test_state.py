@@ -11,13 +11,13 @@ import torch
 from repa.trainer.models.sit import SiT, SiTConfig
 from repa.trainer.objectives.flow import Flow, FlowConfig
 from repa.trainer.sampling.sampler import (
-    SamplerConfig,
     integrate,
     model_velocity,
     sample,
     sample_noises,
     state_noises,
 )
+from repa.trainer.sampling.settings import SamplerConfig
 from repa.trainer.sampling.state import StateShape, state_of
 from safetensors.torch import load_file
 
@@ -80,18 +80,7 @@ def test_every_solver_carries_both_as_one_alone_would(
     seeds = range(2)
     labels = torch.tensor([1, 4])
     noises = state_noises(3, seeds, SHAPE)
-    found = sample(
-        backbone,
-        FLOW,
-        next(noises),
-        labels,
-        solver=solver,
-        steps=4,
-        guidance=weights[0],
-        guidance_cls=weights[1],
-        interval=(0.2, 0.9),
-        noises=noises,
-    )
+    found = sample(backbone, FLOW, next(noises), labels, settings, noises=noises)
     # the same by hand
     latents, vectors = sample_noises(3, seeds, SHAPE.latent), sample_noises(3, seeds, (24,), stream=1)
     x, c = next(latents), next(vectors)
