@@ -1,15 +1,27 @@
 """HASTE's attention term (arXiv 2505.16792), a cross entropy from a teacher's attention to the student's.
 
-Both sides are given as queries and keys; the maps ``[B, H, T, T]`` exist for one block at a time and for no
-longer than its forward pass, which works out the gradient of queries and keys on the way.
+Both sides are given as queries and keys; of a block's maps ``[B, H, T, T]`` a slab exists at a time, see
+`MAP_NUMBERS`, and within the forward pass alone, which works out the gradient of queries and keys.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MAP_NUMBERS = 1 << 24
+"""Probabilities of the student, as of the teacher, that exist at a time on a GPU.
+
+In float32 that is 64 MiB: 16 maps at T = 1,024, where those of one block of 32 images and 12 heads would be
+1.5 GiB. Slabs are of whole maps, so what else lies in one changes no row's softmax and no product.
+"""
+MAP_NUMBERS_ON_CPU = 1 << 22
+"""The same on a CPU, where larger slabs took longer: every pass over them went to memory."""
 
 
 def attention_alignment(
@@ -66,15 +78,22 @@ class _Alignment(torch.autograd.Function):
         scale: float,
         teacher_scale: float,
     ) -> tuple[Tensor, Tensor]:
-        teacher_log = _log_probabilities(teacher_queries, teacher_keys, teacher_scale)
-        teacher = teacher_log.exp()
-        student_log = _log_probabilities(queries, keys, scale)
-        cross_entropy = -(teacher * student_log).sum(-1).mean()
-        # not as a difference of two entropies, which would round to a little less than 0 near the minimum
-        excess = teacher_log.sub_(student_log).mul_(teacher).sum(-1).mean()
-        if any(ctx.needs_input_grad):
-            gradient = student_log.exp_().sub_(teacher).mul_(scale / teacher[..., 0].numel())
-            ctx.save_for_backward(gradient @ keys, gradient.mT @ queries)
+        per_row = queries.new_empty(2, *queries.shape[:3])
+        wanted = any(ctx.needs_input_grad)
+        gradients = [torch.empty_like(each) for each in (queries, keys)] if wanted else []
+        for some in _slabs(queries.shape, queries.device):
+            teacher_log = _log_probabilities(teacher_queries[some], teacher_keys[some], teacher_scale)
+            teacher = teacher_log.exp()
+            student_log = _log_probabilities(queries[some], keys[some], scale)
+            per_row[0][some] = (teacher * student_log).sum(-1)
+            # not as a difference of two entropies, which would round to a little less than 0 near the minimum
+            per_row[1][some] = teacher_log.sub_(student_log).mul_(teacher).sum(-1)
+            if wanted:
+                gradient = student_log.exp_().sub_(teacher).mul_(scale / per_row[0].numel())
+                gradients[0][some] = gradient @ keys[some]
+                gradients[1][some] = gradient.mT @ queries[some]
+        ctx.save_for_backward(*gradients)
+        cross_entropy, excess = -per_row[0].mean(), per_row[1].mean()
         ctx.mark_non_differentiable(excess)
         return cross_entropy, excess
 
@@ -83,6 +102,17 @@ class _Alignment(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         for_queries, for_keys = ctx.saved_tensors
         return upstream * for_queries, upstream * for_keys, None, None, None, None
+
+
+def _slabs(shape: torch.Size, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Yield images and heads whose maps together are no larger than a slab, or are a single one."""
+    images, heads, tokens, _ = shape
+    numbers = MAP_NUMBERS_ON_CPU if device.type == "cpu" else MAP_NUMBERS
+    heads_at_once = min(heads, max(1, numbers // tokens**2))
+    images_at_once = max(1, numbers // (heads_at_once * tokens**2))
+    for image in range(0, images, images_at_once):
+        for head in range(0, heads, heads_at_once):
+            yield slice(image, image + images_at_once), slice(head, head + heads_at_once)
 
 
 def _log_probabilities(queries: Tensor, keys: Tensor, scale: float) -> Tensor:

@@ -75,7 +75,6 @@ PRESETS: Mapping[str, Preset] = {
     "L": _LARGE,
     "XL": _LARGE,
 }
-TOKENS_AT_512 = 1024
 STOPS_AT_512 = {"XL": 300_000}
 
 
@@ -103,10 +102,9 @@ class Haste(Repa):
 
     @classmethod
     def preset_of(cls, backbone: BackboneFacts) -> MethodConfig | None:
-        """Return the size's preset. At 1,024 tokens, as in 512² images, SiT-XL is aligned for longer."""
+        """Return the size's preset. On 512² images SiT-XL is aligned for longer."""
         preset, size = super().preset_of(backbone), backbone.size_name or ""
-        rows, columns = backbone.grid
-        if isinstance(preset, Preset) and rows * columns == TOKENS_AT_512 and size in STOPS_AT_512:
+        if isinstance(preset, Preset) and backbone.resolution == 512 and size in STOPS_AT_512:
             return replace(preset, stop=STOPS_AT_512[size])
         return preset
 

@@ -89,7 +89,6 @@ LOSSES: Mapping[str, Mapping[str, Any]] = {
 # of the released code; the paper does not tell of a decay
 DECAY = SraConfig(decay_after=149, decay_epochs=1000)
 DECAY_AT_512 = SraConfig(decay_after=99, decay_epochs=800)
-TOKENS_AT_512 = 1024
 
 
 class Head(nn.Module):
@@ -148,8 +147,7 @@ class Sra(Aligning):
         notes: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__(config, backbone, columns, grids, notes)
-        rows, cells = backbone.grid
-        self.config = filled(self.config, DECAY_AT_512 if rows * cells == TOKENS_AT_512 else DECAY)
+        self.config = filled(self.config, DECAY_AT_512 if backbone.resolution == 512 else DECAY)
         block = self.config.student_block or 0
         self.ap_head = Head(backbone.width_of(block) if backbone.has_block(block) else backbone.width)
 

@@ -43,6 +43,8 @@ class BackboneFacts:
         blocks: every block's facts where they differ, as in a U-Net; empty where all blocks are alike.
         siblings: names of models of this size on this latent, each after the grid of its tokens.
         token_times: whether tokens may have times of their own, in groups (see `Backbone`).
+        resolution: side in pixels of the images that it is trained on, as their cache records it; None where
+            that is not known.
     """
 
     depth: int
@@ -54,6 +56,7 @@ class BackboneFacts:
     blocks: tuple[BlockFacts, ...] = ()
     siblings: tuple[tuple[tuple[int, int], str], ...] = ()
     token_times: bool = False
+    resolution: int | None = None
 
     def has_block(self, block: int) -> bool:
         """Return whether the block, counted from 1, exists."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -92,7 +93,8 @@ def make_method(
     there = offer(manifest, live)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(config.seed, "method"))
-        return build(config.method, facts, there.columns, there.grids, there.notes)
+        seen = replace(facts, resolution=manifest.resolution)
+        return build(config.method, seen, there.columns, there.grids, there.notes)
 
 
 def attention_blocks(config: TrainConfig) -> tuple[int, ...]:

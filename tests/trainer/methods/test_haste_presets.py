@@ -30,11 +30,20 @@ def test_presets_are_the_papers() -> None:
         assert len(preset.student_blocks) == len(preset.teacher_blocks)
         assert max(preset.student_blocks) <= SIT_SIZES[size].depth
         assert max(preset.teacher_blocks) <= preset.teacher_depth
-    large = SiTConfig.named("SiT-XL/2", input_size=64).facts
-    assert Haste.preset_of(large) == replace(PRESETS["XL"], stop=300_000)
-    assert Haste.preset_of(SiTConfig.named("SiT-XL/2", input_size=32).facts) == PRESETS["XL"]
-    assert Haste.preset_of(SiTConfig.named("SiT-B/2", input_size=64).facts) == PRESETS["B"]
     assert Haste.preset_of(SiTConfig.named("SiT-S/2", input_size=32).facts) is None
+
+
+def test_at_512_the_largest_stops_later() -> None:
+    """It is the cache's images that are of 512 pixels a side; so many tokens may be of others."""
+    large = replace(SiTConfig.named("SiT-XL/2", input_size=64).facts, resolution=512)
+    assert Haste.preset_of(large) == replace(PRESETS["XL"], stop=300_000)
+    coarse = replace(SiTConfig.named("SiT-XL/1", input_size=16).facts, resolution=512)
+    assert Haste.preset_of(coarse) == Haste.preset_of(large)
+    fine = replace(SiTConfig.named("SiT-XL/1", input_size=32).facts, resolution=256)
+    assert fine.grid == large.grid
+    assert Haste.preset_of(fine) == PRESETS["XL"] == Haste.preset_of(replace(fine, resolution=None))
+    base = replace(SiTConfig.named("SiT-B/2", input_size=64).facts, resolution=512)
+    assert Haste.preset_of(base) == PRESETS["B"]
 
 
 def preset_method(size: str, teacher_depth: int = 12, **settings: Any) -> Haste:

@@ -159,12 +159,15 @@ def test_the_weight_decays_as_published(epoch: int, weight: float) -> None:
 
 
 def test_the_decay_begins_earlier_at_512_and_follows_the_epochs_of_the_run() -> None:
-    facts = replace(SiTConfig.named("SiT-XL/2", input_size=64).facts)
+    facts = replace(SiTConfig.named("SiT-XL/2", input_size=64).facts, resolution=512)
     method = Sra(SraConfig(epoch_steps=10), facts, {}, {})
     assert (method.config.student_block, method.config.teacher_block) == (8, 20)
     assert method.weight_at(999) == 0.2
     assert method.weight_at(1000) == pytest.approx(0.2 * 10 ** (-1 / 800))
     assert method.weight_at(8990) == pytest.approx(0.02)
+    fine = replace(SiTConfig.named("SiT-XL/1", input_size=32).facts, resolution=256)
+    assert fine.grid == facts.grid
+    assert Sra(SraConfig(epoch_steps=10), fine, {}, {}).weight_at(1499) == 0.2
 
 
 def test_other_generations_do_not_decay_and_a_user_has_the_last_word() -> None:
