@@ -335,7 +335,7 @@ def _print_settings(console: Console) -> None:
 
 
 def _print_sizes(checked: Checked, config: TrainConfig, console: Console) -> None:
-    from ..trainer.models.registry import build
+    from ..trainer.models.registry import build, choices_of
 
     if checked.train_rows is not None and checked.held_out_rows is not None:
         images = config.max_steps * config.batch_size
@@ -354,6 +354,9 @@ def _print_sizes(checked: Checked, config: TrainConfig, console: Console) -> Non
         backbone = sum(each.numel() for each in build(checked.backbone).parameters())
     method = sum(each.numel() for each in checked.method.parameters())
     console.print(f"parameters: backbone {backbone:,}, method {method:,}", highlight=False, soft_wrap=True)
+    if choices := choices_of(checked.backbone):
+        said = ", ".join(f"{name} {'on' if value else 'off'}" for name, value in choices.items())
+        console.print(f"{config.model}: {said}", highlight=False, soft_wrap=True)
 
 
 def _print_phases(phases: Sequence[Mapping[str, Any]], console: Console) -> None:

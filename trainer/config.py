@@ -78,7 +78,10 @@ class TrainConfig:
         method: settings of the method.
         objective: settings of what the backbone learns to predict; their type says what. ``path`` and
             ``times`` stand for ``objective.path`` and ``objective.times``, as they were called before.
-        qk_norm: LayerNorm of queries and keys.
+        qk_norm: norm of queries and keys.
+        rope: rotary positions of queries and keys, of row and column; none takes the backbone's own choice.
+        rms_norm: RMSNorm with gain in place of LayerNorm; none takes the backbone's own choice.
+        swiglu: gated MLP of two thirds of the width; none takes the backbone's own choice.
         latent_norm: what latents are normalised by: autoencoder, what its configuration says; channel, mean
             and standard deviation of each channel of the cache; sd, the one factor of Stable Diffusion.
         latent_scale: what latents are multiplied by; none takes the factor of latent_norm, which is 1 for
@@ -142,6 +145,9 @@ class TrainConfig:
     method_preset: str = ""
     method: MethodConfig = field(default_factory=RepaConfig)
     qk_norm: bool = False
+    rope: bool | None = None
+    rms_norm: bool | None = None
+    swiglu: bool | None = None
     objective: ObjectiveConfig = field(default_factory=FlowConfig)
     latent_norm: Literal["autoencoder", "channel", "sd"] = "autoencoder"
     latent_scale: Annotated[float, Gt(0)] | None = None

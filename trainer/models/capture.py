@@ -141,7 +141,8 @@ class Captured:
         leading: block → the tokens before those of the grid ``[B, n, D]``, for every block in `hidden`
             where there are any.
         grids: block → rows and columns of its tokens, for every block in `hidden`.
-        queries: block → ``[B, H, T, D / H]`` of the grid's tokens, after QK-norm if any, before the scale.
+        queries: block → ``[B, H, T, D / H]`` of the grid's tokens, as the network compares them: after
+            QK-norm and rotary positions if any, before the scale.
         keys: block → the same of the keys.
     """
 

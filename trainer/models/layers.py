@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .conditioning import EMBEDDING_STD
+from .gated_mlp import PackedSwiGlu, two_thirds
 from .rotary import rotate
 
 if TYPE_CHECKING:
@@ -120,17 +121,47 @@ class TimestepEmbedding(nn.Module):
         return embedding
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with optional LayerNorm of queries and keys."""
+class RmsNorm(nn.RMSNorm):
+    """x / √(mean(x²) + 1e-6) · gain over the channels (arXiv 1910.07467), in float32 at least."""
 
-    def __init__(self, width: int, heads: int, *, qk_norm: bool) -> None:
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[…, D]`` to ``[…, D]``, in the wider dtype of input and gain."""
+        # under autocast tokens may be narrower than the gain, and torch then leaves its fused kernel
+        return super().forward(x.to(torch.promote_types(x.dtype, self.weight.dtype)))
+
+
+def token_norm(width: int, *, rms: bool) -> nn.Module:
+    """Return what normalises tokens before adaLN, a LayerNorm without gain or an RMSNorm with one.
+
+    Args:
+        width: D, channels of a token.
+        rms: whether it is RMSNorm.
+    """
+    if rms:
+        return RmsNorm(width)
+    return nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with optional norm of queries and keys.
+
+    Args:
+        width: D, channels of a token.
+        heads: H.
+        qk_norm: normalise queries and keys of each head.
+        rms_norm: by RMSNorm instead of LayerNorm.
+    """
+
+    def __init__(self, width: int, heads: int, *, qk_norm: bool, rms_norm: bool = False) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} is no multiple of {heads} heads")
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (_head_norm(width // heads, qk_norm, rms_norm) for _ in range(2))
         self.proj = nn.Linear(width, width)
 
     def forward(
@@ -161,6 +192,12 @@ class Attention(nn.Module):
         return output, queries, keys
 
 
+def _head_norm(channels: int, normalise: bool, rms: bool) -> nn.Module:
+    if not normalise:
+        return nn.Identity()
+    return RmsNorm(channels) if rms else nn.LayerNorm(channels)
+
+
 class Mlp(nn.Module):
     """Linear, GELU (tanh form), Linear."""
 
@@ -175,6 +212,11 @@ class Mlp(nn.Module):
         return output
 
 
+def gated_mlp(width: int) -> PackedSwiGlu:
+    """Return a SwiGLU of as many weights as `Mlp`."""
+    return PackedSwiGlu(width, two_thirds(width, MLP_RATIO))
+
+
 class Block(nn.Module):
     """Transformer block with adaLN-zero.
 
@@ -183,17 +225,24 @@ class Block(nn.Module):
     Args:
         width: D, channels of a token.
         heads: H.
-        qk_norm: LayerNorm of queries and keys.
+        qk_norm: norm of queries and keys.
+        rms_norm: RMSNorm with gain instead of LayerNorm, of tokens and of queries and keys.
         mlp: makes the MLP, given the width.
     """
 
     def __init__(
-        self, width: int, heads: int, *, qk_norm: bool, mlp: Callable[[int], nn.Module] = Mlp
+        self,
+        width: int,
+        heads: int,
+        *,
+        qk_norm: bool,
+        rms_norm: bool = False,
+        mlp: Callable[[int], nn.Module] = Mlp,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
-        self.attn = Attention(width, heads, qk_norm=qk_norm)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
+        self.norm1 = token_norm(width, rms=rms_norm)
+        self.attn = Attention(width, heads, qk_norm=qk_norm, rms_norm=rms_norm)
+        self.norm2 = token_norm(width, rms=rms_norm)
         self.mlp = mlp(width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
@@ -235,9 +284,9 @@ class FinalLayer(nn.Module):
 
     linear_cls: nn.Linear
 
-    def __init__(self, width: int, patch_size: int, channels: int) -> None:
+    def __init__(self, width: int, patch_size: int, channels: int, *, rms_norm: bool = False) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
+        self.norm_final = token_norm(width, rms=rms_norm)
         self.linear = nn.Linear(width, patch_size * patch_size * channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 

@@ -26,6 +26,14 @@ if TYPE_CHECKING:
     from .base import Backbone, BackboneConfig
     from .conditioning import Conditioner
 
+SETTINGS = {
+    "qk_norm": "norm of queries and keys",
+    "rope": "rotary positions",
+    "rms_norm": "RMSNorm",
+    "swiglu": "gated MLP",
+}
+"""Settings of a run that are fields of an architecture, where it has the choice, and what each is."""
+
 FLOW = "flow"
 FIRST = "SiT"
 """Family of the checkpoints that were written before there was another."""
@@ -68,7 +76,7 @@ def family_of(model: str) -> Family:
 
 
 def config_of(
-    model: str, *, input_size: int, in_channels: int, num_classes: int, qk_norm: bool = False
+    model: str, *, input_size: int, in_channels: int, num_classes: int, **settings: bool | None
 ) -> BackboneConfig:
     """Return the architecture of a model's name.
 
@@ -77,20 +85,34 @@ def config_of(
         input_size: side of the latent.
         in_channels: channels of the latent.
         num_classes: classes, without the null class.
-        qk_norm: LayerNorm of queries and keys.
+        settings: of `SETTINGS`; None leaves what the family has.
 
     Raises:
-        RepaError: the name is unknown, the latent does not fit it, or it has no such norm.
+        RepaError: the name is unknown, the latent does not fit it, or it has no such choice; ``field`` is
+            then the setting.
     """
     config = family_of(model).config
-    settings = {"qk_norm": True} if qk_norm else {}
-    if settings.keys() - {item.name for item in fields(config)}:
-        raise RepaError(
-            f"model {model} has no queries and keys to normalise", "leave qk_norm off", field="qk_norm"
-        )
+    choices = {item.name for item in fields(config)}
+    # qk_norm is off where nobody has said anything, so off is no wish for a choice
+    chosen = {name: value for name, value in settings.items() if value is not None}
+    for name, value in tuple(chosen.items()):
+        if name in choices:
+            continue
+        if name != "qk_norm" or value:
+            raise RepaError(
+                f"model {model} has no choice of {name}, {SETTINGS[name]}",
+                f"leave {name} out, or take another --model",
+                field=name,
+            )
+        del chosen[name]
     return config.named(
-        model, input_size=input_size, in_channels=in_channels, num_classes=num_classes, **settings
+        model, input_size=input_size, in_channels=in_channels, num_classes=num_classes, **chosen
     )
+
+
+def choices_of(config: BackboneConfig) -> dict[str, Any]:
+    """Return the settings of `SETTINGS` that an architecture has, with what it chose."""
+    return {name: getattr(config, name) for name in SETTINGS if hasattr(config, name)}
 
 
 def with_tokens(config: BackboneConfig, model: str, widths: tuple[int, ...]) -> BackboneConfig:

@@ -17,13 +17,16 @@ from .layers import (
     NORM_EPS,
     Block,
     FinalLayer,
+    Mlp,
     PatchEmbedding,
     TimestepEmbedding,
+    gated_mlp,
     initialise_linear,
     initialise_transformer,
     position_table,
     unpatchify,
 )
+from .rotary import axial_rotation
 
 if TYPE_CHECKING:
     from .token_groups import TokenGroups
@@ -84,7 +87,11 @@ class SiTConfig(BackboneConfig):
         width: channels of a token.
         heads: attention heads.
         patch_size: side of a patch in latent pixels.
-        qk_norm: LayerNorm of queries and keys per head.
+        qk_norm: norm of queries and keys per head.
+        rope: rotary positions of queries and keys, beside the fixed table; each half of a head's pairs of
+            channels turns by row or by column, as in LightningDiT, GMem and ERW.
+        rms_norm: RMSNorm with gain in place of each LayerNorm.
+        swiglu: gated MLP of int(2/3 · 4 · width) channels in place of the one with GELU.
         size_name: letter of the size, None if it is none of `SIT_SIZES`.
     """
 
@@ -96,6 +103,9 @@ class SiTConfig(BackboneConfig):
     heads: int
     patch_size: int
     qk_norm: bool = False
+    rope: bool = False
+    rms_norm: bool = False
+    swiglu: bool = False
     size_name: str | None = None
 
     def __post_init__(self) -> None:
@@ -115,7 +125,9 @@ class SiTConfig(BackboneConfig):
     def named(
         cls, name: str, *, input_size: int, in_channels: int = 4, num_classes: int = 1000, **settings: Any
     ) -> SiTConfig:
-        """Return the configuration of a name such as ``SiT-B/2``. Of the settings it takes ``qk_norm``.
+        """Return the configuration of a name such as ``SiT-B/2``.
+
+        Of the settings it takes ``qk_norm``, ``rope``, ``rms_norm`` and ``swiglu``.
 
         Raises:
             RepaError: the name is unknown, or its patch does not divide the latent's side.
@@ -166,6 +178,7 @@ class SiT(Backbone):
     """
 
     config: SiTConfig
+    rotation: Tensor | None
 
     def __init__(self, config: SiTConfig, conditioner: Conditioner | None = None) -> None:
         super().__init__()
@@ -177,13 +190,33 @@ class SiT(Backbone):
         self.y_embedder = conditioner or LabelConditioner(config.num_classes, width)
         table = position_table(width, self.facts.grid).to(torch.get_default_dtype())
         self.pos_embed = nn.Parameter(table.unsqueeze(0), requires_grad=False)
+        self.register_buffer("rotation", self._rotation(), persistent=False)
         self.blocks = nn.ModuleList(
-            Block(width, config.heads, qk_norm=config.qk_norm) for _ in range(config.depth)
+            Block(
+                width,
+                config.heads,
+                qk_norm=config.qk_norm,
+                rms_norm=config.rms_norm,
+                mlp=gated_mlp if config.swiglu else Mlp,
+            )
+            for _ in range(config.depth)
         )
-        self.final_layer = FinalLayer(width, config.patch_size, config.in_channels)
+        self.final_layer = FinalLayer(width, config.patch_size, config.in_channels, rms_norm=config.rms_norm)
         initialise_transformer(self, conditioners=("y_embedder",))
         if config.token_widths:
             self._add_token(*config.token_widths)
+
+    def _rotation(self) -> Tensor | None:
+        """Return the rotation of the tokens, None without rotary positions.
+
+        A token before those of the grid has no place on it, and is not turned.
+        """
+        config = self.config
+        if not config.rope:
+            return None
+        ahead = len(config.token_widths)
+        turns = axial_rotation(config.width // config.heads, self.facts.grid, pairs="halves", ahead=ahead)
+        return turns.to(torch.get_default_dtype())
 
     def _add_token(self, channels: int) -> None:
         """Add what reads and predicts a vector as one more token, before those of the latent (REG).
@@ -238,7 +271,7 @@ class SiT(Backbone):
         embedding = times + (label if groups is None else label.unsqueeze(1))
         mask = None if groups is None else groups.mask()
         for number, block in enumerate(self.blocks[:last], start=1):
-            tokens, queries, keys = block(tokens, embedding, groups=groups, mask=mask)
+            tokens, queries, keys = block(tokens, embedding, self.rotation, groups=groups, mask=mask)
             if number in capture.hidden:
                 captured.hidden[number] = tokens[:, ahead:]
                 captured.grids[number] = self.facts.grid

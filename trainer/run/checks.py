@@ -178,7 +178,7 @@ def _check_backbone(config: TrainConfig, manifest: Manifest, found: Checked) -> 
             input_size=shape[1],
             in_channels=shape[0] // 2,
             num_classes=max(classes, 1),
-            qk_norm=config.qk_norm,
+            **{name: getattr(config, name) for name in backbones.SETTINGS},
         )
     )
 
