@@ -52,8 +52,11 @@ class SampleFlags:
     npz: Annotated[
         bool, typer.Option("--npz", help="One uint8 array file, as the ADM evaluation suite reads it.")
     ] = False
-    solver: Annotated[str, typer.Option(help="euler, heun or sde.", show_default="euler")] = ""
+    solver: Annotated[str, typer.Option(help="euler, heun, sde or sde-heun.", show_default="euler")] = ""
     steps: Annotated[int, typer.Option(help="Steps of the solver.")] = 50
+    shift: Annotated[
+        float, typer.Option(help="Shift of the times of euler and heun, as 0.3 of LightningDiT; 1: none.")
+    ] = 1.0
     guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1: none.")] = 1.0
     guidance_cls: Annotated[
         float | None,

@@ -180,7 +180,7 @@ class TrainConfig:
     evaluate_every: _Count = 0
     evaluate_num: Annotated[int, Ge(2), Le(_MOST)] = 5_000
     evaluate_metrics: str = "fd"
-    evaluate_solver: Literal["euler", "heun", "sde"] = "euler"
+    evaluate_solver: Literal["euler", "heun", "sde", "sde-heun"] = "euler"
     evaluate_steps: _Positive = 50
     evaluate_guidance: Annotated[float, Ge(0)] = 1.0
     gradient_angle_every: _Count = 0

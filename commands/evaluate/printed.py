@@ -58,6 +58,8 @@ def _how(samples: SamplesSaid) -> str:
     if samples.solver is None:
         return ""
     parts = [f"{samples.weights} weights", f"{samples.solver}, {samples.steps} steps"]
+    if samples.shift is not None:
+        parts.append(f"times shifted by {samples.shift:g}")
     guidance = f"guidance {samples.guidance:g}"
     if samples.guidance_cls is not None:
         guidance += f", class token {samples.guidance_cls:g}"

@@ -131,6 +131,7 @@ def _generated(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> S
         labels=record.label_mode,
         solver=record.solver,
         steps=record.steps,
+        shift=None if record.shift == 1 else record.shift,
         guidance=record.guidance,
         guidance_cls=record.guidance_cls,
         interval=record.interval,
@@ -141,7 +142,8 @@ def _generated(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> S
         images_seen=model.images_seen,
         device_hours=None if run is None or record.step is None else device_hours(run, record.step),
     )
-    of_others = ("checkpoint", "autoencoder", "form", "finished")
+    # without a shift, features are found again that were made before there was one
+    of_others = ("checkpoint", "autoencoder", "form", "finished", *(["shift"] if record.shift == 1 else []))
     identity = {name: value for name, value in asdict(record).items() if name not in of_others}
     folder = f"{checkpoint.stem}-{short_sha256(identity)}"
     return Samples(

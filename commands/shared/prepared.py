@@ -28,11 +28,15 @@ class SamplingFlags(Protocol):
 
     @property
     def solver(self) -> str:
-        """See `SamplerConfig`, as are the next four."""
+        """See `SamplerConfig`, as are the next five."""
 
     @property
     def steps(self) -> int:
         """Steps of the solver."""
+
+    @property
+    def shift(self) -> float:
+        """Of the solver's times."""
 
     @property
     def guidance(self) -> float:
@@ -113,6 +117,7 @@ def prepare_sampling(
     settings = SamplerConfig(
         solver=flags.solver,
         steps=flags.steps,
+        shift=flags.shift,
         guidance=flags.guidance,
         guidance_cls=flags.guidance_cls,
         interval=flags.interval,
@@ -139,6 +144,7 @@ def prepare_sampling(
         label_mode=label_mode,
         solver=settings.solver,
         steps=settings.steps,
+        shift=settings.shift,
         guidance=settings.guidance,
         guidance_cls=(flags.guidance if flags.guidance_cls is None else flags.guidance_cls)
         if model.backbone.config.token_widths

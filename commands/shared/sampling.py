@@ -60,6 +60,7 @@ def settings_of(record: SamplingRecord) -> SamplerConfig:
     return SamplerConfig(
         solver=record.solver,
         steps=record.steps,
+        shift=record.shift,
         guidance=record.guidance,
         guidance_cls=record.guidance_cls,
         interval=record.interval,

@@ -38,8 +38,9 @@ class SamplesSaid:
         resolution: side of a sample in pixels.
         seed: of the noise.
         labels: how classes were chosen, ``balanced`` or ``random``.
-        solver: see `SamplerConfig`, as are the next four.
+        solver: see `SamplerConfig`, as are the next five.
         steps: of the solver.
+        shift: of its times, None without one.
         guidance: of the latent.
         guidance_cls: of the vectors beside the latent.
         interval: times between which guidance acts.
@@ -59,6 +60,7 @@ class SamplesSaid:
     labels: str | None = None
     solver: str | None = None
     steps: int | None = None
+    shift: float | None = None
     guidance: float | None = None
     guidance_cls: float | None = None
     interval: tuple[float, float] | None = None
@@ -204,6 +206,7 @@ COLUMNS = (
     "labels",
     "solver",
     "steps",
+    "shift",
     "guidance",
     "guidance_cls",
     "interval",

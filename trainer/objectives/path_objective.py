@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from .times import TimeLaw
 
-SOLVERS = ("euler", "heun", "sde")
+SOLVERS = ("euler", "heun", "sde", "sde-heun")
 """Names of the solvers that integrate a velocity."""
 
 

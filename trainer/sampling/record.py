@@ -50,6 +50,7 @@ class SamplingRecord:
         label_mode: ``balanced``, every class equally often, or ``random``, drawn.
         solver: see `SamplerConfig`.
         steps: of the solver.
+        shift: of its times.
         guidance: see `SamplerConfig`.
         guidance_cls: of the vectors beside the latent, None where there are none.
         interval: see `SamplerConfig`.
@@ -70,6 +71,7 @@ class SamplingRecord:
     label_mode: str = "balanced"
     solver: str
     steps: int
+    shift: float = 1.0
     guidance: float
     guidance_cls: float | None = None
     interval: tuple[float, float]

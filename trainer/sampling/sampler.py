@@ -7,11 +7,15 @@ The state is float64 whatever the model's dtype. With v the velocity, s the scor
 - SDE (Euler–Maruyama): the reverse SDE with diffusion w_t = 2t (REPA's choice), drift d = v − ½·w_t·s:
   x ← x − h·d(x, t_i) + √(w_t·h)·ε, on `steps` equidistant times from 1 to 0.04; then one step without noise,
   x ← x − 0.04·d(x, 0.04), to t = 0.
+- Stochastic Heun of the same SDE, see `stochastic_heun`, on `steps` equidistant times from 1 to 0.004.
+
+The times of Euler and Heun may be shifted: with s = 1 − t, s' = a·s / (1 + (a − 1)·s) for a `shift` a
+(LightningDiT's and GMem's 0.3), so that t' = t / (a + (1 − a)·t).
 
 Guidance replaces a prediction by uncond + w·(cond − uncond) where low ≤ t ≤ high, for the SDE on the drift;
 elsewhere only the conditional pass runs. Heun's second evaluation is guided when its step began in the
-interval. Vectors that are denoised beside the latent (REG's class token) go the same way with noises of their
-own, and may have another w.
+interval, stochastic Heun's when its own time is in it. Vectors that are denoised beside the latent (REG's
+class token) go the same way with noises of their own, and may have another w.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ from ..models.capture import NOTHING
 from ..objectives.base import require_prediction
 from ..objectives.path_objective import PathObjective
 from ..objectives.paths import Interpolant, Linear
+from . import stochastic_heun
+from .settings import STOCHASTIC
 from .state import StateShape, state_of
 
 if TYPE_CHECKING:
@@ -198,7 +204,7 @@ def integrate(
         ValueError: the SDE has neither noises nor generator, or too few noises.
     """
     low, high = config.interval
-    field = _drift(velocity, path) if config.solver == "sde" else velocity
+    field = _drift(velocity, path) if config.solver in STOCHASTIC else velocity
 
     weights = config.weights(shape or StateShape(latent=tuple(latents.shape[1:])))
     if isinstance(weights, Tensor):
@@ -211,6 +217,13 @@ def integrate(
     x = latents.double()
     draws = _draws(config, x, noises, generator)
     for step, (t, t_next) in enumerate(pairwise(times)):
+        if config.solver == stochastic_heun.NAME and t_next > 0:
+            x = stochastic_heun.stochastic_heun_step(
+                lambda state, time: evaluate(state, time, low <= time <= high), x, t, t_next, next(draws)
+            )
+            if progress is not None:
+                progress(step + 1)
+            continue
         guided = low <= t <= high
         slope = evaluate(x, t, guided)
         if config.solver == "heun" and t_next > 0:
@@ -252,7 +265,7 @@ def _draws(
     config: SamplerConfig, x: Tensor, noises: Iterable[Tensor] | None, generator: torch.Generator | None
 ) -> Iterator[Tensor]:
     """Yield the SDE's noises on the state's device."""
-    if config.solver != "sde":
+    if config.solver not in STOCHASTIC:
         return
     if noises is not None:
         for noise in noises:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from ...data.errors import RepaError
+from . import stochastic_heun
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,8 +25,15 @@ SOLVERS: Mapping[str, range] = {
     "euler": range(1, MOST_STEPS + 1),
     "heun": range(1, MOST_STEPS + 1),
     "sde": range(2, MOST_STEPS + 1),
+    stochastic_heun.NAME: range(2, MOST_STEPS + 1),
 }
 """Solver → how many steps it can take."""
+STOCHASTIC: Mapping[str, float] = {
+    "sde": LAST_NOISY_TIME,
+    stochastic_heun.NAME: stochastic_heun.LAST_NOISY_TIME,
+}
+"""Solver of the reverse SDE → time of its last step, which draws no noise."""
+SHIFTABLE = ("euler", "heun")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +46,11 @@ class SamplerConfig:
         guidance: w; 1 means none.
         guidance_cls: w of the vectors beside the latent; None takes `guidance`.
         interval: low and high time between which guidance acts.
+        shift: a, of the times of Euler and Heun; 1 leaves them equidistant, less takes more near noise.
 
     Raises:
-        RepaError: an unknown solver, a number of steps that it cannot take, or an interval outside [0, 1].
+        RepaError: an unknown solver, a number of steps or a shift that it cannot take, or an interval outside
+            [0, 1].
     """
 
     solver: str = ""
@@ -47,6 +58,7 @@ class SamplerConfig:
     guidance: float = 1.0
     guidance_cls: float | None = None
     interval: tuple[float, float] = (0.0, 1.0)
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         if self.solver and self.solver not in SOLVERS:
@@ -71,6 +83,16 @@ class SamplerConfig:
                 "set --interval to such times",
                 field="--interval",
             )
+        if not 0 < self.shift < math.inf:
+            raise RepaError(
+                f"a shift of times by {self.shift} is none", "give a finite number above 0", field="--shift"
+            )
+        if self.shift != 1 and self.solver not in ("", *SHIFTABLE):
+            raise RepaError(
+                f"{self.solver} has times of its own",
+                f"leave --shift out, or take {' or '.join(SHIFTABLE)}",
+                field="--shift",
+            )
 
     def of(self, objective: Objective) -> SamplerConfig:
         """Return these settings with a solver that samples what an objective trains.
@@ -93,8 +115,9 @@ class SamplerConfig:
 
     def times(self) -> list[float]:
         """Return the steps + 1 times of a solver that integrates a velocity, from 1 to 0."""
-        if self.solver == "sde":
-            noisy: list[float] = torch.linspace(1, LAST_NOISY_TIME, self.steps, dtype=torch.float64).tolist()
+        if self.solver in STOCHASTIC:
+            last = STOCHASTIC[self.solver]
+            noisy: list[float] = torch.linspace(1, last, self.steps, dtype=torch.float64).tolist()
             return [*noisy, 0.0]
         times: list[float] = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64).tolist()
-        return times
+        return times if self.shift == 1 else [t / (self.shift + (1 - self.shift) * t) for t in times]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -101,8 +102,9 @@ def test_order_of_convergence_to_the_exact_flow(name: str, solver: str, order: i
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15)
 
 
+@pytest.mark.parametrize(("solver", "steps"), [("sde", 200), ("sde-heun", 50)])
 @pytest.mark.parametrize("name", sorted(INTERPOLANTS))
-def test_sde_samples_have_the_data_variance(name: str) -> None:
+def test_sde_samples_have_the_data_variance(name: str, solver: str, steps: int) -> None:
     x = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.zeros(len(x), dtype=torch.int64)
     samples = integrate(
@@ -110,17 +112,19 @@ def test_sde_samples_have_the_data_variance(name: str) -> None:
         x,
         labels,
         labels,
-        SamplerConfig(solver="sde", steps=200),
+        SamplerConfig(solver=solver, steps=steps),
         path=interpolant(name),
         generator=torch.Generator().manual_seed(1),
     )
-    # 1.5 % is the discretisation of 200 steps and the sampling error of 20,000 draws
+    # 1.5 % is the discretisation and the sampling error of 20,000 draws
     assert samples.std().item() == pytest.approx(0.5, rel=0.015)
     # the deterministic flow would give 1
     assert abs(torch.corrcoef(torch.stack([samples.flatten(), x.flatten()]))[0, 1]) < 0.6
 
 
-@pytest.mark.parametrize(("solver", "evaluations"), [("euler", 10), ("heun", 19), ("sde", 10)])
+@pytest.mark.parametrize(
+    ("solver", "evaluations"), [("euler", 10), ("heun", 19), ("sde", 10), ("sde-heun", 19)]
+)
 def test_rows_of_the_forward_passes(solver: str, evaluations: int) -> None:
     """Only inside the interval does the unconditional pass run, and in the same call."""
     rows: list[tuple[float, int]] = []
@@ -143,7 +147,11 @@ def test_rows_of_the_forward_passes(solver: str, evaluations: int) -> None:
         starts = [t for t in config.times()[:-1] for _ in range(2)][:-1]
         assert [n for _, n in rows] == [6 if 0.25 <= t <= 0.65 else 3 for t in starts]
     else:
-        assert rows == [(t, 6 if 0.25 <= t <= 0.65 else 3) for t in config.times()[:-1]]
+        times = config.times()[:-1]
+        if solver == "sde-heun":
+            # each evaluation by its own time
+            times = [time for pair in pairwise(times) for time in pair] + times[-1:]
+        assert rows == [(t, 6 if 0.25 <= t <= 0.65 else 3) for t in times]
     rows.clear()
     integrate(velocity, torch.randn(3, 1, 2, 2), labels, null, SamplerConfig(steps=10, interval=(0.25, 0.65)))
     assert {n for _, n in rows} == {3}
@@ -226,7 +234,7 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
 
 def test_progress_counts_the_steps() -> None:
     labels = torch.zeros(1, dtype=torch.int64)
-    for solver in ("euler", "heun", "sde"):
+    for solver in ("euler", "heun", "sde", "sde-heun"):
         done: list[int] = []
         config = SamplerConfig(solver=solver, steps=3)
         x = torch.randn(1, 1, 2, 2)
