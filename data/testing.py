@@ -26,12 +26,13 @@ from .format.columns import (
     split_column,
 )
 from .format.manifest import FORMAT_VERSION, ORIGINAL_VIEW, Manifest, Provenance
-from .format.opening import labels_sha256
+from .format.opening import labels_sha256, open_manifest
+from .writing.captions import ensure_captions
 from .writing.store import ensure_cache, ensure_source, keys_sha256
 from .writing.writer import SourceWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -41,6 +42,7 @@ SYNTHETIC_COLUMNS: Mapping[str, ColumnSpec] = {
     "demo/patch": ColumnSpec(shape=(4, 16), dtype="float16"),
     "demo/cls": ColumnSpec(shape=(16,), dtype="float16"),
 }
+SYNTHETIC_TEXT: Mapping[str, ColumnSpec] = {"demo-text/states": ColumnSpec(shape=(6, 12), dtype="float16")}
 _NO_INVALID: Mapping[int, str] = {}
 _NO_NOTES: Mapping[str, Mapping[str, Any]] = {}
 _STEPS = 32  # int8 steps of a standard deviation
@@ -70,6 +72,8 @@ def expected_row(
     kind = split_column(column)[1]
     if kind.endswith(SCALE_SUFFIX):
         values = (0.5 + generator.random(spec.shape, dtype=np.float32)) / np.float32(_STEPS)
+    elif kind == "mask":
+        values = (values > 0).astype(np.float32)
     elif spec.dtype == "int8":
         values = np.clip(np.rint(_STEPS * values), -127, 127)
     elif kind == "moments":
@@ -159,6 +163,38 @@ def synthetic_cache(
         manifest = ensure_source(path, source, provenance, specs)
         if written:
             _write_source(path, manifest, source, seed, invalid)
+    return manifest
+
+
+def synthetic_captions(
+    path: Path,
+    *,
+    columns: Mapping[str, ColumnSpec] = SYNTHETIC_TEXT,
+    captions: Sequence[Sequence[str]] | None = None,
+    seed: int = 0,
+) -> Manifest:
+    """Give the images of a cache captions, and these the columns of text encoders that there never were.
+
+    Args:
+        path: folder of the cache.
+        columns: name → spec of the captions' columns.
+        captions: of each image; by default image i has 1 + i % 3 of them, and some have the same.
+        seed: of the values, see `expected_row`; a row is a caption's, row 0 the empty one's.
+
+    Returns:
+        The captions' manifest, as on disk.
+    """
+    if captions is None:
+        count = open_manifest(path).num_rows
+        captions = [
+            [f"a thing of kind {(row + each) % 5}" for each in range(1 + row % 3)] for row in range(count)
+        ]
+    where = ensure_captions(path, captions)
+    manifest = open_manifest(where)
+    for source in dict.fromkeys(map(source_of, columns)):
+        specs = {column: spec for column, spec in columns.items() if source_of(column) == source}
+        manifest = ensure_source(where, source, synthetic_provenance(source, specs), specs)
+        _write_source(where, manifest, source, seed, _NO_INVALID)
     return manifest
 
 

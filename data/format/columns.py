@@ -13,7 +13,7 @@ be packed bytes: see `factor_layout`.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Annotated, Any, ClassVar
 
@@ -35,6 +35,7 @@ FLOAT_DTYPES = ("float16", "float32")
 ROUNDED_DTYPES = (*FLOAT_DTYPES, "int8")
 PACKED = "uint8"
 STORED_DTYPES = (*ROUNDED_DTYPES, PACKED)
+TEXT_STATES = "states"
 COMPRESSORS = ("zstd", "blosc", "pcodec")
 
 _MODEL = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -49,11 +50,13 @@ class ColumnKind:
         dtypes: stored dtypes it may have.
         packed: whether a row may also be packed bytes, uint8 ``[bytes]``, whose layout the manifest notes,
             see `factor_layout`; its scales are then ``[n]``.
+        of_captions: whether a row is a caption's and not an image's, see `captions`.
     """
 
     axes: tuple[str, ...]
     dtypes: tuple[str, ...] = FLOAT_DTYPES
     packed: bool = False
+    of_captions: bool = False
 
     def fits(self, shape: tuple[int, ...], dtype: str) -> bool:
         """Return whether a row may have that shape and dtype."""
@@ -62,7 +65,7 @@ class ColumnKind:
         return (
             len(shape) == len(self.axes)
             and dtype in self.dtypes
-            and dtype != PACKED
+            and not (self.packed and dtype == PACKED)
             and not any(size % 2 for size, axis in zip(shape, self.axes, strict=True) if axis.startswith("2"))
         )
 
@@ -73,6 +76,9 @@ KINDS: dict[str, ColumnKind] = {
     "cls": ColumnKind(axes=("D",)),
     "q": ColumnKind(axes=("L", "H", "T", "r"), dtypes=STORED_DTYPES, packed=True),
     "k": ColumnKind(axes=("L", "H", "T", "r"), dtypes=STORED_DTYPES, packed=True),
+    TEXT_STATES: ColumnKind(axes=("S", "E"), dtypes=ROUNDED_DTYPES, of_captions=True),
+    "pooled": ColumnKind(axes=("E",), of_captions=True),
+    "mask": ColumnKind(axes=("S",), dtypes=(PACKED,), of_captions=True),
 }
 """The kinds of columns: one line each. One that may be int8 has a kind of scales beside it."""
 
@@ -87,7 +93,7 @@ def find_kind(name: str) -> ColumnKind | None:
         return kind
     if "int8" not in kind.dtypes:
         return None
-    return ColumnKind(axes=(*kind.axes[:-2], kind.axes[-1]), dtypes=("float32",), packed=kind.packed)
+    return replace(kind, axes=(*kind.axes[:-2], kind.axes[-1]), dtypes=("float32",))
 
 
 def column_name(model: str, kind: str) -> str:

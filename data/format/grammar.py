@@ -15,7 +15,18 @@ from ..errors import CacheError
 
 MOST_LETTERS = 100
 RESERVED = frozenset(
-    {"c", "calibration", "commits", "keys.txt", "label", "valid", "zarr.json", "zarr.json.copy"}
+    {
+        "c",
+        "calibration",
+        "captions",
+        "commits",
+        "keys.txt",
+        "label",
+        "of-image",
+        "valid",
+        "zarr.json",
+        "zarr.json.copy",
+    }
 )
 """What lies in a cache's folder beside its sources, and a chunk's folder in an array's."""
 

@@ -27,7 +27,16 @@ from .bounds import (
     Word,
 )
 from .canonical import canonical_sha256
-from .columns import AUTOENCODER, LABEL, ColumnSpec, check_column, model_of, source_of
+from .columns import (
+    AUTOENCODER,
+    LABEL,
+    ColumnSpec,
+    check_column,
+    find_kind,
+    model_of,
+    source_of,
+    split_column,
+)
 from .grammar import checked_name
 from .notes import check_notes
 
@@ -276,6 +285,8 @@ class Manifest:
             sources = dict.fromkeys(source_of(name) for name in missing)
             models = dict.fromkeys(model_of(source) for source in sources if source != AUTOENCODER)
             flags = "".join(f" --encoder {model}" for model in models)
+            if any(kind.of_captions for name in missing if (kind := find_kind(split_column(name)[1]))):
+                flags = flags.replace("--encoder", "--text-encoder") + " --captions FILE"
             if any(source != model_of(source) for source in sources):
                 flags += " --attention haste"
             raise CacheError(

@@ -20,7 +20,7 @@ import torch
 from ..errors import CacheError, RepaError
 from ..format.columns import LABEL, ColumnSpec
 from ..units import counted
-from .order import ORDERS, EpochOrder, batch_views, block_starts, cursor_of, rank_slice
+from .order import ORDERS, EpochOrder, batch_captions, batch_views, block_starts, cursor_of, rank_slice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from .order import IntegerT
     from .reader import CacheReader
 
 THREAD_NAME = "repa-loader"
@@ -45,6 +46,7 @@ class Batch:
         rows: rows of the cache, int64 ``[b]``.
         label: classes, int64 ``[b]``.
         columns: column → values ``[b, *shape]`` in the stored dtype.
+        captions: rows of the captions that were drawn, int64 ``[b]``; None if no column of captions is read.
     """
 
     step: int
@@ -53,6 +55,7 @@ class Batch:
     rows: Tensor
     label: Tensor
     columns: dict[str, Tensor]
+    captions: Tensor | None = None
 
 
 class CacheLoader:
@@ -206,6 +209,10 @@ class CacheLoader:
         for column in columns:
             spec = self.reader.manifest.columns[column]
             arrays[column], tensors[column] = self._memory.take(column, len(rows), spec)
+        table, numbers = self.reader.captions, None
+        if table is not None:
+            words = batch_captions(seed=self.seed, step=cursor.step, batch_size=self.batch_size)
+            numbers = table.numbers(rows, self._mine(words, micro))
         batch = Batch(
             step=cursor.step,
             micro=micro,
@@ -213,13 +220,20 @@ class CacheLoader:
             rows=torch.from_numpy(rows),
             label=torch.from_numpy(self.reader.labels[rows].astype(np.int64)),
             columns=tensors,
+            captions=None if table is None else torch.from_numpy(table.rows_of(rows, numbers)),
         )
         reads = self.reader.start_rows(
-            rows, columns, arrays, views=self._mine(views, micro), pool=pool, parts=self.threads
+            rows,
+            columns,
+            arrays,
+            views=self._mine(views, micro),
+            captions=numbers,
+            pool=pool,
+            parts=self.threads,
         )
         return batch, reads
 
-    def _mine(self, values: NDArray[np.int64], micro: int) -> NDArray[np.int64]:
+    def _mine(self, values: NDArray[IntegerT], micro: int) -> NDArray[IntegerT]:
         """Take this rank's micro-batch of a value for each image of the global batch."""
         return rank_slice(rank_slice(values, self.rank, self.world), micro, self.accumulate)
 

@@ -15,13 +15,14 @@ them a permutation is kept in memory, beyond it is computed; ``order=blocks`` ke
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from ..errors import RepaError
 from ..units import counted
 from .permutations import (
+    CAPTION_STREAM,
     VIEW_STREAM,
     BlockPermutation,
     FeistelPermutation,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ORDERS = ("full", "blocks")
+IntegerT = TypeVar("IntegerT", bound=np.integer[Any])
 
 # 67 million images: half a gigabyte of permutation, and some seconds to sort it at the start of an epoch
 SORTED_UP_TO = 2**26
@@ -94,6 +96,11 @@ def batch_views(*, seed: int, step: int, batch_size: int, views: int) -> NDArray
     return (philox_words(seed, step, VIEW_STREAM, batch_size) % np.uint64(views)).astype(np.int64)
 
 
+def batch_captions(*, seed: int, step: int, batch_size: int) -> NDArray[np.uint64]:
+    """Draw a random word for each image of a global batch, which chooses its caption, ``[batch_size]``."""
+    return philox_words(seed, step, CAPTION_STREAM, batch_size)
+
+
 class EpochOrder:
     """The global batches of a run. It keeps the permutation of the epoch it was last asked for.
 
@@ -144,7 +151,7 @@ def block_starts(rows: NDArray[np.int64], shard_rows: int) -> NDArray[np.int64]:
     return np.concatenate([[0], changes, [len(rows)]]).astype(np.int64)
 
 
-def rank_slice(batch: NDArray[np.int64], rank: int, world: int) -> NDArray[np.int64]:
+def rank_slice(batch: NDArray[IntegerT], rank: int, world: int) -> NDArray[IntegerT]:
     """Take the share of a global batch that belongs to one of ``world`` equal ranks.
 
     Shares are consecutive, in order of the ranks.

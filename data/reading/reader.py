@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..errors import CacheError, RepaError
+from ..format.captions import SOURCE_KIND, captions_path, of_captions, with_captions
 from ..format.columns import LABEL, source_of
 from ..format.opening import open_manifest, read_labels
 from ..format.survey import row_checksums, survey
@@ -36,6 +37,7 @@ from ..storage.direct import (
     supports_direct,
 )
 from ..storage.local import BufferedFiles, open_files_limit
+from .captioned import CaptionTable
 from .column_reader import ColumnReader, places_of
 
 if TYPE_CHECKING:
@@ -83,7 +85,8 @@ class CacheReader:
             few rows read either way come faster so. Without effect in a bucket.
 
     Attributes:
-        manifest: the cache's manifest.
+        manifest: the cache's manifest; if columns of captions are read, with the captions' columns.
+        captions: which captions each image has; None unless columns of captions are read.
         labels: class of every row, ``int32 [N]``.
         invalid_rows: rows whose image could not be decoded, ascending.
         valid_rows: all others, ascending.
@@ -110,31 +113,45 @@ class CacheReader:
         self.check_crc = check_crc
         self.max_open_files = open_files_limit() if max_open_files is None else max_open_files
         self.direct = direct
-        self.manifest = open_manifest(self.path)
+        images = open_manifest(self.path)
+        in_captions = images.source_kind != SOURCE_KIND and any(map(of_captions, self.columns))
+        self.manifest = with_captions(self.path, images) if in_captions else images
         self.manifest.require(self.columns, where=str(self.path))
+        own = tuple(column for column in self.columns if not (in_captions and of_captions(column)))
         # a shard that is missing is told now, not hours into a training run
-        found = survey(self.path, self.manifest)
-        for source in dict.fromkeys(source_of(column) for column in self.columns):
+        found = survey(self.path, images)
+        for source in dict.fromkeys(source_of(column) for column in own):
             self._require_committed(source, found)
-        self.labels = read_labels(self.path, self.manifest)
+        self._texts: CacheReader | None = None
+        self.captions: CaptionTable | None = None
+        if in_captions:
+            self._texts = CacheReader(
+                captions_path(self.path),
+                [column for column in self.columns if column not in own],
+                check_crc=check_crc,
+                max_open_files=max_open_files,
+                direct=direct,
+            )
+            self.captions = CaptionTable(self.path, images, self._texts.manifest)
+        self.labels = read_labels(self.path, images)
         self.invalid_rows = found.invalid_rows()
         self._valid = np.ones(self.manifest.num_rows, dtype=bool)
         self._valid[self.invalid_rows] = False
         self.valid_rows: NDArray[np.int64] = np.flatnonzero(self._valid).astype(np.int64, copy=False)
-        self._column_bytes = {column: found.file_bytes[column] for column in self.columns}
+        self._column_bytes = {column: found.file_bytes[column] for column in own}
         self._readers = {
             column: ColumnReader(
                 self.path,
-                self.manifest,
+                images,
                 column,
                 check_crc=check_crc,
-                checksums=row_checksums(self.manifest, column, found.records[source_of(column)]),
+                checksums=row_checksums(images, column, found.records[source_of(column)]),
             )
-            for column in self.columns
+            for column in own
         }
         # whether they are read directly is measured when the first rows are asked for: opening stays quick
         self._files: ShardFiles | None = None
-        self._bytes_read = dict.fromkeys(self.columns, 0)
+        self._bytes_read = dict.fromkeys(own, 0)
         self._lock = threading.Lock()
         _READERS.add(self)
 
@@ -155,12 +172,15 @@ class CacheReader:
     def bytes_read(self) -> dict[str, int]:
         """Bytes of rows read so far, without checksums, by column."""
         with self._lock:
-            return dict(self._bytes_read)
+            own = dict(self._bytes_read)
+        return own if self._texts is None else {**own, **self._texts.bytes_read}
 
     def close(self) -> None:
         """Close the shard files. Reading afterwards opens them again."""
         if self._files is not None:
             self._files.close()
+        if self._texts is not None:
+            self._texts.close()
 
     def threads_for(self, threads: int) -> int:
         """Choose how many threads should read where the user asked for so many.
@@ -176,6 +196,7 @@ class CacheReader:
         out: Mapping[str, NDArray[Any]],
         *,
         views: NDArray[np.int64] | None = None,
+        captions: NDArray[np.int64] | None = None,
         pool: Executor | None = None,
         parts: int = 1,
     ) -> None:
@@ -186,6 +207,8 @@ class CacheReader:
             columns: columns to read, of those the reader was opened with.
             out: column → C-contiguous array ``[B, *shape]`` of the stored dtype.
             views: view of each row, ``int64 [B]``, the same for all columns; the first view by default.
+            captions: which caption of each row, from 0, ``int64 [B]``, for columns of captions; the first by
+                default.
             pool: runs the parts; the calling thread does without it.
             parts: consecutive parts that the batch is cut into when there is a pool.
 
@@ -196,10 +219,10 @@ class CacheReader:
             ValueError: an array of ``out`` does not fit.
         """
         if pool is None:
-            for task in self._tasks(rows, columns, out, views, 1):
+            for task in self._tasks(rows, columns, out, views, captions, 1):
                 task()
             return
-        futures = self.start_rows(rows, columns, out, views=views, pool=pool, parts=parts)
+        futures = self.start_rows(rows, columns, out, views=views, captions=captions, pool=pool, parts=parts)
         wait(futures)
         for future in futures:
             future.result()
@@ -211,6 +234,7 @@ class CacheReader:
         out: Mapping[str, NDArray[Any]],
         *,
         views: NDArray[np.int64] | None = None,
+        captions: NDArray[np.int64] | None = None,
         pool: Executor,
         parts: int = 1,
     ) -> list[Future[None]]:
@@ -218,7 +242,7 @@ class CacheReader:
 
         Errors of the arguments are raised here, those of the files by the futures.
         """
-        return [pool.submit(task) for task in self._tasks(rows, columns, out, views, parts)]
+        return [pool.submit(task) for task in self._tasks(rows, columns, out, views, captions, parts)]
 
     def _tasks(
         self,
@@ -226,11 +250,18 @@ class CacheReader:
         columns: Sequence[str],
         out: Mapping[str, NDArray[Any]],
         views: NDArray[np.int64] | None,
+        captions: NDArray[np.int64] | None,
         parts: int,
     ) -> Iterator[partial[None]]:
         """Split a batch into calls, each for consecutive rows of it in the order of the files."""
         self._check_rows(rows, views)
-        targets = [self._target(column, len(rows), out) for column in columns if column != LABEL]
+        texts = [] if self._texts is None else [each for each in columns if each in self._texts.columns]
+        if self._texts is not None and self.captions is not None and texts:
+            of_rows = self.captions.rows_of(rows, captions)
+            yield from self._texts._tasks(of_rows, texts, out, None, None, parts)
+        targets = [self._target(each, len(rows), out) for each in columns if each not in {LABEL, *texts}]
+        if texts and not targets:
+            return
         files = self._opened(parts)
         # a file stays open while it is read, even past the limit: what all threads and columns read at once
         # is bounded, so that it adds half of the limit at most, or one file a thread and column

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import CacheError
+from ..format.captions import with_captions
 from ..format.opening import open_manifest
 from ..storage.bucket import cache_path
 from ..units import counted
@@ -26,13 +27,16 @@ if TYPE_CHECKING:
 def manifest_of(cache: str) -> Manifest:
     """Read the manifest of a cache, or of the export that a pattern of tars names.
 
+    That of a cache has the columns of its captions too.
+
     Raises:
         CacheError: there is neither.
         RepaError: it cannot be read.
     """
     if names_tars(cache):
         return _first_header(present_tars(cache)[0]).manifest
-    return open_manifest(cache_path(cache))
+    path = cache_path(cache)
+    return with_captions(path, open_manifest(path))
 
 
 class TarCache:

@@ -1,0 +1,74 @@
+"""Giving the images of a cache their captions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import CacheError, RepaError
+from ..format.captions import (
+    EMPTY,
+    MOST_CAPTIONS,
+    NONE,
+    TABLE_CHUNK,
+    caption_keys,
+    captions_manifest,
+    captions_path,
+    number_captions,
+    read_table,
+    table_documents,
+)
+from ..format.opening import open_manifest
+from ..storage.files import os_errors, sync_folders, write_file
+from .store import cache_lock, ensure_cache
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+
+def ensure_captions(path: Path, captions: Sequence[Sequence[str]]) -> Path:
+    """Give the images of a cache their captions, or check that they have these.
+
+    Args:
+        path: folder of the cache, which is there.
+        captions: of each image, in the order of the rows; an image without any has the empty one.
+
+    Returns:
+        Folder of the captions, a cache itself, for text encoders to write to.
+
+    Raises:
+        CacheError: there is no cache, or its images have other captions.
+        RepaError: an image has too many, or the operating system refuses.
+    """
+    images = open_manifest(path)
+    if len(captions) != images.num_rows:
+        raise ValueError(f"captions of {len(captions)} images do not fit {images.num_rows}")
+    texts, table = number_captions(captions)
+    if table.shape[1] > MOST_CAPTIONS:
+        row = int((table != NONE).sum(axis=1).argmax())
+        raise RepaError(
+            f"image {row} of {path} has {len(captions[row])} captions",
+            f"keep at most {MOST_CAPTIONS} of each with --captions-per-image",
+            field="--captions",
+        )
+    where = captions_path(path)
+    manifest = captions_manifest(images, texts, table)
+    try:
+        ensure_cache(where, manifest, caption_keys(texts), np.full(len(texts), EMPTY, np.int32))
+    except CacheError as error:
+        raise CacheError(
+            f"the images of {path} have other captions: {error.what}",
+            f"give the same --captions as before, or delete {where}",
+            field="--captions",
+        ) from error
+    with cache_lock(where):
+        # last, so that captions whose table is not there were left by a process that was killed
+        if not (where / TABLE_CHUNK).exists():
+            with os_errors("write", where):
+                for name, content in table_documents(table).items():
+                    write_file(where / name, content, where)
+                sync_folders(where, path)
+    read_table(path, images, manifest)
+    return where
