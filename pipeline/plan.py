@@ -167,6 +167,9 @@ def make_plan(config: PreprocessConfig) -> Plan:
     present = present_manifest(config.cache)
     if present is None:
         refuse_foreign_folder(config.cache)
+    for encoder in config.encoders:
+        if present is None or not {encoder, attention_source(encoder)} & present.sources.keys():
+            config.teacher(encoder).require_resolution(config.resolution)
     config = _resolve(config, present)
     images = open_source(
         config.data,

@@ -15,6 +15,7 @@ from ...data.format.factor_layout import FactorLayout, attention_axes
 from ...data.format.factors import unpack
 from .factoring import factorise
 from .forms import AttentionForm, restore
+from .slabs import images_at_once
 from .specs import FACTORED, factored_columns
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class FactoredForm:
         queries, keys = features["q"], features["k"]
         basis = self.basis.to(queries.device)
         # a CPU computes an image at a time: its caches hold one, and its bytes are its own whatever the batch
-        size = 1 if queries.device.type == "cpu" else len(queries)
+        size = 1 if queries.device.type == "cpu" else images_at_once(self.heads, self.layout.tokens)
         parts: list[list[Tensor]] = [[], [], []]
         for start in range(0, len(queries), size):
             images = slice(start, start + size)

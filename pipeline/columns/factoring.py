@@ -24,6 +24,7 @@ The truncation by an image's own logits, weighted by the attention received, and
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from ...data.format.factor_layout import INT4_LARGEST, INT8_LARGEST
 from ...data.format.factors import pack, places
+from .slabs import head_slabs
 from .truncation import centred, hartley
 
 if TYPE_CHECKING:
@@ -157,7 +159,10 @@ def weighted_moments(queries: Tensor, keys: Tensor, logit_scale: float) -> tuple
         spectrum, see `spectrum`; of each image, float64 ``[B, H, Dh, Dh]`` twice and ``[B, H, Dh]``.
     """
     keys = centred(keys)
-    received = torch.softmax(queries @ keys.mT * logit_scale, dim=-1).mean(dim=-2)
+    received = queries.new_empty(queries.shape[:-1])
+    for chosen in product(range(len(queries)), head_slabs(*queries.shape[1:3])):
+        maps = torch.softmax(queries[chosen] @ keys[chosen].mT * logit_scale, dim=-1)
+        received[chosen] = maps.mean(dim=-2)
     return *_moments(queries, keys, received), spectrum(queries, keys, received)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .slabs import head_slabs
 
 PREDICTION_COSINE = 0.5
 PREDICTION_SEED = 0
@@ -27,15 +30,14 @@ def attention_divergence(
     """
     images, blocks, heads, tokens, _ = exact[0].shape
     result = torch.empty((images, blocks, heads, tokens), dtype=torch.float64, device=exact[0].device)
-    for image in range(images):
-        for block in range(blocks):  # all maps at once would be as large as what the cache avoids to hold
-            teacher, kept = (
-                torch.log_softmax(
-                    q[image, block].double() @ k[image, block].double().mT * logit_scale, dim=-1
-                )
-                for q, k in (exact, stored)
-            )
-            result[image, block] = (teacher.exp() * (teacher - kept)).sum(dim=-1)
+    # all maps at once would be as large as what the cache avoids to hold
+    for image, block, some in product(range(images), range(blocks), head_slabs(heads, tokens)):
+        chosen = image, block, some
+        teacher, kept = (
+            torch.log_softmax(q[chosen].double() @ k[chosen].double().mT * logit_scale, dim=-1)
+            for q, k in (exact, stored)
+        )
+        result[chosen] = (teacher.exp() * (teacher - kept)).sum(dim=-1)
     return result
 
 
@@ -123,9 +125,8 @@ class GradientErrors:
                 true, kept = (
                     (q[image, block].double(), k[image, block].double()) for q, k in (exact, stored)
                 )
-                targets = [torch.softmax(q @ k.mT * self._scale, dim=-1) for q, k in (true, kept)]
-                for name, values in result.items():
-                    values[:, image, block] = self._compare(self._student(name, *true), targets)
+                for values, found in zip(result.values(), self._compare(true, kept), strict=True):
+                    values[:, image, block] = found
         return {name: (values[0], values[1]) for name, values in result.items()}
 
     def _student(self, name: str, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,16 +135,25 @@ class GradientErrors:
             return first, second
         return _turned(queries, first), _turned(keys - keys.mean(-2, keepdim=True), second)
 
-    def _compare(self, student: tuple[Tensor, Tensor], targets: list[Tensor]) -> Tensor:
-        queries, keys = student
-        log = torch.log_softmax(queries @ keys.mT * self._scale, dim=-1)
-        losses, gradients = [], []
-        for target in targets:
-            losses.append(-(target * log).sum(-1).mean())
-            off = log.exp() - target
-            gradients.append(torch.cat([(off @ keys).flatten(), (off.mT @ queries).flatten()]))
-        cosine = F.cosine_similarity(gradients[0], gradients[1], dim=0)
-        return torch.stack([cosine, losses[1] - losses[0]])
+    def _compare(self, true: tuple[Tensor, Tensor], kept: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """Return cosine and change of loss of each student, float64 ``[2]``."""
+        shape = true[0].shape
+        students = [self._student(name, *true) for name in self.STUDENTS]
+        losses = true[0].new_empty(len(students), 2, *shape[:2])
+        gradients = true[0].new_empty(len(students), 2, 2, *shape)
+        for some in head_slabs(*shape[:2]):
+            targets = [torch.softmax(q[some] @ k[some].mT * self._scale, dim=-1) for q, k in (true, kept)]
+            for loss, gradient, student in zip(losses, gradients, students, strict=True):
+                queries, keys = (each[some] for each in student)
+                log = torch.log_softmax(queries @ keys.mT * self._scale, dim=-1)
+                for number, target in enumerate(targets):
+                    loss[number, some] = -(target * log).sum(-1)
+                    off = log.exp() - target
+                    gradient[number, 0, some] = off @ keys
+                    gradient[number, 1, some] = off.mT @ queries
+        cosines = F.cosine_similarity(gradients[:, 0].flatten(1), gradients[:, 1].flatten(1), dim=-1)
+        changes = [each[1].mean() - each[0].mean() for each in losses]
+        return [torch.stack(each) for each in zip(cosines, changes, strict=True)]
 
 
 def _turned(values: Tensor, drawn: Tensor) -> Tensor:

@@ -80,6 +80,8 @@ class Teacher(ABC):
         heads: H of every block; 0 where queries and keys cannot be had.
         patch_size: side of a patch, in pixels of what the teacher sees.
         pixels_per_token: side of the square of the cropped image a token stands for.
+        largest_resolution: side of the largest cropped image whose tokens its table of positions may be
+            resampled for; None where it knows no largest.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Teacher(ABC):
     heads: int
     patch_size: int
     pixels_per_token: int
+    largest_resolution: int | None
 
     def grid(self, resolution: int) -> tuple[int, int]:
         """Return rows and columns of the patch tokens of an image of side ``resolution``.
@@ -112,6 +115,25 @@ class Teacher(ABC):
         """
         return self.patch_size * self.grid(resolution)[0]
 
+    def require_resolution(self, resolution: int) -> None:
+        """Refuse images that are larger than the teacher was trained for.
+
+        Such features would be finite and wrong, which nobody would notice.
+
+        Raises:
+            RepaError: they are; says which teachers take them.
+        """
+        largest = self.largest_resolution
+        if largest is None or resolution <= largest:
+            return
+        side, most = self.grid(resolution)[0], self.grid(largest)[0]
+        raise RepaError(
+            f"encoder {self.name} has positions for {most}×{most} tokens, as of {largest}² images, and those "
+            f"of {resolution}² have {side}×{side}",
+            f"take a teacher of any size, as dinov2-b or dinov3-b, or --resolution {largest}",
+            field="--encoder",
+        )
+
     @property
     def head_width(self) -> int:
         """Dh of every head, 0 without heads."""
@@ -132,6 +154,7 @@ class OwnTeacher(Teacher):
     heads: int = 0
     patch_size: int = 16
     pixels_per_token: int = 16
+    largest_resolution: int | None = None
     normalisation: tuple[tuple[float, float, float], tuple[float, float, float]] = IMAGENET
 
     @abstractmethod

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 CLIP: Final = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 HALF: Final = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+FIXED: Final = 256
+"""Largest images of teachers whose positions were learned at one size, 14×14 or 16×16 tokens.
+
+The reference resamples these tables for 256² and takes DINOv2 alone at 512² (sihyun-yu/REPA utils.py).
+"""
 # size → its word in timm's names, width, blocks, heads
 SIZES: Final = {
     "s": ("small", 384, 12, 6),
@@ -86,6 +91,7 @@ def _mocov3() -> list[TimmTeacher]:
                 depth=depth,
                 heads=heads,
                 prefix_tokens=1,
+                largest_resolution=FIXED,
                 checkpoint_prefix="module.base_encoder.",
                 source="arXiv 2104.02057; facebookresearch/moco-v3 vits.py; sihyun-yu/REPA utils.py",
             )
@@ -104,6 +110,7 @@ def _others() -> list[TimmTeacher]:
             depth=12,
             heads=12,
             prefix_tokens=1,
+            largest_resolution=FIXED,
             source="arXiv 2104.14294; 256 directly: sihyun-yu/REPA train.py; hf.co model card of timm",
         ),
         TimmTeacher(
@@ -115,6 +122,7 @@ def _others() -> list[TimmTeacher]:
             depth=24,
             heads=16,
             prefix_tokens=1,
+            largest_resolution=FIXED,
             source="arXiv 2111.06377; 256 directly: sihyun-yu/REPA utils.py; hf.co model card of timm",
         ),
         # With OpenAI's own QuickGELU: the plain timm name has another activation for the same weights. Tokens
@@ -130,6 +138,7 @@ def _others() -> list[TimmTeacher]:
             heads=16,
             prefix_tokens=1,
             normalisation=CLIP,
+            largest_resolution=FIXED,
             source="arXiv 2103.00020; openai/CLIP clip.py (mean, std), model.py (QuickGELU); timm's note",
         ),
         # No class token: `cls` is the output of the attention-pooling head, SigLIP's image embedding.
@@ -144,6 +153,7 @@ def _others() -> list[TimmTeacher]:
             prefix_tokens=0,
             class_feature="attention-pool",
             normalisation=HALF,
+            largest_resolution=FIXED,
             source="arXiv 2502.14786; hf.co model card of timm",
         ),
     ]

@@ -18,6 +18,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from ...data.errors import RepaError
+from .teachers import FIXED
 from .timm_teacher import TimmTeacher
 from .weights import one_line
 
@@ -75,8 +76,19 @@ def timm_teacher(timm_name: str, column_name: str, flag: str) -> TimmTeacher:
         class_feature=_class_feature(model),
         patch_feature="last block" if isinstance(model.norm, torch.nn.Identity) else "final norm",
         normalisation=(tuple(settings["mean"]), tuple(settings["std"])),
+        largest_resolution=_largest_resolution(model),
         source=f"timm {timm.__version__}",
     )
+
+
+def _largest_resolution(model: Any) -> int | None:
+    """Return the side of images whose tokens are as many as the model's own table of positions has.
+
+    256 at least, whose 16×16 tokens the reference has tables of 14×14 resampled to.
+    """
+    if model.pos_embed is None and not isinstance(model, Beit):
+        return None  # rotary positions
+    return max(FIXED, TimmTeacher.pixels_per_token * int(model.patch_embed.grid_size[0]))
 
 
 def _class_feature(model: Any) -> Literal["token", "attention-pool", "mean"]:

@@ -42,6 +42,7 @@ class TimmTeacher(Teacher):
     patch_feature: Literal["final norm", "last block"] = "final norm"
     normalisation: tuple[tuple[float, float, float], tuple[float, float, float]] = IMAGENET
     pixels_per_token: int = 16
+    largest_resolution: int | None = None
     checkpoint_prefix: str = ""
     options: Mapping[str, int] = field(default_factory=dict)
     source: str

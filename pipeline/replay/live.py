@@ -127,6 +127,8 @@ class LiveTeachers:
     def _declare(self, name: str, blocks: tuple[int, ...]) -> tuple[int, ...]:
         """Say what a teacher computes. The table alone tells it, and nothing is loaded."""
         teacher = self._facts[name]
+        if not {name, attention_source(name)} & self._manifest.sources.keys():
+            teacher.require_resolution(self._manifest.resolution)
         grid = teacher.grid(self._manifest.resolution)
         tokens = grid[0] * grid[1]
         self.grids[name] = grid

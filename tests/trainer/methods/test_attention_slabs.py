@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from largest_tensor import Largest
 from repa.trainer.methods import attention
 from repa.trainer.methods.attention import attention_alignment
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 TOKENS = 1024
 
@@ -82,23 +78,6 @@ def test_the_size_of_a_slab_changes_no_bit(
     monkeypatch.setattr(attention, "MAP_NUMBERS_ON_CPU", numbers)
     for mine, other in zip(aligned(sides), whole, strict=True):
         assert torch.equal(mine, other)
-
-
-class Largest(TorchDispatchMode):
-    """Notes the numbers of the largest tensor that any operation gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(
-        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: object = None
-    ) -> object:
-        result = func(*args, **(kwargs if isinstance(kwargs, dict) else {}))
-        for each in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(each, Tensor):
-                self.numbers = max(self.numbers, each.numel())
-        return result
 
 
 def test_no_more_maps_exist_than_a_slab_holds() -> None:
