@@ -29,6 +29,7 @@ from .commands.evaluate.flags import EvaluateFlags
 from .commands.parity import ParityFlags, parity
 from .commands.plan import PlanFlags, plan
 from .commands.preprocess import PreprocessFlags, preprocess
+from .commands.recipes import RecipesFlags, recipes
 from .commands.sample import SampleFlags, sample
 from .commands.shared.flags import takes_flags
 from .commands.train import TrainFlags, train
@@ -176,6 +177,13 @@ def _plan(flags: PlanFlags) -> None:
 def _train(flags: TrainFlags) -> None:
     """Train from a cache. The same command again resumes."""
     train(flags)
+
+
+@app.command("recipes")
+@takes_flags(RecipesFlags)
+def _recipes(flags: RecipesFlags) -> None:
+    """List published settings for `repa train --recipe`, or show one with the commands to run."""
+    recipes(flags)
 
 
 @app.command("parity")

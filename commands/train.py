@@ -34,6 +34,14 @@ STOPPED_STATUS = 130
 class TrainFlags:
     """The flags of `repa train`. What is None is as in the configuration file, or the default."""
 
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Begin with a published setting, of those that `repa recipes` lists; --config, the other "
+            "flags and --set go before it.",
+        ),
+    ] = None
     method: Annotated[
         str | None,
         typer.Option(
@@ -63,7 +71,7 @@ class TrainFlags:
             metavar="<path>",
             help="Folder of the run: a new or empty one, or that of the run to go on with. "
             "Write --run-folder behind torchrun.",
-            show_default="runs/<method>-<model>",
+            show_default="runs/<method>-<model>, or runs/<recipe>",
         ),
     ] = None
     max_steps: Annotated[int | None, typer.Option(help="Optimiser steps.", show_default="400000")] = None
@@ -122,8 +130,8 @@ _SETTINGS = ("method", "model", "cache", "max_steps", "batch_size", "lr", "seed"
 def train(flags: TrainFlags, *, console: Console | None = None) -> None:
     """Train from a cache. The same command resumes from the newest checkpoint.
 
-    What the flags say goes before the configuration file, and that before the defaults. A run that is resumed
-    keeps its cache and, if it is ``online``, its teachers.
+    What the flags say goes before the configuration file, that before the recipe, and that before the
+    defaults. A run that is resumed keeps its recipe, its cache and, if it is ``online``, its teachers.
 
     Args:
         flags: of the command.
@@ -145,6 +153,7 @@ def train(flags: TrainFlags, *, console: Console | None = None) -> None:
     if not settings.cache:
         settings = replace(settings, cache=_cache_of_run(folder) or str(default_cache()))
     teachers = _live(settings, flags, folder)
+    _say_recipe(settings, console)
     if flags.dry_run:
         _print_plan(settings, folder, console, teachers)
         return
@@ -212,12 +221,48 @@ def _settings(flags: TrainFlags) -> tuple[TrainConfig, Path]:
 
     given = {name: getattr(flags, name) for name in _SETTINGS}
     assignments = flags.assignments or ()
-    base = None if flags.config is None else load_yaml(flags.config)
+    base = _with_recipe(flags.recipe, None if flags.config is None else load_yaml(flags.config))
     folder = flags.run or RUNS / build(base, given, assignments).default_run_name
     own = folder / CONFIG_FILE
-    if base is None and own.exists():
+    if flags.config is None and own.exists():
         base = load_yaml(own)
+        if flags.recipe is not None:
+            # of another recipe than the run's the folder says that it is none of this run
+            base = {**base, "recipe": flags.recipe}
     return build(base, given, assignments), folder
+
+
+def _with_recipe(asked: str | None, file: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Return the values of the recipe that the flag names, or the file, under those of the file.
+
+    Raises:
+        RepaError: the recipe is unknown.
+    """
+    name = (file or {}).get("recipe") if asked is None else asked
+    if not name:
+        return file
+    from ..recipes.applied import with_recipe
+
+    return with_recipe(str(name), file)
+
+
+def _say_recipe(config: TrainConfig, console: Console) -> None:
+    """Print which recipe the settings began with, and in what they differ from it."""
+    if not config.recipe:
+        return
+    from ..recipes import RECIPES
+    from ..recipes.applied import changed
+
+    if config.recipe not in RECIPES:
+        return  # a run of a version that had it
+    recipe = RECIPES[config.recipe]
+    differing = "; ".join(f"{key} {before} → {now}" for key, (before, now) in changed(config).items())
+    console.print(
+        f"recipe: {recipe.name}, {recipe.reproduces} (arXiv {recipe.paper})"
+        + (f"; changed: {differing}" if differing else ""),
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _cache_of_run(folder: Path) -> str | None:

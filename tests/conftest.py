@@ -60,8 +60,9 @@ settings.load_profile("repa")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Offer to write ``messages.txt`` anew."""
+    """Offer to write anew what tests compare with the code."""
     parser.addoption("--update-messages", action="store_true", help="write tests/messages.txt anew")
+    parser.addoption("--update-docs", action="store_true", help="write the generated pages under docs/ anew")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -55,6 +55,9 @@ train --cache cache --method none --set lr=-1
 train --cache cache --method none --set batch_size
 train --cache cache --method none --run folder
 train --cache cache --method none --config nowhere.yaml
+train --cache cache --recipe repa-x
+train --cache cache --set recipe=repa-xl-2
+recipes haste-xxl
 sample
 sample --run nowhere
 sample --ckpt text

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("benchmarks", "commands", "data", "pipeline", "trainer")
+ROOMS = ("benchmarks", "commands", "data", "pipeline", "recipes", "trainer")
 FILES = [
     *sorted(ROOT.glob("*.py")),
     *(file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))),

@@ -51,8 +51,9 @@ _OWNED_TRAINER_KEYS = {
     "reload_dataloaders_every_n_epochs": "max_steps",
     "default_root_dir": "--run",
 }
-_NAMED_SECTIONS = ("method", "objective")
-SECTIONS = (*_NAMED_SECTIONS, "trainer")
+NAMED_SECTIONS = ("method", "objective")
+SECTIONS = (*NAMED_SECTIONS, "trainer")
+RECIPE = "recipe"
 # settings of the objective that were settings of the run before there was another
 _OF_OBJECTIVE = ("path", "times")
 
@@ -68,6 +69,7 @@ class TrainConfig:
 
     Attributes:
         cache: folder of the cache, or a pattern of the tars it was exported to.
+        recipe: recipe that the settings began with, noted by ``--recipe``, which alone gives it.
         init: run or checkpoint whose weights the run begins with; empty draws them.
         targets: where the teachers' targets come from: the cache, or online from the teachers themselves.
         model: name of the backbone, ``SiT-<size>/<patch>``; where it is left out, `build` takes the method's.
@@ -137,6 +139,7 @@ class TrainConfig:
     """
 
     cache: str = ""
+    recipe: str = ""
     init: str = ""
     targets: Literal["cache", "online"] = "cache"
     model: str = "SiT-B/2"
@@ -197,8 +200,8 @@ class TrainConfig:
 
     @property
     def default_run_name(self) -> str:
-        """Name of the run's folder when none is given, for example ``repa-SiT-B-2``."""
-        return f"{self.method_name.rpartition(':')[2]}-{self.model.replace('/', '-')}"
+        """Name of the run's folder when none is given, the recipe's or for example ``repa-SiT-B-2``."""
+        return self.recipe or f"{self.method_name.rpartition(':')[2]}-{self.model.replace('/', '-')}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the method's name and preset, if it has one, first among its settings."""
@@ -233,11 +236,14 @@ def build(
         RepaError: an unknown key, with the nearest names, a value of another type, a command to run that is
             not of the command line, or a method or callback that cannot be had; ``field`` is the key.
     """
-    values = _normalise(base or {})
+    values = normalised(base or {})
     _check_sections(values)
     filed = dict(values.get("method", {}))
     given = [(key, value) for key, value in (flags or {}).items() if value is not None]
     given += [parse_assignment(text) for text in assignments]
+    if RECIPE in dict(given):
+        what = "the setting recipe only notes what the settings began with"
+        raise RepaError(what, "begin with one by --recipe", field=RECIPE)
     for key, value in given:
         _assign(values, key, value)
     if "cache" not in dict(given):
@@ -291,10 +297,10 @@ def _objective_of(model: str) -> str:
         return FLOW
 
 
-def _normalise(values: Mapping[str, Any]) -> dict[str, Any]:
+def normalised(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy in which ``method: repa`` is ``method: {name: repa}`` and ``path`` in ``objective``."""
     copy = {str(key): dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
-    for section in _NAMED_SECTIONS:
+    for section in NAMED_SECTIONS:
         if isinstance(copy.get(section), str):
             copy[section] = {"name": copy[section]}
     for key in _OF_OBJECTIVE:
@@ -316,7 +322,7 @@ def _refuse_command(cache: Any) -> None:
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:
     section, dot, rest = key.partition(".")
-    if section in _NAMED_SECTIONS and rest in ("", "name"):
+    if section in NAMED_SECTIONS and rest in ("", "name"):
         # settings of another method or objective mean nothing to this one
         before = values.get(section, {})
         kept = before if section == "objective" and "name" not in before else {}

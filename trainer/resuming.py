@@ -18,6 +18,7 @@ OnResume: TypeAlias = Literal["free", "recorded", "bound"]
 #   bound     refuse it, for the steps before would not be of the same run
 ON_RESUME: Mapping[str, OnResume] = {
     "cache": "free",  # another path; that it holds the same rows, the checkpoint checks
+    "recipe": "bound",
     "init": "bound",
     "targets": "bound",
     "model": "bound",

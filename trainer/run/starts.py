@@ -97,6 +97,7 @@ def describe_start(
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "first_step": resumed,
         "changed": [asdict(each) for each in changed],
+        "recipe": config.recipe,
         "seed": config.seed,
         "commit": _commit(),
         "method": {"name": config.method_name, **origin_of(config.method_name)},

@@ -1,0 +1,232 @@
+"""A recipe, which is a published setting as a function, with where it is from and what it deviates in."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ..trainer.config import TrainConfig
+from ..trainer.methods.outside import find_method
+from ..trainer.typed import from_mapping
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+DATA = "imagenet"
+REFERENCES = {256: "VIRTUAL_imagenet256_labeled.npz", 512: "VIRTUAL_imagenet512.npz"}
+STABLE_DIFFUSION_VAE = "stabilityai/sd-vae-ft-mse"
+_METRICS = "fid,sfid,is,precision,recall"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """What the cache must hold, as flags of `repa preprocess`.
+
+    Attributes:
+        encoders: teachers; none writes latents alone.
+        resolution: side of the images in pixels.
+        attention: as of ``--attention``; empty stores none.
+        vae: the autoencoder.
+        channels: of its latents.
+        stride: pixels of an image per latent position, along a side.
+    """
+
+    encoders: tuple[str, ...] = ("dinov2-b",)
+    resolution: int = 256
+    attention: str = ""
+    vae: str = STABLE_DIFFUSION_VAE
+    channels: int = 4
+    stride: int = 8
+
+    @property
+    def cache(self) -> str:
+        """Folder of the cache, its own for each autoencoder and choice of attention, of which it has one."""
+        of_vae = "" if self.vae == STABLE_DIFFUSION_VAE else f"-{self.vae.rpartition('/')[2]}"
+        of_attention = f"-attention-{self.attention.replace(',', '-')}" if self.attention else ""
+        return f"caches/{DATA}-{self.resolution}{of_vae}{of_attention}"
+
+    def words(self) -> tuple[str, ...]:
+        """Return the command line, word by word."""
+        words = ["repa", "preprocess", "--data", DATA, "--cache", self.cache]
+        for each in self.encoders or ("none",):
+            words += ["--encoder", each]
+        if self.resolution != 256:
+            words += ["--resolution", str(self.resolution)]
+        if self.attention:
+            words += ["--attention", self.attention]
+        if self.vae != STABLE_DIFFUSION_VAE:
+            words += ["--vae", self.vae]
+        return tuple(words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the samples of a published number were made, as flags of `repa evaluate`.
+
+    Attributes:
+        solver: of the differential equation.
+        steps: of the solver.
+        guidance: scale of classifier-free guidance; 1 is none.
+        interval: times between which it acts.
+        labels: drawn at random, or balanced.
+        num: samples.
+        vae: the autoencoder that decodes, where it is not the one that encoded.
+    """
+
+    solver: str = "sde"
+    steps: int = 250
+    guidance: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    labels: str = "random"
+    num: int = 50_000
+    vae: str = ""
+
+    def words(self) -> tuple[str, ...]:
+        """Return the flags, word by word."""
+        words = ["--solver", self.solver, "--steps", str(self.steps), "--labels", self.labels]
+        if self.num != 50_000:
+            words += ["--num", str(self.num)]
+        if self.guidance != 1:
+            words += ["--guidance", f"{self.guidance:g}"]
+            if self.interval != (0.0, 1.0):
+                words += ["--interval", *(f"{each:g}" for each in self.interval)]
+        if self.vae:
+            words += ["--vae", self.vae]
+        return tuple(words)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        where = "" if self.interval == (0.0, 1.0) else f" on [{low:g}, {high:g}]"
+        guided = "no guidance" if self.guidance == 1 else f"guidance {self.guidance:g}{where}"
+        return f"{guided}, {self.solver} {self.steps} steps, {self.num:,} samples, {self.labels} labels"
+
+
+PLAIN = Sampling()
+"""250 stochastic steps without guidance, as SiT, REPA and what follows them report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A published number.
+
+    Attributes:
+        step: of the checkpoint.
+        fid: Fréchet inception distance.
+        inception_score: where it is published too.
+        sampling: how the samples were made; None where the paper leaves some of it out.
+        remark: what must be known of it.
+    """
+
+    step: int
+    fid: float
+    inception_score: float | None = None
+    sampling: Sampling | None = PLAIN
+    remark: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A published setting.
+
+    Attributes:
+        name: what ``--recipe`` takes.
+        make: returns the configuration, without a cache.
+        paper: its number on arXiv.
+        reproduces: which table, row or run of it.
+        encoding: what the cache must hold.
+        figures: the published numbers.
+        deviations: what is published and not done here, or done in another way.
+        notes: what the paper leaves open, and what else must be known.
+    """
+
+    name: str
+    make: Callable[[], TrainConfig]
+    paper: str
+    reproduces: str
+    encoding: Encoding
+    figures: tuple[Figure, ...] = ()
+    deviations: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """The first line of the function's docstring."""
+        return inspect.cleandoc(self.make.__doc__ or "").partition("\n")[0]
+
+    def config(self) -> TrainConfig:
+        """Return the configuration, which notes the recipe's name."""
+        return replace(self.make(), recipe=self.name)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the recipe sets to another value than the default, as of a configuration file."""
+        return settings_of(self.make())
+
+    def train_words(self) -> tuple[str, ...]:
+        """Return the command line of the training, word by word."""
+        return ("repa", "train", "--recipe", self.name, "--cache", self.encoding.cache)
+
+    def evaluate_words(self) -> tuple[tuple[str, ...], ...]:
+        """Return the command line for each figure whose sampling is published, word by word."""
+        last = self.config().max_steps
+        return tuple(
+            (
+                *("repa", "evaluate", "--run", f"runs/{self.name}"),
+                *(() if each.step == last else ("--step", str(each.step))),
+                *("--reference", REFERENCES[self.encoding.resolution], "--metrics", _METRICS),
+                *each.sampling.words(),
+            )
+            for each in self.figures
+            if each.sampling is not None
+        )
+
+
+def recipe(
+    name: str,
+    *,
+    paper: str,
+    reproduces: str,
+    encoding: Encoding,
+    figures: tuple[Figure, ...] = (),
+    deviations: tuple[str, ...] = (),
+    notes: tuple[str, ...] = (),
+) -> Callable[[Callable[[], TrainConfig]], Recipe]:
+    """Make a recipe of the function below, whose docstring becomes the summary. See `Recipe`."""
+
+    def decorate(make: Callable[[], TrainConfig]) -> Recipe:
+        return Recipe(
+            name=name,
+            make=make,
+            paper=paper,
+            reproduces=reproduces,
+            encoding=encoding,
+            figures=figures,
+            deviations=deviations,
+            notes=notes,
+        )
+
+    return decorate
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that differ from the defaults of the same method and preset, and the model.
+
+    Args:
+        config: of a run.
+    """
+    kind = find_method(config.method_name)
+    preset = kind.named_presets.get(config.method_preset, {})
+    method = from_mapping(kind.config_class, preset, prefix="method.")
+    default = TrainConfig(
+        method_name=config.method_name, method_preset=config.method_preset, method=method
+    ).to_dict()
+    values = config.to_dict()
+    found = {key: each for key, each in values.items() if key == "model" or each != default[key]}
+    found["method"] = _different(values["method"], default["method"], always=("name", "preset"))
+    return found
+
+
+def _different(
+    values: Mapping[str, Any], default: Mapping[str, Any], *, always: tuple[str, ...]
+) -> dict[str, Any]:
+    return {key: each for key, each in values.items() if key in always or each != default[key]}

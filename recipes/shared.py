@@ -1,0 +1,47 @@
+"""What several papers train with, and in what this repa deviates from several of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..trainer.config import build
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ..trainer.config import TrainConfig
+
+EPOCH = 5_000
+"""Steps of an epoch as the papers count, 80 epochs for 400,000 steps of 256 images."""
+
+# REPA, arXiv 2410.06940, and whoever built on its code
+OF_REPA: Mapping[str, Any] = {
+    "batch_size": 256,
+    "lr": 1e-4,
+    "lr_warmup": 0,
+    "lr_schedule": "constant",
+    "betas": (0.9, 0.999),
+    "weight_decay": 0.0,
+    "clip": 1.0,
+    "ema_decay": 0.9999,
+    "label_dropout": 0.1,
+    "objective.path": "linear",
+    "objective.times": "uniform",
+    "seed": 0,
+}
+
+DRAWS = "Weights, noise and order are drawn by our generators, not by the released program's."
+HALF_PRECISION = (
+    "The released code trains in float16. Here precision=auto is bfloat16 where the GPU computes it; "
+    "--set precision=16-mixed is float16."
+)
+FLIPS = "The paper mirrors half of the images. Here images are as they are."
+
+
+def trained(**settings: Any) -> TrainConfig:
+    """Return a configuration of REPA's training with some settings.
+
+    Args:
+        settings: as of ``--set``, with ``__`` for the dot.
+    """
+    return build(flags={**OF_REPA, **{key.replace("__", "."): each for key, each in settings.items()}})
