@@ -13,6 +13,7 @@ import torch
 from ...data.errors import RepaError
 from ...data.units import counted
 from ..typed import from_mapping
+from .lightningdit import LightningDiT, LightningDiTConfig
 from .published import PublishedCheckpoint, load_published
 from .sit import SiT, SiTConfig
 from .sit_down import SiTDown, SiTDownConfig
@@ -59,6 +60,7 @@ class Family:
 BACKBONES: dict[str, Family] = {
     FIRST: Family(config=SiTConfig, build=SiT, published=load_published),
     "SiT-down": Family(config=SiTDownConfig, build=SiTDown),
+    "LightningDiT": Family(config=LightningDiTConfig, build=LightningDiT),
 }
 
 

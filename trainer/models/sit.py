@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ...data.errors import RepaError
-from .base import Backbone, BackboneConfig
+from .base import Backbone
 from .capture import NOTHING, BackboneFacts, Capture, Captured
 from .conditioning import Conditioner, LabelConditioner
 from .layers import (
@@ -27,6 +26,7 @@ from .layers import (
     unpatchify,
 )
 from .rotary import axial_rotation
+from .sized import SizedConfig
 
 if TYPE_CHECKING:
     from .token_groups import TokenGroups
@@ -50,118 +50,55 @@ SIT_SIZES = {
     "L": SiTSize(depth=24, width=1024, heads=16),
     "XL": SiTSize(depth=28, width=1152, heads=16),
 }
-PATCH_SIZES = (1, 2, 4, 8)
-
-NAMES = (
-    f"SiT-<size>/<patch> with size {', '.join(SIT_SIZES)} and patch {', '.join(map(str, PATCH_SIZES))}, "
-    "for example SiT-B/2"
-)
-_NAME = re.compile(r"SiT-([A-Z]+)/([0-9]+)")
-
-
-def parse_model_name(name: str) -> tuple[str, int]:
-    """Size letter and patch size of a name such as ``SiT-B/2``.
-
-    Raises:
-        RepaError: the name is none of them; the message lists them.
-    """
-    found = _parse(name)
-    if found is None:
-        raise RepaError(f"model {name!r} is unknown", f"a name is {NAMES}", field="--model")
-    return found
-
-
-def _parse(name: str) -> tuple[str, int] | None:
-    match = _NAME.fullmatch(name)
-    if match and match[1] in SIT_SIZES and match[2] in map(str, PATCH_SIZES):
-        return match[1], int(match[2])
-    return None
 
 
 @dataclass(frozen=True, kw_only=True)
-class SiTConfig(BackboneConfig):
+class SiTConfig(SizedConfig):
     """Architecture of a SiT.
 
     Attributes:
         depth: number of blocks.
         width: channels of a token.
         heads: attention heads.
-        patch_size: side of a patch in latent pixels.
         qk_norm: norm of queries and keys per head.
         rope: rotary positions of queries and keys, beside the fixed table; each half of a head's pairs of
             channels turns by row or by column, as in LightningDiT, GMem and ERW.
         rms_norm: RMSNorm with gain in place of each LayerNorm.
         swiglu: gated MLP of int(2/3 · 4 · width) channels in place of the one with GELU.
-        size_name: letter of the size, None if it is none of `SIT_SIZES`.
     """
 
-    names = NAMES
+    family = "SiT"
+    sizes = SIT_SIZES
+    letters = tuple(SIT_SIZES)
     most_tokens = 1
 
     depth: int
     width: int
     heads: int
-    patch_size: int
     qk_norm: bool = False
     rope: bool = False
     rms_norm: bool = False
     swiglu: bool = False
-    size_name: str | None = None
 
     def __post_init__(self) -> None:
         if self.input_size % self.patch_size:
             raise RepaError(
                 f"patch {self.patch_size} does not divide the latent's side {self.input_size}",
-                f"choose patch {', '.join(str(p) for p in PATCH_SIZES if self.input_size % p == 0)}",
+                f"choose patch {', '.join(map(str, self.fitting_patches))}",
                 field="--model",
             )
-
-    @classmethod
-    def knows(cls, name: str) -> bool:
-        """Return whether the name is ``SiT-<size>/<patch>`` of a size and a patch that there are."""
-        return _parse(name) is not None
-
-    @classmethod
-    def named(
-        cls, name: str, *, input_size: int, in_channels: int = 4, num_classes: int = 1000, **settings: Any
-    ) -> SiTConfig:
-        """Return the configuration of a name such as ``SiT-B/2``.
-
-        Of the settings it takes ``qk_norm``, ``rope``, ``rms_norm`` and ``swiglu``.
-
-        Raises:
-            RepaError: the name is unknown, or its patch does not divide the latent's side.
-        """
-        letter, patch_size = parse_model_name(name)
-        size = SIT_SIZES[letter]
-        return cls(
-            depth=size.depth,
-            width=size.width,
-            heads=size.heads,
-            patch_size=patch_size,
-            input_size=input_size,
-            in_channels=in_channels,
-            num_classes=num_classes,
-            size_name=letter,
-            **settings,
-        )
 
     @property
     def facts(self) -> BackboneFacts:
         """What methods may know."""
-        side = self.input_size // self.patch_size
         return BackboneFacts(
             depth=self.depth,
             width=self.width,
             heads=self.heads,
-            grid=(side, side),
+            grid=self.grid,
             patch_size=self.patch_size,
             size_name=self.size_name,
-            siblings=tuple(
-                ((self.input_size // patch,) * 2, f"SiT-{self.size_name or '<size>'}/{patch}")
-                for patch in PATCH_SIZES
-                if self.input_size % patch == 0
-            ),
+            siblings=self.siblings,
             token_times=True,
         )
 

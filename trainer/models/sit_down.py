@@ -8,7 +8,6 @@ U-DiT, as the first author says. Initialisation and names of parameters are ours
 from __future__ import annotations
 
 import copy
-import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...data.errors import RepaError
-from .base import Backbone, BackboneConfig
+from .base import Backbone
 from .capture import NOTHING, BackboneFacts, BlockFacts, Capture, Captured
 from .conditioning import Conditioner, LabelConditioner
 from .gated_mlp import SwiGlu
@@ -32,6 +31,7 @@ from .layers import (
     unpatchify,
 )
 from .rotary import axial_rotation
+from .sized import SizedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,26 +61,12 @@ SIT_DOWN_SIZES = {
     "L": SiTDownSize(outer=9, middle=14, width=1024, heads=16, mlp_width=2816),
     "XL": SiTDownSize(outer=10, middle=16, width=1152, heads=16, mlp_width=3072),
 }
-PATCH_SIZES = (1, 2, 4, 8)
 FACTOR = 2
 """Side of the outer grid over that of the middle's."""
 
-NAMES = (
-    f"SiT-down-<size>/<patch> with size {', '.join(SIT_DOWN_SIZES)} and patch "
-    f"{', '.join(map(str, PATCH_SIZES))}, for example SiT-down-B/2"
-)
-_NAME = re.compile(r"SiT-down-([A-Z]+)/([0-9]+)")
-
-
-def _parse(name: str) -> tuple[str, int] | None:
-    match = _NAME.fullmatch(name)
-    if match and match[1] in SIT_DOWN_SIZES and match[2] in map(str, PATCH_SIZES):
-        return match[1], int(match[2])
-    return None
-
 
 @dataclass(frozen=True, kw_only=True)
-class SiTDownConfig(BackboneConfig):
+class SiTDownConfig(SizedConfig):
     """Architecture of a SiT↓.
 
     Attributes:
@@ -89,25 +75,24 @@ class SiTDownConfig(BackboneConfig):
         width: channels of a token.
         heads: attention heads.
         mlp_width: hidden channels of the gated MLP.
-        patch_size: side of a patch in latent pixels.
         qk_norm: LayerNorm of queries and keys per head.
-        size_name: letter of the size, None if it is none of `SIT_DOWN_SIZES`.
     """
 
-    names = NAMES
+    family = "SiT-down"
+    sizes = SIT_DOWN_SIZES
+    letters = tuple(SIT_DOWN_SIZES)
+    multiple = FACTOR
 
     outer: int
     middle: int
     width: int
     heads: int
     mlp_width: int
-    patch_size: int
     qk_norm: bool = False
-    size_name: str | None = None
 
     def __post_init__(self) -> None:
         if self.input_size % (FACTOR * self.patch_size):
-            fitting = [patch for patch in PATCH_SIZES if self.input_size % (FACTOR * patch) == 0]
+            fitting = self.fitting_patches
             raise RepaError(
                 f"SiT-down halves its grid: patch {self.patch_size} does not cut the latent's side "
                 f"{self.input_size} into an even number of patches",
@@ -116,40 +101,6 @@ class SiTDownConfig(BackboneConfig):
                 else "take a --model without a stage of half the grid, as SiT",
                 field="--model",
             )
-
-    @classmethod
-    def knows(cls, name: str) -> bool:
-        """Return whether the name is ``SiT-down-<size>/<patch>`` of a size and a patch that there are."""
-        return _parse(name) is not None
-
-    @classmethod
-    def named(
-        cls, name: str, *, input_size: int, in_channels: int = 4, num_classes: int = 1000, **settings: Any
-    ) -> SiTDownConfig:
-        """Return the architecture of a name such as ``SiT-down-B/2``. Of the settings it takes ``qk_norm``.
-
-        Raises:
-            RepaError: the name is unknown, or its patch leaves no even grid.
-        """
-        found = _parse(name)
-        if found is None:
-            raise RepaError(f"model {name!r} is unknown", f"a name is {NAMES}", field="--model")
-        letter, patch_size = found
-        return cls(
-            **vars(SIT_DOWN_SIZES[letter]),
-            patch_size=patch_size,
-            input_size=input_size,
-            in_channels=in_channels,
-            num_classes=num_classes,
-            size_name=letter,
-            **settings,
-        )
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of the tokens of the outer blocks."""
-        side = self.input_size // self.patch_size
-        return side, side
 
     @property
     def middle_grid(self) -> tuple[int, int]:
@@ -171,11 +122,7 @@ class SiTDownConfig(BackboneConfig):
             patch_size=self.patch_size,
             size_name=self.size_name,
             blocks=blocks,
-            siblings=tuple(
-                ((self.input_size // patch,) * 2, f"SiT-down-{self.size_name or '<size>'}/{patch}")
-                for patch in PATCH_SIZES
-                if self.input_size % (FACTOR * patch) == 0
-            ),
+            siblings=self.siblings,
         )
 
 

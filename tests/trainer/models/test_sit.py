@@ -19,7 +19,7 @@ from repa.trainer.models.layers import (
     time_frequencies,
     unpatchify,
 )
-from repa.trainer.models.sit import SIT_SIZES, SiT, SiTConfig, parse_model_name
+from repa.trainer.models.sit import SIT_SIZES, SiT, SiTConfig
 from safetensors.torch import load_file
 
 if TYPE_CHECKING:
@@ -350,10 +350,10 @@ def test_published_sizes() -> None:
 )
 def test_unknown_names_are_refused_with_the_names_there_are(name: str) -> None:
     with pytest.raises(RepaError, match=r"S, B, L, XL and patch 1, 2, 4, 8"):
-        parse_model_name(name)
+        SiTConfig.parse(name)
 
 
 def test_a_patch_that_does_not_divide_the_latent_is_refused() -> None:
-    assert parse_model_name("SiT-XL/8") == ("XL", 8)
+    assert SiTConfig.parse("SiT-XL/8") == ("XL", 8)
     with pytest.raises(RepaError, match="patch 8 does not divide the latent's side 12; choose patch 1, 2, 4"):
         SiTConfig.named("SiT-B/8", input_size=12)
