@@ -36,7 +36,7 @@ class Cell:
 
     Attributes:
         settings: that it needs there, as of ``--set``.
-        refused: why it is refused as typed; empty where it is not.
+        refused: why it is refused as typed, or with the settings too; empty where it is not.
         works: whether it runs, with the settings where it needs some.
     """
 
@@ -89,7 +89,7 @@ def found(method: str, preset: str, family: str, declared: Path) -> Cell:
     if not settings:
         return Cell(refused=refused, works=not refused)
     still = _refused(typed(method, preset, family, declared, settings))
-    return Cell(settings=settings, refused=refused, works=not still)
+    return Cell(settings=settings, refused=still or refused, works=not still)
 
 
 def _refused(config: TrainConfig) -> str:
@@ -115,9 +115,9 @@ def shrink(patch: pytest.MonkeyPatch) -> None:
 _HEAD = """# Methods and backbones
 
 What the checks before step 0 say of every method and every named preset on every backbone, for images of 256²
-and the teacher DINOv2-B. A column is a family of backbones with its objective, of which B/2 is looked at. The page
-is written from the registries by `pytest tests/trainer/test_methods_and_backbones.py --update-docs`. The same
-tests run two steps of each method on each backbone that takes it, with networks as deep and narrow ones.
+and the teacher DINOv2-B. A column is a family of backbones with its objective, of which B/2 is looked at. The
+page is written from the registries by `pytest tests/trainer/test_methods_and_backbones.py --update-docs`. The
+same tests run two steps of each method on each backbone that takes it, with networks as deep and narrow ones.
 """
 
 
@@ -133,7 +133,7 @@ def page(cells: dict[tuple[str, str, str], Cell]) -> str:
             row.append(f"{cell}{_noted(cell.refused, notes)}")
         lines.append(f"| {' | '.join(row)} |")
     if notes:
-        lines += ["", "Why it is refused as typed, in the words of the check, which names a remedy too:", ""]
+        lines += ["", "Why it is refused as typed, in the words of the check:", ""]
         lines += [f"{number}. {note}" for number, note in enumerate(notes, start=1)]
     return "\n".join(lines) + "\n"
 
