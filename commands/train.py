@@ -278,11 +278,12 @@ def _cache_of_run(folder: Path) -> str | None:
 def _decoder(config: TrainConfig) -> Decoder | None:
     """Make the autoencoder that made the cache, for previews.
 
-    It is None without a cache, which the checks report.
+    It is None without a cache, which the checks report, and where latents were imported by no named one.
     """
     import torch
 
     from ..data.format.columns import AUTOENCODER
+    from ..data.format.foreign import autoencoder_of
     from ..data.tars.cache import manifest_of
     from .shared.decoder import Decoder
 
@@ -292,7 +293,9 @@ def _decoder(config: TrainConfig) -> Decoder | None:
         return None
     if provenance is None:
         return None
-    name = str(provenance.notes.get("location", provenance.model))
+    name = autoencoder_of(provenance)
+    if name is None:
+        return None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Decoder(name, device, random_weights=provenance.random_weights)
 

@@ -11,6 +11,7 @@ from ..data.errors import CacheError, RepaError
 from ..data.format.columns import AUTOENCODER, MOMENTS, ColumnSpec, attention_source, column_name, model_of
 from ..data.format.commits import is_committed
 from ..data.format.factor_layout import FactorLayout
+from ..data.format.foreign import autoencoder_of, foreign_note
 from ..data.format.manifest import DEFAULT_SHARD_ROWS, Manifest, Provenance
 from ..data.format.opening import labels_sha256, open_manifest
 from ..data.format.shard_index import index_bytes
@@ -161,6 +162,7 @@ def make_plan(config: PreprocessConfig) -> Plan:
         CacheError: the cache is of something else, or a source of it was made in another way; the folder
             holds something else.
     """
+    from .images.matched import MatchedImages
     from .images.open import open_source
 
     check_flags(config)
@@ -170,6 +172,9 @@ def make_plan(config: PreprocessConfig) -> Plan:
     for encoder in config.encoders:
         if present is None or not {encoder, attention_source(encoder)} & present.sources.keys():
             config.teacher(encoder).require_resolution(config.resolution)
+    imported = present is not None and foreign_note(present) is not None
+    if present is not None and imported:
+        _check_imported(config, present)
     config = _resolve(config, present)
     images = open_source(
         config.data,
@@ -179,6 +184,8 @@ def make_plan(config: PreprocessConfig) -> Plan:
         labels=config.labels,
         may_import=True,
     )
+    if present is not None and imported:
+        images = MatchedImages(images, config.cache, present)
     manifest = Manifest(
         num_rows=len(images),
         shard_rows=config.shard_rows or DEFAULT_SHARD_ROWS,
@@ -197,6 +204,28 @@ def make_plan(config: PreprocessConfig) -> Plan:
     sources = tuple(_plan_source(config, manifest, present, source) for source in config.sources)
     free = shutil.disk_usage(nearest_folder(config.cache)).free
     return Plan(config=config, images=images, manifest=manifest, sources=sources, free_bytes=free)
+
+
+def _check_imported(config: PreprocessConfig, present: Manifest) -> None:
+    """Refuse to encode latents into a cache whose latents another program encoded.
+
+    Raises:
+        CacheError: the import is not complete, or the command names an autoencoder.
+    """
+    known = present.sources[AUTOENCODER]
+    missing = missing_shards(config.cache, present, AUTOENCODER, range(present.num_shards))
+    if missing:
+        raise CacheError(
+            f"cache {config.cache} lacks {len(missing)} of {present.num_shards} shards of imported latents",
+            "run the same `repa cache import` again first, which goes on or mends them",
+            field=AUTOENCODER,
+        )
+    if config.vae is not None and config.vae != autoencoder_of(known):
+        raise CacheError(
+            f"--vae {config.vae} would encode, and the latents of cache {config.cache} were imported",
+            "leave it out, or write another cache with --cache",
+            field="--vae",
+        )
 
 
 def _class_names(images: ImageSource, present: Manifest | None) -> tuple[str, ...]:
@@ -244,13 +273,15 @@ def _resolve(config: PreprocessConfig, present: Manifest | None) -> PreprocessCo
     recorded = present.sources if present is not None else {}
     vae = config.vae
     if vae is None and AUTOENCODER in recorded:
-        vae = str(recorded[AUTOENCODER].notes["location"])
+        vae = autoencoder_of(recorded[AUTOENCODER])
     batch_size = config.batch_size
     if batch_size is None:
         known = [
-            recorded[source].batch_size for source in (*config.sources[1:], *recorded) if source in recorded
+            recorded[source].batch_size
+            for source in (*config.sources[1:], *recorded)
+            if source in recorded and recorded[source].batch_size
         ]
-        batch_size = known[0] if known else _default_batch_size(config.resolution)
+        batch_size = known[0] if known else default_batch_size(config.resolution)
     shard_rows = config.shard_rows
     if shard_rows is None:
         shard_rows = present.shard_rows if present is not None else DEFAULT_SHARD_ROWS
@@ -278,7 +309,7 @@ def _attention_rank(config: PreprocessConfig, recorded: Mapping[str, Provenance]
     return None
 
 
-def _default_batch_size(resolution: int) -> int:
+def default_batch_size(resolution: int) -> int:
     """Choose as many images as take the memory of 32 images of 256×256 on a GPU, or of 8 on a CPU.
 
     They are at most 64.

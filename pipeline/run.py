@@ -12,8 +12,10 @@ from ..data.format.columns import AUTOENCODER, model_of
 from ..data.format.survey import committed_shards
 from ..data.launchers import tasks_without_srun
 from ..data.units import counted
+from ..data.upkeep.imported import settle_images
 from ..data.upkeep.latent_statistics import settle_latent_statistics
 from ..data.writing.store import ensure_source
+from .images.matched import MatchedImages
 from .plan import make_plan, present_manifest
 from .progress import ProgressView
 from .shard_loop.interrupts import terminated_as_interrupt
@@ -66,6 +68,8 @@ def run(config: PreprocessConfig, console: Console, *, dry_run: bool = False) ->
     if dry_run:
         return plan
     _check_given_weights(plan, config)
+    if isinstance(plan.images, MatchedImages) and plan.rows:
+        settle_images(plan.config.cache, plan.images.matched_fingerprint)
     if not plan.rows:
         _settle_what_a_kill_left(plan.config.cache)
         say(console, f"{plan.config.cache} is complete: nothing to do")

@@ -11,10 +11,12 @@ from rich.text import Text
 
 from ..data.edge import printable
 from ..data.format.columns import SCALE_SUFFIX, scale_column, source_of, split_column
+from ..data.format.foreign import foreign_lines
 from ..data.format.manifest import DEVIATION_NOTE
 from ..data.format.opening import open_manifest
 from ..data.format.survey import invalid_reasons
 from ..data.units import counted, human_bytes, human_rate, human_seconds
+from .plan import present_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -54,6 +56,9 @@ def show_plan(plan: Plan, rank: Rank, console: Console) -> None:
         f"{counted(plan.manifest.shard_rows, 'image')} at "
         f"{config.resolution}×{config.resolution} · batches of {config.batch_size}{share}",
     )
+    if (present := present_manifest(config.cache)) is not None:
+        for line in foreign_lines(present):
+            say(console, f"        {line}", style="yellow")
     table = Table(box=None, pad_edge=False)
     for heading in ("source", "columns", "state", "to do", "to write"):
         table.add_column(heading, justify="right" if heading.startswith("to") else "left")

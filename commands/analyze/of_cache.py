@@ -18,6 +18,7 @@ from ...data.format.columns import (
     attention_source,
     column_name,
 )
+from ...data.format.foreign import autoencoder_of
 from ...data.format.opening import open_manifest
 from ...data.reading.reader import CacheReader
 from ...data.storage.bucket import cache_path
@@ -132,7 +133,13 @@ def _decoder(manifest: Manifest, flags: AnalyzeFlags) -> Decoder:
     from ..shared.decoder import Decoder
 
     provenance = manifest.sources[AUTOENCODER]
-    name = flags.vae or str(provenance.notes.get("location", provenance.model))
+    name = flags.vae or autoencoder_of(provenance)
+    if name is None:
+        raise RepaError(
+            "the latents were imported, and nobody has said by which autoencoder they were encoded",
+            "name it with --vae, or draw nothing with --pictures 0",
+            field="--vae",
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     decoder = Decoder(name, device, random_weights=provenance.random_weights and flags.vae is None)
     decoder.load()

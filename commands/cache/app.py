@@ -9,6 +9,7 @@ import typer
 
 from ...data.errors import RepaError
 from ..shared.flags import local_folder
+from .foreign import FORMATS, OWN, ImportFlags, check_import
 
 cache_app = typer.Typer(help="Look into a cache, check it, mend it, join it, move it.", no_args_is_help=True)
 
@@ -179,12 +180,57 @@ def _cache_export(
 
 @cache_app.command("import")
 def _cache_import(
-    tars: Annotated[
-        str, typer.Argument(metavar="TARS", help="Of one export: 'out/shard-{000000..001251}.tar'.")
+    place: Annotated[
+        str,
+        typer.Argument(
+            metavar="FROM",
+            help="Tars of one export, 'out/shard-{000000..001251}.tar'; or the folder of another program's "
+            "latents.",
+        ),
     ],
     cache: Annotated[Path, typer.Option(parser=local_folder, metavar="<path>", help="Folder of the cache.")],
+    form: Annotated[
+        str, typer.Option("--format", help=f"Whose: {', '.join(FORMATS)}; see docs/import.md.")
+    ] = OWN,
+    vae: Annotated[
+        str | None,
+        typer.Option(help="Others': the autoencoder, hub name or folder, which samples are decoded by."),
+    ] = None,
+    resolution: Annotated[
+        int | None,
+        typer.Option(help="Others': side of the images in pixels.", show_default="by the autoencoder"),
+    ] = None,
+    scaling_factor: Annotated[
+        float | None,
+        typer.Option(help="Others': what latents are multiplied by.", show_default="as their program does"),
+    ] = None,
+    shift_factor: Annotated[
+        float | None,
+        typer.Option(help="Others': what is subtracted first.", show_default="as their program does"),
+    ] = None,
+    shard_rows: Annotated[
+        int | None, typer.Option(help="Others': rows of a shard.", show_default="1024")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="lightningdit: the images, whose paths then name the rows.")
+    ] = None,
 ) -> None:
-    """Make the cache again that tars were exported from, bit for bit."""
-    from .export import import_tars
+    """Make a cache again of its tars, bit for bit, or one of latents that another program wrote."""
+    flags = ImportFlags(
+        form=form,
+        vae=vae,
+        resolution=resolution,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        shard_rows=shard_rows,
+        data=data,
+    )
+    check_import(flags)
+    if form == OWN:
+        from .export import import_tars
 
-    import_tars(tars=tars, cache=cache)
+        import_tars(tars=place, cache=cache)
+        return
+    from .foreign import import_foreign
+
+    import_foreign(place=Path(place), cache=cache, flags=flags)

@@ -55,9 +55,9 @@ def export(
     console = console or PlainConsole()
     path = cache_path(cache or default_cache())
     started = time.perf_counter()
-    with _bar("exporting", console) as progress:
+    with transfer_bar("exporting", console) as progress:
         done = export_cache(path, out, names, progress)
-    _say(done, "written", time.perf_counter() - started, console)
+    say_transfer(done, "written", time.perf_counter() - started, console)
     pattern = export_pattern(out, done.shards)
     console.print(
         f"Wrote {pattern}; `repa cache import '{pattern}' --cache CACHE` makes a cache of it again, "
@@ -84,9 +84,9 @@ def import_tars(*, tars: str, cache: Path, console: Console | None = None) -> No
 
     console = console or PlainConsole()
     started = time.perf_counter()
-    with _bar("importing", console) as progress:
+    with transfer_bar("importing", console) as progress:
         done = import_cache(tars, cache, progress)
-    _say(done, "read", time.perf_counter() - started, console)
+    say_transfer(done, "read", time.perf_counter() - started, console)
     console.print(
         f"Wrote {cache}; `repa cache verify {cache}` checks it.",
         highlight=False,
@@ -96,15 +96,15 @@ def import_tars(*, tars: str, cache: Path, console: Console | None = None) -> No
 
 
 @contextmanager
-def _bar(doing: str, console: Console) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar of shards while the context lasts."""
+def transfer_bar(doing: str, console: Console, unit: str = "shards") -> Iterator[Callable[[int, int], None]]:
+    """Show a bar of shards, or of what else is counted, while the context lasts."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     bars = Progress(
         TextColumn(doing),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("shards"),
+        TextColumn(unit),
         TimeRemainingColumn(),
         console=console,
         transient=True,
@@ -115,7 +115,8 @@ def _bar(doing: str, console: Console) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
-def _say(done: Transfer, verb: str, seconds: float, console: Console) -> None:
+def say_transfer(done: Transfer, verb: str, seconds: float, console: Console) -> None:
+    """Print how much was moved, how fast, and what was there already."""
     from ...data.units import human_bytes
 
     kept = f", already there: {done.kept} of {counted(done.shards, 'shard')}" if done.kept else ""

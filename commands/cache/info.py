@@ -39,6 +39,7 @@ def info(*, cache: Path | str | None = None, as_json: bool = False, console: Con
     Raises:
         CacheError: there is no cache, or it is damaged.
     """
+    from ...data.format.foreign import foreign_lines
     from ...data.storage.bucket import cache_path
     from ...data.units import human_bytes
     from ...data.upkeep.info import cache_info
@@ -66,11 +67,14 @@ def info(*, cache: Path | str | None = None, as_json: bool = False, console: Con
     console.print(_columns(found))
     print_compression(found, console)
     console.print(_sources(found))
+    for line in foreign_lines(manifest):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     print_notes(found, console)
     if manifest.outdated:
         console.print(f"it {manifest.outdated}", style="yellow", markup=False, soft_wrap=True)
     if not found.complete:
-        remedy = "copy the rest there" if found.remote else "the same `repa preprocess` goes on with it"
+        writer = "repa cache import" if foreign_lines(manifest) else "repa preprocess"
+        remedy = "copy the rest there" if found.remote else f"the same `{writer}` goes on with it"
         console.print(f"not complete: {remedy}", style="yellow")
     if found.invalid:
         _invalid(found, console)
@@ -103,18 +107,22 @@ def _sources(found: CacheInfo) -> Table:
     from rich.table import Table
     from rich.text import Text
 
+    from ...data.format.manifest import FOREIGN_NOTE
+
     table = Table(box=None, pad_edge=False, title="sources", title_justify="left")
     for heading in ("source", "model", "weights", "input", "grid", "batch", "computed in"):
         table.add_column(heading)
     for name, provenance in found.manifest.sources.items():
         drawn = provenance.random_weights
+        foreign = FOREIGN_NOTE in provenance.notes
+        weights = "random!" if drawn else "foreign" if foreign else provenance.weights_sha256[:12]
         table.add_row(
             name,
             Text(provenance.model),
-            Text("random!" if drawn else provenance.weights_sha256[:12], style="bold red" if drawn else ""),
+            Text(weights, style="bold red" if drawn else "yellow" if foreign else ""),
             f"{provenance.input_size} px",
             "×".join(map(str, provenance.grid)),
-            str(provenance.batch_size),
+            str(provenance.batch_size or "unknown"),
             provenance.compute_dtype,
         )
     return table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...data.errors import RepaError
+from ...data.errors import CacheError, RepaError
 from ...data.units import counted
 from ...pipeline.images.names import default_cache
 from .info import check_bytes
@@ -95,14 +95,25 @@ def verify_by_reencoding(
 
     if rows < 1:
         raise RepaError(f"--reencode {rows} compares nothing", "give at least 1")
+    from ...data.format.columns import AUTOENCODER
+    from ...data.format.foreign import foreign_note
     from ...data.format.opening import open_manifest, read_keys
     from ...pipeline.replay.reencode import reencode
 
     console = console or PlainConsole()
     path = cache or default_cache()
+    manifest = open_manifest(path)
+    if foreign_note(manifest) is not None:
+        if list(manifest.sources) == [AUTOENCODER]:
+            raise CacheError(
+                f"the latents of {path} were imported, and nothing here can encode them again",
+                "`repa cache verify` checks every byte of them",
+                field=AUTOENCODER,
+            )
+        _say(console, f"{AUTOENCODER} was imported, and nothing here can encode it again: it is left out")
     found = reencode(path, _given(data, None, weights), rows=rows, seed=seed)
     console.print(_reencoded(found))
-    keys = read_keys(path, open_manifest(path))
+    keys = read_keys(path, manifest)
     for each in found:
         for row in each.outside:
             _say(console, f"{each.column} of image {keys[row]} (row {row}) is not what is computed of it now")

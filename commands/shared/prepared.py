@@ -231,6 +231,8 @@ def decoder_of(model: TrainedModel, vae: str | None, device: str, say: Callable[
     from .decoder import Decoder
 
     name = vae or model.autoencoder or DEFAULT_VAE
+    if vae is None and model.autoencoder is None:
+        say(f"note: {model.origin} does not say whose latents it learned: {name} decodes them")
     decoder = Decoder(name, device, random_weights=vae is None and model.autoencoder_random)
     autoencoder = decoder.load()
     channels = model.latent_shape[0]

@@ -18,6 +18,7 @@ from .bounds import (
     MOST_COLUMNS,
     MOST_ROW_BYTES,
     MOST_SOURCES,
+    Count,
     Number,
     Rows,
     Sha256,
@@ -48,6 +49,7 @@ READ_VERSIONS = (1, 2)
 ATTRIBUTE = "repa"
 DEFAULT_SHARD_ROWS = 1024
 ORIGINAL_VIEW = "original"
+MIRRORED_VIEW = "mirrored"
 LOADED_NOTE = "loaded_sha256"
 """Note of weights that are not run as their file holds them, the sha256 of the tensors as they are run."""
 
@@ -56,11 +58,20 @@ COMPUTE_DTYPES = ("float32", "tf32", "bfloat16", "float16")
 
 ``tf32`` is float32, its factors rounded to as many digits as float16 has."""
 
+UNKNOWN_DTYPE = "unknown"
+"""Compute dtype of columns that another program wrote, which says nothing of it."""
+
 DEVIATION_NOTE = "deviation"
 """Note of how far a compute dtype's outputs lie from those of float32; measured, so it binds nobody."""
 
 LATENTS_NOTE = "latent_statistics"
 """Note of mean and standard deviation of each channel of the latents; measured, so it binds nobody."""
+
+FOREIGN_NOTE = "foreign"
+"""Note of latents that another program wrote, see `notes.ForeignNote`."""
+
+IMAGES_NOTE = "images"
+"""Note of imported latents, the fingerprint of the images that teachers were added from."""
 
 _AGAIN = "restore it, or write the cache again"
 
@@ -72,13 +83,14 @@ class Provenance:
     Attributes:
         model: identity of the model, a hub id, a timm name or the folder's name.
         weights_sha256: sha256 of the weights, of the tensors that a file holds for the model, before any of
-            them is resampled to an input size.
+            them is resampled to an input size; empty where another program ran them.
         random_weights: True when the weights were drawn, not trained; training warns of it.
         input_size: side in pixels of what the model saw.
         mean: per-channel mean subtracted from pixels in [0, 1].
         std: per-channel standard deviation divided by.
-        compute_dtype: of the forward pass, one of `COMPUTE_DTYPES`.
-        batch_size: images a forward pass; features of another batch size may differ in the last bits.
+        compute_dtype: of the forward pass, one of `COMPUTE_DTYPES`; or `UNKNOWN_DTYPE`.
+        batch_size: images a forward pass; features of another batch size may differ in the last bits. 0 where
+            it is not known.
         grid: rows and columns of the patch tokens, or of the latent.
         libraries: name → version of the libraries that computed.
         notes: what else the kind of model needs said, for example ``{"scaling_factor": 0.18215}``.
@@ -92,8 +104,8 @@ class Provenance:
     input_size: Side
     mean: Annotated[tuple[Number, ...], Len(0, 64)]
     std: Annotated[tuple[Number, ...], Len(0, 64)]
-    compute_dtype: Annotated[str, Predicate(COMPUTE_DTYPES.__contains__)]
-    batch_size: Rows
+    compute_dtype: Annotated[str, Predicate((*COMPUTE_DTYPES, UNKNOWN_DTYPE).__contains__)]
+    batch_size: Count
     grid: tuple[Side, Side]
     libraries: Mapping[Word, Text]
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -102,12 +114,12 @@ class Provenance:
         """Return what two runs must share for their rows to stand in one column.
 
         Library versions are left out, the weights as they are run, which follow from those of the file, how
-        far the compute dtype lies from float32, which every device measures a little differently, and the
-        statistics of what was written.
+        far the compute dtype lies from float32, which every device measures a little differently, the
+        statistics of what was written, and the images that teachers of imported latents were added from.
         """
         values: dict[str, Any] = _plain(asdict(self))
         del values["libraries"]
-        for derived in (LOADED_NOTE, DEVIATION_NOTE, LATENTS_NOTE):
+        for derived in (LOADED_NOTE, DEVIATION_NOTE, LATENTS_NOTE, IMAGES_NOTE):
             values["notes"].pop(derived, None)
         return values
 
@@ -123,7 +135,8 @@ class Manifest:
         resolution: side in pixels of the cropped images.
         crop: name of the crop, ``adm-center``.
         exif_orientation: ``ignored`` or ``applied``.
-        source_kind: ``folder``, ``tars``, ``hf`` or ``demo``.
+        source_kind: ``folder``, ``tars``, ``hf`` or ``demo``; of imported latents
+            ``<layout> import``.
         source_fingerprint: ``sha256:…`` over keys, labels and sizes of the source.
         keys_sha256: sha256 of ``keys.txt``.
         labels_sha256: sha256 of the labels, int32 little endian, in row order; empty in format version 1.
@@ -246,6 +259,7 @@ class Manifest:
         manifest._check_names(where)
         for source, provenance in manifest.sources.items():
             check_notes(source, provenance.notes, where=f"the manifest of {where}", remedy=_AGAIN)
+            _check_known(source, provenance, where)
         return manifest
 
     def _check_names(self, where: str) -> None:
@@ -297,6 +311,22 @@ class Manifest:
         for name in columns:
             if name != LABEL:
                 check_column(name, self.columns[name], where=where)
+
+
+def _check_known(source: str, provenance: Provenance, where: str) -> None:
+    """Refuse a source of ours that does not say how it was computed, as only imported latents may."""
+    if source == AUTOENCODER and FOREIGN_NOTE in provenance.notes:
+        return
+    for name, known in (
+        ("batch_size", provenance.batch_size > 0),
+        ("compute_dtype", provenance.compute_dtype != UNKNOWN_DTYPE),
+    ):
+        if not known:
+            raise CacheError(
+                f"the manifest of {where} does not say the {name} of {source}",
+                _AGAIN,
+                field=f"sources.{source}.{name}",
+            )
 
 
 def _plain(value: Any) -> Any:

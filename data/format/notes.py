@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping  # noqa: TC003 - annotations are read when notes are parsed
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from annotated_types import Len
 
@@ -157,11 +157,36 @@ class Notes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ForeignNote:
+    """Where latents came from that another program wrote.
+
+    Attributes:
+        layout: name of its layout, as of ``repa cache import --format``.
+        latents: ``posterior`` where mean and deviation were there; ``sampled`` where one draw was, whose
+            deviation is stored as 0.
+        mirrored: ``no``; ``second view`` where both views were there; ``at random`` where some images were
+            mirrored and nothing says which.
+        files: that were read.
+        bytes: of them.
+        sha256: of the list of their sha256 and names, as ``sha256sum`` prints it, sorted by name.
+    """
+
+    layout: Text
+    latents: Literal["posterior", "sampled"]
+    mirrored: Literal["no", "second view", "at random"]
+    files: Count
+    bytes: Bytes
+    sha256: Sha256
+
+
+@dataclass(frozen=True, kw_only=True)
 class LatentNotes(Notes):
     """Notes of the autoencoder."""
 
     deviation: LatentDeviation | None = None
     latent_statistics: LatentStatistics | None = None
+    foreign: ForeignNote | None = None
+    images: Text | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

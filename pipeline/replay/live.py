@@ -24,6 +24,7 @@ from ...data.format.columns import (
     column_name,
     split_column,
 )
+from ...data.format.foreign import foreign_note
 from ...data.format.manifest import LOADED_NOTE
 from ...data.format.opening import as_recorded, open_manifest
 from ...data.reading.reader import CacheReader
@@ -32,10 +33,12 @@ from ...data.writing.store import keys_sha256
 from ..encoders import find_teacher, load_encoder
 from ..encoders.precision import require_arithmetic
 from ..images.base import AUTO_LABELS, FOLDER_LABELS, NO_LABELS, ONLY_CLASS
+from ..images.matched import MatchedImages
 from ..images.open import open_source
 from ..images.workers import decode_row
 from ..lanes.lanes import usable_cores
 from ..lanes.threads import one_thread_lanes
+from ..plan import default_batch_size
 from .placement import Pass, Placement
 
 if TYPE_CHECKING:
@@ -184,6 +187,7 @@ class LiveTeachers:
         declared = [sources[source] for source in (name, attention_source(name)) if source in sources]
         # of a teacher that the cache does not have: as `repa preprocess` would add it
         batch_size = (declared or [sources[AUTOENCODER]])[0].batch_size
+        batch_size = batch_size or default_batch_size(self._manifest.resolution)
         compute_dtype = declared[0].compute_dtype if declared else "float32"
         require_arithmetic(compute_dtype, device)
         encoder = load_encoder(
@@ -345,6 +349,20 @@ def _open_as_recorded(manifest: Manifest, data: str, may_import: bool) -> ImageS
     return images
 
 
+def _open_matched(manifest: Manifest, data: str, cache: CachePath, may_import: bool) -> ImageSource:
+    """Open the images of imported latents, with labels from where the cache has its own."""
+    apply_exif = manifest.exif_orientation == "applied"
+    only = manifest.class_names == (ONLY_CLASS,)
+    for labels in (NO_LABELS,) if only else (AUTO_LABELS, FOLDER_LABELS):
+        images = open_source(data, apply_exif=apply_exif, labels=labels, may_import=may_import)
+        try:
+            return MatchedImages(images, cache, manifest)
+        except CacheError as error:
+            if error.field != "--labels" or labels != AUTO_LABELS or images.kind not in _FOLDERS:
+                raise
+    raise AssertionError("the last of them returns or raises")
+
+
 def images_of(manifest: Manifest, data: str, cache: CachePath, *, may_import: bool = False) -> ImageSource:
     """Open the images of a cache as it was written.
 
@@ -358,6 +376,8 @@ def images_of(manifest: Manifest, data: str, cache: CachePath, *, may_import: bo
         RepaError: the folder cannot be listed.
         CacheError: these are other images.
     """
+    if foreign_note(manifest) is not None:
+        return _open_matched(manifest, data, cache, may_import)
     images = _open_as_recorded(manifest, data, may_import)
     if keys_sha256(images.keys) != manifest.keys_sha256:
         what = f"{counted(len(images), 'image', ',')} under other names than its {manifest.num_rows:,}"

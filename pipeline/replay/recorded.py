@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...data.errors import CacheError
 from ...data.format.columns import AUTOENCODER, PACKED, SCALE_SUFFIX, model_of
+from ...data.format.foreign import autoencoder_of
 from ...data.format.layout import calibration_file
 from ...data.format.opening import declaration, differences
 from ...data.upkeep.repair import withdraw_calibration
@@ -100,9 +101,9 @@ def recorded_config(cache: Path, manifest: Manifest, source: str, given: Given) 
 
 
 def _location(manifest: Manifest) -> str:
-    """Return where the autoencoder lay. Any name will do for a cache without latents."""
+    """Return where the autoencoder lay. Any name will do where nothing is encoded by it."""
     known = manifest.sources.get(AUTOENCODER)
-    return DEMO_DATA if known is None else str(known.notes["location"])
+    return (None if known is None else autoencoder_of(known)) or DEMO_DATA
 
 
 def recorded_job(config: PreprocessConfig, manifest: Manifest, images: ImageSource) -> Job:

@@ -22,7 +22,15 @@ import numpy as np
 import torch
 
 from ...data.errors import CacheError
-from ...data.format.columns import ATTENTION_KINDS, SCALE_SUFFIX, column_name, model_of, scale_column
+from ...data.format.columns import (
+    ATTENTION_KINDS,
+    AUTOENCODER,
+    SCALE_SUFFIX,
+    column_name,
+    model_of,
+    scale_column,
+)
+from ...data.format.foreign import foreign_note
 from ...data.format.opening import open_manifest
 from ...data.reading.reader import CacheReader
 from ..columns.factored import restore_attention
@@ -108,7 +116,7 @@ def reencode(cache: Path, given: Given, *, rows: int, seed: int = 0) -> list[Ree
         seed: of the choice.
 
     Returns:
-        One comparison a column.
+        One comparison a column; of imported latents none, as nothing here encodes them.
 
     Raises:
         RepaError: images or weights that cannot be had, a row that is corrupt.
@@ -118,6 +126,8 @@ def reencode(cache: Path, given: Given, *, rows: int, seed: int = 0) -> list[Ree
     images = recorded_images(cache, manifest, given)
     found: list[Reencoded] = []
     for source in manifest.sources:
+        if source == AUTOENCODER and foreign_note(manifest) is not None:
+            continue
         columns = tuple(manifest.source_columns(source))
         with CacheReader(cache, columns) as reader:
             drawn = np.random.Generator(np.random.Philox(key=seed)).permutation(reader.valid_rows)[:rows]

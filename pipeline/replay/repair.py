@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...data.errors import CacheError
+from ...data.format.columns import AUTOENCODER
 from ...data.format.commits import read_commit
+from ...data.format.foreign import foreign_note
 from ...data.format.layout import commit_file
 from ...data.format.opening import open_manifest
+from ...data.units import counted
 from ...data.upkeep.repair import restore_documents, restore_tables, withdraw
 from ..plan import missing_shards
 from ..shard_loop.interrupts import terminated_as_interrupt
@@ -63,10 +66,21 @@ def repair(cache: Path, plan: RepairPlan, given: Given, report: Report) -> list[
 
     Raises:
         RepaError: images or weights that cannot be had, a disk that refuses.
-        CacheError: other images, weights or forms than the recorded ones; that source is as it was.
+        CacheError: other images, weights or forms than the recorded ones, that source is as it was; or
+            imported latents, which nothing can encode.
     """
     restore_documents(cache, plan)
     manifest = open_manifest(cache)
+    imported = foreign_note(manifest) is not None
+    if imported and (plan.tables or AUTOENCODER in plan.shards):
+        what = f"{counted(len(plan.shards.get(AUTOENCODER, ())), 'shard')} of imported latents"
+        raise CacheError(
+            f"{what if not plan.tables else 'keys or labels of imported latents'} of cache {cache} cannot be "
+            "encoded again",
+            "run the same `repa cache import` again, which writes them anew from its files, and then repair "
+            "the rest",
+            field=AUTOENCODER,
+        )
     if not plan.needs_images:
         return []
     images = recorded_images(cache, manifest, given)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...data.format.columns import KINDS, LABEL, MOMENTS, source_of
+from ...data.format.foreign import foreign_lines
 from ...data.format.manifest import ORIGINAL_VIEW
 from ...data.reading.latents import chosen_scale
 from ...data.reading.order import split_holdout
@@ -299,6 +300,7 @@ def _check_columns(config: TrainConfig, manifest: Manifest, method: Method, foun
             found.warnings.append(
                 f"{source} in cache {config.cache} was computed with random weights: {RANDOM_WEIGHTS}"
             )
+    found.warnings += foreign_lines(manifest)
     if names_tars(config.cache):
         found.reader = found.attempt(lambda: TarCache(config.cache, present))
         return

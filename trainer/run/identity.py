@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...data.errors import CacheError, RepaError
 from ...data.format.columns import AUTOENCODER, LABEL, source_of
+from ...data.format.foreign import autoencoder_of
 from ...data.reading.reader import CacheReader
 from ..models import registry as backbones
 from ..objectives import registry as objectives
@@ -53,8 +54,8 @@ def identity_of(checked: Checked, config: TrainConfig) -> dict[str, Any]:
         "class_names": list(manifest.class_names),
         "latent": {
             **scale.notes(),
-            "autoencoder": autoencoder.notes.get("location", autoencoder.model),
-            "weights_sha256": autoencoder.weights_sha256,
+            "autoencoder": autoencoder_of(autoencoder),
+            "weights_sha256": autoencoder.weights_sha256 or None,
             "random_weights": autoencoder.random_weights,
         },
         "cache": {

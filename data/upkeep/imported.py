@@ -1,0 +1,34 @@
+"""Noting of a cache with imported latents which images its teachers are added from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..format.columns import AUTOENCODER
+from ..format.manifest import IMAGES_NOTE
+from ..format.opening import open_manifest
+from ..writing.store import cache_lock, write_manifest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def settle_images(path: Path, fingerprint: str) -> None:
+    """Note the fingerprint of the images, where it is not noted yet. Every process may do it, and again.
+
+    Args:
+        path: folder of the cache.
+        fingerprint: of the images as they were listed.
+
+    Raises:
+        CacheError: the manifest is damaged.
+        RepaError: the operating system refuses.
+    """
+    if open_manifest(path).sources[AUTOENCODER].notes.get(IMAGES_NOTE) == fingerprint:
+        return
+    with cache_lock(path):
+        manifest = open_manifest(path)
+        known = manifest.sources[AUTOENCODER]
+        noted = replace(known, notes={**known.notes, IMAGES_NOTE: fingerprint})
+        write_manifest(path, replace(manifest, sources={**manifest.sources, AUTOENCODER: noted}))
