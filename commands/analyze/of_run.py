@@ -63,6 +63,9 @@ def analyze_run(flags: AnalyzeFlags, run: Path, times: Sequence[float], console:
         ) from error
     teachers = chosen_teachers(manifest, flags.teachers or (), "patch", where=where)
     model = model_of_file(checkpoint, weights=flags.weights)
+    if not model.predicts:
+        line = f"note: {checkpoint} is of a warm-up: blocks that it leaves out are as they were drawn"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.backbone.to(device)
     condition = model.backbone.y_embedder.column

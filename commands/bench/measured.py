@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-METHODS = "none,repa,haste,irepa,reg,urepa,sra,sra2"
+METHODS = "none,repa,haste,irepa,reg,urepa,sra,sra2,erw"
 DEFAULT_RESOLUTION = 64
 
 
@@ -81,6 +81,7 @@ class Measured:
         peak_bytes: most memory of the GPU at any time; 0 if that was not measured.
         baseline: name of the line that it is compared with; empty is the first.
         beside: name of another line that it is compared with as well.
+        full: name of the line of a whole step, of one that leaves out blocks.
         cpu_per_1000: CPU seconds of 1,000 items, one a round; empty if that was not measured.
         fidelity: what storing it changes, see `attention_summary` and `token_fidelity`; empty of what is not
             stored.
@@ -92,6 +93,7 @@ class Measured:
     peak_bytes: int = 0
     baseline: str = ""
     beside: str = ""
+    full: str = ""
     cpu_per_1000: tuple[float, ...] = ()
     fidelity: Mapping[str, Any] = field(default_factory=dict)
 
@@ -158,6 +160,7 @@ def print_table(console: Console, title: str, unit: str, lines: Sequence[Measure
         baseline: lambda line: f"{line.ratio(by_name[line.baseline or lines[0].name]):.3f}",
         "of constant targets": lambda line: f"{line.ratio(by_name[line.beside]):.3f}" if line.beside else "",
     }
+    columns["time of a full step"] = lambda line: f"{by_name[line.full].ratio(line):.3f}" if line.full else ""
     shown = {heading: text for heading, text in columns.items() if any(map(text, lines))}
     for heading in shown:
         table.add_column(heading, justify="right")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from ...data.testing import synthetic_cache
 from ...pipeline.encoders import load_encoder
 from ...trainer.config import build
 from ...trainer.input.online import is_target
+from ...trainer.methods.aligning import PLAIN
 from ...trainer.methods.outside import find_method
 from ...trainer.run.checked import ProblemsError
 from ...trainer.run.checks import attention_blocks, check
@@ -53,7 +54,8 @@ def bench_train(settings: BenchSettings, room: Path) -> tuple[str, str, list[Mea
     own backbone.
 
     The lines with constant targets compute what the cached ones do, on targets that stay on the device: what
-    a cached line has less is what reading its targets costs. The live teacher sees uint8 images that are
+    a cached line has less is what reading its targets costs. A step of a warm-up has lines of its own, with
+    its time beside that of a full step. The live teacher sees uint8 images that are
     already decoded, cropped and on the device: its lines have no decoding in them. A method that reads no
     teacher has neither. Cache, backbone and teacher have random values: they do not change the speed.
 
@@ -70,6 +72,7 @@ def bench_train(settings: BenchSettings, room: Path) -> tuple[str, str, list[Mea
             peak_bytes=bench.peaks.get(name, 0),
             baseline=variants[name].baseline,
             beside=name.replace(CACHED, CONSTANT) if name.endswith(CACHED) else "",
+            full=variants[name].full,
         )
         for name, values in rates.items()
     ]
@@ -87,10 +90,12 @@ class _Variant:
     Attributes:
         measure: measures its rate once.
         baseline: name of the line without a method on the same backbone.
+        full: name of the line of a whole step, of one of a warm-up.
     """
 
     measure: Callable[[], float]
     baseline: str
+    full: str = ""
 
 
 class _Bench:
@@ -143,24 +148,51 @@ class _Bench:
         return name
 
     def _add(self, found: dict[str, _Variant], method: str, baseline: str) -> None:
-        """Add the lines of a method."""
+        """Add the lines of a method, those of its warm-up first if it has one."""
+        if "warmup_steps" in {item.name for item in fields(find_method(method).config_class)}:
+            self._add_phase(found, f"{method} warm-up", method, baseline, full=method)
+            self._add_phase(found, method, method, baseline, "method.warmup_steps=0")
+        else:
+            self._add_phase(found, method, method, baseline)
 
-        def add(title: str, config: TrainConfig, live: LiveTargets | None = None) -> None:
-            found[title] = _Variant(measure=partial(self._rate, title, config, live), baseline=baseline)
+    def _add_phase(
+        self,
+        found: dict[str, _Variant],
+        title: str,
+        method: str,
+        baseline: str,
+        *assignments: str,
+        full: str = "",
+    ) -> None:
+        """Add the lines of a method's first phase, and of the one in which it aligns no longer.
 
-        config = self._config(method)
+        Args:
+            found: the lines.
+            title: what the names of the lines begin with.
+            method: its name.
+            baseline: name of the line without a method.
+            assignments: settings.
+            full: title of the lines of whole steps, of those of a warm-up.
+        """
+
+        def add(name: str, config: TrainConfig, live: LiveTargets | None = None) -> None:
+            measure = partial(self._rate, name, config, live)
+            whole = name.replace(title, full) if full else ""
+            found[name] = _Variant(measure=measure, baseline=baseline, full=whole)
+
+        config = self._config(method, *assignments)
         checked = check(config)
         assert checked.method is not None, "the checks have passed"
         phases = checked.method.phases()
         if not any(map(is_target, checked.method.columns(phases[0]))):
-            add(method, config)
+            add(title, config)
             return
-        online = self._config(method, targets="online")
-        add(f"{method}, {CONSTANT}", online, self._constant)
-        add(f"{method}, {CACHED}", config)
-        add(f"{method}, teacher live", online, self._live)
-        if len(phases) > 1:
-            add(f"{method} after τ", self._config(method, "method.stop=1"))
+        online = self._config(method, *assignments, targets="online")
+        add(f"{title}, {CONSTANT}", online, self._constant)
+        add(f"{title}, {CACHED}", config)
+        add(f"{title}, teacher live", online, self._live)
+        if phases[-1].name == PLAIN:
+            add(f"{title} after τ", self._config(method, *assignments, "method.stop=1"))
 
     def _config(self, method: str, *assignments: str, targets: str = "cache") -> TrainConfig:
         flags = {

@@ -123,6 +123,12 @@ def prepare_sampling(
         interval=flags.interval,
     )
     model = model_of_file(checkpoint, weights=flags.weights)
+    if not model.predicts:
+        raise RepaError(
+            f"{model.origin} is of a warm-up, which does not train what samples are made from",
+            "train on, or name a later checkpoint with --ckpt",
+            field="--ckpt",
+        )
     settings = settings.of(model.objective)
     _check_guidance(flags, model)
     model.backbone.to(device)

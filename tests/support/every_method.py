@@ -30,6 +30,8 @@ COLUMNS = LATENTS | {
 NOTES = {"demo+attention": {"blocks": [4, 5, 6], "depth": 6, "logit_scale": 0.3, "form": "exact"}}
 # settings that make a method small or end its alignment within the run, where it has them
 SMALL = {"projector_width": 8, "stop": STOP}
+# of one method, so that its phases begin and end within the run
+OWN: dict[str, dict[str, Any]] = {"erw": {"warmup_steps": 1, "warmup_depth": 1, "depth": 3}}
 
 
 def shrink() -> None:
@@ -64,13 +66,14 @@ def small_config(method: str, cache: Path, *, model: str = "", **changes: Any) -
         "batch_size": 8,
         "precision": "32-true",
         "log_every": 1,
-        "checkpoint_every": STOP,
+        "checkpoint_every": 1,
         "keep_last": 9,
         "preview_every": 0,
         "holdout": 8,
         "eval_every": 2,
         "lr": 1e-3,
     }
-    values |= {f"method.{key}": value for key, value in SMALL.items() if key in known}
+    small = {key: value for key, value in SMALL.items() if key in known} | OWN.get(method, {})
+    values |= {f"method.{key}": value for key, value in small.items()}
     values |= {key.replace("__", "."): value for key, value in changes.items()}
     return build(flags=values)

@@ -19,7 +19,9 @@ def student_of(hidden: torch.Tensor, block: int = 2) -> Captured:
     return Captured(prediction=None, hidden={block: hidden}, grids={block: (4, 4)})
 
 
-def make_step(columns: dict[str, torch.Tensor], student: Captured, index: int = 0) -> Step:
+def make_step(
+    columns: dict[str, torch.Tensor], student: Captured, index: int = 0, batch_size: int = 1
+) -> Step:
     blank = torch.zeros(1)
     return Step(
         index=index,
@@ -31,4 +33,5 @@ def make_step(columns: dict[str, torch.Tensor], student: Captured, index: int = 
         student=student,
         interpolate=lambda t: t,
         generator=torch.Generator(),
+        batch_size=batch_size,
     )

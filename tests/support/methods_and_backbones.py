@@ -26,6 +26,7 @@ ROWS = [(name, preset) for name, method in METHODS.items() for preset in ("", *m
 SETTINGS = {
     ("repa", "SiT-down"): ("method.depth=5",),
     ("sra", "SiT-down"): ("method.teacher_block=12",),
+    ("erw", "SiT-down"): ("method.warmup_depth=4", "method.depth=11"),
 }
 BLOCKS = {"dinov2-b+attention": {"blocks": [8, 10, 12], "depth": 12}}
 

@@ -81,6 +81,10 @@ class CacheData(LightningDataModule):
         """Go on after the images seen."""
         self._images_seen = state_dict["images_seen"]
 
+    def begin_at(self, step: int) -> None:
+        """Go on after so many steps that another run has made."""
+        self._images_seen = step * self._config.batch_size
+
     def train_dataloader(self) -> Iterator[Batch]:
         """Return the micro-batches of this rank without end, as the trainer counts the steps."""
         trainer = self.trainer

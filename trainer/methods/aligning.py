@@ -30,6 +30,8 @@ class AligningConfig(MethodConfig):
 class Aligning(Method):
     """Base of methods that align until step τ, and read, capture and add nothing from then on.
 
+    A subclass may cut the steps before τ into phases of its own: what is not `PLAIN` aligns.
+
     A subclass answers for the phase that aligns, in ``aligned_…``. What it does beyond τ too it adds to this
     class's answers to the questions themselves, for example in ``columns``, and says with `idle_after` which
     parameters have no part in it. It requires ``AlignsFirst("stop")``.
@@ -68,16 +70,16 @@ class Aligning(Method):
 
     def columns(self, phase: Phase) -> tuple[str, ...]:
         """Return the columns of the alignment before τ, nothing after."""
-        return self.aligned_columns() if phase.name == ALIGN else ()
+        return self.aligned_columns() if phase.name != PLAIN else ()
 
     def capture(self, phase: Phase) -> Capture:
         """Ask for the activations of the alignment before τ, nothing after."""
-        return self.aligned_capture() if phase.name == ALIGN else NOTHING
+        return self.aligned_capture() if phase.name != PLAIN else NOTHING
 
     def flags(self, phase: Phase) -> Flags:
         """Say what the alignment needs before τ, and that its parameters are idle after."""
-        return self.aligned_flags() if phase.name == ALIGN else Flags(idle=self.idle_after)
+        return self.aligned_flags() if phase.name != PLAIN else Flags(idle=self.idle_after)
 
     def losses(self, step: Step) -> dict[str, Term]:
         """Return the terms of the alignment before τ, none after."""
-        return self.aligned_losses(step) if self.phase_at(step.index).name == ALIGN else {}
+        return self.aligned_losses(step) if self.phase_at(step.index).name != PLAIN else {}

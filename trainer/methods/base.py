@@ -1,10 +1,10 @@
-"""The method contract, a module that owns auxiliary parameters and answers nine questions.
+"""The method contract, a module that owns auxiliary parameters and answers ten questions.
 
 1 which phases (`phases`), 2 which columns (`columns`), 3 which activations (`capture`), 4 what conditions
 the network (`make_conditioner`), 5 at which times (`time_law`), 6 what is the loss (`losses`), 7 what else
 (`flags`), 8 what is denoised beside the latent (`denoised`), 9 which times the tokens of an image have
-(`token_times`). It never touches optimiser, trainer, files, ranks or logging. The loss of the prediction is
-the objective's.
+(`token_times`), 10 who made the first steps (`first_steps`). It never touches optimiser, trainer, files,
+ranks or logging. The loss of the prediction is the objective's.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ class Flags:
         fresh_start: optimiser and averaged weights start afresh at the step that equals the phase's start
             (not "when the phase changed", which a resumed run would see at any step).
         idle: prefixes of parameter names (``backbone.…``, ``method.…``) that no loss of this phase reaches;
-            the module adds 0 times their sum, so that graph, gradient buckets and optimiser stay the same.
+            they neither move nor decay, and the module adds 0 times their sum, so that graph, gradient
+            buckets and optimiser stay the same. Those that the phase's early stop leaves out of the backbone
+            are known without being named.
     """
 
     objective_loss: bool = True
@@ -101,6 +103,23 @@ class Denoised:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FirstSteps:
+    """The steps of a run that another run has made, whose weights it goes on with.
+
+    Attributes:
+        run: folder of that run, or its checkpoint of that step.
+        step: the first step that this run makes itself, with fresh optimiser and averaged weights.
+        same: names of the method's settings that must have been the same there.
+        setting: name of the one that says ``run``.
+    """
+
+    run: str
+    step: int
+    same: tuple[str, ...]
+    setting: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """What a method sees of one training step, read only.
 
@@ -115,6 +134,7 @@ class Step:
         beside: name → the vector that is denoised beside the latent: values and noise ``[B, D]``, times.
         interpolate: t ``[B]``, or of the groups ``[B, G]``, → x_t for this x0 and noise.
         generator: keyed by (seed, rank, step, micro-batch).
+        batch_size: images of the whole optimiser step, over all ranks and micro-batches.
         draws: what `Method.draws` drew for these images, by name, ``[B, …]`` each.
         ema_forward: the averaged weights' forward pass, without gradient; None unless the flags ask for it.
     """
@@ -128,6 +148,7 @@ class Step:
     student: Captured
     interpolate: Callable[[Tensor], Tensor]
     generator: torch.Generator
+    batch_size: int = 1
     beside: Mapping[str, Noised] = field(default_factory=dict)
     draws: Mapping[str, Tensor] = field(default_factory=dict)
     ema_forward: EmaForward | None = None
@@ -312,6 +333,14 @@ class Method(nn.Module, ABC):
     def denoised(self) -> tuple[Denoised, ...]:
         """Name what is denoised beside the latent, in every phase."""
         return ()
+
+    def first_steps(self) -> FirstSteps | None:
+        """Name the run that has made this one's first steps, None where it makes them itself."""
+        return None
+
+    def predicts_after(self, steps: int) -> bool:
+        """Return whether the prediction has been trained once so many steps are done."""
+        return any(self.flags(phase).objective_loss for phase in self.phases() if phase.start < steps)
 
     def problems(self) -> list[Problem]:
         """Return everything that keeps the method from running on this backbone and cache, each once."""

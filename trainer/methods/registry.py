@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .erw import Erw
 from .haste import Haste
 from .irepa import Irepa
 from .none import NoAlignment
@@ -27,4 +28,5 @@ METHODS: Mapping[str, type[Method]] = {
     "sra": Sra,
     "sra2": Sra2,
     "urepa": Urepa,
+    "erw": Erw,
 }

@@ -139,7 +139,12 @@ class PatchAlignment(Aligning):
 
     def aligned_losses(self, step: Step) -> dict[str, Term]:
         """Return the terms of the alignment, by name."""
-        return self.compared(self.aligned_sides(step))
+        return self.compared(self.aligned_sides(step), self.weight_at(step))
+
+    def weight_at(self, step: Step) -> float:
+        """Return λ of a step."""
+        del step
+        return self.config.weight
 
     def aligned_sides(self, step: Step) -> list[tuple[Tensor, Tensor]]:
         """Return ŷ and z, the projected tokens and the target, of every teacher, both ``[B, T, D]``."""
@@ -149,14 +154,19 @@ class PatchAlignment(Aligning):
             for project, name in zip(self.projectors, self._targets, strict=True)
         ]
 
-    def compared(self, sides: list[tuple[Tensor, Tensor]]) -> dict[str, Term]:
-        """Return ``repa``, −1 when the projected tokens point where the targets point, and ``relations``."""
+    def compared(self, sides: list[tuple[Tensor, Tensor]], weight: float) -> dict[str, Term]:
+        """Return ``repa``, −1 when the projected tokens point where the targets point, and ``relations``.
+
+        Args:
+            sides: as of `aligned_sides`.
+            weight: λ.
+        """
         similarity = torch.stack([cosine_similarity(*each).mean() for each in sides]).mean()
-        terms = {"repa": Term(value=-similarity, weight=self.config.weight)}
+        terms = {"repa": Term(value=-similarity, weight=weight)}
         if self.config.relations is not None:
             distances = [manifold_distance(*each, pairs=self.relation_pairs) for each in sides]
-            weight = self.config.weight * self.config.relations
-            terms["relations"] = Term(value=torch.stack(distances).mean(), weight=weight)
+            value = torch.stack(distances).mean()
+            terms["relations"] = Term(value=value, weight=weight * self.config.relations)
         return terms
 
 

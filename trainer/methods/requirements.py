@@ -16,12 +16,14 @@ from .alignment import teachers_with
 from .base import Problem, Requirement
 from .settings_needs import (
     AlignsFirst,
+    Deeper,
     DepthWithin,
     HasPreset,
     NoGroupEmpty,
     Paired,
     SameTokens,
     TakesEffect,
+    Where,
     blocks_of,
     listed,
     ranges,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AlignsFirst",
+    "Deeper",
     "DepthWithin",
     "GridDivides",
     "HasPreset",
@@ -47,6 +50,7 @@ __all__ = [
     "SameWidth",
     "StoredAttention",
     "TakesEffect",
+    "Where",
 ]
 
 

@@ -98,20 +98,64 @@ class AlignsFirst(Requirement):
 
     Args:
         stop: name of the setting that says the first step without.
+        warmup: name of the setting that says how many steps warm up before; empty where none do.
     """
 
-    def __init__(self, stop: str) -> None:
-        self._stop = stop
+    def __init__(self, stop: str, *, warmup: str = "") -> None:
+        self._stop, self._warmup = stop, warmup
 
     def problems(self, method: Method) -> Iterator[Problem]:
-        """Report an end before the first step."""
+        """Report an end before the first step, or before the first after the warm-up."""
         stop = getattr(method.config, self._stop)
-        if stop is not None and stop < 1:
+        first = getattr(method.config, self._warmup) if self._warmup else 0
+        if stop is not None and stop <= first:
+            step = f"step {first}, the first after the warm-up" if first else "the first step"
             yield Problem(
-                what=f"method.{self._stop} is {stop}: the alignment would end before the first step",
+                what=f"method.{self._stop} is {stop}: the alignment would end before {step}",
                 remedy=f"set method.{self._stop} to a later step, or train without alignment: --method none",
                 field=f"method.{self._stop}",
             )
+
+
+class Deeper(Requirement):
+    """Need one block behind another.
+
+    Args:
+        setting: name of the setting that says the one.
+        than: name of the setting that says the other.
+    """
+
+    def __init__(self, setting: str, *, than: str) -> None:
+        self._setting, self._than = setting, than
+
+    def problems(self, method: Method) -> Iterator[Problem]:
+        """Report a block that is the other or lies before it."""
+        later, earlier = (blocks_of(method, name) for name in (self._setting, self._than))
+        if later and earlier and min(later) <= max(earlier):
+            yield Problem(
+                what=f"method.{self._setting} is {listed(later)}, and has to lie behind "
+                f"method.{self._than}, {listed(earlier)}",
+                remedy=f"set a deeper method.{self._setting}, or a method.{self._than} below {min(later)}",
+                field=f"method.{self._setting}",
+            )
+
+
+class Where(Requirement):
+    """Need others only where a setting is on.
+
+    Args:
+        setting: its name; 0, none and nothing are off.
+        needs: what is needed then.
+    """
+
+    def __init__(self, setting: str, *needs: Requirement) -> None:
+        self._setting, self._needs = setting, needs
+
+    def problems(self, method: Method) -> Iterator[Problem]:
+        """Report what the others report, where the setting is on."""
+        if getattr(method.config, self._setting):
+            for need in self._needs:
+                yield from need.problems(method)
 
 
 class SameTokens(Requirement):

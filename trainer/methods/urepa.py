@@ -127,7 +127,7 @@ class Urepa(Repa):
         sides = zip(self.upsamplings, super().aligned_sides(step), strict=True)
         return [(upsampling(projected), tokens) for upsampling, (projected, tokens) in sides]
 
-    def compared(self, sides: list[tuple[Tensor, Tensor]]) -> dict[str, Term]:
+    def compared(self, sides: list[tuple[Tensor, Tensor]], weight: float) -> dict[str, Term]:
         """Return ``repa``, ``relations`` and, for the record, the mean cosine of two tokens on each side.
 
         A student whose tokens have all become one has a ``student_pair_cosine`` of 1.
@@ -136,7 +136,7 @@ class Urepa(Repa):
             cosines = [torch.stack([mean_pair_cosine(tokens) for tokens in pair]) for pair in sides]
             student, teacher = torch.stack(cosines).mean(0).unbind()
         return {
-            **super().compared(sides),
+            **super().compared(sides, weight),
             "student_pair_cosine": Term(value=student, weight=None),
             "teacher_pair_cosine": Term(value=teacher, weight=None),
         }

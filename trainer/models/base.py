@@ -97,6 +97,17 @@ class Backbone(nn.Module, ABC):
     y_embedder: Conditioner
     blocks: nn.ModuleList
 
+    def left_out(self, stop_after: int) -> tuple[str, ...]:
+        """Name what a forward pass does without that stops after a block, as prefixes of parameters' names.
+
+        Here it is the blocks after and the final layer; a network with more than that says so.
+
+        Args:
+            stop_after: the block, counted from 1.
+        """
+        later = range(stop_after, len(self.blocks))
+        return (*(f"blocks.{number}." for number in later), "final_layer.")
+
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, condition: Tensor, capture: Capture = NOTHING) -> Captured:
         """Predict what the objective trains.

@@ -226,6 +226,13 @@ class SiTDown(Backbone):
         for convolution in (self.down, self.up):
             nn.init.xavier_uniform_(convolution.weight)
 
+    def left_out(self, stop_after: int) -> tuple[str, ...]:
+        """Name later blocks and final layer, and what leads into the stages that are not reached."""
+        config, later = self.config, super().left_out(stop_after)
+        if stop_after <= config.outer:
+            later = (*later, "mid_t_embedder.", "mid_y_embedder.", "down.")
+        return (*later, "up.") if stop_after <= config.outer + config.middle else later
+
     def forward(self, x: Tensor, t: Tensor, condition: Tensor, capture: Capture = NOTHING) -> Captured:
         """Predict what the objective trains, the velocity in the paper.
 

@@ -16,11 +16,21 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from ..config import TrainConfig
+    from ..methods.base import Method
     from ..step.module import TrainingModule
+
+
+def handovers(method: Method) -> frozenset[int]:
+    """Return the steps at which a phase begins with fresh optimiser and averaged weights."""
+    return frozenset(
+        phase.start for phase in method.phases() if phase.start and method.flags(phase).fresh_start
+    )
 
 
 class Checkpoints(StepCallback):
     """Saves every ``checkpoint_every`` steps, after the last one and when asked to stop.
+
+    What a phase begins afresh from is saved and kept too, for other runs can begin there.
 
     Must be the last callback: what the others do in a step has to be in the checkpoint.
 
@@ -44,7 +54,9 @@ class Checkpoints(StepCallback):
             RepaError: training has diverged, so that the last good checkpoint stays; a callback keeps a state
                 that could not be read again; or the disk refuses.
         """
-        if not self.is_due(step, self.config.checkpoint_every) and not trainer.should_stop:
+        handed_over = handovers(module.method)
+        due = self.is_due(step, self.config.checkpoint_every) or step in handed_over
+        if not due and not trainer.should_stop:
             return
         with self._clock.paused():
             module.fetch_means()
@@ -55,14 +67,18 @@ class Checkpoints(StepCallback):
             self._before()
             trainer.save_checkpoint(checkpoint_path(self._run, step))
             if trainer.is_global_zero:
-                self.prune()
+                self.prune(handed_over)
 
-    def prune(self) -> None:
-        """Keep the newest ``keep_last`` and the multiples of ``keep_every``, and remove half files."""
+    def prune(self, kept: frozenset[int]) -> None:
+        """Keep the newest ``keep_last`` and the multiples of ``keep_every``, and remove half files.
+
+        Args:
+            kept: steps whose checkpoints are kept as well.
+        """
         milestone = self.config.keep_every
         found = checkpoints_of(self._run)
         for step in list(found)[: -self.config.keep_last]:
-            if not milestone or step % milestone:
+            if step not in kept and (not milestone or step % milestone):
                 found[step].unlink(missing_ok=True)
         for partial in (self._run / FOLDER).glob(".*.partial"):
             partial.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from .checkpointing import Checkpoints
 from .checks import check
 from .divergence import refuse_lost
 from .evaluations import Evaluations, Evaluator
+from .first_steps import TakenSteps, read_first_steps
 from .folder import changed_settings, locked_run, refuse_foreign_folder, settle_config
 from .going_back import checkpoint_to_go_on_from, set_newer_aside
 from .gradient_angle import GradientAngle
@@ -32,6 +33,7 @@ from .initial import Initial, read_initial
 from .launch import is_leader
 from .lightning_trainer import (
     at_once,
+    begin_at,
     make_trainer,
     other_ranks,
     quiet_lightning,
@@ -125,10 +127,11 @@ def fit(
     if checked.problems:
         raise ProblemsError(checked.problems)
     load_live(checked, say)
+    identity, new = identity_of(checked, config), not checkpoints_of(run)
     # before the folder is made: it would be bound to what cannot be had
-    initial = read_initial(config.init, checked) if config.init and not checkpoints_of(run) else None
+    initial = read_initial(config.init, checked) if config.init and new else None
+    taken = read_first_steps(checked, config, identity) if new else None
     with locked_run(run, leader=leader):
-        identity = identity_of(checked, config)
         newest, going_back = checkpoint_to_go_on_from(run, from_step, say)
         if newest is not None:
             if leader:
@@ -163,6 +166,7 @@ def fit(
             changed=changed,
             from_step=from_step if going_back else None,
             initial=initial,
+            taken=taken,
         )
 
 
@@ -181,6 +185,7 @@ def _train(
     changed: Sequence[Change],
     from_step: int | None,
     initial: Initial | None,
+    taken: TakenSteps | None,
 ) -> Outcome:
     leader = is_leader()
     say = _printer(console, leader=leader)
@@ -189,6 +194,11 @@ def _train(
         initial.load_into(module)
         for line in (f"begins with the weights of {initial.record['file']}", *initial.notes):
             say(line)
+    first = resumed
+    if taken is not None:
+        taken.load_into(module)
+        data.begin_at(first := taken.step)
+        say(f"begins at step {first:,} with the weights of {taken.record['file']}")
     clock = Clock()
     evaluations = _evaluations(config, run, checked, evaluator, decoder, say)
     if decoder is None and config.preview_every:
@@ -209,10 +219,13 @@ def _train(
     ids = logger_ids(config, read_starts(run), anew=from_step is not None)
     loggers = make_loggers(config, run, ids, resumed=resumed, leader=leader)
     trainer = make_trainer(config, run=run, callbacks=callbacks, loggers=loggers)
+    if taken is not None:
+        begin_at(trainer, taken.step)
     if leader:
-        start = describe_start(config, checked, trainer, command=command, resumed=resumed, changed=changed)
+        start = describe_start(config, checked, trainer, command=command, resumed=first, changed=changed)
         start["loggers"] = ids
         start["init"] = None if initial is None else initial.record
+        start["first_steps"] = None if taken is None else taken.record
         _record_start(config, run, start, from_step, say)
     if resumed:
         say(f"resuming {run} at step {resumed:,}")

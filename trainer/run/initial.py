@@ -129,6 +129,8 @@ def _own(file: Path, checkpoint: Mapping[str, Any], checked: Checked) -> tuple[I
     notes = []
     if scale != checked.scale:
         notes.append("they were trained on latents of another scale than this run's")
+    if not said.get("predicts", True):
+        notes.append("they are of a warm-up: blocks that it leaves out are as they were drawn")
     initial = Initial(
         backbone=under("backbone."),
         ema=under("ema."),

@@ -111,6 +111,12 @@ def make_trainer(
     return trainer
 
 
+def begin_at(trainer: Trainer, step: int) -> None:
+    """Have a trainer that has not begun count its steps from another than 0."""
+    steps = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
+    steps.increment_by(step)
+
+
 def _check_precision(config: TrainConfig) -> None:
     device = _device_kind(config)
     if config.precision == "16-mixed" and device == "cpu":

@@ -18,6 +18,8 @@ def describe_phases(checked: Checked, config: TrainConfig) -> list[Mapping[str, 
     """Return each phase with its steps, columns (read, live, missing) and bytes, for ``--dry-run``."""
     if checked.method is None or checked.manifest is None:
         return []
+    taken = checked.method.first_steps()
+    begins = 0 if taken is None else taken.step
     rows: list[Mapping[str, Any]] = []
     for phase in checked.method.phases():
         needed = columns_of_phase(checked.method, phase, checked.condition_column)
@@ -25,12 +27,13 @@ def describe_phases(checked: Checked, config: TrainConfig) -> list[Mapping[str, 
         specs = checked.manifest.columns
         row_bytes = sum(specs[name].row_bytes for name in columns if name in specs)
         stop = config.max_steps if phase.stop is None else min(phase.stop, config.max_steps)
-        steps = max(stop - phase.start, 0)
+        first = max(phase.start, begins)
+        steps = max(stop - first, 0)
         rows.append(
             {
                 "phase": phase.name,
-                "first": phase.start,
-                "last": phase.start + steps - 1,
+                "first": first,
+                "last": first + steps - 1,
                 "steps": steps,
                 "columns": columns,
                 "live": live_columns(needed, checked.live),

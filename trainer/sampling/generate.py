@@ -49,6 +49,7 @@ class TrainedModel:
         guidable: whether it was trained without the label at times, which guidance needs.
         origin: the file, for messages.
         images_seen: images of all its steps, each as often as it was seen; None if the file does not say.
+        predicts: whether its prediction has been trained, which a warm-up of first blocks leaves out.
     """
 
     backbone: Backbone
@@ -62,6 +63,7 @@ class TrainedModel:
     class_names: tuple[str, ...] = ()
     guidable: bool = True
     images_seen: int | None = None
+    predicts: bool = True
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -252,5 +254,6 @@ def _model_of(checkpoint: Mapping[str, Any], file: Path, weights: str) -> Traine
         class_names=names if len(names) == backbone.config.num_classes else (),
         guidable=said.get("settings", {}).get("label_dropout") != 0,
         images_seen=checkpoint["global_step"] * batch_size if isinstance(batch_size, int) else None,
+        predicts=said.get("predicts", True),
         origin=file,
     )

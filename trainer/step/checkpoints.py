@@ -78,6 +78,7 @@ class _Said:
     class_names: list[str] = field(default_factory=list)
     objective: dict[str, Any] | None = None
     path: str | None = None
+    predicts: bool = True
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

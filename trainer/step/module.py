@@ -128,8 +128,7 @@ class TrainingModule(LightningModule):
         total = self._total(self.terms(batch))
         if self.trainer.world_size == 1:
             return total
-        phase = self.method.phase_at(batch.step)
-        return total + self._idle_sum(self.method.flags(phase).idle)
+        return total + self._idle_sum(self.method.phase_at(batch.step))
 
     def terms(self, batch: Batch, draws: Draws | None = None) -> dict[str, Term]:
         """Compute the named parts of a micro-batch's loss.
@@ -178,6 +177,7 @@ class TrainingModule(LightningModule):
             ),
             draws=draws.own,
             generator=self._seed_method(batch),
+            batch_size=self.config.batch_size,
             beside=beside,
             ema_forward=self._ema_forward(condition, beside, groups) if flags.ema_forward else None,
         )
@@ -214,9 +214,8 @@ class TrainingModule(LightningModule):
     ) -> None:
         """Clip to the configured norm, and record the norm before."""
         del gradient_clip_val, gradient_clip_algorithm
-        phase = self.method.phase_at(self.global_step)
-        for parameter in self._idle(self.method.flags(phase).idle):
-            # the zeros that kept DDP's buckets whole must not let AdamW's momentum move it
+        for parameter in self.idle_parameters(self.method.phase_at(self.global_step)):
+            # the zeros that kept DDP's buckets whole must not let AdamW's momentum or decay move it
             parameter.grad = None
         parameters = [each for group in optimizer.param_groups for each in group["params"]]
         if self.config.clip is None:
@@ -251,7 +250,11 @@ class TrainingModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the run is, and the means since the last row."""
-        checkpoint[CHECKPOINT_KEY] = {**self.identity, "means": self.means.state_dict()}
+        checkpoint[CHECKPOINT_KEY] = {
+            **self.identity,
+            "predicts": self.method.predicts_after(self.global_step),
+            "means": self.means.state_dict(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continue the means."""
@@ -335,8 +338,11 @@ class TrainingModule(LightningModule):
 
         return forward
 
-    def _idle(self, prefixes: tuple[str, ...]) -> list[nn.Parameter]:
-        """List parameters that no loss of the phase reaches."""
+    def idle_parameters(self, phase: Phase) -> list[nn.Parameter]:
+        """List the parameters that no loss of a phase reaches."""
+        prefixes, stop = self.method.flags(phase).idle, self.method.capture(phase).stop_after
+        if stop is not None:
+            prefixes = (*prefixes, *(f"backbone.{each}" for each in self.backbone.left_out(stop)))
         if prefixes not in self._idle_parameters:
             self._idle_parameters[prefixes] = [
                 parameter
@@ -345,10 +351,10 @@ class TrainingModule(LightningModule):
             ]
         return self._idle_parameters[prefixes]
 
-    def _idle_sum(self, prefixes: tuple[str, ...]) -> Tensor:
+    def _idle_sum(self, phase: Phase) -> Tensor:
         """Compute 0 × the sum of the parameters that no loss reaches, as DDP waits for a gradient of each."""
         total = torch.zeros((), device=self.device)
-        for parameter in self._idle(prefixes):
+        for parameter in self.idle_parameters(phase):
             total = total + 0.0 * parameter.float().sum()
         return total
 

@@ -79,12 +79,14 @@ def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setitem(FORMS, form, small(columns))
     for form in list(ATTENTION_FORMS)[:-1]:
         monkeypatch.delitem(ATTENTION_FORMS, form)
-    settings = BenchSettings(batch_size=4, images=8, rows=128, steps=1, rounds=1, methods="haste,urepa,sra")
+    settings = BenchSettings(
+        batch_size=4, images=8, rows=128, steps=1, rounds=1, methods="haste,urepa,sra,erw"
+    )
     text = StringIO()
     # per form: warm 7 lines of ours and the limit, cold 8; and zarr, perhaps tensorstore, in each
     others = 4 * (1 + (find_spec("tensorstore") is not None)) - 2
     results = bench((), settings, folder=tmp_path, console=Console(file=text, width=160))
-    assert [len(results[part]) for part in SPEEDS] == [32 + others, 4, 6, 4, 10]
+    assert [len(results[part]) for part in SPEEDS] == [32 + others, 4, 6, 4, 16]
     for lines in results.values():
         assert lines[0].ratio(lines[0]) == 1.0
         assert all(rate > 0 for line in lines for rate in line.rates)
@@ -98,6 +100,13 @@ def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert {name: (line.baseline, line.beside) for name, line in train.items() if "cached" in name} == {
         "haste, cached": ("none", "haste, constant targets"),
         "urepa, cached": ("none, SiT-down-T/1", "urepa, constant targets"),
+        "erw warm-up, cached": ("none", "erw warm-up, constant targets"),
+        "erw, cached": ("none", "erw, constant targets"),
+    }
+    # a step of the warm-up beside a full one of the same targets
+    assert {name: line.full for name, line in train.items() if line.full} == {
+        f"erw warm-up, {targets}": f"erw, {targets}"
+        for targets in ("constant targets", "cached", "teacher live")
     }
     assert train["sra"].baseline == train["haste after τ"].baseline == "none"
     assert not train["sra"].beside
