@@ -52,7 +52,12 @@ class SampleFlags:
     npz: Annotated[
         bool, typer.Option("--npz", help="One uint8 array file, as the ADM evaluation suite reads it.")
     ] = False
-    solver: Annotated[str, typer.Option(help="euler, heun, sde or sde-heun.", show_default="euler")] = ""
+    solver: Annotated[
+        str,
+        typer.Option(
+            help="euler, heun, sde or sde-heun; of a DiT ddpm or ddim.", show_default="euler, ddpm of a DiT"
+        ),
+    ] = ""
     steps: Annotated[int, typer.Option(help="Steps of the solver.")] = 50
     shift: Annotated[
         float, typer.Option(help="Shift of the times of euler and heun, as 0.3 of LightningDiT; 1: none.")
@@ -64,6 +69,10 @@ class SampleFlags:
             help="Scale for the class token that REG samples with the image.", show_default="as --guidance"
         ),
     ] = None
+    guidance_channels: Annotated[
+        str,
+        typer.Option(help="Channels of the latent that are guided: all, or three as in the released DiT."),
+    ] = "all"
     interval: Annotated[
         tuple[float, float], typer.Option(metavar="LOW HIGH", help="Times between which guidance acts.")
     ] = (0.0, 1.0)

@@ -384,6 +384,7 @@ def _print_settings(console: Console) -> None:
 
 def _print_sizes(checked: Checked, config: TrainConfig, console: Console) -> None:
     from ..trainer.models.registry import build, choices_of
+    from ..trainer.objectives.registry import make_objective, name_of
 
     if checked.train_rows is not None and checked.held_out_rows is not None:
         images = config.max_steps * config.batch_size
@@ -402,6 +403,13 @@ def _print_sizes(checked: Checked, config: TrainConfig, console: Console) -> Non
         backbone = sum(each.numel() for each in build(checked.backbone).parameters())
     method = sum(each.numel() for each in checked.method.parameters())
     console.print(f"parameters: backbone {backbone:,}, method {method:,}", highlight=False, soft_wrap=True)
+    objective = make_objective(config.objective)
+    console.print(
+        f"objective: {name_of(config.objective)} ({' + '.join(objective.terms)}), the network predicts "
+        f"{objective.predicts}; sampled by {' or '.join(objective.solvers)}",
+        highlight=False,
+        soft_wrap=True,
+    )
     if choices := choices_of(checked.backbone):
         said = ", ".join(f"{name} {'on' if value else 'off'}" for name, value in choices.items())
         console.print(f"{config.model}: {said}", highlight=False, soft_wrap=True)

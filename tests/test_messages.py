@@ -49,6 +49,9 @@ train --cache cache --model SiT-S/2
 train --cache cache --model SiT-S/1 --batch-size 4
 train --cache cache --model SiT-S/2 --batch-size 4 --method haste
 train --cache cache --model SiT-S/2 --batch-size 4 --set method.encoders=dinov2-b
+train --cache cache --model DiT-S/1 --batch-size 4 --method none --set objective=flow
+train --cache cache --model SiT-S/1 --batch-size 4 --method none --set objective=ddpm
+train --cache cache --model DiT-S/1 --batch-size 4 --method reg
 train --cache cache --method none --set bathc_size=4
 train --cache cache --method none --set batch_size=many
 train --cache cache --method none --set lr=-1

@@ -114,14 +114,14 @@ class TrainConfig:
         keep_every: checkpoints of multiples of this step are kept for good; 0 keeps none of them.
         preview_every: steps between sample grids; 0 makes none.
         preview_count: images of a grid.
-        preview_steps: Heun steps of a preview.
+        preview_steps: Heun steps of a preview, of a DiT steps of DDIM.
         preview_guidance: guidance scale of a preview.
         evaluate_every: steps between evaluations of samples of the averaged weights, as by `repa evaluate`; 0
             makes none.
         evaluate_num: samples of an evaluation; its curve is named after it, for figures of different numbers
             cannot be compared.
         evaluate_metrics: names between commas, as of ``repa evaluate --metrics``, against the run's cache.
-        evaluate_solver: solver of those samples.
+        evaluate_solver: solver of those samples; where it is left out, `build` takes the objective's first.
         evaluate_steps: steps of that solver.
         evaluate_guidance: guidance scale of those samples.
         gradient_angle_every: steps between values of ``gradient_angle``, the cosine of the gradients of
@@ -183,7 +183,7 @@ class TrainConfig:
     evaluate_every: _Count = 0
     evaluate_num: Annotated[int, Ge(2), Le(_MOST)] = 5_000
     evaluate_metrics: str = "fd"
-    evaluate_solver: Literal["euler", "heun", "sde", "sde-heun"] = "euler"
+    evaluate_solver: Literal["euler", "heun", "sde", "sde-heun", "ddpm", "ddim"] = "euler"
     evaluate_steps: _Positive = 50
     evaluate_guidance: Annotated[float, Ge(0)] = 1.0
     gradient_angle_every: _Count = 0
@@ -264,6 +264,8 @@ def build(
     )
     method = from_mapping(kind, settings, prefix="method.")
     objective = _objective(dict(values.pop("objective", {})), values["model"])
+    solvers = objectives.OBJECTIVES[objectives.name_of(objective)].solvers
+    values.setdefault("evaluate_solver", solvers[0])
     trainer = _trainer_settings(values.pop("trainer", {}))
     if CALLBACKS in dict(given):
         for callback in trainer["callbacks"]:

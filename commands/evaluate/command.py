@@ -61,8 +61,8 @@ def _check_source(flags: EvaluateFlags) -> None:
         return
     default = EvaluateFlags()
     of_sampling = (
-        *("labels", "solver", "steps", "shift", "guidance", "guidance_cls", "interval"),
-        *("seed", "weights", "vae", "keep_samples"),
+        *("labels", "solver", "steps", "shift", "guidance", "guidance_cls", "guidance_channels"),
+        *("interval", "seed", "weights", "vae", "keep_samples"),
     )
     for name in of_sampling:
         if getattr(flags, name) != getattr(default, name):

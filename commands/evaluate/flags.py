@@ -76,7 +76,12 @@ class EvaluateFlags:
         list[str] | None,
         typer.Option(metavar="NAME=FILE", help="File of an encoder's weights; may repeat."),
     ] = None
-    solver: Annotated[str, typer.Option(help="euler, heun, sde or sde-heun.", show_default="euler")] = ""
+    solver: Annotated[
+        str,
+        typer.Option(
+            help="euler, heun, sde or sde-heun; of a DiT ddpm or ddim.", show_default="euler, ddpm of a DiT"
+        ),
+    ] = ""
     steps: Annotated[int, typer.Option(help="Steps of the solver.")] = 50
     shift: Annotated[
         float, typer.Option(help="Shift of the times of euler and heun, as 0.3 of LightningDiT; 1: none.")
@@ -88,6 +93,10 @@ class EvaluateFlags:
             help="Scale for the class token that REG samples with the image.", show_default="as --guidance"
         ),
     ] = None
+    guidance_channels: Annotated[
+        str,
+        typer.Option(help="Channels of the latent that are guided: all, or three as in the released DiT."),
+    ] = "all"
     interval: Annotated[
         tuple[float, float], typer.Option(metavar="LOW HIGH", help="Times between which guidance acts.")
     ] = (0.0, 1.0)

@@ -63,6 +63,8 @@ def _how(samples: SamplesSaid) -> str:
     guidance = f"guidance {samples.guidance:g}"
     if samples.guidance_cls is not None:
         guidance += f", class token {samples.guidance_cls:g}"
+    if samples.guidance_channels is not None:
+        guidance += f" on {samples.guidance_channels} channels"
     if samples.guidance != 1 and samples.interval is not None:
         guidance += f" for t in [{samples.interval[0]:g}, {samples.interval[1]:g}]"
     parts += [guidance, f"labels {samples.labels}", f"seed {samples.seed}"]

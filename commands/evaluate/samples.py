@@ -134,6 +134,7 @@ def _generated(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> S
         shift=None if record.shift == 1 else record.shift,
         guidance=record.guidance,
         guidance_cls=record.guidance_cls,
+        guidance_channels=None if record.guidance_channels == "all" else record.guidance_channels,
         interval=record.interval,
         weights=record.weights,
         decoder=record.autoencoder,
@@ -142,9 +143,14 @@ def _generated(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> S
         images_seen=model.images_seen,
         device_hours=None if run is None or record.step is None else device_hours(run, record.step),
     )
-    # without a shift, features are found again that were made before there was one
-    of_others = ("checkpoint", "autoencoder", "form", "finished", *(["shift"] if record.shift == 1 else []))
-    identity = {name: value for name, value in asdict(record).items() if name not in of_others}
+    of_others = ("checkpoint", "autoencoder", "form", "finished")
+    # without them, features are found again that were made before there were such settings
+    later = {"shift": 1.0, "guidance_channels": "all"}
+    identity = {
+        name: value
+        for name, value in asdict(record).items()
+        if name not in of_others and not (name in later and value == later[name])
+    }
     folder = f"{checkpoint.stem}-{short_sha256(identity)}"
     return Samples(
         said=said,

@@ -28,7 +28,7 @@ class SamplingFlags(Protocol):
 
     @property
     def solver(self) -> str:
-        """See `SamplerConfig`, as are the next five."""
+        """See `SamplerConfig`, as are the next six."""
 
     @property
     def steps(self) -> int:
@@ -45,6 +45,10 @@ class SamplingFlags(Protocol):
     @property
     def guidance_cls(self) -> float | None:
         """Scale for the vectors beside the latent."""
+
+    @property
+    def guidance_channels(self) -> str:
+        """Channels of the latent that are guided."""
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -120,6 +124,7 @@ def prepare_sampling(
         shift=flags.shift,
         guidance=flags.guidance,
         guidance_cls=flags.guidance_cls,
+        guidance_channels=flags.guidance_channels,
         interval=flags.interval,
     )
     model = model_of_file(checkpoint, weights=flags.weights)
@@ -155,6 +160,7 @@ def prepare_sampling(
         guidance_cls=(flags.guidance if flags.guidance_cls is None else flags.guidance_cls)
         if model.backbone.config.token_widths
         else None,
+        guidance_channels=settings.guidance_channels,
         interval=settings.interval,
         seed=flags.seed,
         batch_size=batch_size,
@@ -209,8 +215,18 @@ def _check_guidance(flags: SamplingFlags, model: TrainedModel) -> None:
     """Refuse guidance that the model cannot have.
 
     Raises:
-        RepaError: it was never trained without a label, or has no class token.
+        RepaError: it was never trained without a label, has no class token, or is guided on channels that it
+            does not leave out.
     """
+    channels = model.latent_shape[0]
+    if flags.guidance_channels != "all" and (channels <= 3 or flags.guidance == 1):
+        raise RepaError(
+            "no channel is guided with --guidance 1"
+            if flags.guidance == 1
+            else f"{model.origin} makes latents of {counted(channels, 'channel')}, no more",
+            "leave --guidance-channels out",
+            field="--guidance-channels",
+        )
     given = {"--guidance": flags.guidance, "--guidance-cls": flags.guidance_cls}
     if flags.guidance_cls is not None and not model.backbone.config.token_widths:
         raise RepaError(

@@ -63,6 +63,7 @@ def settings_of(record: SamplingRecord) -> SamplerConfig:
         shift=record.shift,
         guidance=record.guidance,
         guidance_cls=record.guidance_cls,
+        guidance_channels=record.guidance_channels,
         interval=record.interval,
     )
 

@@ -184,7 +184,7 @@ def test_settings_of_the_objective_as_they_were_called_before() -> None:
     assert build({"path": "cosine"}, {"path": "linear"}).objective == FlowConfig()
     assert build({"objective": "flow", "path": "cosine"}).objective == FlowConfig(path="cosine")
     with pytest.raises(RepaError) as caught:
-        build({"objective": "ddpm"})
+        build({"objective": "edm"})
     assert caught.value.field == "objective"
     with pytest.raises(RepaError, match=r"objective\.path"):
         build(assignments=["path=quadratic"])

@@ -188,7 +188,7 @@ def test_checkpoints_name_family_and_objective(settings: Settings) -> None:
     for values in ({"family": "DiT"}, {"family": "UNet", "input_size": 4}, {"family": "UNet", "depth": 2}):
         with pytest.raises(RepaError):
             registry.from_plain(values)
-    for values in ({}, {"name": "ddpm"}, {"name": "clean", "limit": "high"}, {"name": "flow", "limit": 1.0}):
+    for values in ({}, {"name": "edm"}, {"name": "clean", "limit": "high"}, {"name": "flow", "limit": 1.0}):
         with pytest.raises(RepaError):
             from_plain(values)
 

@@ -366,6 +366,7 @@ def test_two_ranks_are_one_that_accumulates(
     runs.mkdir()
     asked = {name: (name, few(name)) for name in NAMES}
     asked["LightningDiT"] = ("repa", few("repa") | {"model": "LightningDiT-T/2"})
+    asked["DiT"] = ("sra", few("sra") | {"model": "DiT-T/2"})
     for name, (method, changes) in asked.items():
         two = small_config(method, whole, **changes, trainer__devices=2, trainer__accelerator="cpu")
         (runs / f"{name}.yaml").write_text(two.to_yaml())

@@ -38,11 +38,12 @@ class SamplesSaid:
         resolution: side of a sample in pixels.
         seed: of the noise.
         labels: how classes were chosen, ``balanced`` or ``random``.
-        solver: see `SamplerConfig`, as are the next five.
+        solver: see `SamplerConfig`, as are the next six.
         steps: of the solver.
         shift: of its times, None without one.
         guidance: of the latent.
         guidance_cls: of the vectors beside the latent.
+        guidance_channels: of the latent that are guided, None for all.
         interval: times between which guidance acts.
         weights: ``ema`` or ``model``.
         decoder: the autoencoder that decoded.
@@ -63,6 +64,7 @@ class SamplesSaid:
     shift: float | None = None
     guidance: float | None = None
     guidance_cls: float | None = None
+    guidance_channels: str | None = None
     interval: tuple[float, float] | None = None
     weights: str | None = None
     decoder: str | None = None
@@ -209,6 +211,7 @@ COLUMNS = (
     "shift",
     "guidance",
     "guidance_cls",
+    "guidance_channels",
     "interval",
     "weights",
     "decoder_sha256",

@@ -224,7 +224,8 @@ class Method(nn.Module, ABC):
     Attributes:
         config_class: class of the settings, a frozen dataclass whose fields all have a default.
         default_model: the backbone, as of ``--model``, where nobody names one.
-        presets: size of backbone (``"B"``) → what the settings are that nobody has set.
+        presets: size of backbone (``"B"``), or of one family (``"DiT-B"``), which comes first → what the
+            settings are that nobody has set.
         named_presets: name, as of ``method.preset``, → settings that it sets, each in place of its default.
         requires: what the method needs; the checks before step 0 look at all of it.
         config: the settings, the preset's where nothing was set.
@@ -255,8 +256,9 @@ class Method(nn.Module, ABC):
 
     @classmethod
     def preset_of(cls, backbone: BackboneFacts) -> MethodConfig | None:
-        """Return the preset of a backbone's size, None without one."""
-        return cls.presets.get(backbone.size_name or "")
+        """Return the preset of a backbone's family and size, or of its size, None without one."""
+        size = backbone.size_name or ""
+        return cls.presets.get(f"{backbone.family}-{size}", cls.presets.get(size))
 
     def phases(self) -> tuple[Phase, ...]:
         """Return the phases in order. The first starts at 0, each next one where the one before stops."""

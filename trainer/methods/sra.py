@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..models.capture import NOTHING, BackboneFacts, Capture, Captured
 from ..models.layers import initialise_linear
+from ..models.timesteps import STEPS, time_of
 from ..objectives.token_times import TokenTimes
 from .aligning import ALIGN, Aligning, AligningConfig
 from .alignment import cosine_similarity, smooth_l1
@@ -29,12 +30,13 @@ class SraConfig(AligningConfig):
     """Settings of SRA. A block that is none is the preset's of the backbone's size.
 
     Attributes:
-        weight: w of the term (paper: 0.2).
+        weight: w of the term; none is the paper's for smooth-L1, 0.2, of a DiT 0.04.
         distance: between the student's tokens and the teacher's, ``smooth-l1``, or 1 − cosine over the
             tokens of a channel or over the channels of a token.
         student_block: m, block whose output the head maps, counted from 1.
         teacher_block: n, block of the averaged weights that it is compared with.
-        offset: the teacher's time is t − k with k uniform on [0, offset).
+        offset: the teacher's time is t − k with k uniform on [0, offset); where the network's time has steps,
+            k is a whole number of them.
         decay_after: last epoch, from 0, of the full weight; none is the one of the released runs.
         decay_epochs: in how many epochs the weight then falls tenfold, 0 for never; none is that of the
             released runs.
@@ -47,7 +49,7 @@ class SraConfig(AligningConfig):
             own t − k, with ``self_flow`` the whole image at the smaller time, each token attending to all.
     """
 
-    weight: Annotated[float, Ge(0)] = 0.2
+    weight: Annotated[float, Ge(0)] | None = None
     distance: Literal["smooth-l1", "cosine-token", "cosine-channel"] = "smooth-l1"
     student_block: int | None = None
     teacher_block: int | None = None
@@ -69,10 +71,15 @@ PRESETS: Mapping[str, SraConfig] = {
     "B": SraConfig(student_block=3, teacher_block=8),
     "L": SraConfig(student_block=6, teacher_block=16),
     "XL": SraConfig(student_block=8, teacher_block=20),
+    "DiT-T": SraConfig(student_block=2, teacher_block=4, weight=0.04),
+    "DiT-S": SraConfig(weight=0.04),
+    "DiT-B": SraConfig(student_block=3, teacher_block=7, weight=0.04),
+    "DiT-L": SraConfig(student_block=6, teacher_block=14, weight=0.04),
+    "DiT-XL": SraConfig(student_block=8, teacher_block=16, weight=0.04),
 }
 LOSSES: Mapping[str, Mapping[str, Any]] = {
     # of all published numbers of SRA
-    "paper": {"distance": "smooth-l1", "weight": 0.2},
+    "paper": {"distance": "smooth-l1"},
     # the code since July 2026; tokens are the default axis of `torch.cosine_similarity`, and surely not meant
     "released": {"distance": "cosine-token", "weight": 0.5, "decay_epochs": 0},
     # the recommended run of arXiv 2607.02508
@@ -86,9 +93,9 @@ LOSSES: Mapping[str, Mapping[str, Any]] = {
     # equation 5 of the paper; the weight is ours
     "channel": {"distance": "cosine-channel", "weight": 0.5, "decay_epochs": 0},
 }
-# of the released code; the paper does not tell of a decay
-DECAY = SraConfig(decay_after=149, decay_epochs=1000)
-DECAY_AT_512 = SraConfig(decay_after=99, decay_epochs=800)
+# the decay is of the released code; the paper does not tell of it
+DECAY = SraConfig(weight=0.2, decay_after=149, decay_epochs=1000)
+DECAY_AT_512 = SraConfig(weight=0.2, decay_after=99, decay_epochs=800)
 
 
 class Head(nn.Module):
@@ -164,8 +171,10 @@ class Sra(Aligning):
         if phase.name != ALIGN:
             return {}
         shape = (count, 2) if self.config.times == "two" else (count,)
-        draws = torch.rand(shape, generator=generator, device=generator.device)
-        return {"offset": self.config.offset * draws}
+        offset = self.config.offset * torch.rand(shape, generator=generator, device=generator.device)
+        if self.backbone.stepped_time:
+            offset = (offset * STEPS).floor() / STEPS
+        return {"offset": offset}
 
     def token_times(self, phase: Phase) -> TokenTimes | None:
         """Return the two groups, where there are two times or separation, while there is a teacher."""
@@ -206,11 +215,12 @@ class Sra(Aligning):
 
     def weight_at(self, step: int) -> float:
         """Return w at a step, which falls tenfold in every so many epochs after the last full one."""
-        after, epochs = self.config.decay_after, self.config.decay_epochs
+        weight, after, epochs = self.config.weight, self.config.decay_after, self.config.decay_epochs
+        assert weight is not None, "the constructor fills it"
         if not epochs or after is None:
-            return self.config.weight
+            return weight
         late = max(step // self.config.epoch_steps - after, 0)
-        return float(self.config.weight * 10 ** (-late / epochs))
+        return float(weight * 10 ** (-late / epochs))
 
     def _teach(self, step: Step) -> Tensor:
         """Return z′ ``[B, T, D]``."""
@@ -232,7 +242,9 @@ class Sra(Aligning):
         elif offset.ndim > t.ndim:
             # the angle of gradients is taken at one time of the whole image
             offset = offset[:, -1]
-        return (t - offset).clamp(0, 1)
+        # a stepped teacher never sees step 0, as released: its student of step 0 has a noisier one
+        earliest, latest = (time_of(1.0), time_of(STEPS - 1.0)) if self.backbone.stepped_time else (0.0, 1.0)
+        return (t - offset).clamp(earliest, latest)
 
 
 def _norm(tokens: Tensor) -> Tensor:

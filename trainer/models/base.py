@@ -27,7 +27,7 @@ class BackboneConfig(ABC):
         most_tokens: how many vectors it can denoise beside the latent.
         names: what a name of the family looks like, for errors: ``"SiT-<size>/<patch> with …"``.
         input_size: side of the (square) latent.
-        in_channels: channels of the latent, and of the prediction.
+        in_channels: channels of the latent.
         num_classes: classes, without the null class.
         token_widths: channels of each vector that is denoised beside the latent.
     """
@@ -68,6 +68,11 @@ class BackboneConfig(ABC):
     @abstractmethod
     def facts(self) -> BackboneFacts:
         """What methods may know."""
+
+    @property
+    def prediction_channels(self) -> int:
+        """Channels of the prediction, those of the latent unless a network predicts more."""
+        return self.in_channels
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -119,7 +124,8 @@ class Backbone(nn.Module, ABC):
             capture: activations to return.
 
         Returns:
-            The prediction ``[B, C, h, w]`` (None after an early stop) and the activations.
+            The prediction (None after an early stop), ``[B, C, h, w]`` with the config's
+            `prediction_channels`, and the activations.
 
         Raises:
             ValueError: the capture names a block that does not run.

@@ -40,11 +40,13 @@ class BackboneFacts:
         grid: rows and columns of the tokens, of most blocks.
         patch_size: side in latent pixels of the patch that one token of that grid stands for.
         size_name: letter of the published size (``"B"``), None if it is none of them.
+        family: what the names of such backbones begin with; methods may have presets of a family.
         blocks: every block's facts where they differ, as in a U-Net; empty where all blocks are alike.
         siblings: names of models of this size on this latent, each after the grid of its tokens.
         token_times: whether tokens may have times of their own, in groups (see `Backbone`).
         resolution: side in pixels of the images that it is trained on, as their cache records it; None where
             that is not known.
+        stepped_time: whether the network's time is one of the thousand steps of `timesteps`, not continuous.
     """
 
     depth: int
@@ -53,10 +55,12 @@ class BackboneFacts:
     grid: tuple[int, int]
     patch_size: int
     size_name: str | None = None
+    family: str = ""
     blocks: tuple[BlockFacts, ...] = ()
     siblings: tuple[tuple[tuple[int, int], str], ...] = ()
     token_times: bool = False
     resolution: int | None = None
+    stepped_time: bool = False
 
     def has_block(self, block: int) -> bool:
         """Return whether the block, counted from 1, exists."""
@@ -135,7 +139,8 @@ class Captured:
     """What a forward pass returned.
 
     Attributes:
-        prediction: what the objective trains ``[B, C, h, w]``; None after an early stop.
+        prediction: what the objective trains ``[B, C, h, w]``, with the config's `prediction_channels`; None
+            after an early stop.
         tokens: the same of each vector that is denoised beside the latent ``[B, D]``.
         hidden: block → its output tokens ``[B, T, D]``, row-major over the grid.
         leading: block → the tokens before those of the grid ``[B, n, D]``, for every block in `hidden`

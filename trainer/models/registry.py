@@ -13,6 +13,7 @@ import torch
 from ...data.errors import RepaError
 from ...data.units import counted
 from ..typed import from_mapping
+from .dit import DiT, DiTConfig
 from .lightningdit import LightningDiT, LightningDiTConfig
 from .published import PublishedCheckpoint, load_published
 from .sit import SiT, SiTConfig
@@ -35,7 +36,7 @@ SETTINGS = {
 }
 """Settings of a run that are fields of an architecture, where it has the choice, and what each is."""
 
-FLOW = "flow"
+FLOW, DDPM = "flow", "ddpm"
 FIRST = "SiT"
 """Family of the checkpoints that were written before there was another."""
 
@@ -59,6 +60,7 @@ class Family:
 
 BACKBONES: dict[str, Family] = {
     FIRST: Family(config=SiTConfig, build=SiT, published=load_published),
+    "DiT": Family(config=DiTConfig, build=DiT, objective=DDPM),
     "SiT-down": Family(config=SiTDownConfig, build=SiTDown),
     "LightningDiT": Family(config=LightningDiTConfig, build=LightningDiT),
 }

@@ -98,6 +98,7 @@ class SiTConfig(SizedConfig):
             grid=self.grid,
             patch_size=self.patch_size,
             size_name=self.size_name,
+            family=self.family,
             siblings=self.siblings,
             token_times=True,
         )
@@ -138,7 +139,9 @@ class SiT(Backbone):
             )
             for _ in range(config.depth)
         )
-        self.final_layer = FinalLayer(width, config.patch_size, config.in_channels, rms_norm=config.rms_norm)
+        self.final_layer = FinalLayer(
+            width, config.patch_size, config.prediction_channels, rms_norm=config.rms_norm
+        )
         initialise_transformer(self, conditioners=("y_embedder",))
         if config.token_widths:
             self._add_token(*config.token_widths)

@@ -71,6 +71,10 @@ class Objective(ABC):
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    def channels(self, latent: int) -> int:
+        """Return how many channels the prediction has for a latent of so many."""
+        return latent
+
     @abstractmethod
     def times(self, count: int, generator: torch.Generator, law: TimeLaw | None = None) -> Tensor:
         """Return training times float32 ``[B]``, on the generator's device.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...data.errors import RepaError
 from ..typed import from_mapping
+from .ddpm import Ddpm
 from .flow import Flow
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "flow": Flow,
+    "ddpm": Ddpm,
 }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...data.errors import RepaError
 from ...data.format.columns import KINDS, LABEL, MOMENTS, source_of
 from ...data.format.foreign import foreign_lines
 from ...data.format.manifest import ORIGINAL_VIEW
@@ -26,6 +27,7 @@ from ..methods.outside import find_method
 from ..models import registry as backbones
 from ..models.conditioning import DROP_PROBABILITY, ConditionColumn
 from ..objectives.registry import make_objective, name_of
+from ..sampling.settings import SamplerConfig
 from ..step.randomness import derived_seed
 from .checked import RANDOM_WEIGHTS, Checked
 from .gradient_angle import angle_problems
@@ -56,6 +58,7 @@ def check(config: TrainConfig, live: LiveTargets | None = None) -> Checked:
     for name in config.trainer.get("callbacks", ()):
         found.attempt(partial(find_callback, name))
     _check_model_name(config, found)
+    _check_sampling(config, found)
     _check_devices(config, found)
     if not config.cache:
         found.add("no cache was named", "name one with --cache", field="--cache")
@@ -67,6 +70,7 @@ def check(config: TrainConfig, live: LiveTargets | None = None) -> Checked:
         _check_live(config, found.manifest, found)
     _check_backbone(config, found.manifest, found)
     if found.backbone is not None:
+        _check_prediction(config, found.backbone, found)
         _check_method(config, found.manifest, found.backbone, found)
     if found.backbone is not None and found.method is not None:
         _check_condition(config, found.manifest, found.backbone, found.method, found)
@@ -115,6 +119,22 @@ def attention_blocks(config: TrainConfig) -> tuple[int, ...]:
 
 def _check_model_name(config: TrainConfig, found: Checked) -> None:
     found.attempt(lambda: backbones.family_of(config.model))
+
+
+def _check_sampling(config: TrainConfig, found: Checked) -> None:
+    """Check whether previews and evaluations can be sampled as they are to be."""
+    objective = make_objective(config.objective)
+    for name, every, solver, steps in (
+        ("preview", config.preview_every, objective.preview_solver, config.preview_steps),
+        ("evaluate", config.evaluate_every, config.evaluate_solver, config.evaluate_steps),
+    ):
+        if not every:
+            continue
+        try:
+            SamplerConfig(solver=solver, steps=steps).of(objective)
+        except RepaError as error:
+            field = f"{name}_{error.field.removeprefix('--')}"
+            found.add(error.what, f"{error.remedy}, with `--set {field}=…`", field=field)
 
 
 def _check_devices(config: TrainConfig, found: Checked) -> None:
@@ -193,6 +213,21 @@ def _check_method(config: TrainConfig, manifest: Manifest, backbone: BackboneCon
         found.add(problem.what, problem.remedy, field=problem.field)
     _check_token_times(config, backbone, found.method, found)
     _check_denoised(config, backbone, found.method, found)
+
+
+def _check_prediction(config: TrainConfig, backbone: BackboneConfig, found: Checked) -> None:
+    """Check whether the backbone predicts what the objective trains, by its channels."""
+    name = name_of(config.objective)
+    wanted = make_objective(config.objective).channels(backbone.in_channels)
+    if backbone.prediction_channels != wanted:
+        able = [each for each, family in backbones.BACKBONES.items() if family.objective == name]
+        own = backbones.family_of(config.model).objective
+        found.add(
+            f"objective {name} wants {counted(wanted, 'channel')} of a latent of {backbone.in_channels}, and "
+            f"{config.model} predicts {backbone.prediction_channels}",
+            f"take a model of {' or '.join(able)}, or objective={own}" if able else f"take objective={own}",
+            field="objective",
+        )
 
 
 def _check_denoised(config: TrainConfig, backbone: BackboneConfig, method: Method, found: Checked) -> None:

@@ -53,6 +53,7 @@ class SamplingRecord:
         shift: of its times.
         guidance: see `SamplerConfig`.
         guidance_cls: of the vectors beside the latent, None where there are none.
+        guidance_channels: see `SamplerConfig`.
         interval: see `SamplerConfig`.
         seed: of the noise.
         batch_size: images of a forward pass, which decides how matrix products are rounded.
@@ -74,6 +75,7 @@ class SamplingRecord:
     shift: float = 1.0
     guidance: float
     guidance_cls: float | None = None
+    guidance_channels: str = "all"
     interval: tuple[float, float]
     seed: int
     batch_size: int

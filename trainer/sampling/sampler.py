@@ -31,9 +31,11 @@ from torch import Tensor
 
 from ..models.capture import NOTHING
 from ..objectives.base import require_prediction
+from ..objectives.ddpm import Ddpm
 from ..objectives.path_objective import PathObjective
 from ..objectives.paths import Interpolant, Linear
 from . import stochastic_heun
+from .ancestral import reverse_chain
 from .settings import STOCHASTIC
 from .state import StateShape, state_of
 
@@ -152,8 +154,19 @@ def sample(
         RepaError: the objective offers no such solver.
     """
     settings = settings.of(objective)
-    shape = state_of(backbone.config)
+    if isinstance(objective, Ddpm):
+        return reverse_chain(
+            backbone,
+            objective,
+            latents,
+            condition,
+            settings,
+            noises=noises,
+            generator=generator,
+            progress=progress,
+        )
     assert isinstance(objective, PathObjective), "no other offers a solver that integrates a velocity"
+    shape = state_of(backbone.config)
     state = integrate(
         model_velocity(backbone, objective),
         latents,

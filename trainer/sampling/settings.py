@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...data.errors import RepaError
+from ..models.timesteps import STEPS
 from . import stochastic_heun
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ SOLVERS: Mapping[str, range] = {
     "heun": range(1, MOST_STEPS + 1),
     "sde": range(2, MOST_STEPS + 1),
     stochastic_heun.NAME: range(2, MOST_STEPS + 1),
+    "ddpm": range(1, STEPS + 1),
+    "ddim": range(1, STEPS + 1),
 }
 """Solver → how many steps it can take."""
 STOCHASTIC: Mapping[str, float] = {
@@ -34,6 +37,7 @@ STOCHASTIC: Mapping[str, float] = {
 }
 """Solver of the reverse SDE → time of its last step, which draws no noise."""
 SHIFTABLE = ("euler", "heun")
+GUIDANCE_CHANNELS = ("all", "three")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,8 @@ class SamplerConfig:
         steps: number of times the state is advanced.
         guidance: w; 1 means none.
         guidance_cls: w of the vectors beside the latent; None takes `guidance`.
+        guidance_channels: of the latent that are guided, ``all``, or as in the released DiT and SiT the first
+            ``three``.
         interval: low and high time between which guidance acts.
         shift: a, of the times of Euler and Heun; 1 leaves them equidistant, less takes more near noise.
 
@@ -57,6 +63,7 @@ class SamplerConfig:
     steps: int = 50
     guidance: float = 1.0
     guidance_cls: float | None = None
+    guidance_channels: str = "all"
     interval: tuple[float, float] = (0.0, 1.0)
     shift: float = 1.0
 
@@ -75,6 +82,12 @@ class SamplerConfig:
                 f"{self.solver or 'any solver'}",
                 f"take {possible.start} or more" if few else f"take {possible[-1]:,} or fewer",
                 field="--steps",
+            )
+        if self.guidance_channels not in GUIDANCE_CHANNELS:
+            raise RepaError(
+                f"guidance channels {self.guidance_channels!r} are unknown",
+                f"choose {' or '.join(GUIDANCE_CHANNELS)}",
+                field="--guidance-channels",
             )
         low, high = self.interval
         if not 0 <= low <= high <= 1:
@@ -110,8 +123,13 @@ class SamplerConfig:
         return replace(self, solver=solver)
 
     def weights(self, shape: StateShape) -> float | Tensor:
-        """Return the weight of guidance, of each number of the state ``[F]`` where they differ."""
-        return shape.weights(self.guidance, self.guidance if self.guidance_cls is None else self.guidance_cls)
+        """Return the weight of guidance, of each number of the state where they differ.
+
+        Those are ``[F]``, or ``[C, 1, 1]`` of a state that is the latent alone.
+        """
+        beside = self.guidance if self.guidance_cls is None else self.guidance_cls
+        guided = 3 if self.guidance_channels == "three" else None
+        return shape.weights(self.guidance, beside, guided=guided)
 
     def times(self) -> list[float]:
         """Return the steps + 1 times of a solver that integrates a velocity, from 1 to 0."""

@@ -42,17 +42,28 @@ class StateShape:
         latent, *beside = torch.split(state, [prod(self.latent), *self.widths], dim=1)
         return latent.reshape(-1, *self.latent), tuple(beside)
 
-    def weights(self, latent: float, beside: float) -> float | Tensor:
-        """Return the weight of each number of a state, ``[F]``, or the one that all have.
+    def weights(self, latent: float, beside: float, *, guided: int | None = None) -> float | Tensor:
+        """Return the weight of each number of a state, or the one that all have.
 
         Args:
             latent: weight of the latent.
             beside: weight of the vectors.
+            guided: channels of the latent that have its weight, the others have 1; None for all.
+
+        Returns:
+            The one weight, or float64 ``[F]``, ``[C, 1, 1]`` where the state is the latent alone.
         """
-        if not self.widths or latent == beside:
+        channels = self.latent[0]
+        alike = latent == 1 or guided is None or guided >= channels
+        if alike and (not self.widths or latent == beside):
             return latent
-        counts = torch.tensor([prod(self.latent), sum(self.widths)])
-        return torch.tensor([latent, beside], dtype=torch.float64).repeat_interleave(counts)
+        weights = torch.full((channels,), latent, dtype=torch.float64)
+        if guided is not None:
+            weights[guided:] = 1
+        if not self.widths:
+            return weights.reshape(-1, 1, 1)
+        others = torch.full((sum(self.widths),), beside, dtype=torch.float64)
+        return torch.cat([weights.repeat_interleave(prod(self.latent[1:])), others])
 
 
 def state_of(config: BackboneConfig) -> StateShape:

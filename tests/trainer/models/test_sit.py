@@ -315,6 +315,7 @@ def test_facts() -> None:
         grid=(16, 16),
         patch_size=2,
         size_name="B",
+        family="SiT",
         siblings=(
             ((32, 32), "SiT-B/1"),
             ((16, 16), "SiT-B/2"),
