@@ -86,8 +86,9 @@ def setting_lines(settings: Mapping[str, Any]) -> list[str]:
 
     lines = []
     for key, value in flat(settings).items():
-        text = f"[{','.join(map(str, value))}]" if isinstance(value, list) else value
-        lines.append(f"{key.removesuffix('.name')}={'none' if text is None else text}")
+        text = f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
+        # as YAML has them, which `--set` takes too
+        lines.append(f"{key.removesuffix('.name')}={text.lower() if value in (None, True, False) else text}")
     return lines
 
 

@@ -223,10 +223,12 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     values = config.to_dict()
     found = {key: each for key, each in values.items() if key == "model" or each != default[key]}
     found["method"] = _different(values["method"], default["method"], always=("name", "preset"))
+    if "objective" in found and values["objective"]["name"] == default["objective"]["name"]:
+        found["objective"] = _different(values["objective"], default["objective"])
     return found
 
 
 def _different(
-    values: Mapping[str, Any], default: Mapping[str, Any], *, always: tuple[str, ...]
+    values: Mapping[str, Any], default: Mapping[str, Any], *, always: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     return {key: each for key, each in values.items() if key in always or each != default[key]}

@@ -16,7 +16,7 @@ from PIL import Image
 from recipes_page import recipes_page
 from repa.cli import app
 from repa.commands.preprocess import PreprocessFlags, make_config
-from repa.commands.recipes import RecipesFlags, command_lines, described, recipes
+from repa.commands.recipes import RecipesFlags, command_lines, described, recipes, setting_lines
 from repa.data.errors import RepaError
 from repa.data.format.columns import AUTOENCODER
 from repa.data.format.manifest import LATENTS_NOTE
@@ -25,7 +25,7 @@ from repa.pipeline.encoders import find_teacher
 from repa.pipeline.plan import make_plan
 from repa.recipes import RECIPES, find_recipe
 from repa.recipes.shared import OF_REPA
-from repa.trainer.config import TrainConfig
+from repa.trainer.config import TrainConfig, build
 from repa.trainer.methods import METHODS
 from repa.trainer.run.checks import check
 from rich.console import Console
@@ -124,6 +124,12 @@ def test_its_commands_parse_and_its_figures_have_checkpoints(name: str) -> None:
         assert each.step == config.max_steps or each.step % config.keep_every == 0
         assert each.sampling is not None or each.remark
     assert max((each.step for each in recipe.figures), default=config.max_steps) == config.max_steps
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_settings_it_shows_are_all_of_it(name: str) -> None:
+    recipe = RECIPES[name]
+    assert build(assignments=setting_lines(recipe.settings())) == recipe.make()
 
 
 @pytest.mark.parametrize("name", RECIPES)

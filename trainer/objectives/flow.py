@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from annotated_types import Gt, Le
 
 from .base import Noised, require_prediction, squared_error
 from .path_objective import PathConfig, PathObjective
@@ -25,10 +27,12 @@ class FlowConfig(PathConfig):
     Attributes:
         path: interpolant between data and noise.
         times: law of the training times, where the method has none of its own.
+        shift: a, takes times t of that law to t / (a + (1 − a)·t); 1 leaves them, less takes more near noise.
     """
 
     path: Literal["linear", "cosine"] = "linear"
     times: Literal["uniform", "lognormal"] = "uniform"
+    shift: Annotated[float, Gt(0), Le(1_000)] = 1.0
 
 
 class Flow(PathObjective):

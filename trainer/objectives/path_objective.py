@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .base import Objective, ObjectiveConfig
 from .paths import interpolant
-from .times import time_law
+from .times import shifted, time_law
 
 if TYPE_CHECKING:
     import torch
@@ -27,10 +27,12 @@ class PathConfig(ObjectiveConfig):
     Attributes:
         path: name of the path between data and noise.
         times: name of the law of the training times, where the method has none of its own.
+        shift: of times of that law, as of `shifted`.
     """
 
     path: str = "linear"
     times: str = "uniform"
+    shift: float = 1.0
 
 
 class PathObjective(Objective):
@@ -53,7 +55,9 @@ class PathObjective(Objective):
 
     def times(self, count: int, generator: torch.Generator, law: TimeLaw | None = None) -> Tensor:
         """Return training times float32 ``[B]`` by the law of the method, or the configured one."""
-        return (law or time_law(self.config.times))(count, self.path, generator)
+        if law is not None:
+            return law(count, self.path, generator)
+        return shifted(time_law(self.config.times)(count, self.path, generator), self.config.shift)
 
     def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return x_t on the path."""

@@ -211,6 +211,7 @@ def _check_method(config: TrainConfig, manifest: Manifest, backbone: BackboneCon
         return
     for problem in (*found.method.problems(), *angle_problems(config, found.method, backbone.facts)):
         found.add(problem.what, problem.remedy, field=problem.field)
+    _check_times(config, found.method, found)
     _check_token_times(config, backbone, found.method, found)
     _check_denoised(config, backbone, found.method, found)
 
@@ -241,6 +242,21 @@ def _check_denoised(config: TrainConfig, backbone: BackboneConfig, method: Metho
             field="objective",
         )
     found.backbone = found.attempt(lambda: backbones.with_tokens(backbone, config.model, widths))
+
+
+def _check_times(config: TrainConfig, method: Method, found: Checked) -> None:
+    """Check whether the times that the objective is to draw are drawn in any phase."""
+    if not all(method.time_law(phase) for phase in method.phases()):
+        return
+    for key in ("times", "shift"):
+        value, default = (getattr(each, key, None) for each in (config.objective, type(config.objective)()))
+        if value != default:
+            found.add(
+                f"objective.{key}={value} has no effect: method {config.method_name} draws times by a law of "
+                "its own",
+                "leave it out",
+                field=f"objective.{key}",
+            )
 
 
 def _check_token_times(config: TrainConfig, backbone: BackboneConfig, method: Method, found: Checked) -> None:

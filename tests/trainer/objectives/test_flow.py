@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from repa.data.errors import RepaError
 from repa.trainer.models.sit import SiT, SiTConfig
 from repa.trainer.objectives.base import squared_error
+from repa.trainer.objectives.flow import Flow, FlowConfig
 from repa.trainer.objectives.paths import INTERPOLANTS, interpolant
-from repa.trainer.objectives.times import TIME_LAWS, time_law
+from repa.trainer.objectives.times import TIME_LAWS, TimeLaw, lognormal_times, shifted, time_law
 from safetensors.torch import load_file
 
 if TYPE_CHECKING:
@@ -102,6 +105,29 @@ def test_times_are_a_function_of_the_generator() -> None:
     for law in TIME_LAWS.values():
         first, second = (law(5, interpolant("linear"), torch.Generator().manual_seed(3)) for _ in range(2))
         assert torch.equal(first, second)
+
+
+@given(st.floats(0.01, 100), st.floats(0.001, 0.999))
+def test_shifted_times_have_noise_over_signal_times_a_constant(shift: float, t: float) -> None:
+    path, times = interpolant("linear"), torch.tensor([t], dtype=torch.float64)
+    moved = shifted(times, shift)
+    ratios = [path.sigma(each) / path.alpha(each) for each in (times, moved)]
+    torch.testing.assert_close(ratios[1], ratios[0] / shift)
+    torch.testing.assert_close(shifted(moved, 1 / shift), times)
+    ends = torch.tensor([0.0, 1.0])
+    assert torch.equal(shifted(ends, shift), ends)
+    assert shifted(torch.tensor([1 - 2**-24]), shift).item() <= 1
+
+
+def test_the_objective_shifts_times_of_its_own_law_alone() -> None:
+    def times(law: TimeLaw | None = None, **settings: Any) -> torch.Tensor:
+        return Flow(FlowConfig(**settings)).times(64, torch.Generator().manual_seed(5), law)
+
+    plain = times(times="lognormal")
+    assert torch.equal(times(times="lognormal", shift=1.0), plain)
+    # twice as much noise over signal, as in SD3's formula with a shift of 2
+    torch.testing.assert_close(times(times="lognormal", shift=0.5), 2 * plain / (1 + plain))
+    assert torch.equal(times(lognormal_times, shift=0.5), times(lognormal_times))
 
 
 def test_the_error_is_the_mean_per_sample_in_float32() -> None:

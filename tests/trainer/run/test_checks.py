@@ -11,6 +11,8 @@ import pytest
 import torch
 from repa.data.format.columns import MOMENTS, ColumnSpec
 from repa.data.testing import synthetic_cache
+from repa.trainer.methods.repa import Repa
+from repa.trainer.objectives.times import lognormal_times
 from repa.trainer.run.checked import ProblemsError
 from repa.trainer.run.checks import check
 from repa.trainer.run.phases import describe_phases
@@ -115,6 +117,14 @@ def test_random_weights_are_warned_of(settings: Settings, tmp_path: Path) -> Non
     assert "random weights" in found.warnings[1]
     # the teacher is not used
     assert len(check(settings(cache=str(path), method="none")).warnings) == 1
+
+
+def test_times_that_are_never_drawn_are_refused(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = settings(objective__shift=0.5, objective__times="lognormal")
+    assert fields_of(asked) == []
+    monkeypatch.setattr(Repa, "time_law", lambda *_: lognormal_times)
+    assert fields_of(asked) == ["objective.times", "objective.shift"]
+    assert fields_of(settings()) == []
 
 
 def test_holdout_of_everything(settings: Settings) -> None:
