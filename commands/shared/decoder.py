@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ...data.reading.latents import LatentScale
     from ...pipeline.encoders.vae import Autoencoder
 
 
@@ -44,6 +45,11 @@ class Decoder:
     def weights_sha256(self) -> str:
         """The hash of its weights."""
         return self.load().weights_sha256
+
+    @property
+    def scale(self) -> LatentScale:
+        """The map from its latents to a backbone's, as its configuration says it."""
+        return self.load().scale
 
     def decode(self, latent: Tensor) -> Tensor:
         """Decode unscaled latents ``[B, C, h, w]`` to images uint8 ``[B, 3, R, R]``, one by one for memory.

@@ -155,14 +155,14 @@ class GeneratedImages:
         Raises:
             RepaError: either cannot be had.
         """
-        from ...trainer.sampling.generate import generate, model_of_file
+        from ...trainer.sampling.generate import generate, model_of_file, with_scale
         from .decoder import Decoder
         from .sampling import settings_of
 
         model = model_of_file(self.checkpoint, weights=self.record.weights)
         model.backbone.to(device)
         decoder = Decoder(self.record.autoencoder, device, random_weights=self.random_autoencoder)
-        decoder.load()
+        model = with_scale(model, decoder)
         condition, settings = torch.from_numpy(self.condition), settings_of(self.record)
 
         def batch(first: int, last: int) -> NDArray[np.uint8]:

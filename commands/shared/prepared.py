@@ -114,7 +114,7 @@ def prepare_sampling(
     Raises:
         RepaError: the model or the autoencoder cannot be had, or has nothing of what is asked for.
     """
-    from ...trainer.sampling.generate import conditions, model_of_file
+    from ...trainer.sampling.generate import conditions, model_of_file, with_scale
     from ...trainer.sampling.record import SamplingRecord, sha256_of
     from ...trainer.sampling.settings import SamplerConfig
 
@@ -143,6 +143,7 @@ def prepare_sampling(
     ).numpy()
     # before the sampling, which may take hours: without an autoencoder it would be for nothing
     decoder = decoder_of(model, flags.vae, device, say)
+    model = with_scale(model, decoder)
     record = SamplingRecord(
         checkpoint=checkpoint.name,
         checkpoint_sha256=sha256_of(checkpoint),

@@ -115,7 +115,7 @@ def sample_in_process(job: SamplingJob, report: Callable[[int], None]) -> None:
     """
     import torch
 
-    from ...trainer.sampling.generate import model_of_file
+    from ...trainer.sampling.generate import model_of_file, with_scale
     from .decoder import Decoder
 
     if job.threads is not None:
@@ -123,4 +123,4 @@ def sample_in_process(job: SamplingJob, report: Callable[[int], None]) -> None:
     model = model_of_file(job.checkpoint, weights=job.record.weights)
     model.backbone.to(job.device)
     decoder = Decoder(job.record.autoencoder, job.device, random_weights=job.random_autoencoder)
-    sample_batches(job, model, decoder, report)
+    sample_batches(job, with_scale(model, decoder), decoder, report)

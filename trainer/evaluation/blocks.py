@@ -10,6 +10,7 @@ import torch
 from ...data.format.columns import LABEL, MOMENTS
 from ...data.reading.latents import sample_posterior, scale_latent
 from ..models.capture import Capture
+from ..sampling.generate import known_scale
 from ..step.randomness import generator_for
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def block_features(
             name: _vectors(seed, name, first, (len(moments), width)) for name, width in beside.widths.items()
         }
         first += len(moments)
-        x0 = scale_latent(sample_posterior(moments, posterior), *model.scale).to(device)
+        x0 = scale_latent(sample_posterior(moments, posterior), *known_scale(model)).to(device)
         t = torch.full((len(x0),), time, device=device)
         noised = model.objective.noised(x0, noise.to(device), t)
         vectors = beside.noised(

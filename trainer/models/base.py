@@ -9,12 +9,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from .capture import NOTHING, BackboneFacts, Capture, Captured
 from .conditioning import Conditioner
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from typing import Self
 
 
@@ -113,6 +115,12 @@ class Backbone(nn.Module, ABC):
         later = range(stop_after, len(self.blocks))
         return (*(f"blocks.{number}." for number in later), "final_layer.")
 
+    def add_tables(self) -> None:
+        """Register the buffers that the config decides and no state dict holds, none by default.
+
+        The constructor calls it, and whoever has built the network on the meta device for a state dict.
+        """
+
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, condition: Tensor, capture: Capture = NOTHING) -> Captured:
         """Predict what the objective trains.
@@ -130,3 +138,24 @@ class Backbone(nn.Module, ABC):
         Raises:
             ValueError: the capture names a block that does not run.
         """
+
+
+def with_weights(make: Callable[[], Backbone], state: Mapping[str, Tensor]) -> Backbone:
+    """Return a network with the weights of a state dict, which it shares.
+
+    Args:
+        make: builds the network.
+        state: parameters and buffers, all of them.
+
+    Raises:
+        RuntimeError: the state dict is not of such a network.
+    """
+    # weights that are never used are never drawn: they take longer than to read the others
+    with torch.device("meta"):
+        network = make()
+    network.add_tables()
+    kept = network.state_dict().keys()
+    if any(each.is_meta for name, each in network.named_buffers() if name not in kept):
+        network = make()
+    network.load_state_dict(state, strict=True, assign=True)
+    return network

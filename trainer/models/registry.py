@@ -13,9 +13,11 @@ import torch
 from ...data.errors import RepaError
 from ...data.units import counted
 from ..typed import from_mapping
+from .base import with_weights
 from .dit import DiT, DiTConfig
 from .lightningdit import LightningDiT, LightningDiTConfig
-from .published import PublishedCheckpoint, load_published
+from .published import OtherFamilyError, PublishedCheckpoint, load_published
+from .published_lightningdit import load_lightningdit
 from .sit import SiT, SiTConfig
 from .sit_down import SiTDown, SiTDownConfig
 
@@ -62,7 +64,7 @@ BACKBONES: dict[str, Family] = {
     FIRST: Family(config=SiTConfig, build=SiT, published=load_published),
     "DiT": Family(config=DiTConfig, build=DiT, objective=DDPM),
     "SiT-down": Family(config=SiTDownConfig, build=SiTDown),
-    "LightningDiT": Family(config=LightningDiTConfig, build=LightningDiT),
+    "LightningDiT": Family(config=LightningDiTConfig, build=LightningDiT, published=load_lightningdit),
 }
 
 
@@ -165,17 +167,13 @@ def load(
         RepaError: the state dict is not of such a network.
     """
     with torch.device("meta"):
-        network = build(config, conditioner)
-    if state.keys() != network.state_dict().keys():
+        expected = build(config, conditioner).state_dict().keys()
+    if state.keys() != expected:
         raise RepaError(
             "the weights are not those of the backbone, or it has a condition of its method's",
             "it cannot be sampled",
         )
-    if set(dict(network.named_buffers())) - state.keys():
-        # tables that no state dict holds are computed where the network is built
-        network = build(config, conditioner)
-    network.load_state_dict(state, strict=True, assign=True)
-    return network
+    return with_weights(lambda: build(config, conditioner), state)
 
 
 def to_plain(config: BackboneConfig) -> dict[str, Any]:
@@ -222,9 +220,11 @@ def load_any_published(path: Path, *, weights: str) -> tuple[str, PublishedCheck
             return family.objective, family.published(path, weights=weights)
         except RepaError as error:
             refusals.append(error)
-    if len(refusals) == 1:
-        raise refusals[0]
-    reasons = "; ".join(dict.fromkeys(each.what for each in refusals))
+    # who knows the file for one of its own says best what is wrong with it
+    own = {each.what: each for each in refusals if not isinstance(each, OtherFamilyError)}
+    if len(own) == 1:
+        raise next(iter(own.values()))
+    reasons = "; ".join(own)
     raise RepaError(f"{path} is of no known backbone: {reasons}", "give a published checkpoint")
 
 

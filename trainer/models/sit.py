@@ -128,7 +128,7 @@ class SiT(Backbone):
         self.y_embedder = conditioner or LabelConditioner(config.num_classes, width)
         table = position_table(width, self.facts.grid).to(torch.get_default_dtype())
         self.pos_embed = nn.Parameter(table.unsqueeze(0), requires_grad=False)
-        self.register_buffer("rotation", self._rotation(), persistent=False)
+        self.add_tables()
         self.blocks = nn.ModuleList(
             Block(
                 width,
@@ -146,17 +146,17 @@ class SiT(Backbone):
         if config.token_widths:
             self._add_token(*config.token_widths)
 
-    def _rotation(self) -> Tensor | None:
-        """Return the rotation of the tokens, None without rotary positions.
+    def add_tables(self) -> None:
+        """Register the rotation of the tokens, None without rotary positions.
 
         A token before those of the grid has no place on it, and is not turned.
         """
-        config = self.config
-        if not config.rope:
-            return None
-        ahead = len(config.token_widths)
-        turns = axial_rotation(config.width // config.heads, self.facts.grid, pairs="halves", ahead=ahead)
-        return turns.to(torch.get_default_dtype())
+        config, turns = self.config, None
+        if config.rope:
+            head, ahead = config.width // config.heads, len(config.token_widths)
+            turns = axial_rotation(head, self.facts.grid, pairs="halves", ahead=ahead)
+            turns = turns.to(torch.get_default_dtype())
+        self.register_buffer("rotation", turns, persistent=False)
 
     def _add_token(self, channels: int) -> None:
         """Add what reads and predicts a vector as one more token, before those of the latent (REG).

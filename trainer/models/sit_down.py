@@ -205,9 +205,7 @@ class SiTDown(Backbone):
         )
         table = position_table(width, config.grid).to(torch.get_default_dtype())
         self.pos_embed = nn.Parameter(table.unsqueeze(0), requires_grad=False)
-        for name, grid in (("rotation", config.grid), ("mid_rotation", config.middle_grid)):
-            turns = axial_rotation(width // config.heads, grid).to(torch.get_default_dtype())
-            self.register_buffer(name, turns, persistent=False)
+        self.add_tables()
         kinds = [Block] * (config.outer + config.middle) + [JoiningBlock] * config.outer
         mlp = partial(SwiGlu, hidden=config.mlp_width)
         self.blocks = nn.ModuleList(
@@ -216,6 +214,13 @@ class SiTDown(Backbone):
         self.down, self.up = Down(width, width), Up(width, width)
         self.final_layer = FinalLayer(width, config.patch_size, config.in_channels)
         self._initialise()
+
+    def add_tables(self) -> None:
+        """Register the rotations of the tokens of both grids."""
+        config = self.config
+        for name, grid in (("rotation", config.grid), ("mid_rotation", config.middle_grid)):
+            turns = axial_rotation(config.width // config.heads, grid).to(torch.get_default_dtype())
+            self.register_buffer(name, turns, persistent=False)
 
     def _initialise(self) -> None:
         """Draw the weights as SiT's, and Xavier uniform ones of down- and up-sampling.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from ...data.edge import printable
 from ...data.errors import RepaError
-from ...data.reading.latents import STABLE_DIFFUSION_SCALE, LatentScale, scale_of, unscale_latent
+from ...data.reading.latents import LatentScale, scale_of, unscale_latent
 from ..models import registry as backbones
 from ..models.conditioning import ConditionColumn, LabelConditioner, balanced_labels
-from ..models.published import WEIGHTS
+from ..models.published_file import WEIGHTS
 from ..objectives import registry as objectives
 from ..step.checkpoints import checkpoints_of, load_checkpoint, objective_said
 from ..step.module import CHECKPOINT_KEY
@@ -40,7 +40,7 @@ class TrainedModel:
     Attributes:
         backbone: the network, in eval mode.
         objective: what it was trained to predict.
-        scale: from the autoencoder's latent to the backbone's.
+        scale: from the autoencoder's latent to the backbone's; None if the file does not say.
         autoencoder: name or folder of the autoencoder that made the latents; None if the file does not say.
         autoencoder_sha256: hash of its weights; None if the file does not say.
         autoencoder_random: whether its weights were drawn.
@@ -54,7 +54,7 @@ class TrainedModel:
 
     backbone: Backbone
     objective: Objective
-    scale: LatentScale
+    scale: LatentScale | None
     autoencoder: str | None
     autoencoder_sha256: str | None
     autoencoder_random: bool
@@ -102,11 +102,10 @@ def newest_checkpoint(run: Path) -> Path:
 
 
 def model_of_file(file: Path, *, weights: str = "ema") -> TrainedModel:
-    """Load the model of a checkpoint file, one of ours or a published one of SiT, REPA, REG or
-    SRA.
+    """Load the model of a checkpoint file, one of ours or a published one.
 
     A published file that does not name its path was trained on the linear one, and its latents were scaled as
-    those of Stable Diffusion.
+    those of Stable Diffusion unless its family says otherwise.
 
     Raises:
         RepaError: unknown weights, or no checkpoint of a backbone.
@@ -122,13 +121,56 @@ def model_of_file(file: Path, *, weights: str = "ema") -> TrainedModel:
     return TrainedModel(
         backbone=published.build().float(),
         objective=objectives.from_plain({"name": objective, **published.objective}),
-        scale=STABLE_DIFFUSION_SCALE,
+        scale=published.scale,
         autoencoder=None,
         autoencoder_sha256=None,
         autoencoder_random=False,
         steps=published.steps,
         origin=file,
     )
+
+
+def known_scale(model: TrainedModel) -> LatentScale:
+    """Return the map from the autoencoder's latent to the backbone's.
+
+    Raises:
+        RepaError: the model's file does not say it.
+    """
+    if model.scale is None:
+        raise RepaError(
+            f"the latents of {model.origin} are normalised by mean and standard deviation of each channel, "
+            "and nothing says those",
+            "give --vae a folder whose config.json has latents_mean and latents_std",
+            field="--vae",
+        )
+    return model.scale
+
+
+class Scaled(Protocol):
+    """What knows the scale of latents."""
+
+    @property
+    def scale(self) -> LatentScale:
+        """The map from an autoencoder's latents to those of a backbone."""
+        ...
+
+
+def with_scale(model: TrainedModel, autoencoder: Scaled) -> TrainedModel:
+    """Return a model whose file does not say the scale of its latents with that of its autoencoder.
+
+    Args:
+        model: any.
+        autoencoder: that its latents came from.
+
+    Raises:
+        RepaError: the autoencoder does not say the statistics of each channel either.
+    """
+    if model.scale is not None:
+        return model
+    scale = autoencoder.scale
+    known = replace(model, scale=scale if scale.mean else None)
+    known_scale(known)
+    return known
 
 
 def conditions(
@@ -181,8 +223,10 @@ def generate(
         float32 ``[B, C, h, w]`` on the model's device.
 
     Raises:
-        RepaError: a latent has a number that is not finite, which an image would show as black.
+        RepaError: the scale of the latents is not known, or a latent has a number that is not finite, which
+            an image would show as black.
     """
+    scale = known_scale(model)
     device = next(model.backbone.parameters()).device
     for first in range(0, len(condition), batch_size) if batches is None else batches:
         part = condition[first : first + batch_size]
@@ -196,7 +240,7 @@ def generate(
             noises=noises,
             progress=progress,
         )
-        unscaled = unscale_latent(latents.float(), *model.scale)
+        unscaled = unscale_latent(latents.float(), *scale)
         finite = torch.isfinite(unscaled).flatten(1).all(dim=1).tolist()
         if not all(finite):
             raise RepaError(

@@ -146,7 +146,7 @@ def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
             save(folder / "vit.pt", {"cls_token": torch.zeros(1)}),
             "no weights of a SiT .*cls_token",
         ),
-        "no weights": (save(folder / "config.pt", {"lr": 0.1}), "no weights of a SiT"),
+        "no weights": (save(folder / "config.pt", {"lr": 0.1}), "holds no weights .it has lr"),
         "missing": (save(folder / "missing.pt", without), r"4 keys missing \(blocks.1.mlp.fc1.weight"),
         "unexpected": (
             save(folder / "more.pt", state | {"head.bias": torch.zeros(2)}),
