@@ -36,7 +36,8 @@ class SampleFlags:
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            "--ckpt", help="Instead: a checkpoint of a run, or a published one of SiT, REPA, REG or SRA."
+            "--ckpt",
+            help="Instead: a checkpoint of a run, or a published one of SiT, REPA, REG, SRA or LightningDiT.",
         ),
     ] = None
     num: Annotated[int, typer.Option(help="Number of images.")] = 16
