@@ -31,7 +31,7 @@ from .commands.plan import PlanFlags, plan
 from .commands.preprocess import PreprocessFlags, preprocess
 from .commands.recipes import RecipesFlags, recipes
 from .commands.sample import SampleFlags, sample
-from .commands.shared.flags import takes_flags
+from .commands.shared.flags import square_side, takes_flags
 from .commands.train import TrainFlags, train
 from .data.edge import printable
 from .data.errors import RepaError
@@ -260,7 +260,12 @@ def _bench(
         str, typer.Option(help="Teacher; but for fidelity with random weights: its speed is the same.")
     ] = "demo",
     resolution: Annotated[
-        int | None, typer.Option(help="Side of the images in pixels; 64, of fidelity as of preprocess.")
+        int | None,
+        typer.Option(
+            parser=square_side,
+            metavar="<int>",
+            help="Side of the images in pixels; 64, of fidelity as of preprocess.",
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images of a training step and of a forward pass.")] = 32,
     images: Annotated[

@@ -15,7 +15,7 @@ from ..pipeline.images.base import AUTO_LABELS
 from ..pipeline.images.names import DEFAULT_DATA, DEFAULT_RESOLUTION, DEMO_DATA, DEMO_RESOLUTION, cache_for
 from .shared.attention import attention_blocks
 from .shared.encoders import DEFAULT_ENCODER, parse_weights
-from .shared.flags import local_folder
+from .shared.flags import local_folder, square_side
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,7 +63,10 @@ class EncodingFlags:
         typer.Option(help="AutoencoderKL: hub name or folder. Default stabilityai/sd-vae-ft-mse."),
     ] = None
     resolution: Annotated[
-        int | None, typer.Option(help="Side of the crop in pixels; 256, of the demo 64.")
+        int | None,
+        typer.Option(
+            parser=square_side, metavar="<int>", help="Side of the crop in pixels; 256, of the demo 64."
+        ),
     ] = None
     limit: Annotated[int | None, typer.Option(help="Take so many images, evenly spaced over the set.")] = None
     batch_size: Annotated[int | None, typer.Option(help="Images of a forward pass.")] = None

@@ -435,3 +435,10 @@ def _print_phases(phases: Sequence[Mapping[str, Any]], console: Console) -> None
             human_bytes(phase["all_bytes"]),
         )
     console.print(table)
+    if most := max(phase["loader_bytes"] for phase in phases):
+        console.print(
+            f"memory of the loader: {human_bytes(most)} a device, for the micro-batch trained on, the next "
+            "and those being read",
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -7,6 +7,7 @@ address, and a folder of that name.
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
@@ -59,3 +60,24 @@ def local_folder(path: str) -> Path:
             "name a folder",
         )
     return Path(path)
+
+
+def square_side(text: str) -> int:
+    """Return the side in pixels of the square that ``--resolution`` names, as ``512`` or ``512x512``.
+
+    Raises:
+        RepaError: it is no number, or no square's.
+    """
+    match = re.fullmatch(r"([+-]?[0-9]{1,18})(?:[x×]([0-9]{1,18}))?", text)
+    if match is None:
+        raise RepaError(
+            f"--resolution {text!r} is no number of pixels", "give the side of the crop", field="--resolution"
+        )
+    side = int(match[1])
+    if match[2] is not None and int(match[2]) != side:
+        raise RepaError(
+            f"--resolution {text} is not square, and images are cropped to squares",
+            f"give one side, as {min(side, int(match[2]))}",
+            field="--resolution",
+        )
+    return side

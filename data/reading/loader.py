@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from .reader import CacheReader
 
 THREAD_NAME = "repa-loader"
+PREFETCH = 2
+"""Micro-batches that are being read ahead of the one asked for."""
+HELD = 2
+"""Micro-batches beside those: the one trained on, and the next, which has come."""
 
 
 @dataclass
@@ -62,7 +66,7 @@ class CacheLoader:
     """An iterable of the micro-batches of one rank, from ``images_seen`` on.
 
     A tensor of a batch may be kept for as long as one likes: its memory is used again only when nothing
-    refers to it any more. A consumer that lets go of its batches is served from ``prefetch`` + 2 buffers
+    refers to it any more. A consumer that lets go of its batches is served from ``prefetch`` + `HELD` buffers
     per column.
 
     Iterating again goes on after the last step of which all micro-batches were handed out. That is further
@@ -106,7 +110,7 @@ class CacheLoader:
         last_image: int | None = None,
         columns_at: Callable[[int], Sequence[str]],
         threads: int = 2,
-        prefetch: int = 2,
+        prefetch: int = PREFETCH,
         pin_memory: bool = False,
     ) -> None:
         cursor_of(images_seen, batch_size=batch_size, count=len(rows))
@@ -146,7 +150,7 @@ class CacheLoader:
         blocks = block_starts(rows, reader.manifest.shard_rows) if order == "blocks" else None
         self._order = EpochOrder(seed=seed, count=len(rows), blocks=blocks)
         pinned = pin_memory and torch.cuda.is_available()
-        self._memory = PinnedMemory() if pinned else RecycledMemory(prefetch + 2)
+        self._memory = PinnedMemory() if pinned else RecycledMemory(prefetch + HELD)
         # weak, so that dropping the iterator alone ends its threads
         self._stream: weakref.ref[_Stream] | None = None
 

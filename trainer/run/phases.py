@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ...data.reading.loader import HELD, PREFETCH
+from ...data.tars.cache import TarCache
 from ..input.datamodule import columns_of_phase
 from ..input.online import live_columns, read_columns
 
@@ -15,11 +17,16 @@ if TYPE_CHECKING:
 
 
 def describe_phases(checked: Checked, config: TrainConfig) -> list[Mapping[str, Any]]:
-    """Return each phase with its steps, columns (read, live, missing) and bytes, for ``--dry-run``."""
+    """Return each phase with its steps, columns (read, live, missing) and bytes, for ``--dry-run``.
+
+    ``loader_bytes`` are of the buffers that a rank's rows are read into, 0 where tars are read.
+    """
     if checked.method is None or checked.manifest is None:
         return []
     taken = checked.method.first_steps()
     begins = 0 if taken is None else taken.step
+    images = config.batch_size // ((checked.world_size or 1) * config.accumulate)
+    buffers = 0 if isinstance(checked.reader, TarCache) else PREFETCH + HELD
     rows: list[Mapping[str, Any]] = []
     for phase in checked.method.phases():
         needed = columns_of_phase(checked.method, phase, checked.condition_column)
@@ -40,6 +47,7 @@ def describe_phases(checked: Checked, config: TrainConfig) -> list[Mapping[str, 
                 "missing": tuple(name for name in columns if name not in specs),
                 "step_bytes": row_bytes * config.batch_size,
                 "all_bytes": row_bytes * config.batch_size * steps,
+                "loader_bytes": row_bytes * images * buffers,
             }
         )
     return rows

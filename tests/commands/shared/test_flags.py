@@ -7,13 +7,14 @@ from typing import Annotated, Any
 
 import pytest
 import typer
-from repa.cli import app
+from repa.cli import app, run_command
 from repa.commands.parity import ParityFlags
 from repa.commands.plan import PlanFlags
 from repa.commands.preprocess import PreprocessFlags
 from repa.commands.sample import SampleFlags
-from repa.commands.shared.flags import takes_flags
+from repa.commands.shared.flags import square_side, takes_flags
 from repa.commands.train import TrainFlags
+from repa.data.errors import RepaError
 
 FLAGS = {
     "preprocess": PreprocessFlags,
@@ -60,3 +61,26 @@ def test_what_is_typed_arrives_as_one_object() -> None:
     assert [seen[0].name, list(seen[0].times or ())] == ["me", [3, 5]]
     assert seen[1] == Child()
     assert typer.main.get_command(app).help == "What it does."
+
+
+@pytest.mark.parametrize(("text", "side"), [("512", 512), ("512x512", 512), ("64×64", 64), ("-1", -1)])
+def test_a_resolution_is_one_side(text: str, side: int) -> None:
+    assert square_side(text) == side
+
+
+@pytest.mark.parametrize(
+    "text", ["512x256", "256×512", "", "large", "512.5", "512x", "x512", "1e3", "9" * 40]
+)
+def test_what_is_no_side_of_a_square_is_refused(text: str) -> None:
+    with pytest.raises(RepaError) as error:
+        square_side(text)
+    assert error.value.field == "--resolution"
+    assert error.value.remedy
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", ["preprocess", "plan", "bench"])
+def test_the_command_line_refuses_it(command: str) -> None:
+    with pytest.raises(RepaError) as error:
+        run_command((command, "--resolution", "512x256"))
+    assert error.value.field == "--resolution"

@@ -168,6 +168,10 @@ def test_phases_say_what_they_read(settings: Settings) -> None:
     assert (phase["step_bytes"], phase["all_bytes"]) == (8 * row, 80 * row)
     assert (phase["first"], phase["last"], phase["missing"]) == (0, 9, ())
     json.dumps(phase)
+    for accumulate, images in ((1, 8), (4, 2)):
+        config = settings(accumulate=accumulate)
+        (phase,) = describe_phases(check(config), config)
+        assert phase["loader_bytes"] == 4 * images * row
 
 
 def test_checks_leave_torchs_generator_alone(settings: Settings) -> None:
