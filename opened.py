@@ -165,6 +165,7 @@ class OpenedCache:
         *columns: str,
         batch_size: int,
         seed: int = 0,
+        view: str | None = None,
         start_step: int = 0,
         steps: int | None = None,
         holdout: int = 0,
@@ -184,6 +185,7 @@ class OpenedCache:
             columns: to read; the scales of an int8 column come along.
             batch_size: images of a step, of all ranks and micro-batches together.
             seed: of the order and the views.
+            view: name of the view to read of every image; by default one is drawn for each.
             start_step: steps that are done already.
             steps: how many steps there are in all; None goes on without end.
             holdout: rows that are left out, evenly spaced, as with the setting ``holdout`` of `repa train`.
@@ -195,7 +197,7 @@ class OpenedCache:
             pin_memory: read into page-locked memory, if there is CUDA.
 
         Raises:
-            CacheError: a column is not there or not wholly written.
+            CacheError: a column or view is not there, or a column not wholly written.
             RepaError: the batch does not divide among ranks and micro-batches, or is larger than the set.
         """
         from .data.reading.batches import BatchLoader, process_of
@@ -215,6 +217,7 @@ class OpenedCache:
                 world=world,
                 accumulate=accumulate,
                 seed=seed,
+                view=None if view is None else self._view(view),
                 order=order,
                 images_seen=start_step * batch_size,
                 last_image=None if steps is None else steps * batch_size,

@@ -106,7 +106,7 @@ class ColumnParity:
 
 @dataclass(kw_only=True)
 class Parity:
-    """What `parity` found.
+    """What `parity` found of one view of the images.
 
     Attributes:
         terms: name → both sides; ``loss`` is the weighted sum.
@@ -117,14 +117,17 @@ class Parity:
     columns: dict[str, ColumnParity] = field(default_factory=dict)
 
 
-def parity(flags: ParityFlags, *, console: Console | None = None) -> Parity:
-    """Compare the first batches of a run with cached and with live targets.
+def parity(flags: ParityFlags, *, console: Console | None = None) -> dict[str, Parity]:
+    """Compare the first batches of a run with cached and with live targets, in each view of the cache.
 
     From a cache of float32 targets that was written on the same machine the two are equal to the bit.
 
     Args:
         flags: of the command.
         console: where to print; standard output by default.
+
+    Returns:
+        View → both sides of the same images in that view.
 
     Raises:
         RepaError: a mistake the user can mend.
@@ -148,10 +151,12 @@ def parity(flags: ParityFlags, *, console: Console | None = None) -> Parity:
     checked = _checked(config)
     teachers = live_teachers(replace(config, targets="online"), flags, exact=True)
     try:
-        found = _Comparison(config, checked, teachers).run()
+        comparison = _Comparison(config, checked, teachers)
+        found = {view: comparison.run(number) for number, view in enumerate(comparison.views)}
     finally:
         teachers.close()
-    _print(found, config, console or PlainConsole())
+    for view, each in found.items():
+        _print(each, view if len(found) > 1 else None, config, console or PlainConsole())
     return found
 
 
@@ -186,14 +191,18 @@ class _Comparison:
         self._context = make_trainer(config).precision_plugin.forward_context
         self._found = Parity()
         self._divergences: dict[str, list[Tensor]] = {}
+        assert checked.manifest is not None, "the checks have passed"
+        self.views = checked.manifest.views
 
-    def run(self) -> Parity:
-        for cached in self._batches():
+    def run(self, view: int) -> Parity:
+        """Compare the images of the first batches in one view."""
+        self._found, self._divergences = Parity(), {}
+        for cached in self._batches(view):
             self._compare(cached, self._with_live_targets(cached))
         return self._found
 
-    def _batches(self) -> Iterator[Batch]:
-        """Yield the first batches of the run, on the device."""
+    def _batches(self, view: int) -> Iterator[Batch]:
+        """Yield the first batches of the run, all of one view, on the device."""
         from ..data.reading.loader import CacheLoader
         from ..data.reading.reader import CacheReader
 
@@ -206,6 +215,7 @@ class _Comparison:
             rows=rows,
             batch_size=size,
             seed=self._config.seed,
+            view=view,
             order=self._config.order,
             last_image=size * steps,
             columns_at=self._module.columns_at,
@@ -364,13 +374,13 @@ def _differences(stored: Tensor, exact: Tensor) -> tuple[float, float]:
     return (stored - exact).abs().max().item(), errors.mean().item()
 
 
-def _print(found: Parity, config: TrainConfig, console: Console) -> None:
+def _print(found: Parity, view: str | None, config: TrainConfig, console: Console) -> None:
     from rich.table import Table
 
     images = config.batch_size * config.max_steps
     terms = Table(
         title=f"{config.method_name}, {config.model}: {counted(config.max_steps, 'batch')}, "
-        f"{counted(images, 'image', ',')}",
+        f"{counted(images, 'image', ',')}{'' if view is None else f', {view}'}",
         title_justify="left",
     )
     headings = (

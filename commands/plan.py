@@ -50,13 +50,14 @@ class PlanFlags(EncodingFlags):
 class BreakEven:
     """When a cache has paid for itself against calling the teachers in every step.
 
-    The latents are read from a cache either way, so only the teachers count. Live, a training image takes
+    The latents are read from a cache either way, so only the teachers count. Live, a training image, in one
+    view, takes
     its step and the teachers; from the cache its step or its reading, which goes on beside it, whichever is
     longer. Before that each of the N images of the set was encoded:
     images = N · encode / (step + live − max(step, read)).
 
     Attributes:
-        encode_seconds: of the teachers and of writing what they give, for an image of the set.
+        encode_seconds: of the teachers and of writing what they give, for an image of the set in all views.
         live_seconds: of the teachers, decoding included, for a training image.
         read_seconds: of reading a training image's rows from the disk, page cache cold.
         step_seconds: of the training itself, for an image; 0 where it is not known.
@@ -221,10 +222,10 @@ def _say_break_even(
     if not teachers or disk is None:
         return
     count = len(plan.images)
-    live = speed.seconds_of(teachers) / speed.devices
+    live, encode = (speed.seconds_of(teachers, views=views) / speed.devices for views in (1, speed.views))
     found = break_even(
         count,
-        encode_seconds=max(live, _teacher_bytes(plan) / disk.write),
+        encode_seconds=max(encode, _teacher_bytes(plan) / disk.write),
         live_seconds=live,
         read_seconds=training_bytes(plan) / disk.read,
         step_seconds=1 / rate if rate is not None else 0.0,
@@ -256,8 +257,8 @@ def _figure(value: float) -> str:
 
 
 def _teacher_bytes(plan: Plan) -> int:
-    """Count the bytes that the teachers' columns take of an image."""
-    return sum(
+    """Count the bytes that the teachers' columns take of an image, in all views."""
+    return len(plan.manifest.views) * sum(
         spec.row_bytes
         for source in plan.sources
         if source.source != AUTOENCODER

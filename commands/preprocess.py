@@ -68,6 +68,13 @@ class EncodingFlags:
             parser=square_side, metavar="<int>", help="Side of the crop in pixels; 256, of the demo 64."
         ),
     ] = None
+    views: Annotated[
+        str | None,
+        typer.Option(
+            help="Views of each image: original, or flip: also mirrored, and training tosses a coin.",
+            show_default="as the cache has them, else original",
+        ),
+    ] = None
     limit: Annotated[int | None, typer.Option(help="Take so many images, evenly spaced over the set.")] = None
     batch_size: Annotated[int | None, typer.Option(help="Images of a forward pass.")] = None
     devices: Annotated[int, typer.Option(help="Processes: one a GPU, or sharing the CPU's cores.")] = 1
@@ -172,7 +179,7 @@ def make_config(flags: EncodingFlags) -> PreprocessConfig:
         RepaError: a flag that is none of its choices.
     """
     from ..data.format.columns import COMPRESSORS, ROUNDED_DTYPES
-    from ..data.format.manifest import COMPUTE_DTYPES
+    from ..data.format.manifest import COMPUTE_DTYPES, VIEWS
     from ..pipeline.config import PreprocessConfig
     from ..pipeline.encoders.registry import find_teacher
 
@@ -183,6 +190,8 @@ def make_config(flags: EncodingFlags) -> PreprocessConfig:
     _check_choice("--compute-dtype", flags.compute_dtype, COMPUTE_DTYPES)
     if flags.compress is not None:
         _check_choice("--compress", flags.compress, COMPRESSORS)
+    if flags.views is not None:
+        _check_choice("--views", flags.views, tuple(VIEWS))
     asked = _encoders(flags.encoders or (), demo)
     found = {each: find_teacher(each, may_import=True).name for each in asked}
     names = tuple(found[each] for each in asked)
@@ -190,6 +199,7 @@ def make_config(flags: EncodingFlags) -> PreprocessConfig:
     settings["cache"] = flags.cache or cache_for(flags.data, side)
     settings["encoders"] = names
     settings["resolution"] = side
+    settings["views"] = None if flags.views is None else VIEWS[flags.views]
     weights = parse_weights(flags.weights or ())
     settings["weights"] = {found.get(each, each): file for each, file in weights.items()}
     settings["outside"] = {own: each for each, own in found.items() if ":" in each}

@@ -42,6 +42,7 @@ class PreprocessConfig:
         vae: hub name or folder of an ``AutoencoderKL``, or ``demo``; None: the one the cache was made with,
             else ``stabilityai/sd-vae-ft-mse``, of the demo ``demo``.
         resolution: side in pixels of the crop.
+        views: views of each image that are encoded; None: as the cache has them, else the original alone.
         limit: take so many images, evenly spaced over the set; of the demo: draw so many. None takes all.
         batch_size: images of a forward pass. It is part of the cache, for features of another batch size may
             differ in the last bits. None: as the cache has it, else by resolution and device.
@@ -76,6 +77,7 @@ class PreprocessConfig:
     encoders: tuple[str, ...]
     vae: str | None = None
     resolution: int = 256
+    views: tuple[str, ...] | None = None
     limit: int | None = None
     batch_size: int | None = None
     devices: int = 1

@@ -16,6 +16,7 @@ from ..data.format.factor_layout import FactorLayout
 from .columns.calibrator import Calibrator
 from .columns.factored import Form, factored_form
 from .columns.forms import TokenForm, attention_form
+from .images.views import in_each_view
 from .images.workers import decode_row
 from .lanes.batches import Batch
 from .lanes.lanes import Task, open_lanes
@@ -45,8 +46,9 @@ class EncodingSpeed:
     """What was measured in one process.
 
     Attributes:
-        images: computed while the clock ran.
-        model_seconds: model → seconds of the device for an image; lanes side by side count as one.
+        images: computed while the clock ran, each in all views.
+        views: of an image.
+        model_seconds: model → seconds of the device for a view of an image; lanes side by side count as one.
         decode_seconds: of one thread, for an image.
         load_seconds: of loading the models.
         decoders: threads or processes that decode.
@@ -55,6 +57,7 @@ class EncodingSpeed:
     """
 
     images: int
+    views: int
     model_seconds: Mapping[str, float]
     decode_seconds: float
     load_seconds: float
@@ -62,16 +65,16 @@ class EncodingSpeed:
     beside: bool
     devices: int
 
-    def seconds_of(self, models: Iterable[str]) -> float:
-        """Sum the seconds of an image on one device for decoding and these models."""
-        computed = sum(self.model_seconds[name] for name in models)
+    def seconds_of(self, models: Iterable[str], *, views: int = 1) -> float:
+        """Sum the seconds of an image on one device for decoding, and these models in so many views."""
+        computed = views * sum(self.model_seconds[name] for name in models)
         decoded = self.decode_seconds / self.decoders
         return max(computed, decoded) if self.beside else computed + decoded
 
     @property
     def rate(self) -> float:
-        """Images a second of all models, on all devices."""
-        return self.devices / self.seconds_of(self.model_seconds)
+        """Images a second of all models in all views, on all devices."""
+        return self.devices / self.seconds_of(self.model_seconds, views=self.views)
 
 
 def measure_encoding(plan: Plan) -> EncodingSpeed:
@@ -96,7 +99,8 @@ def measure_encoding(plan: Plan) -> EncodingSpeed:
     for model in models:
         model.prepare(_Uncalibrated())
         sources = tuple(model.declarations)
-        tasks.append(Task(model=model.name, sources=sources, compute=partial(model.encode, sources=sources)))
+        compute = in_each_view(partial(model.encode, sources=sources), plan.manifest.views)
+        tasks.append(Task(model=model.name, sources=sources, compute=compute))
     pixels, decode_seconds = _decode(plan)
     assert job.config.batch_size is not None, "the plan resolves the command"
     with open_lanes(job.device, job.threads) as lanes:
@@ -106,11 +110,12 @@ def measure_encoding(plan: Plan) -> EncodingSpeed:
         busy = _run(lanes, tasks, pixels, size, rounds)
         elapsed = time.perf_counter() - started
     images = rounds * size
-    total = sum(busy.values())
+    total, views = sum(busy.values()), len(plan.manifest.views)
     return EncodingSpeed(
         images=images,
+        views=views,
         # lanes work side by side: the time that passed is shared among the models by how long each computed
-        model_seconds={name: elapsed / images * seconds / total for name, seconds in busy.items()},
+        model_seconds={name: elapsed / images / views * seconds / total for name, seconds in busy.items()},
         decode_seconds=decode_seconds,
         load_seconds=load_seconds,
         decoders=job.workers or 1,

@@ -12,7 +12,7 @@ from ..data.format.columns import AUTOENCODER, MOMENTS, ColumnSpec, attention_so
 from ..data.format.commits import is_committed
 from ..data.format.factor_layout import FactorLayout
 from ..data.format.foreign import autoencoder_of, foreign_note
-from ..data.format.manifest import DEFAULT_SHARD_ROWS, Manifest, Provenance
+from ..data.format.manifest import DEFAULT_SHARD_ROWS, ORIGINAL_VIEW, Manifest, Provenance
 from ..data.format.opening import labels_sha256, open_manifest
 from ..data.format.shard_index import index_bytes
 from ..data.storage.files import nearest_folder
@@ -159,11 +159,12 @@ def make_plan(config: PreprocessConfig) -> Plan:
     Raises:
         RepaError: flags that contradict one another, images that cannot be listed, a teacher or a resolution
             that does not exist.
-        CacheError: the cache is of something else, or a source of it was made in another way; the folder
-            holds something else.
+        CacheError: the cache is of something else, or a source of it was made in another way, or it has views
+            that cannot be encoded here; the folder holds something else.
     """
     from .images.matched import MatchedImages
     from .images.open import open_source
+    from .images.views import check_views
 
     check_flags(config)
     present = present_manifest(config.cache)
@@ -176,6 +177,7 @@ def make_plan(config: PreprocessConfig) -> Plan:
     if present is not None and imported:
         _check_imported(config, present)
     config = _resolve(config, present)
+    check_views(config.views or (), config.cache)
     images = open_source(
         config.data,
         limit=config.limit,
@@ -191,6 +193,7 @@ def make_plan(config: PreprocessConfig) -> Plan:
         shard_rows=config.shard_rows or DEFAULT_SHARD_ROWS,
         resolution=config.resolution,
         crop=CROP,
+        views=config.views or (ORIGINAL_VIEW,),
         exif_orientation="applied" if config.apply_exif else "ignored",
         source_kind=images.kind,
         source_fingerprint=images.fingerprint,
@@ -285,6 +288,7 @@ def _resolve(config: PreprocessConfig, present: Manifest | None) -> PreprocessCo
     shard_rows = config.shard_rows
     if shard_rows is None:
         shard_rows = present.shard_rows if present is not None else DEFAULT_SHARD_ROWS
+    views = config.views or ((ORIGINAL_VIEW,) if present is None else present.views)
     if vae is None:
         from .encoders.vae import DEFAULT_VAE
 
@@ -294,6 +298,7 @@ def _resolve(config: PreprocessConfig, present: Manifest | None) -> PreprocessCo
         vae=vae,
         batch_size=batch_size,
         shard_rows=shard_rows,
+        views=views,
         attention_rank=_attention_rank(config, recorded),
     )
 

@@ -49,12 +49,13 @@ def show_plan(plan: Plan, rank: Rank, console: Console) -> None:
         say(console, f"        passed over: {line}")
     for remark in images.remarks:
         say(console, f"        note: {printable(remark)}", style="yellow")
+    views = "" if len(plan.manifest.views) == 1 else f"views {', '.join(plan.manifest.views)} · "
     share = f" · process {rank.rank} of {rank.world} ({rank.launcher})" if rank.world > 1 else ""
     say(
         console,
         f"cache   {config.cache}: {counted(plan.manifest.num_shards, 'shard')} of "
         f"{counted(plan.manifest.shard_rows, 'image')} at "
-        f"{config.resolution}×{config.resolution} · batches of {config.batch_size}{share}",
+        f"{config.resolution}×{config.resolution} · {views}batches of {config.batch_size}{share}",
     )
     if (present := present_manifest(config.cache)) is not None:
         for line in foreign_lines(present):
@@ -65,7 +66,11 @@ def show_plan(plan: Plan, rank: Rank, console: Console) -> None:
     for source in plan.sources:
         table.add_row(
             source.source,
-            ", ".join(_column(source, name) for name in source.columns if not name.endswith(SCALE_SUFFIX)),
+            ", ".join(
+                _column(source, name, len(plan.manifest.views))
+                for name in source.columns
+                if not name.endswith(SCALE_SUFFIX)
+            ),
             _state(plan, source),
             f"{counted(source.rows, 'image')}",
             f"{_most(source)}{human_bytes(source.bytes)}",
@@ -81,14 +86,14 @@ def show_plan(plan: Plan, rank: Rank, console: Console) -> None:
     )
 
 
-def _column(source: SourcePlan, name: str) -> str:
+def _column(source: SourcePlan, name: str, views: int) -> str:
     """Describe a column as ``q int8[3, 12, 256, 16] 1.5 MB``.
 
-    The last is what its missing rows take, scales included.
+    The last is what its missing rows take in all views, scales included.
     """
     spec, scale = source.columns[name], source.columns.get(scale_column(name))
     row_bytes = spec.row_bytes + (scale.row_bytes if scale is not None else 0)
-    size = f" {_most(source)}{human_bytes(source.rows * row_bytes)}" if source.rows else ""
+    size = f" {_most(source)}{human_bytes(source.rows * views * row_bytes)}" if source.rows else ""
     return f"{split_column(name)[1]} {spec.dtype}{list(spec.shape)}{size}"
 
 

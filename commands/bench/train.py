@@ -302,8 +302,10 @@ class _Constant(_Targets):
             for name, spec in self.columns.items()
         }
 
-    def __call__(self, rows: NDArray[np.int64], names: Sequence[str]) -> dict[str, Tensor]:
-        del rows
+    def __call__(
+        self, rows: NDArray[np.int64], names: Sequence[str], views: NDArray[np.int64]
+    ) -> dict[str, Tensor]:
+        del rows, views
         self._values |= {name: self._values[name].to(self.device) for name in names}
         return {name: self._values[name] for name in names}
 
@@ -320,8 +322,10 @@ class _Live(_Targets):
         self._images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
         self._teacher = teacher
 
-    def __call__(self, rows: NDArray[np.int64], names: Sequence[str]) -> dict[str, Tensor]:
-        del rows
+    def __call__(
+        self, rows: NDArray[np.int64], names: Sequence[str], views: NDArray[np.int64]
+    ) -> dict[str, Tensor]:
+        del rows, views
         self._images = self._images.to(self.device)
         kinds = {split_column(name)[1]: name for name in names}
         noted = self.notes.get(attention_source(self._teacher.name), {})

@@ -50,6 +50,8 @@ ATTRIBUTE = "repa"
 DEFAULT_SHARD_ROWS = 1024
 ORIGINAL_VIEW = "original"
 MIRRORED_VIEW = "mirrored"
+VIEWS = {"original": (ORIGINAL_VIEW,), "flip": (ORIGINAL_VIEW, MIRRORED_VIEW)}
+"""What ``--views`` takes, and the views that a cache then has."""
 LOADED_NOTE = "loaded_sha256"
 """Note of weights that are not run as their file holds them, the sha256 of the tensors as they are run."""
 

@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     from .loader import CacheLoader
 
 ROWS = "rows"
+VIEWS = "views"
 
 
 class BatchLoader(IterableDataset[dict[str, "Tensor"]]):
     """Batches as dictionaries, in the exact order of a seed and from any step on.
 
-    A batch has ``label`` and ``rows``, the rows' numbers in the cache, int64 ``[b]``, and column → values
-    ``[b, *shape]`` as stored. It is its own prefetcher, with threads that hold no lock. Iterate over it as it
-    is, or by a ``DataLoader(loader, batch_size=None)`` without workers.
+    A batch has ``label``, ``rows``, the rows' numbers in the cache, and ``views``, which view of each all its
+    columns are of, int64 ``[b]``, and column → values ``[b, *shape]`` as stored. It is its own prefetcher,
+    with threads that hold no lock. Iterate over it as it is, or by a ``DataLoader(loader, batch_size=None)``
+    without workers.
 
     Args:
         loader: reads them.
@@ -72,7 +74,7 @@ class BatchLoader(IterableDataset[dict[str, "Tensor"]]):
                 field="num_workers",
             )
         for batch in self._loader:
-            yield {LABEL: batch.label, ROWS: batch.rows, **batch.columns}
+            yield {LABEL: batch.label, ROWS: batch.rows, VIEWS: batch.views, **batch.columns}
 
     def close(self) -> None:
         """End its threads. Iterating again begins anew, where it stood."""

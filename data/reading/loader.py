@@ -48,6 +48,7 @@ class Batch:
         micro: which of the rank's ``accumulate`` micro-batches of that step.
         images_seen: the loader's state once this step is done, images of all ranks.
         rows: rows of the cache, int64 ``[b]``.
+        views: view that each row's columns are of, all of them, by its index in the cache, int64 ``[b]``.
         label: classes, int64 ``[b]``.
         columns: column → values ``[b, *shape]`` in the stored dtype.
         captions: rows of the captions that were drawn, int64 ``[b]``; None if no column of captions is read.
@@ -57,6 +58,7 @@ class Batch:
     micro: int
     images_seen: int
     rows: Tensor
+    views: Tensor
     label: Tensor
     columns: dict[str, Tensor]
     captions: Tensor | None = None
@@ -81,6 +83,7 @@ class CacheLoader:
         world: number of ranks.
         accumulate: micro-batches of a step.
         seed: of the order and of the views.
+        view: index of the view to read of every image; None draws one for each.
         order: ``full``, any image anywhere; or ``blocks``, a few shards at a time, for slow disks (see
             `BlockPermutation`); then ``rows`` must ascend.
         images_seen: state to begin with.
@@ -105,6 +108,7 @@ class CacheLoader:
         world: int = 1,
         accumulate: int = 1,
         seed: int = 0,
+        view: int | None = None,
         order: str = "full",
         images_seen: int = 0,
         last_image: int | None = None,
@@ -142,6 +146,7 @@ class CacheLoader:
         self.world = world
         self.accumulate = accumulate
         self.seed = seed
+        self.view = view
         self.last_image = last_image
         self.columns_at = columns_at
         self.threads = reader.threads_for(threads)
@@ -199,12 +204,7 @@ class CacheLoader:
         """Make a batch, and start the reads that fill it."""
         cursor = cursor_of(images_seen, batch_size=self.batch_size, count=len(self.rows))
         rows = self._mine(self.rows[self._order.batch(images_seen, self.batch_size)], micro)
-        views = batch_views(
-            seed=self.seed,
-            step=cursor.step,
-            batch_size=self.batch_size,
-            views=len(self.reader.manifest.views),
-        )
+        views = self._mine(self._views(cursor.step), micro)
         columns = [column for column in dict.fromkeys(self.columns_at(cursor.step)) if column != LABEL]
         self.reader.manifest.require(tuple(columns), where=str(self.reader.path))
         arrays: dict[str, NDArray[Any]] = {}
@@ -222,20 +222,22 @@ class CacheLoader:
             micro=micro,
             images_seen=images_seen + self.batch_size,
             rows=torch.from_numpy(rows),
+            views=torch.from_numpy(views),
             label=torch.from_numpy(self.reader.labels[rows].astype(np.int64)),
             columns=tensors,
             captions=None if table is None else torch.from_numpy(table.rows_of(rows, numbers)),
         )
         reads = self.reader.start_rows(
-            rows,
-            columns,
-            arrays,
-            views=self._mine(views, micro),
-            captions=numbers,
-            pool=pool,
-            parts=self.threads,
+            rows, columns, arrays, views=views, captions=numbers, pool=pool, parts=self.threads
         )
         return batch, reads
+
+    def _views(self, step: int) -> NDArray[np.int64]:
+        """Return the view of each image of the global batch."""
+        if self.view is not None:
+            return np.full(self.batch_size, self.view, dtype=np.int64)
+        views = len(self.reader.manifest.views)
+        return batch_views(seed=self.seed, step=step, batch_size=self.batch_size, views=views)
 
     def _mine(self, values: NDArray[IntegerT], micro: int) -> NDArray[IntegerT]:
         """Take this rank's micro-batch of a value for each image of the global batch."""

@@ -19,6 +19,7 @@ from ..format.columns import LABEL, SCALE_SUFFIX, source_of
 from ..format.commits import is_committed, read_commit
 from ..format.opening import labels_sha256, open_manifest, read_keys
 from ..format.survey import invalid_reasons
+from ..reading.all_views import read_all_views
 from ..reading.reader import CacheReader
 from ..storage.bucket import map_files
 from ..storage.files import create_file, make_folder, os_errors, partial_path, publish
@@ -46,7 +47,6 @@ from .shards import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from concurrent.futures import Executor
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -111,7 +111,10 @@ def export_cache(
     header = _Headers(path, chosen)
     kept = images = 0
     with CacheReader(path, names) as reader, ThreadPoolExecutor(reader.threads_for(1)) as pool:
-        read = partial(_read, reader, pool, chosen)
+
+        def read(rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+            return read_all_views(reader, rows, names, pool=pool)
+
         for shard in range(manifest.num_shards):
             target = folder / _tar_name(f"{shard:06d}")
             own = header.of(shard)
@@ -245,27 +248,6 @@ def _samples(header: ShardHeader, read: Read) -> Iterator[dict[str, str | bytes]
                 FACTS_FIELD: sample_facts(row, key, label, sums),
                 **{column_field(name): heads[name] + values for name, values in data.items()},
             }
-
-
-def _read(
-    reader: CacheReader, pool: Executor, manifest: Manifest, rows: NDArray[np.int64]
-) -> dict[str, NDArray[Any]]:
-    """Read rows of every column in every view, ``[B, V, *shape]``."""
-    out = {}
-    count = len(manifest.views)
-    views = np.tile(np.arange(count, dtype=np.int64), len(rows))
-    for name, spec in manifest.columns.items():
-        array = np.empty((len(rows) * count, *spec.shape), dtype=spec.numpy_dtype)
-        reader.read_rows(
-            np.repeat(rows, count),
-            (name,),
-            {name: array},
-            views=views,
-            pool=pool,
-            parts=reader.threads_for(1),
-        )
-        out[name] = array.reshape(len(rows), count, *spec.shape)
-    return out
 
 
 def import_cache(pattern: str, path: Path, progress: Progress | None = None) -> Transfer:

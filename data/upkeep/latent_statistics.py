@@ -14,6 +14,7 @@ from ..format.columns import AUTOENCODER, MOMENTS
 from ..format.manifest import LATENTS_NOTE
 from ..format.opening import open_manifest
 from ..format.survey import committed_shards
+from ..reading.all_views import read_all_views
 from ..reading.reader import CacheReader
 from ..writing.store import cache_lock, write_manifest
 
@@ -29,7 +30,8 @@ _CHUNK = 256
 def settle_latent_statistics(path: Path) -> bool:
     """Measure the latents of a cache and note it in the manifest, once all of them are written.
 
-    Every process gets the same numbers, so any may do it, and again.
+    Latents of all views count, as all are trained on. Every process gets the same numbers, so any may do it,
+    and again.
 
     Args:
         path: folder of the cache.
@@ -68,13 +70,12 @@ def _measure(path: Path) -> dict[str, Any] | None:
             return None
         count = min(len(rows), MOST_IMAGES)
         rows = rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)]
-        spec = reader.manifest.columns[MOMENTS]
+        spec, views = reader.manifest.columns[MOMENTS], len(reader.manifest.views)
         half = spec.shape[0] // 2
         origin, sums, squares, variances = (np.zeros(half) for _ in range(4))
         for first in range(0, count, _CHUNK):
-            part = rows[first : first + _CHUNK]
-            moments = np.empty((len(part), *spec.shape), spec.numpy_dtype)
-            reader.read_rows(part, (MOMENTS,), {MOMENTS: moments})
+            (found,) = read_all_views(reader, rows[first : first + _CHUNK], (MOMENTS,)).values()
+            moments = found.reshape(-1, *spec.shape)
             mean, std = moments[:, :half].astype(np.float64), moments[:, half:].astype(np.float64)
             # squares are of what lies near 0, so that a mean far from it costs no digits
             origin = origin if first else mean.mean(axis=(0, 2, 3))
@@ -82,7 +83,7 @@ def _measure(path: Path) -> dict[str, Any] | None:
             sums += mean.sum(axis=(0, 2, 3))
             squares += np.square(mean).sum(axis=(0, 2, 3))
             variances += np.square(std).sum(axis=(0, 2, 3))
-    numbers = count * spec.shape[1] * spec.shape[2]
+    numbers = count * views * spec.shape[1] * spec.shape[2]
     shift = sums / numbers
     # the variance of a draw is that of the means and the mean of the posterior's
     variance = squares / numbers - np.square(shift) + variances / numbers

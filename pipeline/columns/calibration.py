@@ -110,6 +110,8 @@ class Calibration:
 class ChosenImages:
     """Images of a set, row → pixels uint8 ``[3, R, R]``, ascending by row.
 
+    Of several views they are pictures, numbered view by view.
+
     Attributes:
         fit: those that projections are fitted to.
         held_out: others, on which fidelity is measured.

@@ -8,7 +8,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ...data.format.columns import attention_source
+from ...data.format.manifest import ORIGINAL_VIEW
 from ...data.writing.calibrations import ensure_calibration
+from ..images.views import pixels_in_views
 from ..lanes.lanes import open_lanes
 from .calibration import Calibration, ChosenImages, choose_images, pick_images
 from .choice import choose_form
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Calibrator:
-    """Fits and measures on images of the set that is to be encoded.
+    """Fits and measures on images of the set that is to be encoded, each in all views of the cache.
 
     Of all processes that write a cache one does it and the others wait for its file; a later run reads it.
 
@@ -37,6 +39,7 @@ class Calibrator:
         cache: folder of the cache.
         images: the set.
         resolution: side of the crop in pixels.
+        views: of the cache.
         batch_size: images of a forward pass.
         device: ``cpu`` or ``cuda:<index>``.
         threads: CPU: batches computed at a time.
@@ -48,6 +51,7 @@ class Calibrator:
         images: ImageSource,
         *,
         resolution: int,
+        views: tuple[str, ...],
         batch_size: int,
         device: str,
         threads: int,
@@ -55,6 +59,7 @@ class Calibrator:
         self._cache = cache
         self._images = images
         self._resolution = resolution
+        self._views = views
         self._batch_size = batch_size
         self._device = device
         self._threads = threads
@@ -162,20 +167,26 @@ class Calibrator:
 
     def _settings(self, provenance: Provenance, **form: Any) -> dict[str, Any]:
         """Collect everything that the numbers depend on, as plain JSON values."""
+        # not of a cache of the original view, whose calibrations were made before there were others
+        views = {} if self._views == (ORIGINAL_VIEW,) else {"views": list(self._views)}
         return {
             "teacher": provenance.identity(),
             "resolution": self._resolution,
             "images": self._images.fingerprint,
+            **views,
             **form,
         }
 
     @cached_property
     def _chosen(self) -> ChosenImages:
-        return choose_images(self._images, self._resolution)
+        # chosen before there are views: no picture that is measured on mirrors one that is fitted to
+        chosen = choose_images(self._images, self._resolution)
+        fit, held_out = (pixels_in_views(each, self._views) for each in (chosen.fit, chosen.held_out))
+        return ChosenImages(fit=fit, held_out=held_out)
 
     @cached_property
     def _deviation_images(self) -> Pixels:
-        return pick_images(self._images, self._resolution, DEVIATION_IMAGES)
+        return pixels_in_views(pick_images(self._images, self._resolution, DEVIATION_IMAGES), self._views)
 
     @contextmanager
     def _passes(self) -> Iterator[Passes]:

@@ -53,7 +53,7 @@ class Passes:
         """Apply ``compute`` to each batch ``[B, 3, R, R]`` of the images, in their order.
 
         Args:
-            pixels: row → uint8 ``[3, R, R]``.
+            pixels: number → uint8 ``[3, R, R]``.
             compute: of a batch, on the device: name → ``[B, …]``.
         """
         task = Task(model="", sources=(), compute=compute)

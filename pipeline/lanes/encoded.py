@@ -21,8 +21,9 @@ class EncodedBatch:
         sources: sources that are written in this shard.
         rows: its B rows, ascending.
         invalid: rows met on the way that could not be decoded, row → reason.
-        columns: column → values ``[B, *shape]`` in the storage dtype, of every source in ``sources``.
-        finite: column → bool ``[B]``, whether all values of a row are finite in the storage dtype.
+        columns: column → values ``[B, V, *shape]`` in the storage dtype, of every source in ``sources``.
+        finite: column → bool ``[B]``, whether all values of a row, in all views, are finite in the storage
+            dtype.
         last: whether the shard is complete with this batch.
     """
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What one network computes of a batch in one forward pass, whatever number of sources it is for.
+    """What one network computes of a batch, whatever number of sources it is for.
 
     Attributes:
         model: name of the network, by which its time is booked.

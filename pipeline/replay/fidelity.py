@@ -17,6 +17,7 @@ from ...data.format.columns import (
     scale_column,
 )
 from ...data.format.opening import open_manifest
+from ...data.reading.all_views import read_all_views
 from ...data.reading.reader import CacheReader
 from ..columns.factored import restore_attention
 from ..columns.forms import restore
@@ -78,7 +79,7 @@ def check_fidelity(
     seed: int = 0,
     device: str = "cpu",
 ) -> list[Comparison]:
-    """Encode random valid rows again and compare with what is stored.
+    """Encode random valid rows again, in all views, and compare with what is stored.
 
     Args:
         cache: folder of the cache.
@@ -153,7 +154,7 @@ class _Check:
     def _batches(
         self, rows: int, seed: int, blocks: tuple[int, ...]
     ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-        """Yield columns of random rows as the teacher gives them now, and as stored."""
+        """Yield columns of random rows, view by view, as the teacher gives them now, and as stored."""
         names = [name for name in self._columns if not name.endswith(scale_column(""))]
         own = {name: path for name, path in self._weights.items() if name == self._model}
         live = LiveTeachers(
@@ -163,17 +164,15 @@ class _Check:
             provenances = live.load(self._device)
             with CacheReader(self._cache, self._columns) as reader:
                 for part in _random_rows(reader.valid_rows, rows, seed, provenances[self._model].batch_size):
-                    yield live(part, names), self._read(reader, part)
+                    stored = read_all_views(reader, part, self._columns)
+                    for view in range(len(self._manifest.views)):
+                        kept = {name: torch.from_numpy(each[:, view].copy()) for name, each in stored.items()}
+                        yield (
+                            live(part, names, np.full_like(part, view)),
+                            {name: values.to(self._device) for name, values in kept.items()},
+                        )
         finally:
             live.close()
-
-    def _read(self, reader: CacheReader, rows: NDArray[np.int64]) -> dict[str, Tensor]:
-        specs = {name: self._manifest.columns[name] for name in self._columns}
-        out: dict[str, NDArray[Any]] = {
-            name: np.empty((len(rows), *spec.shape), spec.numpy_dtype) for name, spec in specs.items()
-        }
-        reader.read_rows(rows, self._columns, out)
-        return {name: torch.from_numpy(values).to(self._device) for name, values in out.items()}
 
     def _compare_tokens(self, error: NDArray[np.float64]) -> Comparison:
         assert self._tokens is not None, "there are tokens"

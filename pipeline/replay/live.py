@@ -35,6 +35,7 @@ from ..encoders.precision import require_arithmetic
 from ..images.base import AUTO_LABELS, FOLDER_LABELS, NO_LABELS, ONLY_CLASS
 from ..images.matched import MatchedImages
 from ..images.open import open_source
+from ..images.views import check_views, in_view
 from ..images.workers import decode_row
 from ..lanes.lanes import usable_cores
 from ..lanes.threads import one_thread_lanes
@@ -82,7 +83,7 @@ class LiveTeachers:
 
     Raises:
         RepaError: unknown images or teachers, or a block that no teacher has.
-        CacheError: these are not the images of the cache.
+        CacheError: these are not the images of the cache, or it has views that cannot be encoded here.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class LiveTeachers:
     ) -> None:
         self._cache = cache
         self._manifest = open_manifest(cache)
+        check_views(self._manifest.views, cache)
         self._images = images_of(self._manifest, data, cache, may_import="--data" in typed)
         found = {each: find_teacher(each, may_import="--encoder" in typed) for each in encoders}
         self._facts = {teacher.name: teacher for teacher in found.values()}
@@ -220,12 +222,15 @@ class LiveTeachers:
         if key not in self._ahead:
             self._ahead[key] = self._decode(rows)
 
-    def __call__(self, rows: NDArray[np.int64], names: Sequence[str]) -> dict[str, Tensor]:
+    def __call__(
+        self, rows: NDArray[np.int64], names: Sequence[str], views: NDArray[np.int64]
+    ) -> dict[str, Tensor]:
         """Compute columns of some rows, see `LiveTargets`.
 
         Args:
             rows: valid rows, int64 ``[B]``.
             names: which of `columns`.
+            views: view of each row, int64 ``[B]``.
 
         Returns:
             Column → float32 ``[B, *shape]`` on the device.
@@ -234,7 +239,11 @@ class LiveTeachers:
             RepaError: an image cannot be read any more, or not be decoded.
         """
         futures = self._ahead.pop(rows.tobytes(), None) or self._decode(rows)
-        images = [self._pixels(int(row), future) for row, future in zip(rows, futures, strict=True)]
+        seen = [self._manifest.views[view] for view in views]
+        images = [
+            in_view(torch.from_numpy(self._pixels(int(row), future)), view)
+            for row, future, view in zip(rows, futures, seen, strict=True)
+        ]
         targets: dict[str, Tensor] = {}
         for teacher in self._teachers:
             kinds = {
@@ -291,7 +300,7 @@ class _Teacher:
     def compute(
         self,
         rows: NDArray[np.int64],
-        images: Sequence[NDArray[np.uint8]],
+        images: Sequence[Tensor],
         kinds: Sequence[str],
         *,
         exact: bool,
@@ -316,12 +325,10 @@ class _Teacher:
         if self._lanes is not None:
             self._lanes.shutdown(cancel_futures=True)
 
-    def _encode(
-        self, one: Pass, images: Sequence[NDArray[np.uint8]], kinds: Sequence[str]
-    ) -> dict[str, Tensor]:
+    def _encode(self, one: Pass, images: Sequence[Tensor], kinds: Sequence[str]) -> dict[str, Tensor]:
         pixels = torch.zeros((one.size, *images[0].shape), dtype=torch.uint8)
         for row, position in zip(one.rows, one.positions, strict=True):
-            pixels[position] = torch.from_numpy(images[row])
+            pixels[position] = images[row]
         blocks = self._blocks if {"q", "k"} & set(kinds) else ()
         output = self.encoder.encode(pixels.to(self._device), attention=blocks)
         return {kind: output[kind] for kind in kinds}

@@ -16,6 +16,7 @@ from ...data.writing.calibrations import check_calibration, read_calibration, re
 from ..columns.specs import recorded_rank
 from ..config import PreprocessConfig
 from ..images.names import DEFAULT_DATA, DEMO_DATA
+from ..images.views import check_views
 from ..plan import Plan
 from ..run import share_out
 from ..shard_loop.ranks import Rank
@@ -51,8 +52,9 @@ def recorded_images(cache: Path, manifest: Manifest, given: Given) -> ImageSourc
 
     Raises:
         RepaError: they cannot be listed.
-        CacheError: these are other images.
+        CacheError: these are other images, or the cache has views that cannot be encoded here.
     """
+    check_views(manifest.views, cache)
     demo = manifest.source_kind == DEMO_DATA
     return images_of(manifest, given.data or (DEMO_DATA if demo else DEFAULT_DATA), cache, may_import=True)
 
@@ -74,6 +76,7 @@ def recorded_config(cache: Path, manifest: Manifest, source: str, given: Given) 
         encoders=(),
         vae=given.vae or _location(manifest),
         resolution=manifest.resolution,
+        views=manifest.views,
         batch_size=provenance.batch_size,
         compute_dtype=provenance.compute_dtype,
         random_weights=provenance.random_weights,

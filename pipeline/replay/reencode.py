@@ -32,10 +32,12 @@ from ...data.format.columns import (
 )
 from ...data.format.foreign import foreign_note
 from ...data.format.opening import open_manifest
+from ...data.reading.all_views import read_all_views
 from ...data.reading.reader import CacheReader
 from ..columns.factored import restore_attention
 from ..columns.measures import attention_divergence
 from ..columns.specs import FACTORED
+from ..images.views import in_each_view
 from ..images.workers import decode_row
 from ..lanes.batches import Batch
 from ..lanes.lanes import Task, open_lanes
@@ -69,8 +71,8 @@ class Reencoded:
 
     Attributes:
         column: its name.
-        rows: rows compared.
-        identical: those whose stored bytes, scales included, are what was computed now.
+        rows: rows compared, each in all views.
+        identical: those whose stored bytes, scales included, are what was computed now in all views.
         largest: the largest |s − x| in units of what is allowed; not above 1 is kept.
         worst: the row it is in.
         noise: see `Tolerance`.
@@ -96,7 +98,7 @@ class Reencoded:
         Args:
             row: index of the image.
             same: whether its bytes are the same.
-            excess: its largest |s − x| in units of what is allowed; NaN is beyond.
+            excess: its largest |s − x| in units of what is allowed, of all views; NaN is beyond.
         """
         self.rows += 1
         self.identical += same
@@ -148,10 +150,11 @@ def _compute(
     rows: NDArray[np.int64],
     images: ImageSource,
 ) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]]:
-    """Compute columns of some rows, and what they were rounded from, pass by pass."""
+    """Compute columns ``[n, V, …]`` of some rows, and what they were rounded from, pass by pass."""
     assert job.config.batch_size is not None, "recorded"
     placement = Placement(valid, job.manifest.shard_rows, job.config.batch_size)
-    task = Task(model=model.name, sources=(source,), compute=partial(_encode, model, source))
+    compute = in_each_view(partial(_encode, model, source), job.manifest.views)
+    task = Task(model=model.name, sources=(source,), compute=compute)
     waiting: deque[tuple[Pass, Any]] = deque()
     with open_lanes(job.device, job.threads) as lanes:
 
@@ -204,10 +207,7 @@ class _SourceCheck:
         }
 
     def compare(self, rows: NDArray[np.int64], computed: Mapping[str, NDArray[Any]]) -> None:
-        stored: dict[str, NDArray[Any]] = {
-            name: np.empty((len(rows), *spec.shape), spec.numpy_dtype) for name, spec in self._specs.items()
-        }
-        self._reader.read_rows(rows, tuple(stored), stored)
+        stored = read_all_views(self._reader, rows, tuple(self._specs))
         factored = self._provenance.notes.get("form") == FACTORED
         together = self._factor_excess(stored, computed) if factored else None
         for name, result in self.columns.items():
@@ -221,9 +221,13 @@ class _SourceCheck:
                     result.add(row, same, float(together[position]))
                     continue
                 scales = stored.get(scale_column(name))
-                exact = computed[f"{name}{_EXACT}"][position].astype(np.float64)
-                scale = None if scales is None else scales[position]
-                result.add(row, same, _excess(stored[name][position], scale, exact, result.noise))
+                exact = computed[f"{name}{_EXACT}"].astype(np.float64)
+                excesses = [
+                    _excess(values, None if scales is None else scales[at], exact[at], result.noise)
+                    for view, values in enumerate(stored[name][position])
+                    for at in [(position, view)]
+                ]
+                result.add(row, same, float(np.max(excesses)))
 
     def _factor_excess(
         self, stored: Mapping[str, NDArray[Any]], computed: Mapping[str, NDArray[Any]]
@@ -231,22 +235,23 @@ class _SourceCheck:
         """Compute how much more than allowed the worst head of each row loses, queries and keys together."""
         notes = self._provenance.notes
         names = [column_name(self._model, kind) for kind in ATTENTION_KINDS]
-        exact = [torch.from_numpy(computed[f"{name}{_EXACT}"]) for name in names]
+        exact = [torch.from_numpy(computed[f"{name}{_EXACT}"]).flatten(0, 1) for name in names]
         losses = []
         for columns in (stored, computed):
-            tensors = {name: torch.from_numpy(columns[name]) for name in self._specs}
+            tensors = {name: torch.from_numpy(columns[name]).flatten(0, 1) for name in self._specs}
             kept = restore_attention(self._model, notes, tensors)
             divergence = attention_divergence((exact[0], exact[1]), kept, float(notes["logit_scale"]))
             losses.append(divergence.mean(-1).numpy())
         allowed = FACTOR_MARGIN * losses[1] + self._tolerance.divergence
-        worst: NDArray[np.float64] = (losses[0] / allowed).max(axis=(1, 2))
+        heads: NDArray[np.float64] = (losses[0] / allowed).max(axis=(1, 2))
+        worst: NDArray[np.float64] = heads.reshape(-1, len(self._reader.manifest.views)).max(axis=1)
         return worst
 
 
 def _excess(
     stored: NDArray[Any], scale: NDArray[Any] | None, exact: NDArray[np.float64], noise: float
 ) -> float:
-    """Compute the largest |s − x| of a row in units of what is allowed. It is 0 where nothing differs."""
+    """Compute the largest |s − x| of a row and view in units of what is allowed, 0 where nothing differs."""
     if scale is not None:
         steps = scale.astype(np.float64)[..., None, :]
         values, rounding = stored * steps, np.broadcast_to(steps / 2, exact.shape)

@@ -171,6 +171,7 @@ def calibrator(job: Job, images: ImageSource) -> Calibrator:
         job.config.cache,
         images,
         resolution=job.config.resolution,
+        views=job.manifest.views,
         batch_size=job.config.batch_size,
         device=job.device,
         threads=job.threads,
@@ -241,14 +242,15 @@ class _Loop:
         return None
 
     def _tasks(self, shard: int) -> list[Task]:
-        """Make one pass for each model that some source misses in this shard, for those sources alone."""
+        """Make one task for each model that some source misses in this shard, for those sources alone."""
+        from ..images.views import in_each_view
         from ..lanes.lanes import Task
 
         tasks = []
         for model in self._models:
             sources = tuple(name for name in model.declarations if shard in self._remaining[name])
             if sources:
-                compute = partial(model.encode, sources=sources)
+                compute = in_each_view(partial(model.encode, sources=sources), self._manifest.views)
                 tasks.append(Task(model=model.name, sources=sources, compute=compute))
         return tasks
 

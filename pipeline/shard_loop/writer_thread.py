@@ -205,7 +205,7 @@ class WriterThread:
                 self._refuse(column, batch.rows[position], values[position])
             shard = shards[source_of(column)]
             for row, value in zip(batch.rows, values, strict=True):
-                shard.write(row, column, value[None])  # one view: the image as it is
+                shard.write(row, column, value)
 
     def _refuse(self, column: str, row: int, value: NDArray[np.generic]) -> None:
         if value.dtype == np.float16 and not np.isnan(value).any():
@@ -224,4 +224,5 @@ class WriterThread:
         for source in batch.sources:
             written.rows[source] = written.rows.get(source, 0) + rows
             for column, spec in self._manifest.source_columns(source).items():
-                written.bytes[column] = written.bytes.get(column, 0) + rows * spec.row_bytes
+                added = rows * len(self._manifest.views) * spec.row_bytes
+                written.bytes[column] = written.bytes.get(column, 0) + added

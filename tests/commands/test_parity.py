@@ -62,7 +62,9 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def compared(cache: Path, method: str = "haste", **options: Any) -> Parity:
     values = {"model": "SiT-T/1", "batches": 2, "batch_size": 8, "assignments": SMALL}
-    return parity(ParityFlags(method=method, cache=cache, **{**values, **options}), console=quiet())
+    found = parity(ParityFlags(method=method, cache=cache, **{**values, **options}), console=quiet())
+    assert list(found) == ["original"]
+    return found["original"]
 
 
 LIVE = [

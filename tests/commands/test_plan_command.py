@@ -61,6 +61,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         disk = DiskSpeed(bytes=1000, write=write, read=read)
         speed = EncodingSpeed(
             images=8,
+            views=1,
             model_seconds={"sd-vae": 0.5, "demo": 0.25},
             decode_seconds=0.125,
             load_seconds=3.0,
@@ -114,6 +115,7 @@ def test_seconds_add_up_or_run_side_by_side() -> None:
     def speed(**changes: Any) -> EncodingSpeed:
         given: dict[str, Any] = {
             "images": 1,
+            "views": 1,
             "model_seconds": {"sd-vae": 0.5, "demo": 0.25},
             "decode_seconds": 2.0,
             "load_seconds": 1.0,
@@ -127,6 +129,9 @@ def test_seconds_add_up_or_run_side_by_side() -> None:
     assert speed(devices=2).rate == 2 / (0.75 + 0.5)
     assert speed(beside=True).seconds_of(["demo"]) == 0.5
     assert speed(beside=True).seconds_of(["sd-vae", "demo"]) == 0.75
+    # an image of the set is decoded once and encoded in each view; a training image has one
+    assert speed(views=2).rate == 1 / (2 * 0.75 + 0.5)
+    assert speed(views=2).seconds_of(["demo"]) == 0.25 + 0.5
 
 
 def test_what_is_said_follows_from_what_was_measured(
@@ -208,6 +213,7 @@ def test_a_complete_cache_has_nothing_to_do_and_still_a_price(flags: dict[str, A
     found = make_plan(make_config(EncodingFlags(**flags)))
     speed = EncodingSpeed(
         images=1,
+        views=1,
         model_seconds={"demo": 1.0},
         decode_seconds=0.0,
         load_seconds=0.0,

@@ -46,11 +46,18 @@ class Teacher:
     def prepare(self, rows: NDArray[np.int64]) -> None:
         self.prepared.append(rows.tolist())
 
-    def __call__(self, rows: NDArray[np.int64], names: Sequence[str]) -> dict[str, Tensor]:
+    def __call__(
+        self, rows: NDArray[np.int64], names: Sequence[str], views: NDArray[np.int64]
+    ) -> dict[str, Tensor]:
         self.asked.append(rows.tolist())
         self.names.add(tuple(names))
         values = {
-            name: np.stack([expected_row(name, int(row), self._stored[name]) for row in rows])
+            name: np.stack(
+                [
+                    expected_row(name, int(row), self._stored[name], view=int(view))
+                    for row, view in zip(rows, views, strict=True)
+                ]
+            )
             for name in names
         }
         return {name: torch.from_numpy(each.astype(np.float32)) for name, each in values.items()}

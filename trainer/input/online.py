@@ -67,12 +67,15 @@ class LiveTargets(Protocol):
         """Begin to decode the images of rows that will be asked for soon, and do not wait."""
         ...
 
-    def __call__(self, rows: NDArray[np.int64], names: Sequence[str]) -> dict[str, Tensor]:
+    def __call__(
+        self, rows: NDArray[np.int64], names: Sequence[str], views: NDArray[np.int64]
+    ) -> dict[str, Tensor]:
         """Compute columns of some rows.
 
         Args:
             rows: rows of the cache, int64 ``[B]``, none of them invalid.
             names: which of its columns; nothing else is computed.
+            views: view of each row, int64 ``[B]``, by its index among those of the cache.
 
         Returns:
             Column → float32 ``[B, *shape]`` on the training device.
@@ -139,8 +142,8 @@ def with_targets(batch: Batch, live: LiveTargets, names: Sequence[str]) -> Batch
     """Return a batch with live columns of its rows beside those it was read with.
 
     Args:
-        batch: on the training device; only `Batch.rows` stays on the host.
+        batch: on the training device; only `Batch.rows` and `Batch.views` stay on the host.
         live: computes them.
         names: the columns that are wanted.
     """
-    return replace(batch, columns={**batch.columns, **live(batch.rows.numpy(), names)})
+    return replace(batch, columns={**batch.columns, **live(batch.rows.numpy(), names, batch.views.numpy())})

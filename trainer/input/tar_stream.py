@@ -235,7 +235,7 @@ class _Epoch:
             ),
             micro,
             loader.accumulate,
-        ).tolist()
+        )
         samples = [held.pop(row) for row in rows.tolist()]
         columns = {}
         for name in dict.fromkeys(loader.columns_at(step)):
@@ -245,7 +245,7 @@ class _Epoch:
             tensor = torch.empty(
                 (len(rows), *spec.shape), dtype=getattr(torch, spec.dtype), pin_memory=loader.pinned
             )
-            for position, ((_, arrays), view) in enumerate(zip(samples, views, strict=True)):
+            for position, ((_, arrays), view) in enumerate(zip(samples, views.tolist(), strict=True)):
                 tensor.numpy()[position] = arrays[name][view]
             columns[name] = tensor
         return Batch(
@@ -253,6 +253,7 @@ class _Epoch:
             micro=micro,
             images_seen=(step + 1) * loader.batch_size,
             rows=torch.from_numpy(rows.copy()),
+            views=torch.from_numpy(views.copy()),
             label=torch.tensor([label for label, _ in samples], dtype=torch.int64),
             columns=columns,
         )

@@ -11,7 +11,6 @@ import torch
 from ...data.errors import RepaError
 from ...data.format.columns import KINDS, LABEL, MOMENTS, source_of
 from ...data.format.foreign import foreign_lines
-from ...data.format.manifest import ORIGINAL_VIEW
 from ...data.reading.latents import chosen_scale
 from ...data.reading.order import split_holdout
 from ...data.reading.reader import CacheReader
@@ -158,13 +157,6 @@ def _check_live(config: TrainConfig, manifest: Manifest, found: Checked) -> None
         found.add(
             "targets is online and there is no live teacher",
             "pass one as `live`, see trainer.input.online",
-            field="--targets",
-        )
-    if manifest.views != (ORIGINAL_VIEW,):
-        found.add(
-            f"cache {config.cache} has the views {', '.join(manifest.views)}, and live teachers see images "
-            "as they are",
-            "train with --targets cache, or from a cache of one view",
             field="--targets",
         )
 

@@ -108,7 +108,17 @@ def test_pinned_batches_survive_asynchronous_copies(small_reader: CacheReader) -
     torch.cuda.synchronize()
     for rows, label, moved in copies:
         columns = {column: values.cpu() for column, values in moved.items()}
-        check(Batch(step=0, micro=0, images_seen=0, rows=rows, label=label, columns=columns))
+        check(
+            Batch(
+                step=0,
+                micro=0,
+                images_seen=0,
+                rows=rows,
+                views=torch.zeros_like(rows),
+                label=label,
+                columns=columns,
+            )
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a CUDA device")

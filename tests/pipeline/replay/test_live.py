@@ -92,19 +92,19 @@ def test_any_rows_in_any_order_are_the_cache_to_the_bit(live: LiveTeachers, cach
     for count in (1, 5, 18):
         rows = generator.permutation(valid)[:count]
         live.prepare(rows)
-        targets = live(rows, (PATCH,))
+        targets = live(rows, (PATCH,), np.zeros_like(rows))
         assert set(targets) == {PATCH}
         assert np.array_equal(targets[PATCH].numpy(), stored(cache, rows))
         assert not targets[PATCH].is_inference()
     # a row that is asked for twice, and rows that were not prepared
     rows = valid[[3, 3, 17]]
-    assert np.array_equal(live(rows, (PATCH,))[PATCH].numpy(), stored(cache, rows))
+    assert np.array_equal(live(rows, (PATCH,), np.zeros_like(rows))[PATCH].numpy(), stored(cache, rows))
 
 
 def test_queries_and_keys_are_the_encoders(live: LiveTeachers, images: Path) -> None:
     live.load(CPU)
     rows = np.array([9, 0], np.int64)
-    targets = live(rows, (PATCH, "demo/q", "demo/k"))
+    targets = live(rows, (PATCH, "demo/q", "demo/k"), np.zeros_like(rows))
     assert {name: (values.dtype, tuple(values.shape[1:])) for name, values in targets.items()} == {
         name: (torch.float32, spec.shape) for name, spec in live.columns.items()
     }
@@ -192,8 +192,8 @@ def test_an_image_that_broke_is_named(images: Path, cache: Path, tmp_path: Path)
     with pytest.raises(
         CacheError, match=r"image a/01.png of .*, row 1 of cache .*, cannot be decoded any more"
     ):
-        live(np.array([0, 1]), (PATCH,))
+        live(np.array([0, 1]), (PATCH,), np.zeros(2, np.int64))
     place.unlink()
     with pytest.raises(RepaError, match=r"a/01.png has vanished"):
-        live(np.array([1]), (PATCH,))
+        live(np.array([1]), (PATCH,), np.zeros(1, np.int64))
     live.close()

@@ -86,7 +86,7 @@ def test_batches_of_a_shard_do_not_depend_on_the_others(batch_size: int) -> None
 def encoded(
     shard: int, rows: list[int], *, last: bool, invalid: dict[int, str] | None = None
 ) -> EncodedBatch:
-    values = np.arange(len(rows) * 2, dtype=np.float32).reshape(len(rows), 2, 1, 1)
+    values = np.arange(len(rows) * 2, dtype=np.float32).reshape(len(rows), 1, 2, 1, 1)
     return EncodedBatch(
         shard=shard,
         sources=("sd-vae",),
