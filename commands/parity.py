@@ -218,20 +218,25 @@ class _Comparison:
             view=view,
             order=self._config.order,
             last_image=size * steps,
-            columns_at=self._module.columns_at,
+            # not the module's own, which asks the method of the side that was computed last
+            columns_at=lambda step: self._names("cached", step),
         )
         for batch in loader:
             columns = {name: values.to(self._device) for name, values in batch.columns.items()}
             yield replace(batch, label=batch.label.to(self._device), columns=columns)
 
     def _with_live_targets(self, batch: Batch) -> Batch:
-        from ..trainer.input.datamodule import columns_of_phase
         from ..trainer.input.online import live_columns, with_targets
 
-        method = self._methods["live"]
-        condition = self._module.backbone.y_embedder.column
-        names = columns_of_phase(method, method.phase_at(batch.step), condition)
-        return with_targets(batch, self._teachers, live_columns(names, self._teachers))
+        names = live_columns(self._names("live", batch.step), self._teachers)
+        return with_targets(batch, self._teachers, names)
+
+    def _names(self, side: str, step: int) -> tuple[str, ...]:
+        """List the columns that a side's method takes at a step."""
+        from ..trainer.input.datamodule import columns_of_phase
+
+        method = self._methods[side]
+        return columns_of_phase(method, method.phase_at(step), self._module.backbone.y_embedder.column)
 
     def _compare(self, cached: Batch, live: Batch) -> None:
         self._compare_columns(cached, live)

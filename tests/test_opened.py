@@ -100,6 +100,7 @@ def test_what_is_not_there(path: Path, tmp_path: Path) -> None:
         (lambda: cache.attention({}, "other", block=1), "other+attention"),
         (lambda: cache.loader(PATCH, batch_size=4, start_step=-1), "start_step"),
         (lambda: cache.loader(PATCH, batch_size=4, rank=0), "rank"),
+        (lambda: cache.loader(PATCH, batch_size=4, view="none"), "view"),
         (lambda: repa.open("a-{0..3}.tar"), "cache"),
     ):
         with pytest.raises(RepaError) as caught:
@@ -144,8 +145,14 @@ def test_the_order_is_that_of_training(path: Path) -> None:
     )
     for batch, ours in zip(whole, trained, strict=True):
         assert torch.equal(batch["rows"], ours.rows)
+        assert torch.equal(batch["views"], ours.views)
         assert torch.equal(batch["label"], ours.label)
         assert all(torch.equal(batch[name], values) for name, values in ours.columns.items())
+    assert {0, 1} == set(torch.cat([batch["views"] for batch in whole]).tolist())
+    (mirrored,) = batches_of(cache.loader(PATCH, steps=1, view="mirrored", **options))
+    assert torch.equal(mirrored["rows"], whole[0]["rows"])
+    for row, values in zip(mirrored["rows"].tolist(), mirrored[PATCH].numpy(), strict=True):
+        np.testing.assert_array_equal(values, expected_row(PATCH, row, COLUMNS[PATCH], view=1))
     later = cache.loader(MOMENTS, PATCH, steps=8, start_step=5, **options)
     assert_equal(batches_of(later), whole[5:])
     assert later.step == 8

@@ -182,6 +182,13 @@ def test_views_are_one_draw_for_all_columns(tmp_path: Path) -> None:
     with CacheReader(tmp_path / "cache", list(COLUMNS)) as reader:
         batches = list(make(reader, batch_size=16, last_image=64))
         halves = [list(make(reader, batch_size=16, last_image=64, world=2, rank=rank)) for rank in range(2)]
+        quarters = list(make(reader, batch_size=16, last_image=64, accumulate=4))
+        (fixed,) = make(reader, batch_size=16, last_image=16, view=1)
+    assert fixed.views.tolist() == [1] * 16
+    assert fixed.rows.tolist() == batches[0].rows.tolist()
+    for position, row in enumerate(fixed.rows.tolist()):
+        expected = expected_row(PATCH, row, COLUMNS[PATCH], view=1)
+        assert np.array_equal(fixed.columns[PATCH][position].numpy(), expected)
     drawn = []
     for step, batch in enumerate(batches):
         for position, row in enumerate(batch.rows.tolist()):
@@ -196,6 +203,10 @@ def test_views_are_one_draw_for_all_columns(tmp_path: Path) -> None:
             ]
             assert matches in ([[True, False]] * 2, [[False, True]] * 2)
             drawn.append(matches[0].index(True))
+        assert batch.views.tolist() == drawn[-16:]
+        assert torch.cat([half[step].views for half in halves]).tolist() == drawn[-16:]
+        micros = [each for each in quarters if each.step == step]
+        assert torch.cat([each.views for each in micros]).tolist() == drawn[-16:]
         joined = torch.cat([half[step].columns[PATCH] for half in halves])
         assert torch.equal(joined, batch.columns[PATCH])
     assert 10 < sum(drawn) < 54

@@ -32,13 +32,20 @@ if TYPE_CHECKING:
 def moments_of(path: Path) -> np.ndarray:
     with CacheReader(path, (MOMENTS,)) as reader:
         return np.stack(
-            [expected_row(MOMENTS, row, reader.manifest.columns[MOMENTS]) for row in reader.valid_rows]
+            [
+                expected_row(MOMENTS, row, reader.manifest.columns[MOMENTS], view=view)
+                for row in reader.valid_rows
+                for view in range(len(reader.manifest.views))
+            ]
         ).astype(np.float64)
 
 
-def test_statistics_are_those_of_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("views", [("original",), ("original", "mirrored")])
+def test_statistics_are_those_of_draws_of_all_views(
+    views: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "cache"
-    before = synthetic_cache(path, num_rows=41, invalid={3: "damaged"})
+    before = synthetic_cache(path, num_rows=41, invalid={3: "damaged"}, views=views)
     monkeypatch.setattr(latent_statistics, "_CHUNK", 16)
     assert settle_latent_statistics(path)
     manifest = open_manifest(path)

@@ -58,6 +58,7 @@ def attempt(data: Path, cache: Path, world: int) -> list[int]:
                 encoders=["demo"],
                 vae="demo",
                 resolution=RESOLUTION,
+                views="flip",
                 batch_size=4,
                 shard_rows=8,
                 attention=",".join(map(str, ATTENTION["demo"])),

@@ -59,6 +59,19 @@ def test_repa_from_latents_alone_is_repa_from_the_cache(
     assert [len(rows) for rows in teacher.asked] == [8 // accumulate] * (4 * accumulate)
 
 
+@pytest.mark.parametrize("method", ["repa", "reg"])
+def test_of_two_views_the_live_teacher_sees_the_one_that_is_read(
+    settings: Settings, run_fit: Fit, same_run: SameRun, tmp_path: Path, method: str
+) -> None:
+    """The latent, and REG's class token, are of that view too, in every sample."""
+    cache = tmp_path / "two"
+    synthetic_cache(cache, num_rows=40, views=("original", "mirrored"))
+    changes = {"holdout": 7, "eval_every": 2, "cache": str(cache), "method": method}
+    run_fit(settings(**changes), "cached")
+    run_fit(settings(**changes, accumulate=1, targets="online"), "online", live=Teacher(cache))
+    same_run(tmp_path / "cached", tmp_path / "online", 4)
+
+
 def test_haste_calls_no_teacher_from_tau_on(
     haste: Settings, run_fit: Fit, same_run: SameRun, tmp_path: Path, attention_cache: Path
 ) -> None:

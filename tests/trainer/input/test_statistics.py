@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from repa.data.format.columns import ColumnSpec
 from repa.data.reading.reader import CacheReader
-from repa.data.testing import expected_row
+from repa.data.testing import expected_row, synthetic_cache
 from repa.trainer.input import statistics
 from repa.trainer.input.statistics import column_statistics
 
@@ -35,6 +35,16 @@ def test_spaced_rows_from_the_first_to_the_last(cache: Path, monkeypatch: pytest
     with CacheReader(cache, ("demo/cls",)) as reader:
         mean, _ = column_statistics(reader, "demo/cls", np.arange(10, 19))
     assert mean.numpy() == pytest.approx(by_hand([10, 14, 18])[0], rel=1e-6, abs=1e-7)
+
+
+def test_all_views_count(tmp_path: Path) -> None:
+    synthetic_cache(tmp_path / "cache", num_rows=12, views=("original", "mirrored"))
+    values = [expected_row("demo/cls", row, SPEC, view=view) for row in (2, 7, 9) for view in range(2)]
+    with CacheReader(tmp_path / "cache", ("demo/cls",)) as reader:
+        mean, std = column_statistics(reader, "demo/cls", np.array([2, 7, 9]))
+    both = np.stack(values).astype(np.float64)
+    assert mean.numpy() == pytest.approx(both.mean(0), rel=1e-6, abs=1e-7)
+    assert std.numpy() == pytest.approx(both.std(0), rel=1e-6)
 
 
 def test_a_channel_that_never_varies(cache: Path) -> None:

@@ -70,7 +70,7 @@ def test_values_labels_and_views_are_the_caches(exported: str) -> None:
                     for name in COLUMNS
                 )
             ]
-            assert len(views) == 1  # all columns of a row are of one view
+            assert views == [batch.views[position].item()]  # all columns of a row are of one view, and this
             seen |= set(views)
     assert seen == {0, 1}
 
