@@ -171,7 +171,8 @@ def _say_encoding(plan: Plan, speed: EncodingSpeed, disk: DiskSpeed | None, cons
     from ..data.units import human_rate, human_seconds
     from ..pipeline.summary import say
 
-    parts = [f"{name} {_short(seconds)}" for name, seconds in speed.model_seconds.items()]
+    times = f"{speed.views} × " if speed.views > 1 else ""
+    parts = [f"{name} {times}{_short(seconds)}" for name, seconds in speed.model_seconds.items()]
     parts.append(f"decoding {_short(speed.decode_seconds)}")
     devices = f" on {speed.devices} devices" if speed.devices > 1 else ""
     say(

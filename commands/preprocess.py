@@ -106,7 +106,7 @@ class EncodingFlags:
     ] = None
     attention_bytes: Annotated[
         int | None,
-        typer.Option(help="Store them as such factors, of at most so many bytes an image and encoder."),
+        typer.Option(help="Store them as such factors, of at most so many bytes an image, view and encoder."),
     ] = None
     compress: Annotated[
         str | None,

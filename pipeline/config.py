@@ -55,8 +55,8 @@ class PreprocessConfig:
             ``attention_kl``: of a cache of an earlier version, which chose this rank for it.
         attention_kl: store factors of each image's own attention, of the fewest bytes whose mean divergence
             from the teacher's is at most so many nats in every block and head, on held-out images.
-        attention_bytes: store such factors of at most so many bytes an image, all blocks of an encoder
-            together.
+        attention_bytes: store such factors of at most so many bytes an image and view, all blocks of an
+            encoder together.
         compress: ``zstd``, ``blosc`` or ``pcodec`` for the teachers' columns, losslessly. None stores them as
             they are: floats shrink by a tenth to a fifth, and compressed rows cannot be read directly.
         compute_dtype: ``float32``, ``tf32`` (of a GPU's tensor cores), ``bfloat16`` or ``float16``, of the

@@ -153,6 +153,7 @@ def chosen_forms(manifest: Manifest, sources: Sequence[str]) -> list[str]:
         sources: those to look at.
     """
     lines = []
+    views = " and view" if len(manifest.views) > 1 else ""
     for source in sources:
         provenance = manifest.sources.get(source)
         notes: Mapping[str, Any] = {} if provenance is None else provenance.notes
@@ -163,7 +164,7 @@ def chosen_forms(manifest: Manifest, sources: Sequence[str]) -> list[str]:
         near = fidelity.get("gradient_cosine_near")
         gradient = "" if near is None else f", gradient near the teacher at cosine {near:.6g}"
         lines.append(
-            f"{source}: {asked} took {human_bytes(fidelity['bytes_per_image'])} per image: "
+            f"{source}: {asked} took {human_bytes(fidelity['bytes_per_image'])} per image{views}: "
             f"{fidelity['kl_worst_head']:.3g} nats in the worst head, {fidelity['kl_mean']:.3g} on average"
             f"{gradient}"
         )

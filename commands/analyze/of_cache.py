@@ -75,6 +75,7 @@ def analyze_cache(flags: AnalyzeFlags, console: Console) -> None:
             "cache": where,
             "identity": manifest.identity,
             "images": len(rows),
+            "view": manifest.views[0],
             "seed": flags.seed,
         }
         document["teachers"] = _measure_tokens(reader, rows, tokens, flags.batch_size)

@@ -84,6 +84,10 @@ def print_notes(found: CacheInfo, console: Console) -> None:
             _print_attention_fidelity(source, fidelity, where, console)
         else:
             _print_token_fidelity(source, fidelity, where, console)
+    views = len(found.manifest.views)
+    if views > 1 and any("fidelity" in each.notes for each in found.manifest.sources.values()):
+        line = f"where it says per image, fitted or measured: each of an image's {views} views counts as one"
+        console.print(line, highlight=False, soft_wrap=True, style="dim")
 
 
 def _attention_form(notes: Mapping[str, Any]) -> str:

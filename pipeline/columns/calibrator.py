@@ -37,7 +37,7 @@ class Calibrator:
 
     Args:
         cache: folder of the cache.
-        images: the set.
+        images: the set, as they are.
         resolution: side of the crop in pixels.
         views: of the cache.
         batch_size: images of a forward pass.

@@ -28,7 +28,7 @@ class AttentionSettings:
             all.
         tolerance: nats. Factors of each image by itself, of the fewest bytes whose mean divergence is at most
             this in every block and head. With a rank: what an earlier version chose that rank for.
-        bytes: of an image, at most. Factors of each image by itself, which lose least in the worst head.
+        bytes: of an image and view, at most. Factors of each by itself, which lose least in the worst head.
         compressor: of the columns, see `ColumnSpec`.
     """
 

@@ -78,7 +78,7 @@ class Reference:
         return self.statistics if network == INCEPTION else {}
 
     def cached_features(self, encoder: str) -> NDArray[np.float32]:
-        """Return the class vectors of every valid image of the cache, float32 ``[M, D]``.
+        """Return the class vectors of every valid image of the cache in its first view, float32 ``[M, D]``.
 
         Raises:
             CacheError: the column is not complete.
