@@ -76,6 +76,12 @@ cache verify folder
 cache merge cache cache --cache whole
 cache export cache --out text
 cache import tars/shard-000000.tar --cache back
+cache import folder --format repa --cache back
+cache import folder --format mar --cache back
+cache import empty --format fast-dit --cache back
+cache import nowhere --format lightningdit --cache back
+cache import folder --format dit --cache back
+cache import folder --vae demo --cache back
 cache drop nobody cache
 """
 

@@ -45,7 +45,9 @@ def foreign_lines(manifest: Manifest) -> list[str]:
         "at random": ", of images that were mirrored at random, so no teacher can be added",
     }[note.mirrored]
     named = autoencoder_of(manifest.sources[AUTOENCODER])
-    by = "an autoencoder that nobody has named" if named is None else f"{named}, as was said at the import"
+    by = "an autoencoder that nobody has named (--vae of the import does, for previews)"
+    if named is not None:
+        by = f"{named}, as was said at the import"
     return [
         f"{AUTOENCODER} is foreign: imported from {counted(note.files, 'file', ',')} "
         f"({human_bytes(note.bytes)}) of the layout {printable(note.layout)}, sha256 "

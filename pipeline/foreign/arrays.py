@@ -9,6 +9,7 @@ import io
 import tokenize
 import zipfile
 import zlib
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,18 @@ _NO_HEADER = (
     UserWarning,
     tokenize.TokenError,
 )
+_MOST_HEADER = 1 << 16
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+
+
+@lru_cache(maxsize=64)
+def _header(raw: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Return shape, order and dtype; a million files have one and the same header."""
+    file = io.BytesIO(raw)
+    shape, by_columns, dtype = _HEADERS[npy.read_magic(file)](file)
+    if file.tell() != len(raw):
+        raise ValueError("its header is not as long as it says")
+    return shape, by_columns, dtype
 
 
 def parse_npy(raw: bytes, where: str) -> NDArray[Any]:
@@ -52,18 +64,20 @@ def parse_npy(raw: bytes, where: str) -> NDArray[Any]:
     Raises:
         RepaError: it is none, is cut off, or holds objects.
     """
-    file = io.BytesIO(raw)
+    # NEP 1: magic and version in 8 bytes, the header's length in 2, or in 4 of version 2
+    width = 2 if raw[6:7] == b"\1" else 4
+    start = 8 + width + int.from_bytes(raw[8 : 8 + width], "little")
     try:
-        shape, by_columns, dtype = _HEADERS[npy.read_magic(file)](file)
+        shape, by_columns, dtype = _header(raw[: min(start, _MOST_HEADER)])
     except _NO_HEADER as error:
         reason = printable(" ".join(str(error).split())[:80])
         raise RepaError(f"{where} is no .npy file of numbers ({reason})", AGAIN) from None
     expected = prod(shape) * dtype.itemsize
     if dtype.hasobject or dtype.kind not in "fiu" or any(size < 0 for size in shape):
         raise RepaError(f"{where} holds {printable(dtype)}, not numbers", AGAIN)
-    if len(raw) - file.tell() != expected:
-        raise RepaError(f"{where} has {len(raw) - file.tell():,} bytes of {expected:,} of its array", AGAIN)
-    return np.frombuffer(raw, dtype, offset=file.tell()).reshape(shape, order="F" if by_columns else "C")
+    if len(raw) - start != expected:
+        raise RepaError(f"{where} has {max(0, len(raw) - start):,} bytes of {expected:,} of its array", AGAIN)
+    return np.frombuffer(raw, dtype, offset=start).reshape(shape, order="F" if by_columns else "C")
 
 
 def parse_npz(raw: bytes, names: Sequence[str], where: str) -> list[NDArray[Any]]:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     Progress = Callable[[int, int], None]
 
 _ROWS = 64  # read at a time
+_FILES = 1024  # looked at before more are handed out
 _MOST_THREADS = 8
 
 
@@ -141,11 +142,11 @@ def _survey(latents: ForeignLatents, progress: Progress) -> dict[str, object]:
     count = len(latents.files)
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), "repa-import") as pool:
         try:
-            for number, (name, digest) in enumerate(
-                zip(latents.files, pool.map(latents.survey, latents.files), strict=True), 1
-            ):
-                lines.append(f"{digest}  {name}\n")
-                progress(number, count)
+            for first in range(0, count, _FILES):
+                names = latents.files[first : first + _FILES]
+                for name, digest in zip(names, pool.map(latents.survey, names), strict=True):
+                    lines.append(f"{digest}  {name}\n")
+                    progress(len(lines), count)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

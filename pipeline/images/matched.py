@@ -68,7 +68,8 @@ class MatchedImages:
             raise CacheError(
                 f"{images.name} lacks {counted(len(missing), 'image', ',')} of the {len(self.keys):,} of "
                 f"cache {cache}, the first is {missing[0]}",
-                "give the images that its latents were made from, under these names",
+                "give the images that its latents were made from, under these names; if those are no images' "
+                "names, import again with --data",
                 field="--data",
             )
         self._rows = np.array([rows[key] for key in self.keys], dtype=np.int64)
