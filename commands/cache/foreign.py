@@ -72,7 +72,7 @@ def check_import(flags: ImportFlags) -> None:
     ]
     if flags.form == OWN and given:
         raise RepaError(
-            f"{given[0]} says what latents of other programs do not, and tars of a cache say it all",
+            f"{given[0]} is about latents of other programs, and tars of a cache say it themselves",
             f"leave it out, or give --format {'|'.join(FOREIGN)}",
             field=given[0],
         )

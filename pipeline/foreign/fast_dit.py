@@ -61,9 +61,10 @@ class FastDit(FilePerRow):
             found[match[2]][int(match[3])] = name
         features, labels = found["features"], found["labels"]
         if len(sets) != 1 or not features:
+            what = "has no features" if not features else f"has the features of {counted(len(sets), 'set')}"
             raise RepaError(
-                f"{root} has the features of {counted(len(sets), 'set')}",
-                "name the folder of one, as of imagenet256_features and imagenet256_labels",
+                f"{root} {what}",
+                "name the folder that has imagenet256_features and imagenet256_labels, and nothing else",
                 field="FROM",
             )
         if alone := sorted(features.keys() ^ labels.keys()):
