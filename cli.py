@@ -19,6 +19,7 @@ import typer
 from . import __version__
 from .commands.analyze.flags import AnalyzeFlags
 from .commands.analyze.run import analyze
+from .commands.bank.app import bank_app
 from .commands.bench.measured import METHODS as MEASURED_METHODS
 from .commands.bench.measured import BenchSettings
 from .commands.cache.app import cache_app
@@ -50,6 +51,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cache_app, name="cache")
+app.add_typer(bank_app, name="bank")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

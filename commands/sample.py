@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..trainer.sampling.generate import TrainedModel
+    from .shared.banks import BankAsked
     from .shared.prepared import Prepared
     from .shared.sampling import SamplingJob
 
@@ -84,6 +85,42 @@ class SampleFlags:
             help="Class to sample, by number or name; may repeat. Default: all, equally often.",
         ),
     ] = None
+    bank: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CACHE|FILE",
+            help="Of a model conditioned on class tokens: where it takes them from, a cache or a file of "
+            "'repa bank build'.",
+            show_default="the cache of the run",
+        ),
+    ] = None
+    like: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ROW|IMAGE",
+            help="Take the class token of this row of the bank, or of this image; may repeat, in turn.",
+            show_default="rows drawn",
+        ),
+    ] = None
+    mix: Annotated[
+        str | None,
+        typer.Option(help="Mix two --like: linear, spherical, concat or mask.", show_default="none"),
+    ] = None
+    alphas: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--alpha",
+            help="Share of the second in the mixture, 0 to 1; may repeat, in turn.",
+            show_default="0, 0.2, …, 1; of concat and mask 0.5",
+        ),
+    ] = None
+    draw: Annotated[
+        str, typer.Option(help="Law of the rows: uniform, or noise (by the mean of the initial noise).")
+    ] = "uniform"
+    encoder_weights: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="Of --like IMAGE: file of the teacher's weights."),
+    ] = None
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0
     batch_size: Annotated[int, typer.Option(help="Images of a forward pass; does not change them.")] = 32
     devices: Annotated[
@@ -125,6 +162,7 @@ def sample(flags: SampleFlags, *, console: Console | None = None) -> None:
     import torch
 
     from ..data.storage.files import os_errors, refuse_links
+    from ..trainer.run.folder import run_of
     from ..trainer.sampling.record import SampleFolder
 
     cuda = torch.cuda.is_available()
@@ -138,6 +176,8 @@ def sample(flags: SampleFlags, *, console: Console | None = None) -> None:
         device="cuda" if cuda else "cpu",
         say=lambda line: _say(console, line),
         asked=lambda model: _asked(flags.labels or (), model),
+        bank=_bank_asked(flags),
+        run=run_of(checkpoint),
     )
     record = prepared.record
     if flags.out is None:
@@ -155,6 +195,19 @@ def sample(flags: SampleFlags, *, console: Console | None = None) -> None:
         _run(jobs, prepared, report)
     folder.finish(prepared.condition)
     _say(console, f"Wrote {counted(flags.num, 'image', ',')} to {out}.")
+
+
+def _bank_asked(flags: SampleFlags) -> BankAsked:
+    from .shared.banks import BankAsked
+
+    return BankAsked(
+        bank=flags.bank or "",
+        like=tuple(flags.like or ()),
+        mix=flags.mix or "",
+        alphas=tuple(flags.alphas or ()),
+        draw=flags.draw,
+        encoder_weights=tuple(flags.encoder_weights or ()),
+    )
 
 
 def _places(flags: SampleFlags) -> tuple[Path, Path]:

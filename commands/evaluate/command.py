@@ -62,7 +62,7 @@ def _check_source(flags: EvaluateFlags) -> None:
     default = EvaluateFlags()
     of_sampling = (
         *("labels", "solver", "steps", "shift", "guidance", "guidance_cls", "guidance_channels"),
-        *("interval", "seed", "weights", "vae", "keep_samples"),
+        *("interval", "bank", "seed", "weights", "vae", "keep_samples"),
     )
     for name in of_sampling:
         if getattr(flags, name) != getattr(default, name):

@@ -100,6 +100,15 @@ class EvaluateFlags:
     interval: Annotated[
         tuple[float, float], typer.Option(metavar="LOW HIGH", help="Times between which guidance acts.")
     ] = (0.0, 1.0)
+    bank: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CACHE|FILE",
+            help="Of a model conditioned on class tokens: where it takes them from, a cache or a file of "
+            "'repa bank build'.",
+            show_default="the cache of the run",
+        ),
+    ] = None
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema"
     vae: Annotated[str | None, typer.Option(help="AutoencoderKL; default the one the latents came from.")] = (

@@ -67,5 +67,6 @@ def _how(samples: SamplesSaid) -> str:
         guidance += f" on {samples.guidance_channels} channels"
     if samples.guidance != 1 and samples.interval is not None:
         guidance += f" for t in [{samples.interval[0]:g}, {samples.interval[1]:g}]"
-    parts += [guidance, f"labels {samples.labels}", f"seed {samples.seed}"]
+    given = f"labels {samples.labels}" if samples.condition is None else samples.condition
+    parts += [guidance, given, f"seed {samples.seed}"]
     return f": {', '.join(parts)}"

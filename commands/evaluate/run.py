@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -123,10 +123,13 @@ def run_evaluation(flags: EvaluateFlags, console: Console) -> None:
     arrays = dict(zip(specs, (each.read() for each in of_samples.shards), strict=True))
     _refuse_repeated(next(iter(arrays.values()))[IMAGE], "--seed" if flags.samples is None else "--samples")
     measured = _measured(networks, arrays, reference, of_reference)
+    figures = figures_of(asked, measured, bootstrap=flags.bootstrap)
+    if samples.said.condition is not None:
+        figures = [replace(each, protocol=f"{each.protocol}; image-conditioned") for each in figures]
     evaluation = Evaluation(
         samples=samples.said,
         reference=reference.said,
-        figures=tuple(figures_of(asked, measured, bootstrap=flags.bootstrap)),
+        figures=tuple(figures),
         notes=(
             *samples.notes,
             *notes_of(asked, measured, reference, class_sorted=samples.class_sorted),

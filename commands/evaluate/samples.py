@@ -11,8 +11,10 @@ from ...data.errors import RepaError
 from ...trainer.evaluation.image_sets import open_samples
 from ...trainer.evaluation.networks import BATCH
 from ...trainer.evaluation.results import SamplesSaid
+from ...trainer.run.folder import run_of
 from ...trainer.run.timing import device_hours
 from ...trainer.sampling.record import SampleFolder
+from ..shared.banks import BankAsked
 from ..shared.features import FileImages, GeneratedImages
 from ..shared.prepared import prepare_sampling
 from .flags import NUM
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
     from .flags import EvaluateFlags
 
 FOLDER = "evaluation"
+IMAGE_CONDITIONED = (
+    "image-conditioned: each sample was given the class token of an image of the bank, which tells more than "
+    "a class does; rank these figures beside others of the same bank, never beside class-conditional ones"
+)
 SHOWN_DIGITS = 12
 
 
@@ -65,16 +71,7 @@ def folder_of(flags: EvaluateFlags) -> Path:
         return flags.run
     named = flags.checkpoint or flags.samples
     assert named is not None, "the flags name one thing"
-    return _run_of(named) or named.parent / f"{named.stem}-{FOLDER}"
-
-
-def _run_of(checkpoint: Path) -> Path | None:
-    """Return the run that a checkpoint lies in, if it lies in one."""
-    from ...trainer.run.folder import CONFIG_FILE
-    from ...trainer.step.checkpoints import FOLDER as CHECKPOINTS
-
-    run = checkpoint.parent.parent
-    return run if checkpoint.parent.name == CHECKPOINTS and (run / CONFIG_FILE).exists() else None
+    return run_of(named) or named.parent / f"{named.stem}-{FOLDER}"
 
 
 def samples_of(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> Samples:
@@ -110,7 +107,7 @@ def _finished(flags: EvaluateFlags) -> Samples:
 
 def _generated(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> Samples:
     checkpoint = _checkpoint(flags)
-    run = flags.run or _run_of(checkpoint)
+    run = flags.run or run_of(checkpoint)
     prepared = prepare_sampling(
         checkpoint,
         flags,
@@ -120,6 +117,8 @@ def _generated(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> S
         device="cpu",
         say=say,
         label_mode=flags.labels,
+        bank=BankAsked(bank=flags.bank or ""),
+        run=run,
     )
     record, model = prepared.record, prepared.model
     said = SamplesSaid(
@@ -128,7 +127,9 @@ def _generated(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> S
         num=record.num,
         resolution=model.latent_shape[1] * prepared.decoder.load().stride,
         seed=record.seed,
-        labels=record.label_mode,
+        labels=record.label_mode if record.bank is None else None,
+        condition=None if record.bank is None else f"class tokens of images, {record.vectors}",
+        bank=record.bank,
         solver=record.solver,
         steps=record.steps,
         shift=None if record.shift == 1 else record.shift,
@@ -145,7 +146,13 @@ def _generated(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> S
     )
     of_others = ("checkpoint", "autoencoder", "form", "finished")
     # without them, features are found again that were made before there were such settings
-    later = {"shift": 1.0, "guidance_channels": "all"}
+    later = {
+        "shift": 1.0,
+        "guidance_channels": "all",
+        "bank": None,
+        "vectors": None,
+        "condition_sha256": None,
+    }
     identity = {
         name: value
         for name, value in asdict(record).items()
@@ -165,6 +172,7 @@ def _generated(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> S
         run=run,
         keep=SampleFolder(out / FOLDER / folder / "samples", record) if flags.keep_samples else None,
         condition=prepared.condition,
+        notes=() if record.bank is None else (IMAGE_CONDITIONED,),
     )
 
 

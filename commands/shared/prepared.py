@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ...trainer.sampling.generate import TrainedModel
     from ...trainer.sampling.record import SamplingRecord
+    from .banks import BankAsked
     from .decoder import Decoder
 
 BALANCED, RANDOM = "balanced", "random"
@@ -97,6 +98,8 @@ def prepare_sampling(
     say: Callable[[str], None],
     asked: Callable[[TrainedModel], tuple[int, ...]] = lambda _: (),
     label_mode: str = BALANCED,
+    bank: BankAsked | None = None,
+    run: Path | None = None,
 ) -> Prepared:
     """Load a model and its autoencoder, and say what the sampling is.
 
@@ -110,13 +113,20 @@ def prepare_sampling(
         say: prints a line.
         asked: the classes that a model is to sample, in turn; none takes all.
         label_mode: how they are chosen then, ``balanced`` or ``random``.
+        bank: what flags say of vectors, for a model that is conditioned on those; None says nothing.
+        run: folder of the run that the checkpoint is of; None if it is of none.
 
     Raises:
         RepaError: the model or the autoencoder cannot be had, or has nothing of what is asked for.
     """
+    from ...trainer.models.conditioning import ClassTokenConditioner
     from ...trainer.sampling.generate import conditions, model_of_file, with_scale
     from ...trainer.sampling.record import SamplingRecord, sha256_of
     from ...trainer.sampling.settings import SamplerConfig
+    from .banks import BankAsked, choose_vectors
+
+    bank = bank or BankAsked()
+    bank.check()
 
     settings = SamplerConfig(
         solver=flags.solver,
@@ -135,12 +145,24 @@ def prepare_sampling(
             field="--ckpt",
         )
     settings = settings.of(model.objective)
-    _check_guidance(flags, model)
+    _check_guidance(flags, model, say)
+    conditioner = model.backbone.y_embedder
+    if bank.given() and not isinstance(conditioner, ClassTokenConditioner):
+        raise RepaError(
+            f"{model.origin} is conditioned on {conditioner.column}, and not on vectors of a bank",
+            f"leave {bank.given()} out",
+            field=bank.given(),
+        )
     model.backbone.to(device)
     labels = asked(model)
-    condition = conditions(
-        model.backbone.y_embedder, num, seed=flags.seed, asked=labels, balanced=label_mode == BALANCED
-    ).numpy()
+    vectors = None
+    if isinstance(conditioner, ClassTokenConditioner):
+        vectors = choose_vectors(model, bank, num, seed=flags.seed, run=run)
+        condition = vectors.condition.numpy()
+    else:
+        condition = conditions(
+            conditioner, num, seed=flags.seed, asked=labels, balanced=label_mode == BALANCED
+        ).numpy()
     # before the sampling, which may take hours: without an autoencoder it would be for nothing
     decoder = decoder_of(model, flags.vae, device, say)
     model = with_scale(model, decoder)
@@ -163,6 +185,9 @@ def prepare_sampling(
         else None,
         guidance_channels=settings.guidance_channels,
         interval=settings.interval,
+        bank=None if vectors is None else vectors.bank,
+        vectors=None if vectors is None else vectors.vectors,
+        condition_sha256=None if vectors is None else vectors.sha256,
         seed=flags.seed,
         batch_size=batch_size,
         form=form,
@@ -212,13 +237,15 @@ def check_devices(devices: int, gpus: int) -> None:
         )
 
 
-def _check_guidance(flags: SamplingFlags, model: TrainedModel) -> None:
-    """Refuse guidance that the model cannot have.
+def _check_guidance(flags: SamplingFlags, model: TrainedModel, say: Callable[[str], None]) -> None:
+    """Refuse guidance that the model cannot have, and say of one that it was not trained for.
 
     Raises:
         RepaError: it was never trained without a label, has no class token, or is guided on channels that it
             does not leave out.
     """
+    from ...trainer.models.conditioning import LabelConditioner
+
     channels = model.latent_shape[0]
     if flags.guidance_channels != "all" and (channels <= 3 or flags.guidance == 1):
         raise RepaError(
@@ -236,7 +263,12 @@ def _check_guidance(flags: SamplingFlags, model: TrainedModel) -> None:
             field="--guidance-cls",
         )
     guided = [flag for flag, weight in given.items() if weight not in (None, 1)]
-    if guided and not model.guidable:
+    if guided and not model.guidable and not isinstance(model.backbone.y_embedder, LabelConditioner):
+        say(
+            f"note: {model.origin} was never trained without {model.backbone.y_embedder.column}: "
+            f"{guided[0]} leads away from a condition that it does not know"
+        )
+    elif guided and not model.guidable:
         raise RepaError(
             f"{model.origin} was trained with label_dropout=0, so it has nothing to be guided away from",
             f"leave {guided[0]} at 1",

@@ -11,6 +11,8 @@ from repa.trainer.config import build
 from repa.trainer.methods import METHODS
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
 from repa.trainer.models.sit_down import SIT_DOWN_SIZES, SiTDownSize
+from repa.trainer.objectives.times import TIME_LAWS
+from repa.trainer.run.checks import check
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -77,3 +79,20 @@ def small_config(method: str, cache: Path, *, model: str = "", **changes: Any) -
     values |= {f"method.{key}": value for key, value in small.items()}
     values |= {key.replace("__", "."): value for key, value in changes.items()}
     return build(flags=values)
+
+
+def twin_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return what a run of ``none`` needs to see the same as a method: its model, condition and times.
+
+    A method that brings a condition or a registered law of time of its own is compared with ``none`` given
+    the same ones by settings.
+    """
+    method = check(config).method
+    assert method is not None
+    settings: dict[str, Any] = {"model": config.model}
+    conditioner = method.make_conditioner(3)
+    if conditioner is not None:
+        settings["condition"] = conditioner.column
+    laws = [method.time_law(phase) for phase in method.phases()]
+    settings |= {"times": name for name, each in TIME_LAWS.items() if all(law is each for law in laws)}
+    return settings

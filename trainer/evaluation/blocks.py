@@ -93,8 +93,7 @@ def block_features(
         )
         tokens = (tuple(each.x_t for each in vectors.values()),) if vectors else ()
         values = columns[LABEL if conditioner.column == LABEL else conditioner.column].to(device)
-        drop = torch.full((len(x0),), model.guidable, device=device)
-        condition = conditioner.condition(values, drop)
+        condition = conditioner.null(len(x0)) if model.guidable else conditioner.whole(values)
         captured = backbone.forward(noised.x_t, noised.t, condition, capture, *tokens)
         for block, hidden in captured.hidden.items():
             grid = hidden.float()

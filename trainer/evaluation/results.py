@@ -37,7 +37,9 @@ class SamplesSaid:
         num: N, number of samples.
         resolution: side of a sample in pixels.
         seed: of the noise.
-        labels: how classes were chosen, ``balanced`` or ``random``.
+        labels: how classes were chosen, ``balanced`` or ``random``; None where no class was given.
+        condition: what was given instead of a class, in words.
+        bank: digest of the bank that this was taken from.
         solver: see `SamplerConfig`, as are the next six.
         steps: of the solver.
         shift: of its times, None without one.
@@ -59,6 +61,8 @@ class SamplesSaid:
     resolution: int
     seed: int | None = None
     labels: str | None = None
+    condition: str | None = None
+    bank: str | None = None
     solver: str | None = None
     steps: int | None = None
     shift: float | None = None
@@ -206,6 +210,8 @@ COLUMNS = (
     "k",
     "seed",
     "labels",
+    "condition",
+    "bank",
     "solver",
     "steps",
     "shift",

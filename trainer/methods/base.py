@@ -132,6 +132,8 @@ class Step:
         condition: what the network was conditioned on, ``[B, …]``.
         student: prediction and captured activations.
         beside: name → the vector that is denoised beside the latent: values and noise ``[B, D]``, times.
+        target: gives what the objective compares the prediction with, ``[B, C, h, w]``; see
+            `Method.needs_target`.
         interpolate: t ``[B]``, or of the groups ``[B, G]``, → x_t for this x0 and noise.
         generator: keyed by (seed, rank, step, micro-batch).
         batch_size: images of the whole optimiser step, over all ranks and micro-batches.
@@ -149,6 +151,7 @@ class Step:
     interpolate: Callable[[Tensor], Tensor]
     generator: torch.Generator
     batch_size: int = 1
+    target: Callable[[], Tensor] | None = None
     beside: Mapping[str, Noised] = field(default_factory=dict)
     draws: Mapping[str, Tensor] = field(default_factory=dict)
     ema_forward: EmaForward | None = None
@@ -227,6 +230,9 @@ class Method(nn.Module, ABC):
         presets: size of backbone (``"B"``), or of one family (``"DiT-B"``), which comes first → what the
             settings are that nobody has set.
         named_presets: name, as of ``method.preset``, → settings that it sets, each in place of its default.
+        own_condition: what its conditioner gives the network in place of the label, in words, for reports,
+            which must not compare it with others.
+        needs_target: whether its losses ask for `Step.target`, which not every objective has.
         requires: what the method needs; the checks before step 0 look at all of it.
         config: the settings, the preset's where nothing was set.
         asked: the settings as they were given.
@@ -236,6 +242,8 @@ class Method(nn.Module, ABC):
     default_model: ClassVar[str] = "SiT-B/2"
     presets: ClassVar[Mapping[str, MethodConfig]] = {}
     named_presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    own_condition: ClassVar[str] = ""
+    needs_target: ClassVar[bool] = False
     requires: ClassVar[tuple[Requirement, ...]] = ()
 
     def __init__(

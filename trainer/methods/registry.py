@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .erw import Erw
+from .gmem import Gmem
 from .haste import Haste
 from .irepa import Irepa
 from .none import NoAlignment
@@ -23,6 +24,7 @@ METHODS: Mapping[str, type[Method]] = {
     "none": NoAlignment,
     "repa": Repa,
     "haste": Haste,
+    "gmem": Gmem,
     "irepa": Irepa,
     "reg": Reg,
     "sra": Sra,

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...data.errors import RepaError
@@ -21,7 +22,25 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 DROP_PROBABILITY = 0.1
+MASK_PROBABILITY = 0.4
+CLS = "cls"
 EMBEDDING_STD = 0.02
+
+
+class Bank(Protocol):
+    """Vectors that samples are conditioned on, a row for each image that they are of."""
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        ...
+
+    def vectors(self, rows: Tensor) -> Tensor:
+        """Return the vectors float32 ``[n, D]`` of rows int64 ``[n]`` on the CPU, of any length.
+
+        Raises:
+            RepaError: they cannot be read.
+        """
+        ...
 
 
 class Conditioner(nn.Module, ABC):
@@ -31,15 +50,20 @@ class Conditioner(nn.Module, ABC):
         sequence: whether an embedding is a sequence of tokens ``[B, T, D]``, and not one vector ``[B, D]``.
         column: the cache's column that holds the values, ``label`` or ``<source>/<kind>``.
         drop_probability: how often training replaces the condition by the null one, for guidance.
+        built_from: what a checkpoint keeps to build it again; None where the kind of its column says nothing.
     """
 
     sequence: ClassVar[bool] = False
 
     column: str
     drop_probability: float
+    built_from: ConditionColumn | None = None
 
     def dropped(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw which of the samples lose their condition now, bool ``[B]`` on the generator's device."""
+        """Draw what the samples lose of their condition now, on the generator's device.
+
+        It is bool ``[B]``, or ``[B, n]`` where parts are lost.
+        """
         draws = torch.rand(count, generator=generator, device=generator.device)
         return draws < self.drop_probability
 
@@ -50,6 +74,10 @@ class Conditioner(nn.Module, ABC):
     @abstractmethod
     def condition(self, values: Tensor, dropped: Tensor) -> Tensor:
         """Condition ``[B, …]`` of the column's values ``[B, …]``, null where `dropped` (bool ``[B]``)."""
+
+    def whole(self, values: Tensor) -> Tensor:
+        """Return the condition ``[B, …]`` of which nothing is lost, as it is when sampling."""
+        return self.condition(values, torch.zeros(len(values), dtype=torch.bool, device=values.device))
 
     @abstractmethod
     def null(self, count: int) -> Tensor:
@@ -107,6 +135,106 @@ class LabelConditioner(Conditioner):
         return embedding
 
 
+class ClassTokenConditioner(Conditioner):
+    """A teacher's class token of the image itself, at unit length, projected (GMem, arXiv 2412.08781).
+
+    e = W·c + b with c = s / ‖s‖. Training drops elements of c and divides the others by 1 − p, or, as GMem's
+    first version, elements of e; when sampling nothing is dropped. A condition is c ``[B, D]``, or c and the
+    factors of e ``[B, D + width]``. The null condition is c = 0.
+
+    Args:
+        column: ``<teacher>/cls``.
+        tokens: D, channels of the class token.
+        width: channels of the embedding.
+        mask: p, how often an element is dropped.
+        mask_projected: drop elements of e, and not of c.
+        drop: how often the whole of c is (ours: without it the null condition is never trained).
+    """
+
+    def __init__(
+        self,
+        column: str,
+        tokens: int,
+        width: int,
+        *,
+        mask: float = MASK_PROBABILITY,
+        mask_projected: bool = False,
+        drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.column = column
+        self.mask = mask
+        self.mask_projected = mask_projected
+        self.drop_probability = drop
+        self.bank: Bank | None = None
+        self.linear = nn.Linear(tokens, width)
+        nn.init.xavier_uniform_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def dropped(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw which elements are lost, bool ``[B, D]`` or ``[B, width]``, all of them where the whole is."""
+        device = generator.device
+        whole = torch.rand(count, 1, generator=generator, device=device) < self.drop_probability
+        elements = self.linear.out_features if self.mask_projected else self.linear.in_features
+        return whole | (torch.rand(count, elements, generator=generator, device=device) < self.mask)
+
+    def condition(self, values: Tensor, dropped: Tensor) -> Tensor:
+        """Return class tokens ``[B, D]`` at unit length and masked, in float32 or better.
+
+        Args:
+            values: as stored ``[B, D]``.
+            dropped: of `dropped`.
+        """
+        dropped = dropped.to(values.device)
+        unit, kept = self._unit(values), ~dropped
+        factors = kept.to(unit) / (1 - self.mask) if self.mask < 1 else kept.to(unit)
+        if not self.mask_projected:
+            return unit * factors
+        none = dropped.all(dim=1, keepdim=True)
+        return torch.cat([torch.where(none, 0, unit), torch.where(none, 1, factors)], dim=1)
+
+    def whole(self, values: Tensor) -> Tensor:
+        """Return class tokens ``[B, D]`` at unit length, in float32 or better."""
+        unit = self._unit(values)
+        if not self.mask_projected:
+            return unit
+        return torch.cat([unit, unit.new_ones(len(unit), self.linear.out_features)], dim=1)
+
+    def null(self, count: int) -> Tensor:
+        """Return zeros, whose embedding is b."""
+        zeros = torch.zeros(count, self.linear.in_features, device=self.linear.weight.device)
+        return self.whole(zeros)
+
+    def sampling(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw rows of the bank uniformly, with replacement.
+
+        Raises:
+            RepaError: there is no bank, or it cannot be read.
+        """
+        if self.bank is None:
+            raise RepaError(
+                f"the model is conditioned on {self.column} of images, and nothing says of which",
+                "give a cache or a file of `repa bank build` with --bank",
+                field="--bank",
+            )
+        rows = torch.randint(len(self.bank), (count,), generator=generator, device=generator.device)
+        return self.whole(self.bank.vectors(rows.cpu())).to(self.linear.weight.device)
+
+    def forward(self, condition: Tensor) -> Tensor:
+        """Project, ``[B, width]``."""
+        if not self.mask_projected:
+            embedding: Tensor = self.linear(condition.to(self.linear.weight.dtype))
+            return embedding
+        parts = [self.linear.in_features, self.linear.out_features]
+        unit, factors = torch.split(condition.to(self.linear.weight.dtype), parts, dim=1)
+        embedding = self.linear(unit) * factors
+        return embedding
+
+    def _unit(self, values: Tensor) -> Tensor:
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        return F.normalize(values.to(dtype), dim=1)
+
+
 def balanced_labels(count: int, num_classes: int) -> Tensor:
     """Return labels int64 ``[count]``, every class equally often, or evenly spread ones of more classes."""
     numbers = torch.arange(count)
@@ -124,12 +252,18 @@ class ConditionColumn:
         shape: of a row, ``()`` for the label.
         num_classes: classes, without the null class.
         width: D, channels of the embedding.
+        mask: of a class token, as are the next two, see `ClassTokenConditioner`.
+        mask_projected: drop elements of its embedding.
+        drop: how often training drops the whole of it.
     """
 
     column: str
     shape: tuple[int, ...]
     num_classes: int
     width: int
+    mask: float = MASK_PROBABILITY
+    mask_projected: bool = False
+    drop: float = 0.0
 
     @property
     def kind(self) -> str:
@@ -152,10 +286,20 @@ class ConditionColumn:
                 f"choose a column of a kind that one is made of: {', '.join(CONDITIONS)}",
                 field="condition",
             )
-        return CONDITIONS[self.kind](self)
+        conditioner = CONDITIONS[self.kind](self)
+        conditioner.built_from = self
+        return conditioner
 
 
 CONDITIONS: dict[str, Callable[[ConditionColumn], Conditioner]] = {
     LABEL: lambda column: LabelConditioner(column.num_classes, column.width),
+    CLS: lambda column: ClassTokenConditioner(
+        column.column,
+        column.shape[0],
+        column.width,
+        mask=column.mask,
+        mask_projected=column.mask_projected,
+        drop=column.drop,
+    ),
 }
 """Kind of a column → what makes its conditioner: one line each."""

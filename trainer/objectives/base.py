@@ -54,6 +54,7 @@ class Objective(ABC):
         preview_solver: the one of them that makes previews; it draws no noise.
         vectors: whether all answers also take vectors ``[B, D]``, of what is denoised beside the latent.
         token_times: whether `noised` and `losses` take a time of each pixel.
+        has_target: whether `target` says what a prediction is compared with.
         config: settings.
 
     Args:
@@ -67,6 +68,7 @@ class Objective(ABC):
     preview_solver: ClassVar[str]
     vectors: ClassVar[bool] = False
     token_times: ClassVar[bool] = False
+    has_target: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -92,6 +94,14 @@ class Objective(ABC):
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Noised:
         """Return what the network is given of latents ``[B, C, h, w]``, noise and times, as `interpolate`."""
         return Noised(x0=x0, noise=noise, t=t, x_t=self.interpolate(x0, noise, t))
+
+    def target(self, noised: Noised) -> Tensor:
+        """Return what a prediction is compared with ``[B, C, h, w]``, where `has_target` says so.
+
+        Args:
+            noised: what the network was given.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no target")
 
     @abstractmethod
     def losses(self, captured: Captured, noised: Noised) -> Mapping[str, Tensor]:

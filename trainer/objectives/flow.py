@@ -43,12 +43,16 @@ class Flow(PathObjective):
     predicts = "a velocity"
     vectors = True
     token_times = True
+    has_target = True
     config: FlowConfig
+
+    def target(self, noised: Noised) -> Tensor:
+        """Return the velocity of the path."""
+        return self.path.velocity(noised.x0, noised.noise, noised.t)
 
     def losses(self, captured: Captured, noised: Noised) -> Mapping[str, Tensor]:
         """Return the velocity loss, per sample."""
-        target = self.path.velocity(noised.x0, noised.noise, noised.t)
-        return {VELOCITY: squared_error(require_prediction(captured), target)}
+        return {VELOCITY: squared_error(require_prediction(captured), self.target(noised))}
 
     def velocity(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """Return the prediction, which is the velocity."""

@@ -27,6 +27,8 @@ Pairs: TypeAlias = tuple[tuple[str, str], ...]
 EVALUATION_FILE = "evaluation.csv"
 _MOST_BYTES = 16 << 20
 _LONGEST = 200
+CONDITION = "condition"
+"""Column that says what samples were given instead of a class; empty where it was a class."""
 _VALUE, _SPREAD, _STEP = "value", "spread", "step"
 _OF_THE_RUN = frozenset((_VALUE, _SPREAD, _STEP, "images_seen", "device_hours", "samples", "samples_sha256"))
 # beside the metric's name, what its columns are told apart by
@@ -179,8 +181,11 @@ def figures_at(figures: Sequence[Figure], column: Pairs, protocol: Pairs) -> dic
 
 
 def protocol_said(protocol: Pairs) -> str:
-    """Write what all figures of a table share."""
-    return ", ".join(f"{name} {_short(name, cell)}" for name, cell in protocol) or "protocol not said"
+    """Write what all figures of a table share, first of all that they are not of a class."""
+    said = ", ".join(f"{name} {_short(name, cell)}" for name, cell in protocol) or "protocol not said"
+    if not any(name == CONDITION for name, _ in protocol):
+        return said
+    return f"image-conditioned, not to be ranked beside class-conditional figures: {said}"
 
 
 def column_name(column: Pairs) -> str:
@@ -196,7 +201,7 @@ def column_name(column: Pairs) -> str:
 
 def _short(name: str, cell: str) -> str:
     """Write enough of a hash to tell it from others by chance."""
-    return f"{cell[:12]}…" if name.endswith("sha256") and len(cell) > 20 else cell
+    return f"{cell[:12]}…" if (name == "bank" or name.endswith("sha256")) and len(cell) > 20 else cell
 
 
 def _grouped(cell: str) -> str:

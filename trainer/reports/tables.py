@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...data.units import human_bytes
+from ..methods import METHODS
 from .curves import Group, seconds_of
 from .drawing import value_number
 
@@ -262,7 +263,11 @@ def protocol_of(run: RunRead, keys: Sequence[str]) -> dict[str, Any]:
     if not keys:
         return {}
     objective = {key: value for key, value in run.settings.items() if key.startswith("objective.")}
-    return {key: run.settings.get(key) for key in keys} | objective
+    values = {key: run.settings.get(key) for key in keys} | objective
+    method = METHODS.get(str(run.settings.get("method.name")))
+    if "condition" in values and method is not None and method.own_condition:
+        values["condition"] = method.own_condition
+    return values
 
 
 def each_run(groups: Sequence[Group]) -> list[tuple[Group, RunRead]]:

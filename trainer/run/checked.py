@@ -62,7 +62,7 @@ class Checked:
         warnings: lines that the user should read, but that stop nothing.
         manifest: of the cache.
         backbone: architecture.
-        condition: what the conditioner is built from; None where the method brings its own.
+        condition: what the conditioner is built from; None where a method's own does not say.
         condition_column: the column that it embeds.
         method: the method, freshly initialised from the seed.
         scale: of the latents.

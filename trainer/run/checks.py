@@ -205,6 +205,13 @@ def _check_method(config: TrainConfig, manifest: Manifest, backbone: BackboneCon
         found.add(problem.what, problem.remedy, field=problem.field)
     _check_times(config, found.method, found)
     _check_token_times(config, backbone, found.method, found)
+    if found.method.needs_target and not make_objective(config.objective).has_target:
+        found.add(
+            f"method {config.method_name} compares the prediction with its target, and objective "
+            f"{name_of(config.objective)} has none",
+            "take another objective, or another --method",
+            field="objective",
+        )
     _check_denoised(config, backbone, found.method, found)
 
 
@@ -280,7 +287,9 @@ def _check_condition(
         if conditioner is None:
             found.condition = found.attempt(lambda: _condition_column(config, manifest, backbone))
             conditioner = None if found.condition is None else found.attempt(found.condition.build)
-        elif config.condition != LABEL:
+        elif config.condition == LABEL:
+            found.condition = conditioner.built_from
+        else:
             found.add(
                 f"method {config.method_name} conditions the network on {conditioner.column}, not on "
                 f"{config.condition}",

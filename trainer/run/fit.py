@@ -15,6 +15,8 @@ from ...data.units import counted
 from ..added_callbacks import make_callbacks
 from ..input.datamodule import CacheData
 from ..input.statistics import column_statistics
+from ..models.conditioning import ClassTokenConditioner
+from ..sampling.bank import CacheBank
 from ..step.checkpoints import checkpoint_path, checkpoints_of
 from ..step.module import TrainingModule, build_backbone
 from .callbacks import Clock, Metrics
@@ -300,7 +302,18 @@ def assemble(
     backbone = build_backbone(checked.backbone, checked.method, config.seed, checked.condition)
     statistics = _statistics(checked.method, checked.reader, checked.train_rows)
     module = TrainingModule(config, backbone, checked.method, checked.scale, identity, statistics)
+    _open_bank(module, checked.reader)
     return module, CacheData(config, checked.reader, checked.train_rows, module.columns_at, checked.live)
+
+
+def _open_bank(module: TrainingModule, reader: CacheReader | TarCache) -> None:
+    """Let previews and evaluations take class tokens from the cache, where they are conditioned on those.
+
+    Training itself never asks for them. Of tars no row can be read at random.
+    """
+    for conditioner in (module.backbone.y_embedder, module.ema.y_embedder):
+        if isinstance(conditioner, ClassTokenConditioner) and isinstance(reader, CacheReader):
+            conditioner.bank = CacheBank(reader, conditioner.column)
 
 
 def _statistics(

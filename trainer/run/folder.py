@@ -20,6 +20,7 @@ from ..config import build
 from ..methods.outside import FLAG as METHOD_FLAG
 from ..resuming import changes
 from ..settings_file import load_yaml
+from ..step.checkpoints import FOLDER as CHECKPOINTS
 from ..step.checkpoints import checkpoints_of, load_checkpoint
 from ..step.module import CHECKPOINT_KEY
 
@@ -35,6 +36,12 @@ CONFIG_FILE = "config.yaml"
 _OF_A_JOB = re.compile(
     r".*\.(?:out|err|log|sh|sbatch|slurm|pbs|sge|lsf|pid)|.*\.[eo]\d+|log\.txt|\d+_(?:\d+_)?\w+\.pkl"
 )
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """Return the run that a checkpoint lies in, if it lies in one."""
+    run = checkpoint.parent.parent
+    return run if checkpoint.parent.name == CHECKPOINTS and (run / CONFIG_FILE).exists() else None
 
 
 def refuse_foreign_folder(run: Path) -> None:

@@ -135,8 +135,7 @@ def held_out_sums(
         for name, network in networks.items():
             conditioner = network.y_embedder
             values = batch.label if conditioner.column == LABEL else batch.columns[conditioner.column]
-            keep = torch.zeros(len(t), dtype=torch.bool, device=device)
-            condition = conditioner.condition(values.to(device), keep)
+            condition = conditioner.whole(values.to(device))
             with context():
                 # not through __call__: a compiled network would compile again for this batch size
                 captured = network.forward(noised.x_t, noised.t, condition, *tokens)

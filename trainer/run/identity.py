@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from ...data.format.manifest import Provenance
+    from ...data.format.manifest import Manifest, Provenance
     from ..config import TrainConfig
     from .checked import Checked
 
@@ -49,7 +49,7 @@ def identity_of(checked: Checked, config: TrainConfig) -> dict[str, Any]:
         "version": IDENTITY_VERSION,
         "backbone": backbones.to_plain(backbone),
         "objective": objectives.to_plain(config.objective),
-        **_condition_of(checked),
+        **_condition_of(checked, manifest),
         "settings": config.to_dict(),
         "class_names": list(manifest.class_names),
         "latent": {
@@ -82,13 +82,16 @@ def _order_of(checked: Checked, config: TrainConfig) -> dict[str, str]:
     return {"order": f"{kind} of {reader.manifest.shard_rows} rows"}
 
 
-def _condition_of(checked: Checked) -> dict[str, Any]:
+def _condition_of(checked: Checked, manifest: Manifest) -> dict[str, Any]:
     """Return what sampling needs to build the conditioner.
 
-    It is nothing for labels, or for a method's own.
+    It is nothing for labels, or for a method's own that does not say.
     """
     condition = checked.condition
-    return {} if condition is None or condition.column == LABEL else {"condition": asdict(condition)}
+    if condition is None or condition.column == LABEL:
+        return {}
+    weights = manifest.sources[source_of(condition.column)].weights_sha256
+    return {"condition": asdict(condition), "condition_weights_sha256": weights}
 
 
 def check_resumable(path: Path, identity: Mapping[str, Any]) -> None:

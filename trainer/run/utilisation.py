@@ -22,8 +22,6 @@ import torch
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..step.randomness import generator_for
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -80,8 +78,7 @@ def image_flops(module: TrainingModule, phase: Phase) -> float:
     backbone, method = module.backbone, module.method
     state = {**dict(backbone.named_parameters()), **dict(backbone.named_buffers())}
     shapes = {name: torch.empty_like(values, device="meta") for name, values in state.items()}
-    draws = generator_for(module.config.seed, "condition whose work is counted")
-    condition = backbone.y_embedder.previewed(1, draws).to("meta")
+    condition = backbone.y_embedder.null(1).to("meta")
     x = torch.empty(1, *module.latent_shape, device="meta")
     t = torch.empty(1, device="meta")
     widths = module.beside.widths.values()

@@ -46,10 +46,12 @@ class TrainedModel:
         autoencoder_random: whether its weights were drawn.
         steps: training steps it had; None if the file does not say.
         class_names: of the classes, by number; empty if the file does not say.
-        guidable: whether it was trained without the label at times, which guidance needs.
+        guidable: whether it was trained without its condition at times, which guidance needs.
         origin: the file, for messages.
         images_seen: images of all its steps, each as often as it was seen; None if the file does not say.
         predicts: whether its prediction has been trained, which a warm-up of first blocks leaves out.
+        condition_weights_sha256: of the teacher whose vectors it is conditioned on; None for labels, or if
+            the file does not say.
     """
 
     backbone: Backbone
@@ -64,6 +66,7 @@ class TrainedModel:
     guidable: bool = True
     images_seen: int | None = None
     predicts: bool = True
+    condition_weights_sha256: str | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -261,6 +264,13 @@ def _checkpoint_of_a_run(file: Path) -> Mapping[str, Any] | None:
         return None
 
 
+def _trained_without(said: Mapping[str, Any], conditioner: Conditioner) -> bool:
+    """Return whether training left out the condition at times."""
+    if isinstance(conditioner, LabelConditioner):
+        return bool(said.get("settings", {}).get("label_dropout") != 0)
+    return conditioner.drop_probability > 0
+
+
 def _model_of(checkpoint: Mapping[str, Any], file: Path, weights: str) -> TrainedModel:
     said = checkpoint[CHECKPOINT_KEY]
     where, remedy = f"checkpoint {file}", "it cannot be sampled, name another with --ckpt"
@@ -296,7 +306,8 @@ def _model_of(checkpoint: Mapping[str, Any], file: Path, weights: str) -> Traine
         autoencoder_random=latent["random_weights"],
         steps=checkpoint["global_step"],
         class_names=names if len(names) == backbone.config.num_classes else (),
-        guidable=said.get("settings", {}).get("label_dropout") != 0,
+        guidable=_trained_without(said, backbone.y_embedder),
+        condition_weights_sha256=said.get("condition_weights_sha256"),
         images_seen=checkpoint["global_step"] * batch_size if isinstance(batch_size, int) else None,
         predicts=said.get("predicts", True),
         origin=file,

@@ -55,6 +55,9 @@ class SamplingRecord:
         guidance_cls: of the vectors beside the latent, None where there are none.
         guidance_channels: see `SamplerConfig`.
         interval: see `SamplerConfig`.
+        bank: digest of the bank whose vectors the images are conditioned on; None for labels.
+        vectors: which of its vectors, in words.
+        condition_sha256: of the conditions themselves, float32, in turn; None for labels.
         seed: of the noise.
         batch_size: images of a forward pass, which decides how matrix products are rounded.
         form: ``png``, a file for each image, or ``npz``, one array.
@@ -77,6 +80,9 @@ class SamplingRecord:
     guidance_cls: float | None = None
     guidance_channels: str = "all"
     interval: tuple[float, float]
+    bank: str | None = None
+    vectors: str | None = None
+    condition_sha256: str | None = None
     seed: int
     batch_size: int
     form: str

@@ -79,6 +79,7 @@ class _Said:
     objective: dict[str, Any] | None = None
     path: str | None = None
     predicts: bool = True
+    condition_weights_sha256: str | None = None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

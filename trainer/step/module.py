@@ -175,6 +175,7 @@ class TrainingModule(LightningModule):
             interpolate=lambda times: self.objective.interpolate(
                 noised.x0, noised.noise, self._on_latent(times, groups)
             ),
+            target=lambda: self.objective.target(noised),
             draws=draws.own,
             generator=self._seed_method(batch),
             batch_size=self.config.batch_size,

@@ -70,8 +70,10 @@ def test_readme_says_what_a_method_reads(name: str) -> None:
     method, model = as_typed(name)
     assert method.problems() == []
     reads, sizes = [], []
+    conditioner = method.make_conditioner(1000)
+    condition = "label" if conditioner is None else conditioner.column
     for phase in method.phases():
-        columns = columns_of_phase(method, phase, "label")
+        columns = columns_of_phase(method, phase, condition)
         reads += [column for column in columns if column != MOMENTS]
         sizes.append(sum(SPECS[column].row_bytes for column in columns))
     kinds, size, phases, backbone, _ = rows_of(ROOT / "README.md")[name]

@@ -1,0 +1,359 @@
+"""Banks, the vectors of images that samples are conditioned on (GMem, arXiv 2412.08781).
+
+A bank is a column of class tokens of a cache, as it lies there or copied into a file of its own, whole or
+factored. All have one row for each valid row of the cache, in the cache's order; which rows of the cache
+they are, `position_of` knows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import torch
+from annotated_types import Ge, Le, Len
+
+from ...data.edge import shortened
+from ...data.errors import RepaError
+from ...data.format.canonical import canonical_sha256
+from ...data.format.columns import source_of, split_column
+from ...data.format.manifest import Provenance  # noqa: TC001 - annotations are read when files are parsed
+from ...data.reading.reader import CacheReader
+from ..models.conditioning import CLS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from ...data.storage.bucket import CachePath
+
+FLAG = "--bank"
+VERSION = 1
+_MOST = 10**12
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactoredSaid:
+    """How far a factored bank is from the vectors it was made of, as it is stored.
+
+    Attributes:
+        rank: d, vectors kept of the basis.
+        relative: root of the summed squared error, relative to that of the rows around their mean.
+        cosine_mean: mean over the rows of 1 − cos(row, decoded row), which is what a condition sees.
+        cosine_most: largest of them.
+    """
+
+    rank: Annotated[int, Ge(1), Le(_MOST)]
+    relative: Annotated[float, Ge(0)]
+    cosine_mean: float
+    cosine_most: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankSaid:
+    """What a bank is of.
+
+    Attributes:
+        version: of the form of a file.
+        column: name of the column, ``<teacher>/cls``.
+        count: number of rows.
+        cache: identity of the cache.
+        source: identity of the column's source there.
+        view: name of the view.
+        resolution: side in pixels of the cropped images.
+        crop: name of the crop.
+        exif_orientation: ``ignored`` or ``applied``.
+        teacher: what computed the vectors.
+        factored: how far they are from those of the cache; None where they are the same.
+    """
+
+    version: int
+    column: Annotated[str, Len(1, 200)]
+    count: Annotated[int, Ge(1), Le(_MOST)]
+    cache: Annotated[str, Len(1, 200)]
+    source: Annotated[str, Len(1, 200)]
+    view: Annotated[str, Len(1, 200)]
+    resolution: Annotated[int, Ge(1), Le(1 << 16)]
+    crop: Annotated[str, Len(1, 200)]
+    exif_orientation: Annotated[str, Len(1, 200)]
+    teacher: Provenance
+    factored: FactoredSaid | None = None
+
+    @property
+    def digest(self) -> str:
+        """The hex sha256 of all that is said, the same for a cache and for a whole copy of its column."""
+        said: dict[str, Any] = {**asdict(self), "teacher": self.teacher.identity()}
+        return canonical_sha256(said)
+
+
+class StoredBank(ABC):
+    """Base of the banks.
+
+    Args:
+        said: what it is of.
+        rows: the cache's row of each, int64 ``[N]``, ascending.
+
+    Attributes:
+        said: what it is of.
+        rows: the cache's row of each.
+        name: of its file or cache, for messages.
+    """
+
+    def __init__(self, said: BankSaid, rows: NDArray[np.int64], name: str) -> None:
+        self.said = said
+        self.rows = rows
+        self.name = name
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return len(self.rows)
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Channels D of a vector."""
+
+    def vectors(self, rows: Tensor) -> Tensor:
+        """Return the vectors float32 ``[n, D]`` of rows of the bank, int64 ``[n]``.
+
+        Raises:
+            RepaError: they cannot be read.
+        """
+        found = self._vectors(rows.numpy().astype(np.int64))
+        return torch.from_numpy(found.astype(np.float32))
+
+    @abstractmethod
+    def _vectors(self, rows: NDArray[np.int64]) -> NDArray[Any]: ...
+
+    def position_of(self, row: int) -> int:
+        """Return which row of the bank a row of the cache is.
+
+        Raises:
+            RepaError: the cache has no such row, or its image could not be decoded.
+        """
+        position = int(np.searchsorted(self.rows, row))
+        if position == len(self.rows) or self.rows[position] != row:
+            raise RepaError(
+                f"{self.name} has no vector of row {shortened(row)}",
+                f"give a row from {self.rows[0]} to {self.rows[-1]} whose image could be decoded",
+                field="--like",
+            )
+        return position
+
+
+class CacheBank(StoredBank):
+    """The class tokens of a cache, read as they are asked for.
+
+    Args:
+        reader: of the column at least.
+        column: ``<teacher>/cls``.
+        view: name of the view.
+    """
+
+    def __init__(self, reader: CacheReader, column: str, view: str = "") -> None:
+        manifest = reader.manifest
+        view = view or manifest.views[0]
+        if view not in manifest.views:
+            raise RepaError(
+                f"cache {reader.path} has no view {shortened(view)}",
+                f"choose {' or '.join(manifest.views)}",
+                field="--view",
+            )
+        source = source_of(column)
+        said = BankSaid(
+            version=VERSION,
+            column=column,
+            count=len(reader.valid_rows),
+            cache=manifest.identity,
+            source=manifest.source_identities[source],
+            view=view,
+            resolution=manifest.resolution,
+            crop=manifest.crop,
+            exif_orientation=manifest.exif_orientation,
+            teacher=manifest.sources[source],
+        )
+        super().__init__(said, reader.valid_rows, f"cache {reader.path}")
+        self._reader = reader
+        self._view = manifest.views.index(view)
+
+    @property
+    def width(self) -> int:
+        """Channels D of a vector."""
+        return self._reader.manifest.columns[self.said.column].shape[0]
+
+    def _vectors(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        # each row once, in the order of the files
+        wanted, places = np.unique(self.rows[rows], return_inverse=True)
+        spec = self._reader.manifest.columns[self.said.column]
+        out = np.empty((len(wanted), *spec.shape), spec.numpy_dtype)
+        views = np.full(len(wanted), self._view, np.int64)
+        self._reader.read_rows(wanted, (self.said.column,), {self.said.column: out}, views=views)
+        return out[places]
+
+
+def open_cache_bank(path: CachePath, column: str, view: str = "") -> CacheBank:
+    """Open the class tokens of a cache.
+
+    Args:
+        path: the cache.
+        column: ``<teacher>/cls``; empty takes the cache's only one.
+        view: name of the view; empty takes the first.
+
+    Raises:
+        CacheError: there is no cache, or no such column.
+        RepaError: several could be meant, or there is no such view.
+    """
+    reader = CacheReader(path, ())
+    columns = [name for name in reader.manifest.columns if "/" in name and split_column(name)[1] == CLS]
+    if not column and len(columns) != 1:
+        raise RepaError(
+            f"cache {path} has {len(columns)} columns of class tokens ({', '.join(columns) or 'none'})",
+            "choose the teacher with --encoder" if columns else "add one with `repa preprocess --encoder`",
+            field="--encoder",
+        )
+    column = column or columns[0]
+    return CacheBank(CacheReader(path, (column,)), column, view)
+
+
+class WholeBank(StoredBank):
+    """Vectors as they are.
+
+    Args:
+        said: what it is of.
+        rows: the cache's row of each.
+        name: for messages.
+        values: floats ``[N, D]``.
+    """
+
+    def __init__(self, said: BankSaid, rows: NDArray[np.int64], name: str, values: NDArray[Any]) -> None:
+        super().__init__(said, rows, name)
+        self.values = values
+
+    @property
+    def width(self) -> int:
+        """Channels D of a vector."""
+        return int(self.values.shape[1])
+
+    def _vectors(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        return self.values[rows]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """Rows as coefficients in a basis, row i being C_i·Mᵀ + m (thin SVD S − m = U·Σ·Vᵀ).
+
+    Attributes:
+        mean: m ``[D]``.
+        basis: M = V·√Σ, ``[D, d]``.
+        singular_values: Σ, ``[d]``, descending.
+        coefficients: C = U·√Σ, ``[N, d]``.
+    """
+
+    mean: NDArray[Any]
+    basis: NDArray[Any]
+    singular_values: NDArray[Any]
+    coefficients: NDArray[Any]
+
+    def decoded(self, coefficients: NDArray[Any]) -> NDArray[Any]:
+        """Return the vectors ``[n, D]`` of coefficients ``[n, d]``."""
+        decoded: NDArray[Any] = coefficients @ self.basis.T + self.mean
+        return decoded
+
+    def encoded(self, vectors: NDArray[Any]) -> NDArray[Any]:
+        """Return coefficients ``[n, d]`` of new vectors ``[n, D]``, C = (s − m)·M / Σ.
+
+        Decoded, it is the orthogonal projection onto the basis.
+        """
+        values = self.singular_values
+        # a direction in which no row lies has no coefficient
+        inverse = np.divide(1, values, out=np.zeros_like(values), where=values > _LEAST * values[0])
+        coefficients: NDArray[Any] = (vectors - self.mean) @ self.basis * inverse
+        return coefficients
+
+
+_LEAST = 1e-6
+"""Part of the first singular value below which a direction is rounding."""
+_CHUNK = 16_384
+
+
+def factor(values: NDArray[Any], rank: int) -> Factors:
+    """Return the factors of a bank, in float64.
+
+    V and Σ are of the rows' scatter matrix ``[D, D]``, so that no more than a chunk of rows is in float64.
+
+    Args:
+        values: floats ``[N, D]``.
+        rank: d, from 1 to D.
+    """
+    mean = np.zeros(values.shape[1])
+    for part in _chunks(values):
+        mean += part.sum(axis=0) / len(values)
+    scatter = np.zeros((values.shape[1], values.shape[1]))
+    for part in _chunks(values):
+        centred = part - mean
+        scatter += centred.T @ centred
+    squares, vectors = np.linalg.eigh(scatter)
+    singular = np.sqrt(np.maximum(squares[::-1][:rank], 0))
+    basis = vectors[:, ::-1][:, :rank] * np.sqrt(singular)
+    found = Factors(
+        mean=mean, basis=basis, singular_values=singular, coefficients=np.empty((0, rank), np.float64)
+    )
+    coefficients = np.concatenate([found.encoded(part) for part in _chunks(values)])
+    return replace(found, coefficients=coefficients)
+
+
+def _chunks(values: NDArray[Any]) -> Iterator[NDArray[np.float64]]:
+    for first in range(0, len(values), _CHUNK):
+        yield values[first : first + _CHUNK].astype(np.float64)
+
+
+class FactoredBank(StoredBank):
+    """Vectors as coefficients in a basis, decoded as they are asked for.
+
+    Args:
+        said: what it is of.
+        rows: the cache's row of each.
+        name: for messages.
+        factors: of all rows.
+    """
+
+    def __init__(self, said: BankSaid, rows: NDArray[np.int64], name: str, factors: Factors) -> None:
+        super().__init__(said, rows, name)
+        self.factors = factors
+
+    @property
+    def width(self) -> int:
+        """Channels D of a vector."""
+        return len(self.factors.mean)
+
+    def _vectors(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        return self.factors.decoded(self.factors.coefficients[rows].astype(np.float64))
+
+
+def measured_error(values: NDArray[Any], factors: Factors) -> FactoredSaid:
+    """Measure what factors, as they are stored, change of the rows they are of.
+
+    Args:
+        values: the rows, floats ``[N, D]``.
+        factors: of them.
+    """
+    lost = around = total = 0.0
+    most = 0.0
+    for rows, coefficients in zip(_chunks(values), _chunks(factors.coefficients), strict=True):
+        decoded = factors.decoded(coefficients)
+        lost += float(np.square(rows - decoded).sum())
+        around += float(np.square(rows - factors.mean).sum())
+        norms = np.linalg.norm(rows, axis=1) * np.linalg.norm(decoded, axis=1)
+        cosines = np.divide((rows * decoded).sum(axis=1), norms, out=np.zeros_like(norms), where=norms > 0)
+        total += float((1 - cosines).sum())
+        most = max(most, float((1 - cosines).max()))
+    return FactoredSaid(
+        rank=len(factors.singular_values),
+        relative=(lost / around) ** 0.5 if around else 0.0,
+        cosine_mean=total / len(values),
+        cosine_most=most,
+    )
