@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-METHODS = "none,repa,haste,irepa,reg,urepa,sra,sra2,erw"
+METHODS = "none,repa,haste,irepa,reg,urepa,sra,sra2,erw,gmem"
 DEFAULT_RESOLUTION = 64
 
 
