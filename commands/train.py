@@ -45,8 +45,8 @@ class TrainFlags:
     method: Annotated[
         str | None,
         typer.Option(
-            help="'none' for plain SiT, 'repa', 'haste', 'irepa', 'reg', 'urepa', 'sra', 'sra2', 'erw', 'gmem', "
-            "one that an installed package offers, or my_module:MyMethod.",
+            help="'none' for plain SiT, 'repa', 'haste', 'irepa', 'reg', 'urepa', 'sra', 'sra2', 'erw', "
+            "'gmem', one that an installed package offers, or my_module:MyMethod.",
             show_default="repa",
         ),
     ] = None

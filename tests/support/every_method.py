@@ -94,5 +94,6 @@ def twin_settings(config: TrainConfig) -> dict[str, Any]:
     if conditioner is not None:
         settings["condition"] = conditioner.column
     laws = [method.time_law(phase) for phase in method.phases()]
-    settings |= {"times": name for name, each in TIME_LAWS.items() if all(law is each for law in laws)}
+    if names := [name for name, each in TIME_LAWS.items() if all(law is each for law in laws)]:
+        (settings["times"],) = names
     return settings
