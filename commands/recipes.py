@@ -69,7 +69,7 @@ def described(recipe: Recipe) -> dict[str, Any]:
 
 def command_lines(recipe: Recipe) -> list[str]:
     """Return the commands that make cache, run and figures, in order."""
-    words = (recipe.encoding.words(), recipe.train_words(), *recipe.evaluate_words())
+    words = (*recipe.encoding.commands(), recipe.train_words(), *recipe.evaluate_words())
     return [shlex.join(each) for each in words]
 
 

@@ -30,6 +30,7 @@ class Encoding:
         vae: the autoencoder.
         channels: of its latents.
         stride: pixels of an image per latent position, along a side.
+        imported: layout of another program's latents, as of ``repa cache import --format``; empty encodes.
     """
 
     encoders: tuple[str, ...] = ("dinov2-b",)
@@ -38,6 +39,7 @@ class Encoding:
     vae: str = STABLE_DIFFUSION_VAE
     channels: int = 4
     stride: int = 8
+    imported: str = ""
 
     @property
     def cache(self) -> str:
@@ -46,8 +48,15 @@ class Encoding:
         of_attention = f"-attention-{self.attention.replace(',', '-')}" if self.attention else ""
         return f"caches/{DATA}-{self.resolution}{of_vae}{of_attention}"
 
-    def words(self) -> tuple[str, ...]:
-        """Return the command line, word by word."""
+    def commands(self) -> tuple[tuple[str, ...], ...]:
+        """Return the command lines, word by word."""
+        if not self.imported:
+            return (self._preprocess(),)
+        imported = ("repa", "cache", "import", f"latents-{DATA}", "--format", self.imported, "--data", DATA)
+        first = (*imported, "--vae", self.vae, "--cache", self.cache)
+        return (first, self._preprocess()) if self.encoders else (first,)
+
+    def _preprocess(self) -> tuple[str, ...]:
         words = ["repa", "preprocess", "--data", DATA, "--cache", self.cache]
         for each in self.encoders or ("none",):
             words += ["--encoder", each]
@@ -55,7 +64,7 @@ class Encoding:
             words += ["--resolution", str(self.resolution)]
         if self.attention:
             words += ["--attention", self.attention]
-        if self.vae != STABLE_DIFFUSION_VAE:
+        if self.vae != STABLE_DIFFUSION_VAE and not self.imported:
             words += ["--vae", self.vae]
         return tuple(words)
 
@@ -69,6 +78,7 @@ class Sampling:
         steps: of the solver.
         guidance: scale of classifier-free guidance; 1 is none.
         interval: times between which it acts.
+        channels: of the latent that are guided, all or three.
         labels: drawn at random, or balanced.
         num: samples.
         vae: the autoencoder that decodes, where it is not the one that encoded.
@@ -78,6 +88,7 @@ class Sampling:
     steps: int = 250
     guidance: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
+    channels: str = "all"
     labels: str = "random"
     num: int = 50_000
     vae: str = ""
@@ -91,6 +102,8 @@ class Sampling:
             words += ["--guidance", f"{self.guidance:g}"]
             if self.interval != (0.0, 1.0):
                 words += ["--interval", *(f"{each:g}" for each in self.interval)]
+            if self.channels != "all":
+                words += ["--guidance-channels", self.channels]
         if self.vae:
             words += ["--vae", self.vae]
         return tuple(words)
@@ -98,7 +111,8 @@ class Sampling:
     def __str__(self) -> str:
         low, high = self.interval
         where = "" if self.interval == (0.0, 1.0) else f" on [{low:g}, {high:g}]"
-        guided = "no guidance" if self.guidance == 1 else f"guidance {self.guidance:g}{where}"
+        channels = "" if self.channels == "all" else f" of {self.channels} channels"
+        guided = "no guidance" if self.guidance == 1 else f"guidance {self.guidance:g}{channels}{where}"
         return f"{guided}, {self.solver} {self.steps} steps, {self.num:,} samples, {self.labels} labels"
 
 

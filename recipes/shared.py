@@ -25,10 +25,9 @@ OF_REPA: Mapping[str, Any] = {
     "clip": 1.0,
     "ema_decay": 0.9999,
     "label_dropout": 0.1,
-    "objective.path": "linear",
-    "objective.times": "uniform",
     "seed": 0,
 }
+_OF_FLOW: Mapping[str, Any] = {"objective.path": "linear", "objective.times": "uniform"}
 
 DRAWS = "Weights, noise and order are drawn by our generators, not by the released program's."
 HALF_PRECISION = (
@@ -39,9 +38,22 @@ FLIPS = "The paper mirrors half of the images. Here images are as they are."
 
 
 def trained(**settings: Any) -> TrainConfig:
-    """Return a configuration of REPA's training with some settings.
+    """Return a configuration of REPA's training of a flow with some settings.
 
     Args:
         settings: as of ``--set``, with ``__`` for the dot.
     """
-    return build(flags={**OF_REPA, **{key.replace("__", "."): each for key, each in settings.items()}})
+    return build(flags={**OF_REPA, **_OF_FLOW, **_dotted(settings)})
+
+
+def trained_on_steps(**settings: Any) -> TrainConfig:
+    """Return a configuration of REPA's training of a DiT, on the steps of DDPM, with some settings.
+
+    Args:
+        settings: as of `trained`.
+    """
+    return build(flags={**OF_REPA, **_dotted(settings)})
+
+
+def _dotted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.replace("__", "."): each for key, each in settings.items()}

@@ -28,6 +28,8 @@ SETTINGS = {
     ("sra", "SiT-down"): ("method.teacher_block=12",),
     ("erw", "SiT-down"): ("method.warmup_depth=4", "method.depth=11"),
 }
+# presets that name blocks which B has not
+SIZES = {("erw", "readme"): "XL"}
 BLOCKS = {"dinov2-b+attention": {"blocks": [8, 10, 12], "depth": 12}}
 
 
@@ -77,8 +79,9 @@ def _write(
 
 
 def typed(method: str, preset: str, family: str, cache: Path, settings: tuple[str, ...]) -> TrainConfig:
-    """Return the configuration of a method on the B of a family with patches of 2×2."""
-    flags = {"method": method, "model": f"{family}-B/2", "cache": str(cache), "precision": "32-true"}
+    """Return the configuration of a method on the B of a family, or the preset's size, with patches of 2×2."""
+    model = f"{family}-{SIZES.get((method, preset), 'B')}/2"
+    flags = {"method": method, "model": model, "cache": str(cache), "precision": "32-true"}
     chosen = (f"method.preset={preset}",) if preset else ()
     return build(flags=flags, assignments=(*chosen, *settings))
 
@@ -141,7 +144,8 @@ def page(cells: dict[tuple[str, str, str], Cell]) -> str:
 
 def _name(method: str, preset: str) -> str:
     link = f"[`{method}`](methods/{method}.md)"
-    return f"{link} `method.preset={preset}`" if preset else link
+    of_size = f", {SIZES[method, preset]}/2" if (method, preset) in SIZES else ""
+    return f"{link} `method.preset={preset}`{of_size}" if preset else link
 
 
 def _noted(reason: str, notes: list[str]) -> str:
