@@ -36,12 +36,13 @@ if TYPE_CHECKING:
     from repa.data.format.columns import ColumnSpec
     from repa.recipes.base import Encoding
 
+COMMAND: Any = typer.main.get_command(app)
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 
 
 def parsed(line: str) -> dict[str, Any]:
     """Return the parameters of a command line, which are refused if one is unknown or of another type."""
-    command, words = typer.main.get_command(app), shlex.split(line)[1:]
+    command, words = COMMAND, shlex.split(line)[1:]
     while hasattr(command, "commands"):
         command = command.commands[words.pop(0)]
     return command.make_context(line, words).params

@@ -24,9 +24,10 @@ FAMILIES = tuple(registry.BACKBONES)
 ROWS = [(name, preset) for name, method in METHODS.items() for preset in ("", *method.named_presets)]
 # of methods that are refused on a backbone as typed, what works there
 SETTINGS = {
-    ("repa", "SiT-down"): ("method.depth=5",),
-    ("sra", "SiT-down"): ("method.teacher_block=12",),
-    ("erw", "SiT-down"): ("method.warmup_depth=4", "method.depth=11"),
+    ("repa", "SiT-down-B/2"): ("method.depth=5",),
+    ("sra", "SiT-down-B/2"): ("method.teacher_block=12",),
+    ("erw", "SiT-down-B/2"): ("method.warmup_depth=4", "method.depth=11"),
+    ("erw", "SiT-down-XL/2"): ("method.depth=27",),
 }
 # presets that name blocks which B has not
 SIZES = {("erw", "readme"): "XL"}
@@ -78,9 +79,14 @@ def _write(
     return path
 
 
+def model_of(method: str, preset: str, family: str) -> str:
+    """Return the model of a family that a method is looked at on."""
+    return f"{family}-{SIZES.get((method, preset), 'B')}/2"
+
+
 def typed(method: str, preset: str, family: str, cache: Path, settings: tuple[str, ...]) -> TrainConfig:
-    """Return the configuration of a method on the B of a family, or the preset's size, with patches of 2×2."""
-    model = f"{family}-{SIZES.get((method, preset), 'B')}/2"
+    """Return the configuration of a method on a family's B, or the size of a preset."""
+    model = model_of(method, preset, family)
     flags = {"method": method, "model": model, "cache": str(cache), "precision": "32-true"}
     chosen = (f"method.preset={preset}",) if preset else ()
     return build(flags=flags, assignments=(*chosen, *settings))
@@ -89,7 +95,7 @@ def typed(method: str, preset: str, family: str, cache: Path, settings: tuple[st
 def found(method: str, preset: str, family: str, declared: Path) -> Cell:
     """Return what the checks say of one method on one backbone."""
     refused = _refused(typed(method, preset, family, declared, ()))
-    settings = SETTINGS.get((method, family), ())
+    settings = SETTINGS.get((method, model_of(method, preset, family)), ())
     if not settings:
         return Cell(refused=refused, works=not refused)
     still = _refused(typed(method, preset, family, declared, settings))
