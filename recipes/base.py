@@ -76,6 +76,7 @@ class Sampling:
     Attributes:
         solver: of the differential equation.
         steps: of the solver.
+        shift: of its times.
         guidance: scale of classifier-free guidance; 1 is none.
         interval: times between which it acts.
         channels: of the latent that are guided, all or three.
@@ -86,6 +87,7 @@ class Sampling:
 
     solver: str = "sde"
     steps: int = 250
+    shift: float = 1.0
     guidance: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
     channels: str = "all"
@@ -96,6 +98,8 @@ class Sampling:
     def words(self) -> tuple[str, ...]:
         """Return the flags, word by word."""
         words = ["--solver", self.solver, "--steps", str(self.steps), "--labels", self.labels]
+        if self.shift != 1:
+            words += ["--shift", f"{self.shift:g}"]
         if self.num != 50_000:
             words += ["--num", str(self.num)]
         if self.guidance != 1:
@@ -113,7 +117,9 @@ class Sampling:
         where = "" if self.interval == (0.0, 1.0) else f" on [{low:g}, {high:g}]"
         channels = "" if self.channels == "all" else f" of {self.channels} channels"
         guided = "no guidance" if self.guidance == 1 else f"guidance {self.guidance:g}{channels}{where}"
-        return f"{guided}, {self.solver} {self.steps} steps, {self.num:,} samples, {self.labels} labels"
+        shifted = "" if self.shift == 1 else f" shifted by {self.shift:g}"
+        solved = f"{self.solver} {self.steps} steps{shifted}"
+        return f"{guided}, {solved}, {self.num:,} samples, {self.labels} labels"
 
 
 PLAIN = Sampling()

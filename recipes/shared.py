@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..trainer.config import build
+from .base import Encoding
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -13,6 +14,14 @@ if TYPE_CHECKING:
 
 EPOCH = 5_000
 """Steps of an epoch as the papers count, 80 epochs for 400,000 steps of 256 images."""
+
+VAVAE = Encoding(encoders=(), vae="vavae", channels=32, stride=16, imported="lightningdit")
+"""Latents of VA-VAE as LightningDiT's authors publish them, or their program writes them."""
+VAVAE_NOTES = (
+    "The latents are those that LightningDiT's authors publish, or their program writes, with the mirrored "
+    "images; they are normalised by the statistics that come with them.",
+    "vavae is a folder with VA-VAE as an AutoencoderKL of diffusers, which decodes samples.",
+)
 
 # REPA, arXiv 2410.06940, and whoever built on its code
 OF_REPA: Mapping[str, Any] = {

@@ -26,6 +26,7 @@ from repa.pipeline.plan import make_plan
 from repa.recipes import RECIPES, find_recipe
 from repa.recipes.shared import OF_REPA
 from repa.trainer.config import TrainConfig, build
+from repa.trainer.input.datamodule import columns_of_phase
 from repa.trainer.methods import METHODS
 from repa.trainer.run.checks import check
 from rich.console import Console
@@ -106,11 +107,12 @@ def test_it_would_train_on_the_cache_that_its_command_writes(
     assert [each for each in checked.problems if each.field != "--batch-size"] == []
     assert checked.backbone is not None
     assert checked.method is not None
-    columns = {column for phase in checked.method.phases() for column in checked.method.columns(phase)}
+    method, condition = checked.method, checked.condition_column
+    columns = {each for phase in method.phases() for each in columns_of_phase(method, phase, condition)}
     assert checked.manifest is not None
     assert columns <= checked.manifest.columns.keys()
     # and none of its teachers is encoded for nothing
-    assert {column.partition("/")[0] for column in columns} >= set(recipe.encoding.encoders)
+    assert {column.partition("/")[0] for column in columns} >= {AUTOENCODER, *recipe.encoding.encoders}
 
 
 @pytest.mark.parametrize("name", RECIPES)
