@@ -336,7 +336,9 @@ def test_compiled_for_this_machine_is_plain_within_rounding(
 def few(name: str) -> dict[str, Any]:
     """Settings of two steps, of which the second is of another phase where that can be."""
     stops = name in ALIGNING and not OWN.get(name)
-    return {"max_steps": 2, "holdout": 0} | ({"method__stop": 1} if stops else {})
+    # with weight decay, which must not reach what rests
+    values = {"max_steps": 2, "holdout": 0, "weight_decay": 0.1}
+    return values | ({"method__stop": 1} if stops else {})
 
 
 TWO_RANKS = """
