@@ -111,11 +111,16 @@ def _train(
         "preview_steps": SOLVER_STEPS,
         "preview_guidance": GUIDANCE,
     }
-    if "projector_width" in {item.name for item in fields(method.config_class)}:
+    known = {item.name for item in fields(method.config_class)}
+    if "projector_width" in known:
         # the paper's 2,048 are for backbones of 384 channels and more
         settings["method.projector_width"] = 256
     if ends_by_itself(method, SIZE):
         settings["method.stop"] = max(2 * steps // 3, 1)
+    if "warmup_steps" in known:
+        # a warm-up and a fall of λ in proportion to the run, as the paper's are to its
+        settings["method.warmup_steps"] = min(max(steps // 6, 1), steps - 1)
+        settings["method.half_life"] = steps * BATCH_SIZE / 8
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     folders = ("--cache", cache, "--run", run.folder)
     amount = ("--max-steps", steps, "--batch-size", BATCH_SIZE, "--lr", "2e-3")
