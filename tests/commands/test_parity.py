@@ -78,6 +78,8 @@ def test_a_float32_cache_is_the_live_teacher_to_the_bit(caches: Callable[[str], 
     model = f"{METHODS[method].default_model.rpartition('-')[0]}-T/1"
     found = compared(caches("float32"), method, model=model, assignments=small)
     names = {"loss", "velocity", "repa", *(("attention", "attention_excess") if method == "haste" else ())}
+    if method == "erw":
+        names -= {"velocity"}  # of its first phase
     assert names <= set(found.terms)
     for term in found.terms.values():
         assert len(term.cached) == 2
