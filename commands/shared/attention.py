@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 HASTE = "haste"
 DEMO_SIZE = "T"
 
-_MODEL = re.compile(r"SiT-(?:down-)?([A-Z]+)(?:/\d+)?")
+# families differ in their blocks, and the presets are by size
+_MODEL = re.compile(r"(?:[A-Za-z]+-)+([A-Z]+)(?:/\d+)?")
 _BLOCKS = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
 

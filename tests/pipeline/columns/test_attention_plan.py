@@ -124,6 +124,7 @@ def test_haste_is_what_the_method_aligns_by_default() -> None:
     assert attention_blocks("haste", ("dinov2-b",)) == {"dinov2-b": preset.teacher_blocks}
     assert attention_blocks("haste:SiT-XL", ("dinov2-b",)) == {"dinov2-b": (9, 10, 11, 12)}
     assert attention_blocks("haste:SiT-down-XL/2", ("dinov2-b",)) == {"dinov2-b": (9, 10, 11, 12)}
+    assert attention_blocks("haste:LightningDiT-XL/1", ("dinov2-b",)) == {"dinov2-b": (9, 10, 11, 12)}
     assert attention_blocks("12, 8,8", ("dinov2-b",)) == {"dinov2-b": (8, 12)}
 
 

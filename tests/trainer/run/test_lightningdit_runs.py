@@ -19,6 +19,7 @@ from repa.trainer.config import TrainConfig
 from repa.trainer.methods import METHODS
 from repa.trainer.models.lightningdit import LightningDiT
 from repa.trainer.models.registry import choices_of
+from repa.trainer.models.reversed_time import reverse_time
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
 from repa.trainer.run.metrics import read_metrics
 from repa.trainer.sampling.generate import model_of_run
@@ -112,3 +113,24 @@ def test_every_method_runs_on_it(
     run_fit(small_config(method, wide, model=MODEL, max_steps=2, holdout=0, latent_norm="channel"))
     first, last = read_metrics(tmp_path / "run" / "metrics.csv")
     assert first["loss"] != last["loss"]
+
+
+def test_it_goes_on_from_published_weights(
+    settings: Settings, wide: Path, run_fit: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Those of another time: the first velocity loss is that of the weights before they were turned."""
+    new = {"cache": str(wide), "model": MODEL, "latent_norm": "channel", "lr": 1e-2, "method": "none"}
+    run_fit(settings(**new, max_steps=6), "first")
+    trained = model_of_run(tmp_path / "first", weights="model").backbone
+    published = {"ema": reverse_time(trained.state_dict())}
+    torch.save(published, tmp_path / "published.pt")
+    losses = []
+    for name, init in (
+        ("drawn", ""),
+        ("own", str(tmp_path / "first")),
+        ("theirs", str(tmp_path / "published.pt")),
+    ):
+        run_fit(settings(**new, max_steps=1, init=init, seed=3), name)
+        losses.append(read_metrics(tmp_path / name / "metrics.csv")[0]["velocity"])
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
