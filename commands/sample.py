@@ -38,7 +38,8 @@ class SampleFlags:
         Path | None,
         typer.Option(
             "--ckpt",
-            help="Instead: a checkpoint of a run, or a published one of SiT, REPA, REG, SRA or LightningDiT.",
+            help="Instead: a checkpoint of a run, or a published one of SiT, REPA, REG, SRA, LightningDiT or "
+            "GMem.",
         ),
     ] = None
     num: Annotated[int, typer.Option(help="Number of images.")] = 16

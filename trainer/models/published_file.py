@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 WEIGHTS = ("ema", "model")
-KNOWN = "SiT, REPA, REG, SRA or LightningDiT"
+KNOWN = "SiT, REPA, REG, SRA, LightningDiT or GMem"
 """Whose checkpoints are read."""
 
 # what a block has that those of SiT have not

@@ -88,12 +88,15 @@ def load_lightningdit(path: Path, *, weights: str = "ema", heads: int | None = N
 
 
 def _condition(backbone: Mapping[str, Tensor]) -> ConditionColumn | None:
-    """Return what GMem's conditioner is built from, None for a network with labels."""
+    """Return what GMem's conditioner is built from, None for a network with labels.
+
+    Its null condition was never trained, so nothing of it is dropped.
+    """
     weight = backbone.get(f"{CONDITIONER}linear.weight")
     if weight is None or weight.ndim != 2:
         return None
     width, channels = weight.shape
-    return ConditionColumn(column=CLASS_TOKEN, shape=(channels,), num_classes=0, width=width)
+    return ConditionColumn(column=CLASS_TOKEN, shape=(channels,), num_classes=0, width=width, drop=0.0)
 
 
 def _said(file: PublishedFile, section: str) -> Mapping[str, Any]:

@@ -130,6 +130,7 @@ def model_of_file(file: Path, *, weights: str = "ema") -> TrainedModel:
         autoencoder_random=False,
         steps=published.steps,
         origin=file,
+        guidable=published.condition is None or published.condition.drop > 0,
     )
 
 

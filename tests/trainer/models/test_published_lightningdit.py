@@ -10,8 +10,11 @@ import pytest
 import torch
 from repa.commands.sample import SampleFlags, sample
 from repa.data.errors import RepaError
+from repa.data.format.columns import MOMENTS, ColumnSpec
 from repa.data.reading.latents import LatentScale
+from repa.data.testing import synthetic_cache
 from repa.trainer.models import registry
+from repa.trainer.models.conditioning import ClassTokenConditioner
 from repa.trainer.models.lightningdit import LightningDiT, LightningDiTConfig
 from repa.trainer.models.published_lightningdit import load_lightningdit
 from repa.trainer.models.reversed_time import reverse_time
@@ -84,32 +87,59 @@ def test_reversing_twice_is_nothing() -> None:
         torch.testing.assert_close(twice[key], each, rtol=0, atol=1e-6)
 
 
-def test_the_golden_network_of_gmem_backwards(shared: Path) -> None:
+def golden_gmem(shared: Path, folder: Path) -> Path:
+    """The golden network in a file as GMem releases it, with its own names."""
+    state = load_file(shared / "golden" / "gmem.safetensors")
+    prefix = "lightningdit."
+    own = {key.removeprefix(prefix): each.float() for key, each in state.items() if key.startswith(prefix)}
+    torch.save({"ema": own, "model": own}, folder / "gmem.pt")
+    return folder / "gmem.pt"
+
+
+def test_the_golden_network_of_gmem_backwards(shared: Path, tmp_path: Path) -> None:
     """The golden output is theirs, data − noise at their time; ours at 1 − s is its negative."""
     with np.load(shared / "golden" / "gmem.npz") as file:
-        x, s = (torch.from_numpy(file[key]).double() for key in ("x_t", "lightningdit_t"))
-        condition, out = (torch.from_numpy(file[key]).double() for key in ("condition", "lightningdit_out64"))
-    state = load_file(shared / "golden" / "gmem.safetensors")
-    own = {
-        key.removeprefix("lightningdit.").replace("condition_projection", "y_embedder"): each.double()
-        for key, each in state.items()
-        if key.startswith("lightningdit.") and "projector" not in key
+        golden = {
+            key: torch.from_numpy(file[key]).double()
+            for key in ("x_t", "lightningdit_t", "condition", "lightningdit_out64")
+        }
+    found = load_lightningdit(golden_gmem(shared, tmp_path), heads=4)
+    assert found.config == LightningDiTConfig(depth=2, width=48, heads=4, patch_size=2, input_size=16)
+    assert found.condition is not None
+    assert (found.condition.column, found.condition.shape) == ("dinov2-b/cls", (24,))
+    assert {key.partition(".")[0] for key in found.projectors} == {"0"}
+    model = found.build().double()
+    assert isinstance(model.y_embedder, ClassTokenConditioner)
+    velocity = model(golden["x_t"], 1 - golden["lightningdit_t"], golden["condition"]).prediction
+    # the published programs keep the embedding of the time in float32, as ours
+    torch.testing.assert_close(velocity, -golden["lightningdit_out64"], rtol=0, atol=2e-6)
+
+
+def test_gmem_is_sampled_with_vectors_of_a_cache(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SIT_SIZES, "T", SiTSize(depth=2, width=48, heads=4))
+    columns = {
+        MOMENTS: ColumnSpec(shape=(8, 16, 16), dtype="float32"),
+        "dinov2-b/cls": ColumnSpec(shape=(24,), dtype="float16"),
     }
-
-    class Vector(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(24, 48)
-
-        def forward(self, values: Tensor) -> Tensor:
-            projected: Tensor = self.linear(values)
-            return projected
-
-    config = LightningDiTConfig(depth=2, width=48, heads=4, patch_size=2, input_size=16)
-    model = LightningDiT(config, Vector()).double()
-    model.load_state_dict(reverse_time(own))
-    # of the time embedding, of which the published programs keep float32
-    torch.testing.assert_close(model(x, 1 - s, condition).prediction, -out, rtol=0, atol=1e-6)
+    synthetic_cache(tmp_path / "cache", num_rows=8, columns=columns, resolution=128)
+    file = golden_gmem(shared, tmp_path)
+    assert not model_of_file(file).guidable
+    decoder = Latents(LatentScale(1.0, 0.0, (0.0,) * 4, (1.0,) * 4))
+    monkeypatch.setattr("repa.commands.shared.prepared.decoder_of", lambda *_: decoder)
+    flags: dict[str, Any] = {"checkpoint": file, "num": 2, "steps": 3, "npz": True}
+    with pytest.raises(RepaError) as caught:
+        sample(SampleFlags(**flags, out=tmp_path / "none"))
+    assert caught.value.field == "--bank"
+    images = []
+    for row in ("1", "2"):
+        out = tmp_path / f"out-{row}"
+        sample(SampleFlags(**flags, bank=str(tmp_path / "cache"), like=[row], out=out))
+        with np.load(out / "samples.npz") as arrays:
+            images.append(arrays["arr_0"])
+    assert images[0].shape == (2, 16, 16, 3)
+    assert not np.array_equal(*images)
 
 
 def test_bare_state_dicts_and_options(tmp_path: Path) -> None:
