@@ -21,6 +21,7 @@ from .data.format.columns import (
     scale_column,
     source_of,
 )
+from .data.format.foreign import foreign_lines
 from .data.format.opening import open_manifest, read_keys
 from .data.format.survey import survey
 from .data.reading.order import split_holdout
@@ -91,7 +92,8 @@ class OpenedCache:
     def __repr__(self) -> str:
         columns = (f"  {name}: {spec.dtype} {list(spec.shape)}" for name, spec in self.columns.items())
         rows = f"{len(self):,} rows, {len(self.valid_rows):,} with data"
-        return "\n".join((f"cache {self.path}: {rows}", *columns))
+        foreign = (f"  {line}" for line in foreign_lines(self.manifest))
+        return "\n".join((f"cache {self.path}: {rows}", *columns, *foreign))
 
     def __len__(self) -> int:
         """Count the rows, those without data included."""

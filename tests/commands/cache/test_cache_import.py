@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from foreign_layouts import (
@@ -18,6 +19,7 @@ from repa.cli import main, run_command
 from repa.data.format.columns import MOMENTS
 from repa.data.format.layout import shard_file
 from repa.data.format.opening import open_manifest
+from repa.data.reading.reader import CacheReader
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
 from repa.trainer.step.checkpoints import checkpoints_of, load_checkpoint
 from repa.trainer.step.module import CHECKPOINT_KEY
@@ -110,6 +112,24 @@ def test_a_teacher_is_added_to_an_imported_cache(here: Path, capsys: pytest.Capt
     assert "repa cache import" in error_of(f"{add} repa/images", capsys)
     run("cache import repa --format repa --cache cache --vae demo --shard-rows 5")
     run("cache verify cache")
+
+
+@pytest.mark.parametrize("layout", ["mar", "lightningdit --data images"])
+def test_a_teacher_sees_both_views_of_imported_latents(
+    layout: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(f"cache import {layout.split(maxsplit=1)[0]} --format {layout} --cache cache --resolution 64")
+    run("preprocess --cache cache --encoder demo --resolution 64 --batch-size 4 --data images")
+    manifest = open_manifest(here / "cache")
+    assert manifest.views == ("original", "mirrored")
+    with CacheReader(here / "cache", ("demo/cls",)) as reader:
+        views = np.empty((2, COUNT, *manifest.columns["demo/cls"].shape), np.float16)
+        for view, out in enumerate(views):
+            reader.read_rows(np.arange(COUNT), ("demo/cls",), {"demo/cls": out}, views=np.full(COUNT, view))
+    assert (views[0] != views[1]).any(axis=1).all()
+    run(f"train --cache cache --method repa {TRAIN} {SMALL} --run run")
+    assert "mirrored image's" in capsys.readouterr().out
+    assert checkpoints_of(here / "run")
 
 
 def test_latents_alone_cannot_be_encoded_again(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
