@@ -57,10 +57,12 @@ def repa_l() -> TrainConfig:
 @recipe(
     "repa-xl-2",
     paper=_PAPER,
-    reproduces="SiT-XL/2 + REPA, without guidance at 400 K and 4 M steps, with guidance at 800 epochs",
+    reproduces="SiT-XL/2 + REPA, without guidance from 150 K to 4 M steps, with guidance at 800 epochs",
     encoding=Encoding(),
     figures=(
+        Figure(step=150_000, fid=13.6),
         Figure(step=400_000, fid=7.9),
+        Figure(step=1_000_000, fid=6.4),
         Figure(step=4_000_000, fid=5.9),
         Figure(step=800 * EPOCH, fid=1.42, sampling=_GUIDED),
     ),
