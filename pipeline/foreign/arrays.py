@@ -46,7 +46,7 @@ _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0
 
 @lru_cache(maxsize=64)
 def _header(raw: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Return shape, order and dtype; a million files have one and the same header."""
+    """Return the shape, order and dtype of a header, which a million files may share."""
     file = io.BytesIO(raw)
     shape, by_columns, dtype = _HEADERS[npy.read_magic(file)](file)
     if file.tell() != len(raw):
