@@ -176,9 +176,14 @@ def _measure_attention(
         tokens = 1
         for batch in batches(reader, rows, names, size):
             for position, block in enumerate(notes["blocks"]):
-                maps = _maps(reader, batch.values, teacher, position)
-                tokens = maps.shape[-1]
-                total = attention_entropy(maps).double().sum(dim=0)
+                queries, keys = _queries_and_keys(reader, batch.values, teacher, position)
+                tokens = queries.shape[-2]
+                # an image at a time: of 1,024 tokens a batch of maps would be gigabytes
+                entropies = [
+                    attention_entropy(attention_maps(q.unsqueeze(0), k.unsqueeze(0), notes["logit_scale"]))
+                    for q, k in zip(queries, keys, strict=True)
+                ]
+                total = torch.cat(entropies).double().sum(dim=0)
                 sums[block] = sums[block] + total if block in sums else total
         found[teacher] = {
             "entropy_of_even_attention": math.log(tokens),
@@ -187,12 +192,19 @@ def _measure_attention(
     return found
 
 
+def _queries_and_keys(
+    reader: CacheReader, values: dict[str, Tensor], teacher: str, position: int
+) -> tuple[Tensor, Tensor]:
+    """Return queries and keys of one stored block, each ``[B, H, T, r]``."""
+    notes = reader.manifest.sources[attention_source(teacher)].notes
+    names = [column_name(teacher, kind) for kind in ("q", "k")]
+    return attention_target(values, names, reader.manifest.columns, notes, at=position)
+
+
 def _maps(reader: CacheReader, values: dict[str, Tensor], teacher: str, position: int) -> Tensor:
     """Return the attention ``[B, H, T, T]`` of one stored block."""
     notes = reader.manifest.sources[attention_source(teacher)].notes
-    names = [column_name(teacher, kind) for kind in ("q", "k")]
-    queries, keys = attention_target(values, names, reader.manifest.columns, notes, at=position)
-    return attention_maps(queries, keys, notes["logit_scale"])
+    return attention_maps(*_queries_and_keys(reader, values, teacher, position), notes["logit_scale"])
 
 
 def _measure_latents(reader: CacheReader, rows: NDArray[np.int64], size: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from repa.commands.shared.attention import attention_blocks
 from repa.data.errors import RepaError
-from repa.data.format.columns import ColumnSpec
+from repa.data.format.columns import MOMENTS, ColumnSpec
 from repa.pipeline import plan as plan_module
 from repa.pipeline.config import PreprocessConfig
 from repa.pipeline.plan import Plan, make_plan, require_room_for
@@ -45,6 +45,8 @@ def plan(tmp_path: Path, encoders: tuple[str, ...], wanted: str, **changes: Any)
         ("9-12", {"feature_dtype": "int8"}, 3_145_728 // 2 + 4 * 2 * 4 * 768),
         ("haste:SiT-XL", {"attention_rank": 32}, 24_576 * 32 + 4 * 2 * 4 * 12 * 32),
         ("9,10,11,12", {"attention_rank": 16, "feature_dtype": "float32"}, 24_576 * 16 + 4 * 2 * 4 * 12 * 16),
+        ("haste:SiT-XL", {"resolution": 512}, 12_582_912),
+        ("9-12", {"resolution": 512, "attention_rank": 32}, 98_304 * 32 + 4 * 2 * 4 * 12 * 32),
     ],
 )
 def test_bytes_of_an_image(wanted: str, flags: dict[str, Any], each: int, tmp_path: Path) -> None:
@@ -57,6 +59,16 @@ def test_bytes_of_an_image(wanted: str, flags: dict[str, Any], each: int, tmp_pa
     assert attention.bytes == attention.least_bytes
     assert not attention.at_most
     assert made.rows == IMAGES
+
+
+@pytest.mark.parametrize(("dtype", "tokens"), [("float16", 1_572_864), ("int8", 786_432 + 4 * 768)])
+def test_latents_and_tokens_of_an_image_of_512(dtype: str, tokens: int, tmp_path: Path) -> None:
+    latents, teacher = plan(tmp_path, ("dinov2-b",), "9-12", resolution=512, feature_dtype=dtype).sources[:2]
+    assert {name: spec.row_bytes for name, spec in latents.columns.items()} == {MOMENTS: 131_072}
+    assert latents.columns[MOMENTS].shape == (8, 64, 64)
+    sizes = {name: spec.row_bytes for name, spec in teacher.columns.items()}
+    assert sizes.pop("dinov2-b/cls") == 2 * 768
+    assert sum(sizes.values()) == tokens
 
 
 @pytest.mark.parametrize(
