@@ -38,9 +38,13 @@ class SampleFlags:
         Path | None,
         typer.Option(
             "--ckpt",
-            help="Instead: a checkpoint of a run, or a published one of SiT, REPA, REG, SRA, LightningDiT or "
-            "GMem.",
+            help="Instead: a checkpoint of a run, or a published one of DiT, SiT, REPA, REG, SRA, "
+            "LightningDiT or GMem.",
         ),
+    ] = None
+    family: Annotated[
+        str | None,
+        typer.Option(help="What a published checkpoint is of where it does not say itself: DiT or SiT."),
     ] = None
     num: Annotated[int, typer.Option(help="Number of images.")] = 16
     out: Annotated[

@@ -61,7 +61,7 @@ def _check_source(flags: EvaluateFlags) -> None:
         return
     default = EvaluateFlags()
     of_sampling = (
-        *("labels", "solver", "steps", "shift", "guidance", "guidance_cls", "guidance_channels"),
+        *("family", "labels", "solver", "steps", "shift", "guidance", "guidance_cls", "guidance_channels"),
         *("interval", "bank", "seed", "weights", "vae", "keep_samples"),
     )
     for name in of_sampling:

@@ -32,8 +32,14 @@ class EvaluateFlags:
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            "--ckpt", help="Instead: a checkpoint of a run, or a published one of SiT, REPA or REG."
+            "--ckpt",
+            help="Instead: a checkpoint of a run, or a published one of DiT, SiT, REPA, REG, SRA, "
+            "LightningDiT or GMem.",
         ),
+    ] = None
+    family: Annotated[
+        str | None,
+        typer.Option(help="What a published checkpoint is of where it does not say itself: DiT or SiT."),
     ] = None
     samples: Annotated[
         Path | None,

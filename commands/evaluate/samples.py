@@ -147,6 +147,7 @@ def _generated(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> S
     of_others = ("checkpoint", "autoencoder", "form", "finished")
     # without them, features are found again that were made before there were such settings
     later = {
+        "family": None,
         "shift": 1.0,
         "guidance_channels": "all",
         "bank": None,

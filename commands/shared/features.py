@@ -159,7 +159,7 @@ class GeneratedImages:
         from .decoder import Decoder
         from .sampling import settings_of
 
-        model = model_of_file(self.checkpoint, weights=self.record.weights)
+        model = model_of_file(self.checkpoint, weights=self.record.weights, family=self.record.family)
         model.backbone.to(device)
         decoder = Decoder(self.record.autoencoder, device, random_weights=self.random_autoencoder)
         model = with_scale(model, decoder)

@@ -28,6 +28,10 @@ class SamplingFlags(Protocol):
     """What the flags of a command say of a sampling."""
 
     @property
+    def family(self) -> str | None:
+        """Family of a published checkpoint that does not say it."""
+
+    @property
     def solver(self) -> str:
         """See `SamplerConfig`, as are the next six."""
 
@@ -137,7 +141,7 @@ def prepare_sampling(
         guidance_channels=flags.guidance_channels,
         interval=flags.interval,
     )
-    model = model_of_file(checkpoint, weights=flags.weights)
+    model = model_of_file(checkpoint, weights=flags.weights, family=flags.family)
     if not model.predicts:
         raise RepaError(
             f"{model.origin} is of a warm-up, which does not train what samples are made from",
@@ -171,6 +175,7 @@ def prepare_sampling(
         checkpoint_sha256=sha256_of(checkpoint),
         step=model.steps,
         weights=flags.weights,
+        family=flags.family,
         autoencoder=decoder.name,
         autoencoder_sha256=decoder.weights_sha256,
         num=num,

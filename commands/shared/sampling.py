@@ -120,7 +120,7 @@ def sample_in_process(job: SamplingJob, report: Callable[[int], None]) -> None:
 
     if job.threads is not None:
         torch.set_num_threads(job.threads)
-    model = model_of_file(job.checkpoint, weights=job.record.weights)
+    model = model_of_file(job.checkpoint, weights=job.record.weights, family=job.record.family)
     model.backbone.to(job.device)
     decoder = Decoder(job.record.autoencoder, job.device, random_weights=job.random_autoencoder)
     sample_batches(job, with_scale(model, decoder), decoder, report)

@@ -228,7 +228,7 @@ def test_published_checkpoints_of_whichever_family(
     config = registry.config_of("UNet-12", input_size=4, in_channels=4, num_classes=3)
     weights = registry.build(config).state_dict()
 
-    def read(path: Path, *, weights: str) -> PublishedCheckpoint:
+    def read(path: Path, *, weights: str, certain: bool) -> PublishedCheckpoint:
         state = torch.load(path, weights_only=True)
         if "output.weight" not in state:
             raise RepaError(f"{path} holds no UNet", "give one")

@@ -1,9 +1,13 @@
-"""Published checkpoints of SiT, REPA, REG and SRA, whose shapes give the architecture for a strict load."""
+"""Published checkpoints of SiT, REPA, REG and SRA, whose shapes give the architecture for a strict load.
+
+The first SiT's have the shapes of DiT's, 2C channels, and a time from noise to data. Which of the two a file
+is of, its training script's flags say, or its name, or the user.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isqrt
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,7 +17,9 @@ from ...data.errors import RepaError
 from ...data.reading.latents import STABLE_DIFFUSION_SCALE, LatentScale
 from ...data.units import counted
 from .base import with_weights
-from .published_file import KNOWN, read_published, some
+from .dit import DiT, DiTConfig
+from .published_file import KNOWN, PublishedFile, read_published, some
+from .reversed_time import LAST, reverse_time
 from .sit import SIT_SIZES, SiT, SiTConfig
 
 if TYPE_CHECKING:
@@ -29,6 +35,12 @@ Config = TypeVar("Config", bound=SiTConfig)
 _TABLE = "y_embedder.embedding_table.weight"
 # REPA's projectors and those after it, SRA's head
 _PROJECTORS = re.compile(r"projectors\.|ap_head\.")
+# as of the published files, DiT-XL-2-256x256.pt
+_NAMED = re.compile(r"(?<![A-Za-z])(SiT|DiT)-")
+# the first SiT's names of our paths
+_PATHS = {"Linear": "linear", "GVP": "cosine"}
+FAMILY = "--family"
+"""The flag that says of which family a published file is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,18 +84,52 @@ class OtherFamilyError(RepaError):
     """A file is of another family of backbones than its reader's."""
 
 
-def load_published(path: Path, *, weights: str = "ema", heads: int | None = None) -> PublishedCheckpoint:
-    """Read a published checkpoint.
+def load_published(
+    path: Path, *, weights: str = "ema", certain: bool = False, heads: int | None = None
+) -> PublishedCheckpoint:
+    """Read a published checkpoint of a SiT.
+
+    Of the first SiT, half of the channels, which its loss leaves out, are dropped, and its time is reversed.
 
     Args:
         path: ``.safetensors``, or any other name for a file of `torch.save`.
         weights: which of the two sets of a nested file, ``ema`` or ``model``.
+        certain: whether somebody says that it is a SiT's, which a file of 2C channels need not say.
         heads: attention heads of a size that is not in `SIT_SIZES`; known sizes need none.
 
     Raises:
         RepaError: unreadable, no checkpoint of a SiT, keys missing or too many, or a size of unknown heads.
     """
     file = read_published(path, weights=weights)
+    if not file.is_doubled:
+        return read_plain(file, SiTConfig, SiT, heads)
+    doubled = read_plain(file, DiTConfig, DiT, heads)
+    check_family(file, "SiT", certain=certain)
+    config = SiTConfig(**asdict(doubled.config))
+    halved = {**doubled.backbone}
+    for name in LAST:
+        rows = halved[name].reshape(config.patch_size**2, 2, config.in_channels, *halved[name].shape[1:])
+        halved[name] = rows[:, 0].flatten(0, 1)
+    return replace(
+        doubled, config=config, network=SiT, backbone=reverse_time(halved), objective=_first_path(file)
+    )
+
+
+def read_plain(
+    file: PublishedFile, kind: type[SiTConfig], network: type[SiT], heads: int | None
+) -> PublishedCheckpoint:
+    """Read a checkpoint of plain blocks as it stands in its file.
+
+    Args:
+        file: the file.
+        kind: class of the architecture.
+        network: class of the network.
+        heads: attention heads of a size that is none of `SIT_SIZES`.
+
+    Raises:
+        RepaError: no such checkpoint, keys missing or too many, or a size of unknown heads.
+    """
+    path = file.path
     if file.is_gated:
         raise OtherFamilyError(f"{path} has blocks with a gated MLP, as LightningDiT", f"give one of {KNOWN}")
     state = _rename_legacy(file.state)
@@ -91,8 +137,8 @@ def load_published(path: Path, *, weights: str = "ema", heads: int | None = None
     backbone = {key: value for key, value in state.items() if not _PROJECTORS.match(key)}
     path_type = file.flag("path_type")
     published = PublishedCheckpoint(
-        config=infer(SiTConfig, backbone, path, heads),
-        network=SiT,
+        config=infer(kind, backbone, path, heads),
+        network=network,
         backbone=backbone,
         projectors=projectors,
         weights=file.weights,
@@ -101,6 +147,50 @@ def load_published(path: Path, *, weights: str = "ema", heads: int | None = None
     )
     check_strictly(published, path)
     return published
+
+
+def check_family(file: PublishedFile, family: str, *, certain: bool) -> None:
+    """Check whether a file of 2C channels is of a family, DiT or SiT.
+
+    Args:
+        file: the file.
+        family: which.
+        certain: whether somebody says that it is.
+
+    Raises:
+        RepaError: it says that it is of the other, or nothing, and nobody says it.
+    """
+    model = _NAMED.search(file.flag("model") or "")
+    named = model or _NAMED.search(file.path.name)
+    if named is not None and named[1] != family:
+        raise OtherFamilyError(
+            f"{file.path} is {'a checkpoint' if model else 'by its name'} of {named[1]}, not of {family}",
+            f"leave {FAMILY} out, or say {named[1]}" if model else f"leave {FAMILY} out, or rename the file",
+            field=FAMILY,
+        )
+    if named is None and not certain:
+        raise RepaError(
+            f"{file.path} predicts two channels for each of its latents, as DiT and the first SiT do, "
+            "and does not say which of them it is",
+            f"say {FAMILY} DiT or {FAMILY} SiT",
+            field=FAMILY,
+        )
+
+
+def _first_path(file: PublishedFile) -> dict[str, str]:
+    """Return our name of the path that the first SiT was trained on, nothing where it does not say.
+
+    Raises:
+        RepaError: a path that there is not, or it predicts no velocity.
+    """
+    path_type, predicted = file.flag("path_type"), file.flag("prediction") or "velocity"
+    if (path_type is not None and path_type not in _PATHS) or predicted != "velocity":
+        raise RepaError(
+            f"{file.path} was trained to predict the {predicted} of the path {path_type or 'Linear'}",
+            f"give one that predicts the velocity of {' or '.join(_PATHS)}",
+            field="--ckpt",
+        )
+    return {} if path_type is None else {"path": _PATHS[path_type]}
 
 
 def _rename_legacy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -156,13 +246,6 @@ def infer(
     token_widths = shapes.get("cls_projectors2.weight", ())[1:]
     tokens = shapes["pos_embed"][1] - len(token_widths)
     settings |= {"num_classes": shapes[_TABLE][0] - 1} if labels else {}
-    outputs = shapes["final_layer.linear.weight"][0]
-    if outputs == 2 * channels * patch_size**2:
-        raise RepaError(
-            f"{path} predicts {2 * channels} channels: it is a checkpoint of the original SiT or DiT, "
-            "whose time runs the other way",
-            "checkpoints in REPA's form (data at time 0) load",
-        )
     depth = _count_blocks(state)
     size_name, heads = _heads(depth, width, shapes.get("blocks.0.attn.q_norm.weight"), heads, path)
     return kind(

@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 WEIGHTS = ("ema", "model")
-KNOWN = "SiT, REPA, REG, SRA, LightningDiT or GMem"
+KNOWN = "DiT, SiT, REPA, REG, SRA, LightningDiT or GMem"
 """Whose checkpoints are read."""
 
 # what a block has that those of SiT have not
 _GATED = "blocks.0.mlp.w12.weight"
+_ENDS = "final_layer.linear.weight", "x_embedder.proj.weight"
 _LISTED = 4
 # of a network that was saved as its training processes share it
 _WRAPPER = "module."
@@ -64,6 +65,14 @@ class PublishedFile:
         flags = self.content.get("args")
         value = vars(flags).get(name) if isinstance(flags, argparse.Namespace) else None
         return value if isinstance(value, str) else None
+
+    @property
+    def is_doubled(self) -> bool:
+        """Whether it predicts 2C channels of latents of C, as DiT and the first SiT."""
+        outputs, patches = (self.state.get(name) for name in _ENDS)
+        if outputs is None or patches is None or patches.ndim != 4:
+            return False
+        return outputs.shape[0] == 2 * patches[0].numel()
 
     @property
     def is_gated(self) -> bool:

@@ -35,18 +35,22 @@ CLASS_TOKEN = "dinov2-b/cls"
 _NEAR = 1e-3
 
 
-def load_lightningdit(path: Path, *, weights: str = "ema", heads: int | None = None) -> PublishedCheckpoint:
+def load_lightningdit(
+    path: Path, *, weights: str = "ema", certain: bool = False, heads: int | None = None
+) -> PublishedCheckpoint:
     """Read a published checkpoint of LightningDiT or GMem.
 
     Args:
         path: ``.safetensors``, or any other name for a file of `torch.save`.
         weights: which of the two sets of a nested file, ``ema`` or ``model``.
+        certain: whether somebody says that it is one of these, which its blocks say themselves.
         heads: attention heads of a size that is not in `SIT_SIZES`; known sizes need none.
 
     Raises:
         RepaError: unreadable, of another family, keys missing or too many, another path or prediction, or a
             size of unknown heads.
     """
+    del certain
     file = read_published(path, weights=weights)
     state = file.state
     if not file.is_gated:

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...data.edge import shortened
 from ...data.errors import RepaError
 from ...data.units import counted
 from ..typed import from_mapping
 from .base import with_weights
 from .dit import DiT, DiTConfig
 from .lightningdit import LightningDiT, LightningDiTConfig
-from .published import OtherFamilyError, PublishedCheckpoint, load_published
+from .published import FAMILY, OtherFamilyError, PublishedCheckpoint, load_published
+from .published_dit import load_dit
 from .published_lightningdit import load_lightningdit
 from .sit import SiT, SiTConfig
 from .sit_down import SiTDown, SiTDownConfig
@@ -51,7 +53,8 @@ class Family:
         config: its architecture; knows the family's names.
         build: its network.
         objective: name of what it learns to predict where the run does not say.
-        published: reads a published checkpoint, given the file and which weights; None if there is none.
+        published: reads a published checkpoint, given the file, ``weights`` and whether somebody says that it
+            is one of this family (``certain``); None if there is none.
     """
 
     config: type[BackboneConfig]
@@ -62,7 +65,7 @@ class Family:
 
 BACKBONES: dict[str, Family] = {
     FIRST: Family(config=SiTConfig, build=SiT, published=load_published),
-    "DiT": Family(config=DiTConfig, build=DiT, objective=DDPM),
+    "DiT": Family(config=DiTConfig, build=DiT, objective=DDPM, published=load_dit),
     "SiT-down": Family(config=SiTDownConfig, build=SiTDown),
     "LightningDiT": Family(config=LightningDiTConfig, build=LightningDiT, published=load_lightningdit),
 }
@@ -199,25 +202,40 @@ def from_plain(values: Mapping[str, Any]) -> BackboneConfig:
     return from_mapping(config, settings, prefix="backbone.")
 
 
-def load_any_published(path: Path, *, weights: str) -> tuple[str, PublishedCheckpoint]:
+def load_any_published(
+    path: Path, *, weights: str, family: str | None = None
+) -> tuple[str, PublishedCheckpoint]:
     """Read a published checkpoint of whichever family it is of.
 
     Args:
         path: the file.
         weights: which of its weights, ``ema`` or ``model``.
+        family: name of the one that somebody says it is of; None tries all.
 
     Returns:
         Name of the family's objective, and the checkpoint.
 
     Raises:
-        RepaError: it is of none of them.
+        RepaError: it is of none of them, or not of that.
     """
+    readers = {
+        name: (each.objective, each.published)
+        for name, each in BACKBONES.items()
+        if each.published is not None
+    }
+    if family is not None:
+        if family not in readers:
+            raise RepaError(
+                f"family {shortened(family)} has no published checkpoints that are read here",
+                f"say {' or '.join(readers)}",
+                field=FAMILY,
+            )
+        objective, read = readers[family]
+        return objective, read(path, weights=weights, certain=True)
     refusals: list[RepaError] = []
-    for family in BACKBONES.values():
-        if family.published is None:
-            continue
+    for objective, read in readers.values():
         try:
-            return family.objective, family.published(path, weights=weights)
+            return objective, read(path, weights=weights, certain=False)
         except RepaError as error:
             refusals.append(error)
     # who knows the file for one of its own says best what is wrong with it
@@ -226,6 +244,11 @@ def load_any_published(path: Path, *, weights: str) -> tuple[str, PublishedCheck
         raise next(iter(own.values()))
     reasons = "; ".join(own)
     raise RepaError(f"{path} is of no known backbone: {reasons}", "give a published checkpoint")
+
+
+def family_name(config: BackboneConfig) -> str:
+    """Return the name of the family of an architecture."""
+    return _family(config)[0]
 
 
 def _family(config: BackboneConfig) -> tuple[str, Family]:

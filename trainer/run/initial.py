@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...data.errors import RepaError
 from ...data.reading.latents import scale_of
 from ..models import registry as backbones
+from ..models.published import FAMILY
 from ..step.checkpoints import checkpoints_of, load_checkpoint, objective_said
 from ..step.module import CHECKPOINT_KEY
 from .divergence import largest
@@ -77,7 +78,7 @@ def read_initial(path: str, checked: Checked) -> Initial:
     file = _file_of(Path(path))
     ours = None if file.suffix == ".safetensors" else _of_a_run(file)
     try:
-        initial, backbone = _published(file) if ours is None else _own(file, ours, checked)
+        initial, backbone = _published(file, checked) if ours is None else _own(file, ours, checked)
     except RepaError as error:
         raise RepaError(error.what, error.remedy, field=FLAG) from error
     if checked.backbone is None:
@@ -141,10 +142,18 @@ def _own(file: Path, checkpoint: Mapping[str, Any], checked: Checked) -> tuple[I
     return initial, backbones.from_plain(said["backbone"])
 
 
-def _published(file: Path) -> tuple[Initial, BackboneConfig]:
-    name, averaged = backbones.load_any_published(file, weights="ema")
+def _published(file: Path, checked: Checked) -> tuple[Initial, BackboneConfig]:
+    family = None
     try:
-        _, raw = backbones.load_any_published(file, weights="model")
+        name, averaged = backbones.load_any_published(file, weights="ema")
+    except RepaError as error:
+        if error.field != FAMILY or checked.backbone is None:
+            raise
+        # the file may be of several families, and the run says which it begins with
+        family = backbones.family_name(checked.backbone)
+        name, averaged = backbones.load_any_published(file, weights="ema", family=family)
+    try:
+        _, raw = backbones.load_any_published(file, weights="model", family=family)
     except RepaError:
         raw = averaged  # a published file may hold the averaged weights alone
     initial = Initial(

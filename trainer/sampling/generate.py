@@ -12,6 +12,7 @@ from ...data.errors import RepaError
 from ...data.reading.latents import LatentScale, scale_of, unscale_latent
 from ..models import registry as backbones
 from ..models.conditioning import ConditionColumn, LabelConditioner, balanced_labels
+from ..models.published import FAMILY
 from ..models.published_file import WEIGHTS
 from ..objectives import registry as objectives
 from ..step.checkpoints import checkpoints_of, load_checkpoint, objective_said
@@ -104,14 +105,19 @@ def newest_checkpoint(run: Path) -> Path:
     return found[max(found)]
 
 
-def model_of_file(file: Path, *, weights: str = "ema") -> TrainedModel:
+def model_of_file(file: Path, *, weights: str = "ema", family: str | None = None) -> TrainedModel:
     """Load the model of a checkpoint file, one of ours or a published one.
 
     A published file that does not name its path was trained on the linear one, and its latents were scaled as
     those of Stable Diffusion unless its family says otherwise.
 
+    Args:
+        file: the checkpoint.
+        weights: ``ema`` or ``model``.
+        family: of a published file that does not say what it is of; None of all others.
+
     Raises:
-        RepaError: unknown weights, or no checkpoint of a backbone.
+        RepaError: unknown weights, no checkpoint of a backbone, or of another family.
     """
     if weights not in WEIGHTS:
         raise RepaError(
@@ -119,8 +125,12 @@ def model_of_file(file: Path, *, weights: str = "ema") -> TrainedModel:
         )
     ours = _checkpoint_of_a_run(file)
     if ours is not None:
+        if family is not None:
+            raise RepaError(
+                f"{file} is of a run, and says itself what it is", f"leave {FAMILY} out", field=FAMILY
+            )
         return _model_of(ours, file, weights)
-    objective, published = backbones.load_any_published(file, weights=weights)
+    objective, published = backbones.load_any_published(file, weights=weights, family=family)
     return TrainedModel(
         backbone=published.build().float(),
         objective=objectives.from_plain({"name": objective, **published.objective}),

@@ -43,6 +43,7 @@ class SamplingRecord:
         checkpoint_sha256: of the file.
         step: training steps it had; None if the file does not say.
         weights: ``ema`` or ``model``.
+        family: of a published checkpoint that does not say what it is of, None of all others.
         autoencoder: what decoded the latents, by name or folder.
         autoencoder_sha256: of its weights.
         num: number of images.
@@ -68,6 +69,7 @@ class SamplingRecord:
     checkpoint_sha256: str
     step: int | None
     weights: str
+    family: str | None = None
     autoencoder: str
     autoencoder_sha256: str
     num: int

@@ -119,7 +119,7 @@ class Evil:
 
 def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
     state = state_of()
-    double = torch.zeros(2 * 2 * 8, 32)
+    double = {"final_layer.linear.weight": torch.zeros(32, 32), "final_layer.linear.bias": torch.zeros(32)}
     texts = folder / "text.pt"
     texts.write_text("not a checkpoint\n")
     empty = folder / "empty.pt"
@@ -156,9 +156,9 @@ def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
             save(folder / "shape.pt", state | {"t_embedder.mlp.0.bias": torch.zeros(3)}),
             "1 key of another shape .t_embedder.mlp.0.bias",
         ),
-        "original SiT": (
-            save(folder / "sit.pt", state | {"final_layer.linear.weight": double}),
-            "predicts 8 channels: .*original SiT",
+        "first SiT or DiT": (
+            save(folder / "sit.pt", state | double),
+            "predicts two channels .*DiT and the first SiT",
         ),
     }
 
@@ -179,7 +179,7 @@ def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "missing",
         "unexpected",
         "shape",
-        "original SiT",
+        "first SiT or DiT",
     ],
 )
 def test_wrong_files_are_refused_in_one_line(
