@@ -26,6 +26,7 @@ class Encoding:
     Attributes:
         encoders: teachers; none writes latents alone.
         resolution: side of the images in pixels.
+        views: as of ``--views``.
         attention: as of ``--attention``; empty stores none.
         vae: the autoencoder.
         channels: of its latents.
@@ -35,6 +36,7 @@ class Encoding:
 
     encoders: tuple[str, ...] = ("dinov2-b",)
     resolution: int = 256
+    views: str = "original"
     attention: str = ""
     vae: str = STABLE_DIFFUSION_VAE
     channels: int = 4
@@ -43,10 +45,11 @@ class Encoding:
 
     @property
     def cache(self) -> str:
-        """Folder of the cache, its own for each autoencoder and choice of attention, of which it has one."""
+        """Folder of the cache, its own for each choice of views, autoencoder and attention, as it has one."""
+        of_views = "" if self.views == "original" else f"-{self.views}"
         of_vae = "" if self.vae == STABLE_DIFFUSION_VAE else f"-{self.vae.rpartition('/')[2]}"
         of_attention = f"-attention-{self.attention.replace(',', '-')}" if self.attention else ""
-        return f"caches/{DATA}-{self.resolution}{of_vae}{of_attention}"
+        return f"caches/{DATA}-{self.resolution}{of_views}{of_vae}{of_attention}"
 
     def commands(self) -> tuple[tuple[str, ...], ...]:
         """Return the command lines, word by word."""
@@ -62,6 +65,8 @@ class Encoding:
             words += ["--encoder", each]
         if self.resolution != 256:
             words += ["--resolution", str(self.resolution)]
+        if self.views != "original":
+            words += ["--views", self.views]
         if self.attention:
             words += ["--attention", self.attention]
         if self.vae != STABLE_DIFFUSION_VAE and not self.imported:

@@ -43,7 +43,6 @@ HALF_PRECISION = (
     "The released code trains in float16. Here precision=auto is bfloat16 where the GPU computes it; "
     "--set precision=16-mixed is float16."
 )
-FLIPS = "The paper mirrors half of the images. Here images are as they are."
 
 
 def trained(**settings: Any) -> TrainConfig:

@@ -19,7 +19,7 @@ from repa.commands.preprocess import PreprocessFlags, make_config
 from repa.commands.recipes import RecipesFlags, command_lines, described, recipes, setting_lines
 from repa.data.errors import RepaError
 from repa.data.format.columns import AUTOENCODER
-from repa.data.format.manifest import LATENTS_NOTE
+from repa.data.format.manifest import LATENTS_NOTE, VIEWS
 from repa.data.testing import synthetic_cache
 from repa.pipeline.encoders import find_teacher
 from repa.pipeline.plan import make_plan
@@ -86,6 +86,7 @@ def cache_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Encoding], P
                 columns=columns_of(encoding),
                 num_classes=1000,
                 resolution=encoding.resolution,
+                views=VIEWS[encoding.views],
                 notes=notes,
                 invalid={0: "of no need"},
             )
