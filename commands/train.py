@@ -347,11 +347,15 @@ def _print_plan(
 
     Raises:
         ProblemsError: after printing, when the run could not start.
+        RepaError: after printing, when another run's first steps are not this one's.
     """
     from ..trainer.run.checked import ProblemsError
     from ..trainer.run.checks import check
+    from ..trainer.run.first_steps import read_first_steps
+    from ..trainer.run.identity import identity_of
     from ..trainer.run.lightning_trainer import resolve_precision
     from ..trainer.run.phases import describe_phases
+    from ..trainer.step.checkpoints import checkpoints_of
 
     config = replace(config, precision=resolve_precision(config))
     checked = check(config, live)
@@ -364,6 +368,9 @@ def _print_plan(
         console.print(f"note: {warning}", highlight=False, soft_wrap=True)
     if checked.problems:
         raise ProblemsError(checked.problems)
+    # what live teachers are is not known before they are loaded
+    if checked.live is None and not checkpoints_of(folder):
+        read_first_steps(checked, config, identity_of(checked, config))
 
 
 def _print_settings(console: Console) -> None:

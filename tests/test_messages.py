@@ -52,6 +52,9 @@ train --cache cache --model SiT-S/2 --batch-size 4 --set method.encoders=dinov2-
 train --cache cache --model DiT-S/1 --batch-size 4 --method none --set objective=flow
 train --cache cache --model SiT-S/1 --batch-size 4 --method none --set objective=ddpm
 train --cache cache --model DiT-S/1 --batch-size 4 --method reg
+train --cache cache --model SiT-S/2 --batch-size 4 --method erw --set method.warmup_depth=8
+train --cache cache --model SiT-S/2 --batch-size 4 --method erw --set method.warmup_from=nowhere
+train --cache cache --model SiT-S/2 --batch-size 4 --method erw --set method.warmup_from=nowhere --max-steps 9
 train --cache cache --method none --set bathc_size=4
 train --cache cache --method none --set batch_size=many
 train --cache cache --method none --set lr=-1

@@ -225,6 +225,21 @@ def test_later_blocks_do_not_run(network: tuple[SiT, Erw], golden: dict[str, Any
     assert operations[1] - operations[0] >= 3 * of_block
 
 
+def test_the_share_of_the_operations_is_the_papers() -> None:
+    """It puts a step of the warm-up of SiT-XL/2 at 19 % of a full one."""
+    with torch.device("meta"):
+        config = config_of("SiT-XL/2", input_size=32, in_channels=4, num_classes=1000)
+        backbone, method = build(config), Erw(ErwConfig(), config.facts, COLUMNS, GRIDS)
+        inputs = torch.empty(1, 4, 32, 32), torch.empty(1), torch.zeros(1, dtype=torch.int64)
+        counted = []
+        for phase in method.phases():
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                backbone(*inputs, method.capture(phase))
+            projector = 2 * 256 * sum(each.numel() for each in method.parameters())
+            counted.append(counter.get_total_flops() + projector)
+    assert counted[0] / counted[1] == pytest.approx(0.19, abs=0.005)
+
+
 def test_phases() -> None:
     assert make().phases() == (Phase(name=WARMUP, stop=W), Phase(name=FULL, start=W))
     assert make(warmup_steps=0).phases() == (Phase(name=FULL),)

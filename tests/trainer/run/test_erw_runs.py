@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from repa.commands.sample import SampleFlags, sample
+from repa.commands.train import TrainFlags, train
 from repa.data.errors import RepaError
 from repa.data.format.columns import ColumnSpec
 from repa.data.testing import SYNTHETIC_COLUMNS, synthetic_cache
@@ -21,6 +23,7 @@ from repa.trainer.run.identity import identity_of
 from repa.trainer.run.metrics import read_metrics
 from repa.trainer.run.phases import describe_phases
 from repa.trainer.step.checkpoints import checkpoints_of
+from rich.console import Console
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -309,3 +312,19 @@ def test_nothing_is_made_of_a_run_whose_first_steps_cannot_be_had(
     assert not (tmp_path / "run").exists()
     with pytest.raises(ProblemsError):
         run_fit(erw(method__warmup_depth=2))
+
+
+def test_a_dry_run_looks_at_the_other_run(erw: Settings, first: Path, tmp_path: Path) -> None:
+    def plan(**changes: Any) -> str:
+        config = erw(method__warmup_from=str(first), **changes)
+        (tmp_path / "config.yaml").write_text(config.to_yaml())
+        printed = io.StringIO()
+        flags = TrainFlags(config=tmp_path / "config.yaml", run=tmp_path / "run", dry_run=True)
+        train(flags, console=Console(file=printed, width=200))
+        return printed.getvalue()
+
+    assert f"{W}–{STEPS - 1}" in plan()
+    with pytest.raises(RepaError) as caught:
+        plan(method__warmup_weight=0.25)
+    assert caught.value.field == "method.warmup_from"
+    assert not (tmp_path / "run").exists()
