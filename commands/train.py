@@ -252,9 +252,10 @@ def _say_recipe(config: TrainConfig, console: Console) -> None:
         return
     from ..recipes import RECIPES
     from ..recipes.applied import changed
+    from ..trainer.run.launch import is_leader
 
-    if config.recipe not in RECIPES:
-        return  # a run of a version that had it
+    if config.recipe not in RECIPES or not is_leader():
+        return  # a run of a version that had it, or one of several processes
     recipe = RECIPES[config.recipe]
     differing = "; ".join(f"{key} {before} → {now}" for key, (before, now) in changed(config).items())
     console.print(

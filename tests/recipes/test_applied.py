@@ -141,6 +141,12 @@ def test_a_run_of_a_recipe_that_is_gone_goes_on(here: Path, monkeypatch: pytest.
     assert read_starts(folder)[-1]["first_step"] == 1
 
 
+def test_one_of_several_processes_says_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "recipe: repa-b-2," in run(recipe="repa-b-2", dry_run=True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert "recipe: repa-b-2," not in run(recipe="repa-b-2", dry_run=True)
+
+
 def test_an_unknown_one_is_refused_before_anything_is_made(here: Path) -> None:
     with pytest.raises(RepaError) as caught:
         run(recipe="repa-x")
