@@ -17,6 +17,7 @@ from ...pipeline.demo.shapes import CLASS_NAMES, DemoImages
 from ...pipeline.encoders import load_encoder
 from ...trainer.config import build
 from ...trainer.evaluation.registry import FEATURES, REFERENCE, measure
+from ...trainer.methods import METHODS
 from ...trainer.run.callbacks import METRICS_FILE
 from ...trainer.run.checks import check
 from ...trainer.run.folder import CONFIG_FILE
@@ -56,6 +57,7 @@ class DemoRow:
         frechet_distance: between samples and the cache's images, in the class vectors of the demo's teacher.
         images_per_second: of training, the median over its logged stretches.
         bytes_per_image: read from the cache for one image of a step, in each phase of the run.
+        condition: what samples were given instead of a class; empty where it was a class.
     """
 
     method: str
@@ -64,6 +66,7 @@ class DemoRow:
     frechet_distance: float
     images_per_second: float
     bytes_per_image: tuple[int, ...]
+    condition: str = ""
 
 
 def report(cache: Path, runs: Sequence[DemoRun], out: Path) -> list[DemoRow]:
@@ -97,6 +100,7 @@ def report(cache: Path, runs: Sequence[DemoRun], out: Path) -> list[DemoRow]:
             frechet_distance=distance(_samples(run)[0]),
             images_per_second=_images_per_second(run),
             bytes_per_image=_bytes_per_image(run),
+            condition=METHODS[run.method].own_condition if run.method in METHODS else "",
         )
         for run in runs
     ]
@@ -134,7 +138,7 @@ def _images_per_second(run: DemoRun) -> float:
 
 
 def _samples(run: DemoRun) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Read the images uint8 ``[N, R, R, 3]`` and labels int64 ``[N]`` of a sampling."""
+    """Read the images uint8 ``[N, R, R, 3]`` and labels int64 ``[N]``, or conditions, of a sampling."""
     with np.load(run.samples / ARRAY_FILE) as arrays:
         return arrays["arr_0"], arrays["arr_1"]
 
@@ -163,7 +167,7 @@ def _print_table(rows: Sequence[DemoRow], floor: float, unseen: int) -> None:
         table.add_column(heading, justify="left" if names else "right", no_wrap=names)
     for row in rows:
         table.add_row(
-            row.method,
+            f"{row.method}*" if row.condition else row.method,
             row.model,
             f"{row.velocity_loss:.4f}",
             f"{row.frechet_distance:.2f}",
@@ -172,6 +176,12 @@ def _print_table(rows: Sequence[DemoRow], floor: float, unseen: int) -> None:
         )
     console = PlainConsole()
     console.print(table)
+    for condition in dict.fromkeys(row.condition for row in rows if row.condition):
+        console.print(
+            f"* image-conditioned: images and samples were given {condition}, not a class. Neither loss nor "
+            "distance may be ranked beside the others.",
+            highlight=False,
+        )
     console.print(
         f"Fréchet distance: of {unseen} samples to the cache's images, by class vectors of the demo's own "
         f"teacher, not Inception's. As many unseen real images score {floor:.2f}.",
@@ -195,9 +205,14 @@ def _draw(runs: Sequence[DemoRun], path: Path) -> None:
         axes = figure.add_subplot(grids[row, 2 * column : 2 * column + 2])
         axes.imshow(_grid(*_samples(run)), interpolation="nearest")
         on = "" if run.model == runs[0].model else f" on {run.model}"
-        axes.set_title(f"{run.method}{on}: {PER_CLASS} samples of each class")
-        ticks = [RESOLUTION * (label + 0.5) for label in range(len(CLASS_NAMES))]
-        axes.set_xticks(ticks, CLASS_NAMES, rotation=35, ha="right", fontsize=8)
+        of_classes = _samples(run)[1].ndim == 1
+        axes.set_title(
+            f"{run.method}{on}: {PER_CLASS} samples of each class"
+            if of_classes
+            else f"{run.method}{on}: samples"
+        )
+        ticks = [RESOLUTION * (label + 0.5) for label in range(len(CLASS_NAMES))] if of_classes else []
+        axes.set_xticks(ticks, CLASS_NAMES if of_classes else [], rotation=35, ha="right", fontsize=8)
         axes.tick_params(length=0)
         axes.set_yticks([])
         axes.set_frame_on(False)
@@ -210,7 +225,12 @@ def _draw(runs: Sequence[DemoRun], path: Path) -> None:
 
 
 def _grid(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Arrange a column for each class and `PER_CLASS` rows, uint8 ``[PER_CLASS·R, classes·R, 3]``."""
+    """Arrange a column for each class and `PER_CLASS` rows, uint8 ``[PER_CLASS·R, classes·R, 3]``.
+
+    Samples without a class stand as they come.
+    """
+    if labels.ndim > 1:
+        labels = np.arange(len(images)) % len(CLASS_NAMES)
     columns = [np.concatenate(images[labels == label][:PER_CLASS]) for label in np.unique(labels)]
     return np.concatenate(columns, axis=1)
 

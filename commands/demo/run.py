@@ -115,6 +115,9 @@ def _train(
     if "projector_width" in known:
         # the paper's 2,048 are for backbones of 384 channels and more
         settings["method.projector_width"] = 256
+    if "drop" in {item.name for item in fields(method.config_class)}:
+        # what guidance leads away from must have been trained
+        settings["method.drop"] = 0.1
     if ends_by_itself(method, SIZE):
         settings["method.stop"] = max(2 * steps // 3, 1)
     if "warmup_steps" in known:
