@@ -7,13 +7,15 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ...data.edge import read_json
 from ...data.errors import RepaError
-from ...trainer.evaluation.image_sets import open_samples
+from ...data.storage.files import os_errors, read_file
+from ...trainer.evaluation.image_sets import ArrayImages, open_samples
 from ...trainer.evaluation.networks import BATCH
 from ...trainer.evaluation.results import SamplesSaid
 from ...trainer.run.folder import run_of
 from ...trainer.run.timing import device_hours
-from ...trainer.sampling.record import SampleFolder
+from ...trainer.sampling.record import RECORD_FILE, SampleFolder
 from ..shared.banks import BankAsked
 from ..shared.features import FileImages, GeneratedImages
 from ..shared.prepared import prepare_sampling
@@ -25,10 +27,12 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from ...trainer.evaluation.image_sets import FolderImages
     from ..shared.features import ImageSpec
     from .flags import EvaluateFlags
 
 FOLDER = "evaluation"
+_MOST_RECORD = 1 << 24
 IMAGE_CONDITIONED = (
     "image-conditioned: each sample was given the class token of an image of the bank, which tells more than "
     "a class does; rank these figures beside others of the same bank, never beside class-conditional ones"
@@ -93,7 +97,14 @@ def samples_of(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> S
 def _finished(flags: EvaluateFlags) -> Samples:
     assert flags.samples is not None
     images = open_samples(flags.samples, flags.num)
-    said = SamplesSaid(name=images.name, sha256=images.sha256, num=images.count, resolution=images.resolution)
+    of_vectors = _given_vectors(images)
+    said = SamplesSaid(
+        name=images.name,
+        sha256=images.sha256,
+        num=images.count,
+        resolution=images.resolution,
+        condition="class tokens of images" if of_vectors else None,
+    )
     identity = {"images": images.sha256, "num": images.count}
     return Samples(
         said=said,
@@ -101,8 +112,25 @@ def _finished(flags: EvaluateFlags) -> Samples:
         identity=identity,
         folder=f"samples-{short_sha256(identity)}",
         class_sorted=images.class_sorted,
-        notes=images.notes,
+        notes=(*images.notes, IMAGE_CONDITIONED) if of_vectors else images.notes,
     )
+
+
+def _given_vectors(images: ArrayImages | FolderImages) -> bool:
+    """Return whether finished samples were given vectors, by their file or by the record beside them."""
+    if isinstance(images, ArrayImages):
+        return images.of_vectors
+    file = images.folder / RECORD_FILE
+    if not file.exists():
+        return False
+    with os_errors("read", file):
+        raw = read_file(file, _MOST_RECORD)
+    try:
+        record = read_json(raw, where=str(file), remedy="move it away", error=RepaError)
+    except RepaError:
+        # of others, whatever it is
+        return False
+    return isinstance(record, dict) and record.get("bank") is not None
 
 
 def _generated(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> Samples:

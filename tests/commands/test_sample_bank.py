@@ -297,6 +297,23 @@ def test_figures_say_that_they_are_image_conditioned(folder: Path, tmp_path: Pat
     assert "class tokens of images" in page
 
 
+@pytest.mark.parametrize("npz", [True, False])
+def test_finished_samples_say_it_too(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, npz: bool
+) -> None:
+    for name in ("run", "classes"):
+        sample(SampleFlags(run=folder / name, num=6, steps=1, npz=npz, out=tmp_path / name), console=quiet())
+        samples = tmp_path / name / "samples.npz" if npz else tmp_path / name
+        flags = EvaluateFlags(
+            samples=samples, reference=str(folder / "cache"), out=tmp_path / f"{name}-figures"
+        )
+        evaluate(flags, console=quiet())
+        (evaluation,) = read_evaluations(tmp_path / f"{name}-figures")
+        of_images = name == "run"
+        assert (evaluation.samples.condition is not None) == of_images
+        assert any("image-conditioned" in note for note in evaluation.notes) == of_images
+
+
 def test_bank_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "bank.safetensors"
     run_command(["bank", "build", str(folder / "cache"), "--out", str(out), "--rank", "3"])

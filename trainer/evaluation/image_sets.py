@@ -62,13 +62,18 @@ class ImageSet(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayImages:
-    """The images of an .npz file, ``arr_0`` uint8 ``[N, R, R, 3]``, see `ImageSet`."""
+    """The images of an .npz file, ``arr_0`` uint8 ``[N, R, R, 3]``, see `ImageSet`.
+
+    Attributes:
+        of_vectors: whether each was given a vector, ``arr_1`` ``[N, D]``, and not a class.
+    """
 
     file: Path
     sha256: str
     count: int
     resolution: int
     class_sorted: bool = False
+    of_vectors: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -213,7 +218,12 @@ def _array(file: Path, num: int | None, *, field: str = SAMPLES) -> ArrayImages:
     labels = array_of(file, LABELS) if LABELS in names else np.zeros(0)
     ordered = labels.ndim == 1 and len(labels) == len(images) and _is_sorted(labels[:count].tolist())
     return ArrayImages(
-        file=file, sha256=sha256_of(file), count=count, resolution=resolution, class_sorted=ordered
+        file=file,
+        sha256=sha256_of(file),
+        count=count,
+        resolution=resolution,
+        class_sorted=ordered,
+        of_vectors=labels.ndim == 2 and labels.dtype.kind == "f",
     )
 
 
