@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..data.errors import RepaError
 from ..data.format.columns import AUTOENCODER, model_of
 from ..data.format.factor_layout import FactorLayout
+from ..data.format.foreign import foreign_note
 from .columns.calibrator import Calibrator
 from .columns.factored import Form, factored_form
 from .columns.forms import TokenForm, attention_form
@@ -21,6 +23,7 @@ from .images.workers import decode_row
 from .lanes.batches import Batch
 from .lanes.lanes import Task, open_lanes
 from .loading import load_models
+from .plan import present_manifest
 from .run import share_out
 from .shard_loop.ranks import Rank
 
@@ -87,11 +90,19 @@ def measure_encoding(plan: Plan) -> EncodingSpeed:
         plan: of the command; of one that has nothing left to do, its teachers are measured.
 
     Raises:
-        RepaError: weights that are not there, images that cannot be read, a GPU with too little memory.
+        RepaError: imported latents and no teacher; weights that are not there, images that cannot be read, a GPU with too little memory.
     """
-    job = share_out(plan, Rank())[0]
     missing = [source.source for source in plan.sources if source.missing]
     wanted = missing or [name for name in plan.config.sources if name != AUTOENCODER] or [AUTOENCODER]
+    present = present_manifest(plan.config.cache)
+    if wanted == [AUTOENCODER] and present is not None and foreign_note(present) is not None:
+        raise RepaError(
+            f"the latents of cache {plan.config.cache} were imported, and no teacher is asked for: there is no "
+            "model to measure",
+            "name a teacher with --encoder",
+            field="--encoder",
+        )
+    job = share_out(plan, Rank())[0]
     started = time.perf_counter()
     models = load_models(job.config, wanted, job.device)
     load_seconds = time.perf_counter() - started

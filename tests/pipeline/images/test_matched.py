@@ -8,15 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from foreign_layouts import COUNT, image_keys, write_fast_dit, write_images, write_lightningdit
-from repa.data.errors import CacheError
+from repa.data.errors import CacheError, RepaError
 from repa.data.format.opening import open_manifest
 from repa.data.testing import folder_contents
 from repa.data.upkeep.imported import settle_images
+from repa.pipeline.config import PreprocessConfig
+from repa.pipeline.estimate import measure_encoding
 from repa.pipeline.foreign.base import ForeignOptions
 from repa.pipeline.foreign.open import open_foreign
 from repa.pipeline.foreign.write import ImportSettings, import_latents
 from repa.pipeline.images.matched import MatchedImages
 from repa.pipeline.images.open import open_source
+from repa.pipeline.plan import make_plan
 
 
 def nothing(done: int, total: int) -> None:
@@ -79,6 +82,15 @@ def test_images_that_were_mirrored_at_random_fit_no_row(tmp_path: Path) -> None:
     with pytest.raises(CacheError) as caught:
         matched(tmp_path / "cache", images)
     assert caught.value.field == "--data"
+
+
+def test_nothing_can_be_measured_of_imported_latents_alone(cache: Path, tmp_path: Path) -> None:
+    config = PreprocessConfig(data=str(tmp_path / "images"), cache=cache, encoders=(), resolution=64)
+    plan = make_plan(config)
+    assert plan.rows == 0
+    with pytest.raises(RepaError) as caught:
+        measure_encoding(plan)
+    assert caught.value.field == "--encoder"
 
 
 def test_what_images_are_noted_changes_nothing_else(cache: Path) -> None:
