@@ -90,15 +90,16 @@ def measure_encoding(plan: Plan) -> EncodingSpeed:
         plan: of the command; of one that has nothing left to do, its teachers are measured.
 
     Raises:
-        RepaError: imported latents and no teacher; weights that are not there, images that cannot be read, a GPU with too little memory.
+        RepaError: weights that are not there, images that cannot be read, a GPU with too little memory; or
+            imported latents and no teacher.
     """
     missing = [source.source for source in plan.sources if source.missing]
     wanted = missing or [name for name in plan.config.sources if name != AUTOENCODER] or [AUTOENCODER]
     present = present_manifest(plan.config.cache)
     if wanted == [AUTOENCODER] and present is not None and foreign_note(present) is not None:
         raise RepaError(
-            f"the latents of cache {plan.config.cache} were imported, and no teacher is asked for: there is no "
-            "model to measure",
+            f"the latents of cache {plan.config.cache} were imported, and no teacher is asked for: "
+            "there is no model to measure",
             "name a teacher with --encoder",
             field="--encoder",
         )
