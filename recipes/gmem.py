@@ -58,7 +58,7 @@ def gmem_xl() -> TrainConfig:
     "gmem-sit-xl-2",
     paper=_PAPER,
     reproduces="the first released version, on SiT-XL/2 and Stable Diffusion's latents",
-    encoding=Encoding(),
+    encoding=Encoding(views="flip"),
     figures=(
         Figure(step=140_000, fid=7.66, sampling=None, remark=_OF_UNKNOWN),
         Figure(step=250_000, fid=5.75, sampling=None, remark=_OF_UNKNOWN),

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     from repa.recipes.base import Recipe
 
+_MOST_NAMES = 12
+
 _HEAD = """# Recipes
 
 A recipe is a published setting by name, with the numbers that it is to reproduce. Each is a function in
@@ -38,7 +40,8 @@ it: `pytest tests/recipes --update-docs`.
 
 `repa recipes NAME` gives the protocol of each number, and the commands from the images to the number. FID is
 of 50,000 samples by 250 stochastic steps without guidance, but where ᵍ says that there is guidance, or the
-recipe says something else. `–` means that no number is published, or that we know none.
+recipe says something else. ˣ is of samples whose making is not published in full. `–` means that no number is
+published, or that we know none.
 
 | recipe | reproduces | FID at step | cache |
 |---|---|---|---|
@@ -71,8 +74,8 @@ def _row(recipe: Recipe) -> str:
 
 def _figures(recipe: Recipe) -> Iterator[str]:
     for each in recipe.figures:
-        guided = "ᵍ" if each.sampling is None or each.sampling.guidance != 1 else ""
-        yield f"{each.fid:g}{guided} at {each.step // 1000:,} K"
+        mark = "ˣ" if each.sampling is None else "ᵍ" if each.sampling.guidance != 1 else ""
+        yield f"{each.fid:g}{mark} at {each.step // 1000:,} K"
 
 
 def _grouped(said: dict[str, tuple[str, ...]]) -> str:
@@ -81,4 +84,8 @@ def _grouped(said: dict[str, tuple[str, ...]]) -> str:
     for name, sentences in said.items():
         for each in sentences:
             found.setdefault(each, []).append(f"`{name}`")
-    return "\n".join(f"- {sentence} ({', '.join(names)})" for sentence, names in found.items())
+    return "\n".join(f"- {sentence} ({_named(names)})" for sentence, names in found.items())
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= _MOST_NAMES else f"{len(names)} of {len(RECIPES)} recipes"
