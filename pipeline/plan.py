@@ -8,65 +8,26 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..data.errors import CacheError, RepaError
-from ..data.format.columns import AUTOENCODER, MOMENTS, ColumnSpec, attention_source, column_name, model_of
-from ..data.format.commits import is_committed
-from ..data.format.factor_layout import FactorLayout
+from ..data.format.columns import AUTOENCODER, ColumnSpec, attention_source
 from ..data.format.foreign import autoencoder_of, foreign_note
 from ..data.format.manifest import DEFAULT_SHARD_ROWS, ORIGINAL_VIEW, Manifest, Provenance
 from ..data.format.opening import labels_sha256, open_manifest
-from ..data.format.shard_index import index_bytes
 from ..data.storage.files import nearest_folder
-from ..data.storage.local import CHECKSUM_BYTES
 from ..data.units import human_bytes
 from ..data.writing.store import ensure_cache, keys_sha256, refuse_foreign_folder
-from .columns.specs import (
-    attention_columns,
-    describe_attention,
-    factored_columns,
-    recorded_rank,
-    token_columns,
-)
+from .columns.specs import recorded_rank
 from .config import check_flags
 from .images.names import DEMO_DATA
+from .source_plan import LEAST_RATIO, SourcePlan, missing_shards, plan_source, uncompressed_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
-    from .columns.specs import AttentionSettings
     from .config import PreprocessConfig
     from .images.base import ImageSource
 
 CROP = "adm-center"
-_LEAST_RATIO = 0.5  # no lossless compressor halves features
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourcePlan:
-    """What is left to do of one source.
-
-    Attributes:
-        source: its name.
-        columns: its columns, name → spec.
-        missing: shards that are not committed.
-        rows: images of those shards.
-        bytes: what writing them will take at most, checksums and indexes included: before compression, and at
-            the most components of attention whose form is yet to be chosen.
-        least_bytes: what it will take at least.
-        at_most: whether that form is yet to be chosen; columns are of the largest then.
-        declared: what the cache says of it already, or None.
-        drawn: whether its weights are drawn, not trained.
-    """
-
-    source: str
-    columns: Mapping[str, ColumnSpec]
-    missing: tuple[int, ...]
-    rows: int
-    bytes: int
-    least_bytes: int
-    at_most: bool
-    declared: Provenance | None
-    drawn: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +98,9 @@ def require_room_for(
     needed = 0
     for source, specs in columns.items():
         missing = missing_shards(cache, present, source, range(manifest.num_shards))
-        needed += _bytes(manifest, missing, specs)
+        needed += uncompressed_bytes(manifest, missing, specs)
     free = shutil.disk_usage(nearest_folder(cache)).free
-    if needed * (_LEAST_RATIO if compressed else 1) > free:
+    if needed * (LEAST_RATIO if compressed else 1) > free:
         raise _too_small(cache, needed, free)
 
 
@@ -204,7 +165,7 @@ def make_plan(config: PreprocessConfig) -> Plan:
     if present is not None:
         # nothing is written for a cache that is there: this only compares
         ensure_cache(config.cache, manifest, images.keys, images.labels)
-    sources = tuple(_plan_source(config, manifest, present, source) for source in config.sources)
+    sources = tuple(plan_source(config, manifest, present, source) for source in config.sources)
     free = shutil.disk_usage(nearest_folder(config.cache)).free
     return Plan(config=config, images=images, manifest=manifest, sources=sources, free_bytes=free)
 
@@ -253,22 +214,6 @@ def present_manifest(cache: Path) -> Manifest | None:
         if each.exists() and not each.is_dir():
             raise CacheError(f"{each} is a file, not a folder", "choose another folder with --cache")
     return open_manifest(cache) if (cache / "zarr.json").exists() else None
-
-
-def missing_shards(
-    cache: Path, present: Manifest | None, source: str, shards: Iterable[int]
-) -> tuple[int, ...]:
-    """List those of ``shards`` that a source has not committed. They are all when the cache does not know it.
-
-    Args:
-        cache: folder of the cache.
-        present: its manifest on disk.
-        source: name of the source.
-        shards: the shards to look at.
-    """
-    if present is None or source not in present.sources:
-        return tuple(shards)
-    return tuple(shard for shard in shards if not is_committed(cache, present, source, shard))
 
 
 def _resolve(config: PreprocessConfig, present: Manifest | None) -> PreprocessConfig:
@@ -325,143 +270,3 @@ def default_batch_size(resolution: int) -> int:
 
     images = 32 if torch.cuda.is_available() else 8
     return max(1, min(64, images * 256**2 // resolution**2))
-
-
-def _plan_source(
-    config: PreprocessConfig, manifest: Manifest, present: Manifest | None, source: str
-) -> SourcePlan:
-    declared = present.sources.get(source) if present is not None else None
-    known = present.source_columns(source) if present is not None else {}
-    missing = missing_shards(config.cache, present, source, range(manifest.num_shards))
-    begun = declared is not None and len(missing) < manifest.num_shards
-    at_most = False
-    if source == AUTOENCODER and begun and not missing:
-        # the autoencoder is there in full and comes along with the encoders: its settings are not compared
-        columns: Mapping[str, ColumnSpec] = known
-    else:
-        columns = _columns(config, source)
-        if begun and declared is not None:
-            _check_declared(config, source, declared, columns, known)
-        if (settings := _attention(config, source)) is not None and settings.factored:
-            at_most = not begun
-            columns = known if begun else columns
-    rows = sum(len(manifest.shard_range(shard)) for shard in missing)
-    least = _columns(config, source, smallest=True) if at_most else columns
-    packed = any(spec.compressor is not None for spec in columns.values())
-    return SourcePlan(
-        source=source,
-        columns=columns,
-        missing=missing,
-        rows=rows,
-        bytes=_bytes(manifest, missing, columns),
-        least_bytes=int(_bytes(manifest, missing, least) * (_LEAST_RATIO if packed else 1)),
-        at_most=at_most,
-        declared=declared,
-        drawn=declared.random_weights if declared is not None else _is_drawn(config, source),
-    )
-
-
-def _bytes(manifest: Manifest, missing: Sequence[int], columns: Mapping[str, ColumnSpec]) -> int:
-    """Count what the missing shards of some columns take uncompressed, with checksums and indexes."""
-    rows = sum(len(manifest.shard_range(shard)) for shard in missing)
-    views = len(manifest.views)
-    index = len(missing) * index_bytes(manifest.shard_rows, views)
-    return sum(rows * views * (spec.row_bytes + CHECKSUM_BYTES) + index for spec in columns.values())
-
-
-def _attention(config: PreprocessConfig, source: str) -> AttentionSettings | None:
-    """Return how a source's attention is to be stored, or None if it is none."""
-    encoder = model_of(source)
-    return None if encoder == source else config.attention_settings(encoder)
-
-
-def _columns(config: PreprocessConfig, source: str, *, smallest: bool = False) -> dict[str, ColumnSpec]:
-    """Return the columns a source would have, from what is known of it without its weights.
-
-    Of the components that the factors of attention may get the most, or the fewest.
-    """
-    if source == AUTOENCODER:
-        from .encoders.vae import latent_shape
-
-        channels, rows, columns = latent_shape(
-            _vae(config), config.resolution, random_weights=config.random_weights
-        )
-        return {MOMENTS: ColumnSpec(shape=(2 * channels, rows, columns), dtype="float32")}
-    teacher = config.teacher(model_of(source))
-    rows, columns = teacher.grid(config.resolution)
-    settings = _attention(config, source)
-    if settings is None:
-        return token_columns(
-            source,
-            tokens=rows * columns,
-            width=teacher.width,
-            dtype=config.feature_dtype,
-            compressor=config.compress,
-        )
-    if settings.factored:
-        heads = teacher.heads * len(settings.blocks)
-        most = teacher.head_width
-        if settings.bytes is not None:
-            # as many whole components as hold the bytes asked for
-            most = min(most, -(-settings.bytes // (heads * (2 * rows * columns + 4))))
-        components = (0, 1) if smallest else (most, 0)
-        layout = FactorLayout(
-            tokens=rows * columns, components=((components,) * teacher.heads,) * len(settings.blocks)
-        )
-        return factored_columns(teacher.name, layout, settings.compressor)
-    return attention_columns(
-        teacher.name,
-        blocks=len(settings.blocks),
-        heads=teacher.heads,
-        tokens=rows * columns,
-        rank=teacher.head_width if settings.rank is None else settings.rank,
-        dtype=settings.stored_dtype,
-        compressor=settings.compressor,
-    )
-
-
-def _is_drawn(config: PreprocessConfig, source: str) -> bool:
-    """Tell whether the weights would be drawn because that is asked for and none are at hand."""
-    if source == AUTOENCODER:
-        from .encoders.vae import is_drawn
-
-        return is_drawn(_vae(config), random_weights=config.random_weights)
-    encoder = model_of(source)
-    return config.random_weights and encoder not in config.weights and encoder != DEMO_DATA
-
-
-def _vae(config: PreprocessConfig) -> str:
-    assert config.vae is not None, "the plan resolves the command"
-    return config.vae
-
-
-def _check_declared(
-    config: PreprocessConfig,
-    source: str,
-    declared: Provenance,
-    columns: Mapping[str, ColumnSpec],
-    present: Mapping[str, ColumnSpec],
-) -> None:
-    """Refuse at once what `ensure_source` would refuse later, or never when no model needs loading."""
-    asked: list[tuple[str, object, object]] = [
-        ("--batch-size", declared.batch_size, config.batch_size),
-        ("--compute-dtype", declared.compute_dtype, config.compute_dtype),
-        ("--random-weights", declared.random_weights, _is_drawn(config, source)),
-    ]
-    settings = _attention(config, source)
-    if settings is not None:
-        blocks = [",".join(map(str, each)) for each in (declared.notes["blocks"], settings.blocks)]
-        asked.append(("--attention", blocks[0], blocks[1]))
-        asked.append(("attention stored", describe_attention(declared.notes, present), settings.describe()))
-    elif source != AUTOENCODER:
-        patch = column_name(source, "patch")
-        asked.append(("--feature-dtype", present[patch].dtype, columns[patch].dtype))
-    if source != AUTOENCODER:
-        packed = [next(iter(specs.values())).compressor for specs in (present, columns)]
-        asked.append(("--compress", packed[0], packed[1]))
-    different = [f"{flag} {here}, not {wanted}" for flag, here, wanted in asked if here != wanted]
-    if different:
-        raise CacheError(
-            f"cache {config.cache} has {source} made with {', '.join(different)}",
-            "give the same flags, or write another cache with --cache",
-        )

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..data.format.manifest import Manifest
-    from .plan import Plan, SourcePlan
+    from .plan import Plan
     from .shard_loop.ranks import Rank
     from .shard_loop.worker import Tally
+    from .source_plan import SourcePlan
 
 _SHOWN = 10
 _ENDINGS = 4  # shown of what was passed over

@@ -16,9 +16,9 @@ from ...data.format.layout import commit_file
 from ...data.format.opening import open_manifest
 from ...data.units import counted
 from ...data.upkeep.repair import restore_documents, restore_tables, withdraw
-from ..plan import missing_shards
 from ..shard_loop.interrupts import terminated_as_interrupt
 from ..shard_loop.worker import Tally, write_columns
+from ..source_plan import missing_shards
 from .recorded import recorded_config, recorded_images, recorded_job, recorded_model
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from ...data.errors import RepaError
 from ...data.writing.store import ensure_cache, ensure_source
 from ...data.writing.writer import SourceWriter
 from ..lanes.batches import batches
-from ..plan import missing_shards, present_manifest, require_room_for
+from ..plan import present_manifest, require_room_for
+from ..source_plan import missing_shards
 from .interrupts import deferred_interrupts
 from .writer_thread import WriterThread, Written
 
