@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,18 +26,13 @@ from ..format.captions import SOURCE_KIND, captions_path, of_captions, with_capt
 from ..format.columns import LABEL, source_of
 from ..format.opening import open_manifest, read_labels
 from ..format.survey import row_checksums, survey
-from ..storage.bucket import REQUESTS, CachePath, RemoteFiles, RemotePath, cache_path
+from ..storage.bucket import REQUESTS, CachePath, RemotePath, cache_path
 from ..storage.direct import (
     DIRECT_CHOICES,
-    PROBE_ROWS,
-    PROBES,
-    DirectFiles,
-    direct_is_faster,
-    fits_in_memory,
-    supports_direct,
 )
-from ..storage.local import BufferedFiles, open_files_limit
+from ..storage.local import open_files_limit
 from .captioned import CaptionTable
+from .chosen_files import chosen_files
 from .column_reader import ColumnReader, places_of
 
 if TYPE_CHECKING:
@@ -304,42 +299,16 @@ class CacheReader:
         if self._files is None:
             with self._lock:
                 if self._files is None:
-                    self._files = self._choose(threads)
+                    self._files = chosen_files(
+                        self.path,
+                        self._readers,
+                        self._column_bytes,
+                        self.valid_rows,
+                        direct=self.direct,
+                        max_open_files=self.max_open_files,
+                        threads=threads,
+                    )
         return self._files
-
-    def _choose(self, threads: int) -> ShardFiles:
-        if isinstance(self.path, RemotePath):
-            return RemoteFiles(self.path.bucket)
-        buffered = BufferedFiles(self.max_open_files)
-        if self.direct == "off" or not self.columns or not len(self.valid_rows):
-            return buffered
-        # measured on the column of the largest rows, where most of the time goes
-        reader = max(self._readers.values(), key=lambda each: each.spec.row_bytes)
-        supported = supports_direct(reader.shard_path(0))
-        if self.direct == "on" and not supported:
-            raise RepaError(
-                f"the file system of {self.path} has no direct reads (O_DIRECT)", "leave direct=on out"
-            )
-        if not supported or (self.direct == "auto" and fits_in_memory(sum(self._column_bytes.values()))):
-            return buffered
-        direct = DirectFiles(self.max_open_files)
-        if self.direct == "on":
-            return direct
-        # drawn anew in each process: rows of an earlier probe may be in the page cache, and would look fast
-        rows = np.random.default_rng().choice(self.valid_rows, (PROBES, PROBE_ROWS))
-        try:
-            # beforehand, so that neither way is charged for reading the indexes
-            for row in rows.ravel().tolist():
-                reader.load_index(buffered, row)
-            with ThreadPoolExecutor(threads) as pool:
-                faster = direct_is_faster(
-                    lambda number: _probe(reader, buffered, rows[number], pool, threads),
-                    lambda number: _probe(reader, direct, rows[number], pool, threads),
-                )
-        except (CacheError, OSError):
-            # not an error of the probe: whoever asks for that row is told what is wrong with it
-            return buffered
-        return direct if faster else buffered
 
     def _check_rows(self, rows: NDArray[np.int64], views: NDArray[np.int64] | None) -> None:
         if len(rows) and (rows.min() < 0 or rows.max() >= self.manifest.num_rows):
@@ -396,21 +365,6 @@ class CacheReader:
         self._lock = threading.Lock()
         if self._files is not None:
             self._files.after_fork()
-
-
-def _probe(
-    reader: ColumnReader, files: ShardFiles, rows: NDArray[np.int64], pool: Executor, threads: int
-) -> None:
-    """Read rows of the first view to nowhere, a share for each thread."""
-
-    def read(share: NDArray[np.int64]) -> None:
-        memory = memoryview(bytearray(len(share) * reader.row_bytes))
-        places = places_of(reader.manifest, share, np.zeros_like(share), np.arange(len(share)))
-        reads = reader.start(files, places, memory)
-        reads.take_ready()
-        reads.wait()
-
-    list(pool.map(read, np.array_split(rows, min(threads, len(rows)))))
 
 
 _READERS: weakref.WeakSet[CacheReader] = weakref.WeakSet()

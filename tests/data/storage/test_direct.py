@@ -10,7 +10,7 @@ import pytest
 from repa.data.errors import CacheError, CorruptRowError, RepaError
 from repa.data.format.columns import ColumnSpec
 from repa.data.format.layout import shard_file
-from repa.data.reading import reader as reader_module
+from repa.data.reading import chosen_files as reader_module
 from repa.data.reading.reader import CacheReader
 from repa.data.storage import direct as direct_module
 from repa.data.storage.direct import DirectFiles, direct_is_faster, fits_in_memory, supports_direct
