@@ -236,7 +236,7 @@ class _Comparison:
         from ..trainer.input.datamodule import columns_of_phase
 
         method = self._methods[side]
-        return columns_of_phase(method, method.phase_at(step), self._module.backbone.y_embedder.column)
+        return columns_of_phase(method, method.phase_at(step), self._module.backbone.y_embedder.columns)
 
     def _compare(self, cached: Batch, live: Batch) -> None:
         self._compare_columns(cached, live)

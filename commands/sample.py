@@ -198,7 +198,7 @@ def sample(flags: SampleFlags, *, console: Console | None = None) -> None:
         _say(console, f"{flags.num - left:,} of {counted(flags.num, 'image', ',')} are in {out} already.")
     with progress(left, console, "sampling") as report:
         _run(jobs, prepared, report)
-    folder.finish(prepared.condition)
+    folder.finish(prepared.told)
     _say(console, f"Wrote {counted(flags.num, 'image', ',')} to {out}.")
 
 

@@ -84,6 +84,7 @@ class TrainConfig:
         rope: rotary positions of queries and keys, of row and column; none takes the backbone's own choice.
         rms_norm: RMSNorm with gain in place of LayerNorm; none takes the backbone's own choice.
         swiglu: gated MLP of two thirds of the width; none takes the backbone's own choice.
+        adaln_zero: of MM-DiT, first weights with gates and output at zero; none takes the released code's.
         latent_norm: what latents are normalised by: autoencoder, what its configuration says; channel, mean
             and standard deviation of each channel of the cache; sd, the one factor of Stable Diffusion.
         latent_scale: what latents are multiplied by; none takes the factor of latent_norm, which is 1 for
@@ -151,6 +152,7 @@ class TrainConfig:
     rope: bool | None = None
     rms_norm: bool | None = None
     swiglu: bool | None = None
+    adaln_zero: bool | None = None
     objective: ObjectiveConfig = field(default_factory=FlowConfig)
     latent_norm: Literal["autoencoder", "channel", "sd"] = "autoencoder"
     latent_scale: Annotated[float, Gt(0)] | None = None

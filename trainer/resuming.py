@@ -28,6 +28,7 @@ ON_RESUME: Mapping[str, OnResume] = {
     "rope": "bound",
     "rms_norm": "bound",
     "swiglu": "bound",
+    "adaln_zero": "bound",
     "objective": "bound",
     "latent_norm": "bound",
     "latent_scale": "bound",

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from ...data.errors import CacheError, RepaError
-from ...data.format.columns import LABEL, MOMENTS, column_name
+from ...data.format.captions import with_captions
+from ...data.format.columns import MOMENTS, column_name
 from ...data.format.opening import open_manifest
 from ...data.reading.reader import CacheReader
 from ...data.storage.bucket import cache_path
@@ -54,7 +55,7 @@ def analyze_run(flags: AnalyzeFlags, run: Path, times: Sequence[float], console:
     where = flags.cache or _cache_of(run)
     path = cache_path(where)
     try:
-        manifest = open_manifest(path)
+        manifest = with_captions(path, open_manifest(path))
     except CacheError as error:
         raise RepaError(
             f"{run} was trained from {where}: {error.what}" if flags.cache is None else error.what,
@@ -68,9 +69,8 @@ def analyze_run(flags: AnalyzeFlags, run: Path, times: Sequence[float], console:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.backbone.to(device)
-    condition = model.backbone.y_embedder.column
     beside = beside_of(checkpoint, model.backbone, manifest, where=where)
-    needed = tuple(dict.fromkeys(each for each in (MOMENTS, condition, *beside.columns) if each != LABEL))
+    needed = tuple(dict.fromkeys((MOMENTS, *model.backbone.y_embedder.columns, *beside.columns)))
     columns = dict.fromkeys((*needed, *columns_of(manifest, teachers, "patch")))
     with CacheReader(path, tuple(columns)) as reader:
         _check_fits(reader, model.latent_shape, where)

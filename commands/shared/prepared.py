@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from ...data.errors import RepaError
 from ...data.units import counted
 
@@ -90,6 +92,12 @@ class Prepared:
     decoder: Decoder
     random_autoencoder: bool
 
+    @property
+    def told(self) -> NDArray[Any]:
+        """What stands beside each image, its condition or the number of its prompt."""
+        prompts = self.record.prompts
+        return np.arange(len(self.condition)) % len(prompts) if prompts else self.condition
+
 
 def prepare_sampling(
     checkpoint: Path,
@@ -124,10 +132,13 @@ def prepare_sampling(
         RepaError: the model or the autoencoder cannot be had, or has nothing of what is asked for.
     """
     from ...trainer.models.conditioning import ClassTokenConditioner
+    from ...trainer.models.text_conditioning import TextConditioner
+    from ...trainer.sampling.bank import FLAG as BANK
     from ...trainer.sampling.generate import conditions, model_of_file, with_scale
     from ...trainer.sampling.record import SamplingRecord, sha256_of
     from ...trainer.sampling.settings import SamplerConfig
     from .banks import BankAsked, choose_vectors
+    from .texts import captions_of_images
 
     bank = bank or BankAsked()
     bank.check()
@@ -151,7 +162,10 @@ def prepare_sampling(
     settings = settings.of(model.objective)
     _check_guidance(flags, model, say)
     conditioner = model.backbone.y_embedder
-    if bank.given() and not isinstance(conditioner, ClassTokenConditioner):
+    by_text = isinstance(conditioner, TextConditioner)
+    if (bank.given() not in ("", BANK) if by_text else bank.given()) and not isinstance(
+        conditioner, ClassTokenConditioner
+    ):
         raise RepaError(
             f"{model.origin} is conditioned on {conditioner.column}, and not on vectors of a bank",
             f"leave {bank.given()} out",
@@ -159,10 +173,13 @@ def prepare_sampling(
         )
     model.backbone.to(device)
     labels = asked(model)
-    vectors = None
+    vectors, texts = None, None
     if isinstance(conditioner, ClassTokenConditioner):
         vectors = choose_vectors(model, bank, num, seed=flags.seed, run=run)
         condition = vectors.condition.numpy()
+    elif by_text:
+        texts = captions_of_images(model, bank.bank, num, seed=flags.seed, run=run)
+        condition = texts.condition.numpy()
     else:
         condition = conditions(
             conditioner, num, seed=flags.seed, asked=labels, balanced=label_mode == BALANCED
@@ -190,9 +207,10 @@ def prepare_sampling(
         else None,
         guidance_channels=settings.guidance_channels,
         interval=settings.interval,
-        bank=None if vectors is None else vectors.bank,
+        bank=vectors.bank if vectors else texts.bank if texts else None,
         vectors=None if vectors is None else vectors.vectors,
-        condition_sha256=None if vectors is None else vectors.sha256,
+        prompts=() if texts is None else texts.prompts,
+        condition_sha256=vectors.sha256 if vectors else texts.sha256 if texts else None,
         seed=flags.seed,
         batch_size=batch_size,
         form=form,

@@ -82,6 +82,7 @@ class CacheReader:
     Attributes:
         manifest: the cache's manifest; if columns of captions are read, with the captions' columns.
         captions: which captions each image has; None unless columns of captions are read.
+        texts: reads these columns by row of the captions; None unless they are read.
         labels: class of every row, ``int32 [N]``.
         invalid_rows: rows whose image could not be decoded, ascending.
         valid_rows: all others, ascending.
@@ -117,17 +118,17 @@ class CacheReader:
         found = survey(self.path, images)
         for source in dict.fromkeys(source_of(column) for column in own):
             self._require_committed(source, found)
-        self._texts: CacheReader | None = None
+        self.texts: CacheReader | None = None
         self.captions: CaptionTable | None = None
         if in_captions:
-            self._texts = CacheReader(
+            self.texts = CacheReader(
                 captions_path(self.path),
                 [column for column in self.columns if column not in own],
                 check_crc=check_crc,
                 max_open_files=max_open_files,
                 direct=direct,
             )
-            self.captions = CaptionTable(self.path, images, self._texts.manifest)
+            self.captions = CaptionTable(self.path, images, self.texts.manifest)
         self.labels = read_labels(self.path, images)
         self.invalid_rows = found.invalid_rows()
         self._valid = np.ones(self.manifest.num_rows, dtype=bool)
@@ -168,14 +169,14 @@ class CacheReader:
         """Bytes of rows read so far, without checksums, by column."""
         with self._lock:
             own = dict(self._bytes_read)
-        return own if self._texts is None else {**own, **self._texts.bytes_read}
+        return own if self.texts is None else {**own, **self.texts.bytes_read}
 
     def close(self) -> None:
         """Close the shard files. Reading afterwards opens them again."""
         if self._files is not None:
             self._files.close()
-        if self._texts is not None:
-            self._texts.close()
+        if self.texts is not None:
+            self.texts.close()
 
     def threads_for(self, threads: int) -> int:
         """Choose how many threads should read where the user asked for so many.
@@ -250,10 +251,10 @@ class CacheReader:
     ) -> Iterator[partial[None]]:
         """Split a batch into calls, each for consecutive rows of it in the order of the files."""
         self._check_rows(rows, views)
-        texts = [] if self._texts is None else [each for each in columns if each in self._texts.columns]
-        if self._texts is not None and self.captions is not None and texts:
+        texts = [] if self.texts is None else [each for each in columns if each in self.texts.columns]
+        if self.texts is not None and self.captions is not None and texts:
             of_rows = self.captions.rows_of(rows, captions)
-            yield from self._texts._tasks(of_rows, texts, out, None, None, parts)
+            yield from self.texts._tasks(of_rows, texts, out, None, None, parts)
         targets = [self._target(each, len(rows), out) for each in columns if each not in {LABEL, *texts}]
         if texts and not targets:
             return

@@ -108,7 +108,7 @@ def test_it_would_train_on_the_cache_that_its_command_writes(
     assert [each for each in checked.problems if each.field != "--batch-size"] == []
     assert checked.backbone is not None
     assert checked.method is not None
-    method, condition = checked.method, checked.condition_column
+    method, condition = checked.method, checked.condition_columns
     columns = {each for phase in method.phases() for each in columns_of_phase(method, phase, condition)}
     assert checked.manifest is not None
     assert columns <= checked.manifest.columns.keys()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from repa.data.format.columns import MOMENTS, ColumnSpec
-from repa.data.testing import synthetic_cache
+from repa.data.testing import synthetic_cache, synthetic_captions
 from repa.trainer.config import build
 from repa.trainer.methods import METHODS
 from repa.trainer.models import registry
@@ -28,9 +28,22 @@ SETTINGS = {
     ("sra", "SiT-down-B/2"): ("method.teacher_block=12",),
     ("erw", "SiT-down-B/2"): ("method.warmup_depth=4", "method.depth=11"),
     ("erw", "SiT-down-XL/2"): ("method.depth=27",),
+    ("haste", "MMDiT-24/2"): (
+        "method.depth=8",
+        "method.student_blocks=5,6,7",
+        "method.teacher_blocks=8,10,12",
+        "method.stop=100000",
+    ),
+    ("irepa", "MMDiT-24/2"): ("method.depth=8",),
+    ("urepa", "MMDiT-24/2"): ("method.depth=8",),
+    ("sra", "MMDiT-24/2"): ("method.student_block=8", "method.teacher_block=16"),
+    ("sra2", "MMDiT-24/2"): ("method.depth=8",),
+    ("erw", "MMDiT-24/2"): ("method.warmup_depth=4", "method.depth=8"),
 }
 # presets that name blocks which B has not
 SIZES = {("erw", "readme"): "XL"}
+OF_TEXT = frozenset(name for name, family in registry.BACKBONES.items() if family.config.takes_sequences)
+TEXT = "clip-l-text/states"
 BLOCKS = {"dinov2-b+attention": {"blocks": [8, 10, 12], "depth": 12}}
 
 
@@ -76,11 +89,14 @@ def _write(
         "dinov2-b/k": attention,
     }
     synthetic_cache(path, num_rows=rows, columns=columns, notes=BLOCKS, resolution=8 * side, invalid=invalid)
+    synthetic_captions(path, columns={TEXT: ColumnSpec(shape=(77, width), dtype="float16")})
     return path
 
 
 def model_of(method: str, preset: str, family: str) -> str:
     """Return the model of a family that a method is looked at on."""
+    if family in OF_TEXT:
+        return f"{family}-24/2"
     return f"{family}-{SIZES.get((method, preset), 'B')}/2"
 
 
@@ -89,6 +105,8 @@ def typed(method: str, preset: str, family: str, cache: Path, settings: tuple[st
     model = model_of(method, preset, family)
     flags = {"method": method, "model": model, "cache": str(cache), "precision": "32-true"}
     chosen = (f"method.preset={preset}",) if preset else ()
+    if family in OF_TEXT:
+        flags["condition"] = TEXT
     return build(flags=flags, assignments=(*chosen, *settings))
 
 

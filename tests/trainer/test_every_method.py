@@ -111,7 +111,7 @@ def test_a_dry_run_names_phases_and_columns(name: str, preset: str, whole: Path,
     table = printed.getvalue()[printed.getvalue().index("run folder") :]
     for phase in phases:
         assert f" {phase.name} " in table
-        for column in columns_of_phase(method, phase, "label"):
+        for column in columns_of_phase(method, phase, ()):
             assert f" {column} " in table
     assert not (tmp_path / "run").exists()
     assert unusable_presets(METHODS[name]) == ""

@@ -92,7 +92,8 @@ def block_features(
             model.objective,
         )
         tokens = (tuple(each.x_t for each in vectors.values()),) if vectors else ()
-        values = columns[LABEL if conditioner.column == LABEL else conditioner.column].to(device)
+        named = {name: values.to(device) for name, values in columns.items() if name in conditioner.columns}
+        values = conditioner.values(named, columns[LABEL].to(device))
         condition = conditioner.null(len(x0)) if model.guidable else conditioner.whole(values)
         captured = backbone.forward(noised.x_t, noised.t, condition, capture, *tokens)
         for block, hidden in captured.hidden.items():

@@ -9,6 +9,7 @@ from annotated_types import Ge, Lt
 
 from ...data.format.columns import column_name
 from ..models.conditioning import CLS, MASK_PROBABILITY, ConditionColumn
+from ..models.conditions import build_conditioner
 from ..objectives.times import lognormal_times
 from .alignment import cosine_similarity
 from .base import Requirement, Term
@@ -86,7 +87,7 @@ class Gmem(Repa):
         if column not in self.specs:
             # a missing column is reported before step 0
             return None
-        return ConditionColumn(
+        said = ConditionColumn(
             column=column,
             shape=self.specs[column].shape,
             num_classes=num_classes,
@@ -94,7 +95,8 @@ class Gmem(Repa):
             mask=self.config.mask,
             mask_projected=self.config.mask_projected,
             drop=self.config.drop,
-        ).build()
+        )
+        return build_conditioner(said)
 
     def time_law(self, phase: Phase) -> TimeLaw:
         """Return sigmoid(N(0, 1)) on the linear path, where noise and data are exp N(0, 1) in ratio."""

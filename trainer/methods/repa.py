@@ -60,6 +60,9 @@ PRESETS: Mapping[str, RepaConfig] = {
     "B": RepaConfig(depth=8),
     "L": RepaConfig(depth=8),
     "XL": RepaConfig(depth=8),
+    # paper, appendix K; the other is ours, for the demo
+    "MMDiT-24": RepaConfig(depth=8),
+    "MMDiT-6": RepaConfig(depth=4),
 }
 
 

@@ -19,7 +19,7 @@ from ...data.errors import RepaError
 from ...data.format.columns import LABEL, split_column
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
 
 DROP_PROBABILITY = 0.1
 MASK_PROBABILITY = 0.4
@@ -58,6 +58,20 @@ class Conditioner(nn.Module, ABC):
     column: str
     drop_probability: float
     built_from: ConditionColumn | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the cache that the values are read from, without the label."""
+        return () if self.column == LABEL else (self.column,)
+
+    def values(self, columns: Mapping[str, Tensor], label: Tensor) -> Tensor:
+        """Return the values ``[B, …]`` of a batch.
+
+        Args:
+            columns: of the batch, as stored.
+            label: classes, int64 ``[B]``.
+        """
+        return label if self.column == LABEL else columns[self.column]
 
     def dropped(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw what the samples lose of their condition now, on the generator's device.
@@ -255,6 +269,7 @@ class ConditionColumn:
         mask: of a class token, as are the next two, see `ClassTokenConditioner`.
         mask_projected: drop elements of its embedding.
         drop: how often training drops the whole of it.
+        scaled: whether the rows are int8 with scales in a column of their own.
     """
 
     column: str
@@ -264,6 +279,7 @@ class ConditionColumn:
     mask: float = MASK_PROBABILITY
     mask_projected: bool = False
     drop: float = 0.0
+    scaled: bool = False
 
     @property
     def kind(self) -> str:
@@ -273,33 +289,3 @@ class ConditionColumn:
             RepaError: the column's name is not of the grammar.
         """
         return LABEL if self.column == LABEL else split_column(self.column)[1]
-
-    def build(self) -> Conditioner:
-        """Return a conditioner of the column, its parameters drawn from torch's global generator.
-
-        Raises:
-            RepaError: nothing embeds columns of that kind.
-        """
-        if self.kind not in CONDITIONS:
-            raise RepaError(
-                f"no condition is made of {self.column}",
-                f"choose a column of a kind that one is made of: {', '.join(CONDITIONS)}",
-                field="condition",
-            )
-        conditioner = CONDITIONS[self.kind](self)
-        conditioner.built_from = self
-        return conditioner
-
-
-CONDITIONS: dict[str, Callable[[ConditionColumn], Conditioner]] = {
-    LABEL: lambda column: LabelConditioner(column.num_classes, column.width),
-    CLS: lambda column: ClassTokenConditioner(
-        column.column,
-        column.shape[0],
-        column.width,
-        mask=column.mask,
-        mask_projected=column.mask_projected,
-        drop=column.drop,
-    ),
-}
-"""Kind of a column → what makes its conditioner: one line each."""

@@ -17,6 +17,7 @@ from ...data.errors import RepaError
 from ...data.reading.latents import STABLE_DIFFUSION_SCALE, LatentScale
 from ...data.units import counted
 from .base import with_weights
+from .conditions import build_conditioner
 from .dit import DiT, DiTConfig
 from .published_file import KNOWN, PublishedFile, read_published, some
 from .reversed_time import LAST, reverse_time
@@ -77,7 +78,9 @@ class PublishedCheckpoint:
 
     def make(self) -> Backbone:
         """Return such a network, its weights drawn."""
-        return self.network(self.config, None if self.condition is None else self.condition.build())
+        return self.network(
+            self.config, None if self.condition is None else build_conditioner(self.condition)
+        )
 
 
 class OtherFamilyError(RepaError):

@@ -17,6 +17,7 @@ from ..typed import from_mapping
 from .base import with_weights
 from .dit import DiT, DiTConfig
 from .lightningdit import LightningDiT, LightningDiTConfig
+from .mmdit import MMDiT, MMDiTConfig
 from .published import FAMILY, OtherFamilyError, PublishedCheckpoint, load_published
 from .published_dit import load_dit
 from .published_lightningdit import load_lightningdit
@@ -37,6 +38,7 @@ SETTINGS = {
     "rope": "rotary positions",
     "rms_norm": "RMSNorm",
     "swiglu": "gated MLP",
+    "adaln_zero": "first weights with gates and output at zero",
 }
 """Settings of a run that are fields of an architecture, where it has the choice, and what each is."""
 
@@ -68,6 +70,7 @@ BACKBONES: dict[str, Family] = {
     "DiT": Family(config=DiTConfig, build=DiT, objective=DDPM, published=load_dit),
     "SiT-down": Family(config=SiTDownConfig, build=SiTDown),
     "LightningDiT": Family(config=LightningDiTConfig, build=LightningDiT, published=load_lightningdit),
+    "MMDiT": Family(config=MMDiTConfig, build=MMDiT),
 }
 
 

@@ -23,7 +23,7 @@ class SizedConfig(BackboneConfig):
     Attributes:
         family: what its names begin with.
         sizes: letter of a size → its fields, as a dataclass.
-        letters: of the sizes that the family has.
+        letters: of the sizes that the family has, or their depths.
         patch_sizes: that the family has.
         multiple: the side of the grid is a multiple of it.
         patch_size: side of a patch in latent pixels.
@@ -42,9 +42,10 @@ class SizedConfig(BackboneConfig):
     def __init_subclass__(cls) -> None:
         """Say what the names of a family look like."""
         super().__init_subclass__()
+        example = "B" if "B" in cls.letters else cls.letters[-1]
         cls.names = (
             f"{cls.family}-<size>/<patch> with size {', '.join(cls.letters)} and patch "
-            f"{', '.join(map(str, cls.patch_sizes))}, for example {cls.family}-B/2"
+            f"{', '.join(map(str, cls.patch_sizes))}, for example {cls.family}-{example}/2"
         )
 
     @classmethod
@@ -54,7 +55,7 @@ class SizedConfig(BackboneConfig):
         Raises:
             RepaError: the name is none of the family's; the remedy says what they look like.
         """
-        match = re.fullmatch(rf"{cls.family}-([A-Z]+)/([0-9]+)", name)
+        match = re.fullmatch(rf"{cls.family}-([A-Z]+|[0-9]+)/([0-9]+)", name)
         if match and match[1] in cls.letters and match[2] in map(str, cls.patch_sizes):
             return match[1], int(match[2])
         raise RepaError(f"model {name!r} is unknown", f"a name is {cls.names}", field="--model")

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from ...data.errors import RepaError
-from ...data.format.columns import LABEL
 from ...data.units import counted
 from ..methods.base import Problem
 
@@ -63,7 +62,7 @@ class Checked:
         manifest: of the cache.
         backbone: architecture.
         condition: what the conditioner is built from; None where a method's own does not say.
-        condition_column: the column that it embeds.
+        condition_columns: the columns that it embeds, without the label.
         method: the method, freshly initialised from the seed.
         scale: of the latents.
         reader: of every column that some phase reads.
@@ -80,7 +79,7 @@ class Checked:
     manifest: Manifest | None = None
     backbone: BackboneConfig | None = None
     condition: ConditionColumn | None = None
-    condition_column: str = LABEL
+    condition_columns: tuple[str, ...] = ()
     method: Method | None = None
     scale: LatentScale | None = None
     reader: CacheReader | TarCache | None = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...data.errors import RepaError
-from ...data.format.columns import KINDS, LABEL, MOMENTS, source_of
+from ...data.format.columns import KINDS, LABEL, MOMENTS, TEXT_STATES, source_of, split_column
 from ...data.format.foreign import foreign_lines
 from ...data.reading.latents import chosen_scale
 from ...data.reading.order import split_holdout
@@ -25,6 +25,7 @@ from ..input.tar_stream import GUARANTEES
 from ..methods.outside import find_method
 from ..models import registry as backbones
 from ..models.conditioning import DROP_PROBABILITY, ConditionColumn
+from ..models.conditions import build_conditioner
 from ..objectives.registry import make_objective, name_of
 from ..sampling.settings import SamplerConfig
 from ..step.randomness import derived_seed
@@ -286,7 +287,11 @@ def _check_condition(
         conditioner = method.make_conditioner(backbone.num_classes)
         if conditioner is None:
             found.condition = found.attempt(lambda: _condition_column(config, manifest, backbone))
-            conditioner = None if found.condition is None else found.attempt(found.condition.build)
+            conditioner = (
+                None
+                if found.condition is None
+                else found.attempt(partial(build_conditioner, found.condition))
+            )
         elif config.condition == LABEL:
             found.condition = conditioner.built_from
         else:
@@ -298,13 +303,20 @@ def _check_condition(
             )
     if conditioner is None:
         return
-    found.condition_column = conditioner.column
+    found.condition_columns = conditioner.columns
     if conditioner.column != LABEL and config.label_dropout != DROP_PROBABILITY:
         found.add(
             f"label_dropout={config.label_dropout:g} is of labels, and the network is conditioned on "
             f"{conditioner.column}",
             "leave label_dropout out",
             field="label_dropout",
+        )
+    if backbone.takes_sequences and not conditioner.sequence:
+        there = [name for name in manifest.columns if split_column(name)[1] == TEXT_STATES]
+        found.add(
+            f"{config.model} reads text, and {conditioner.column} is none",
+            f"take --set condition={there[0]}" if there else "add captions with `repa preprocess --captions`",
+            field="condition",
         )
     if conditioner.sequence and not backbone.takes_sequences:
         found.add(
@@ -326,6 +338,7 @@ def _condition_column(config: TrainConfig, manifest: Manifest, backbone: Backbon
     return ConditionColumn(
         column=column,
         shape=() if column == LABEL else manifest.columns[column].shape,
+        scaled=column != LABEL and manifest.columns[column].dtype == "int8",
         num_classes=backbone.num_classes,
         width=backbone.facts.width,
     )
@@ -362,7 +375,7 @@ def _check_columns(config: TrainConfig, manifest: Manifest, method: Method, foun
     needed = dict.fromkeys(
         column
         for phase in method.phases()
-        for column in columns_of_phase(method, phase, found.condition_column)
+        for column in columns_of_phase(method, phase, found.condition_columns)
     )
     if found.live is not None and not live_columns(needed, found.live) and not found.problems:
         found.add(

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...data.errors import RepaError
-from ...data.format.columns import LABEL, MOMENTS
+from ...data.format.columns import MOMENTS
 from ...data.reading.reader import CacheReader
 from ...data.units import counted
 from ..added_callbacks import make_callbacks
 from ..input.datamodule import CacheData
 from ..input.statistics import column_statistics
 from ..models.conditioning import ClassTokenConditioner
+from ..models.text_conditioning import TextConditioner
 from ..sampling.bank import CacheBank
+from ..sampling.caption_bank import CaptionBank
 from ..step.checkpoints import checkpoint_path, checkpoints_of
 from ..step.module import TrainingModule, build_backbone
 from .callbacks import Clock, Metrics
@@ -307,11 +309,16 @@ def assemble(
 
 
 def _open_bank(module: TrainingModule, reader: CacheReader | TarCache) -> None:
-    """Let previews and evaluations take class tokens from the cache, where they are conditioned on those.
+    """Let previews and evaluations take conditions from the cache, where these are no labels.
 
-    Training itself never asks for them. Of tars no row can be read at random.
+    Training itself asks for none of them but the states of the empty caption. Of tars no row can be read at
+    random.
     """
     for conditioner in (module.backbone.y_embedder, module.ema.y_embedder):
+        if isinstance(conditioner, TextConditioner) and isinstance(reader, CacheReader) and reader.texts:
+            captions = CaptionBank(reader.texts, conditioner)
+            conditioner.take_null(captions.empty())
+            conditioner.bank = captions
         if isinstance(conditioner, ClassTokenConditioner) and isinstance(reader, CacheReader):
             conditioner.bank = CacheBank(reader, conditioner.column)
 
@@ -379,9 +386,8 @@ def _held_out_evaluation(
         return None
 
     def evaluate(trainer: Trainer, module: TrainingModule) -> dict[str, float]:
-        condition = module.backbone.y_embedder.column
-        names = (MOMENTS, condition, *module.beside.columns)
-        columns = tuple(dict.fromkeys(name for name in names if name != LABEL))
+        names = (MOMENTS, *module.backbone.y_embedder.columns, *module.beside.columns)
+        columns = tuple(dict.fromkeys(names))
         sums, count = held_out_sums(
             {"held_out_ema": module.ema, "held_out": module.backbone},
             held_out_batches(reader, rows, columns, rank=trainer.global_rank, world=trainer.world_size),

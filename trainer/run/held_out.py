@@ -134,8 +134,8 @@ def held_out_sums(
         tokens = (NOTHING, tuple(each.x_t for each in vectors.values())) if vectors else ()
         for name, network in networks.items():
             conditioner = network.y_embedder
-            values = batch.label if conditioner.column == LABEL else batch.columns[conditioner.column]
-            condition = conditioner.whole(values.to(device))
+            named = {each: batch.columns[each].to(device) for each in conditioner.columns}
+            condition = conditioner.whole(conditioner.values(named, batch.label.to(device)))
             with context():
                 # not through __call__: a compiled network would compile again for this batch size
                 captured = network.forward(noised.x_t, noised.t, condition, *tokens)

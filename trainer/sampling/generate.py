@@ -12,6 +12,7 @@ from ...data.errors import RepaError
 from ...data.reading.latents import LatentScale, scale_of, unscale_latent
 from ..models import registry as backbones
 from ..models.conditioning import ConditionColumn, LabelConditioner, balanced_labels
+from ..models.conditions import build_conditioner
 from ..models.published import FAMILY
 from ..models.published_file import WEIGHTS
 from ..objectives import registry as objectives
@@ -295,7 +296,8 @@ def _model_of(checkpoint: Mapping[str, Any], file: Path, weights: str) -> Traine
         raise RepaError(f"{where} has {wrong[0]} as {state[wrong[0]].dtype}", remedy, field="--ckpt")
     condition = said.get("condition")
     try:
-        conditioner = None if condition is None else from_mapping(ConditionColumn, condition).build()
+        said_of = None if condition is None else from_mapping(ConditionColumn, condition)
+        conditioner = None if said_of is None else build_conditioner(said_of)
         backbone = backbones.load(backbones.from_plain(said["backbone"]), state, conditioner)
         objective = objectives.from_plain(objective_said(said))
     except RepaError as error:

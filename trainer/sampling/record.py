@@ -58,6 +58,7 @@ class SamplingRecord:
         interval: see `SamplerConfig`.
         bank: digest of the bank whose vectors the images are conditioned on; None for labels.
         vectors: which of its vectors, in words.
+        prompts: text of each image, in turn; none of a model that reads no text.
         condition_sha256: of the conditions themselves, float32, in turn; None for labels.
         seed: of the noise.
         batch_size: images of a forward pass, which decides how matrix products are rounded.
@@ -84,6 +85,7 @@ class SamplingRecord:
     interval: tuple[float, float]
     bank: str | None = None
     vectors: str | None = None
+    prompts: tuple[str, ...] = ()
     condition_sha256: str | None = None
     seed: int
     batch_size: int

@@ -18,6 +18,7 @@ from ..input.datamodule import columns_of_phase
 from ..methods.base import Method, Phase, Step, Term
 from ..models import registry as backbones
 from ..models.conditioning import LabelConditioner
+from ..models.conditions import build_conditioner
 from ..models.token_groups import TokenGroups
 from ..objectives.registry import make_objective
 from .beside import Beside, Statistics, tokens_of
@@ -103,7 +104,7 @@ class TrainingModule(LightningModule):
 
     def columns_at(self, step: int) -> tuple[str, ...]:
         """Name the columns of the cache that a step reads, without the label."""
-        return columns_of_phase(self.method, self.method.phase_at(step), self.backbone.y_embedder.column)
+        return columns_of_phase(self.method, self.method.phase_at(step), self.backbone.y_embedder.columns)
 
     def on_train_start(self) -> None:
         """Give the optimiser the configuration's settings, in place of those that a checkpoint brings."""
@@ -284,8 +285,7 @@ class TrainingModule(LightningModule):
         return float(self.over_ranks(one)) * self.trainer.world_size
 
     def _condition_values(self, batch: Batch) -> Tensor:
-        column = self.backbone.y_embedder.column
-        return batch.label if column == LABEL else batch.columns[column]
+        return self.backbone.y_embedder.values(batch.columns, batch.label)
 
     def _draw(self, batch: Batch, phase: Phase) -> Draws:
         if self._draws is None:
@@ -386,6 +386,6 @@ def build_backbone(
         torch.manual_seed(derived_seed(seed, "conditioner"))
         conditioner = method.make_conditioner(config.num_classes)
         if conditioner is None and condition is not None and condition.column != LABEL:
-            conditioner = condition.build()
+            conditioner = build_conditioner(condition)
         torch.manual_seed(derived_seed(seed, "backbone"))
         return backbones.build(config, conditioner)

@@ -71,7 +71,7 @@ def test_readme_says_what_a_method_reads(name: str) -> None:
     assert method.problems() == []
     reads, sizes = [], []
     conditioner = method.make_conditioner(1000)
-    condition = "label" if conditioner is None else conditioner.column
+    condition = () if conditioner is None else conditioner.columns
     for phase in method.phases():
         columns = columns_of_phase(method, phase, condition)
         reads += [column for column in columns if column != MOMENTS]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from repa.commands.sample import SampleFlags, sample
 from repa.data.errors import RepaError
-from repa.trainer.models.conditioning import CONDITIONS, ConditionColumn, Conditioner, balanced_labels
+from repa.trainer.models.conditioning import ConditionColumn, Conditioner, balanced_labels
+from repa.trainer.models.conditions import CONDITIONS
 from repa.trainer.run.checks import check
 from repa.trainer.sampling.generate import model_of_run
 from repa.trainer.step.checkpoints import checkpoints_of, load_checkpoint
@@ -112,7 +113,7 @@ def test_a_sequence_needs_a_backbone_that_takes_one(
 def test_the_label_is_the_default(settings: Settings) -> None:
     checked = check(settings())
     assert checked.condition == ConditionColumn(column="label", shape=(), num_classes=3, width=48)
-    assert checked.condition_column == "label"
+    assert checked.condition_columns == ()
 
 
 def test_balanced_labels() -> None:
