@@ -76,7 +76,7 @@ def print_blocks(document: Mapping[str, Any], console: Console) -> None:
             )
         console.print(table)
     if document["condition"] == "own":
-        _say(console, "–: the network was never trained without labels, and a probe would find those")
+        _say(console, "–: the network was never trained without its condition, and a probe would find that")
     for teacher, each in document["teachers"].items():
         if each["probe"] is None:
             _say(console, "no probe: it wants two classes, and four images a class; give more with --num")
