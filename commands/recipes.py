@@ -96,7 +96,7 @@ def _list(found: list[Recipe], console: Console) -> None:
     from rich.table import Table
 
     table = Table()
-    for heading in ("recipe", "method", "model", "FID", "steps", "arXiv"):
+    for heading in ("recipe", "method", "model", "FID", "steps"):
         number = heading in ("FID", "steps")
         # a narrow terminal cuts no name short, but breaks lines
         table.add_column(heading, justify="right" if number else "left", overflow="fold")
@@ -109,12 +109,11 @@ def _list(found: list[Recipe], console: Console) -> None:
             settings["model"],
             "–" if best is None else f"{best.fid:g}",
             "–" if best is None else f"{best.step:,}",
-            each.paper,
         )
     console.print(table)
     console.print(
         "FID is the lowest that is published, of 50,000 samples but where the recipe says less. "
-        "`repa recipes NAME` shows one.",
+        "`repa recipes NAME` shows one, with its source.",
         soft_wrap=True,
         highlight=False,
     )

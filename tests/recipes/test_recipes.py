@@ -178,7 +178,7 @@ def test_an_unknown_name_is_refused_with_those_nearest() -> None:
 
 def printed(**flags: Any) -> str:
     out = io.StringIO()
-    recipes(RecipesFlags(**flags), console=Console(file=out, width=120))
+    recipes(RecipesFlags(**flags), console=Console(file=out, width=80))
     return out.getvalue()
 
 
