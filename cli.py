@@ -27,7 +27,8 @@ from .commands.compare import CompareFlags, compare
 from .commands.demo.run import DEFAULT_STEPS, IMAGES, METHODS
 from .commands.evaluate.command import evaluate
 from .commands.evaluate.flags import EvaluateFlags
-from .commands.parity import ParityFlags, parity
+from .commands.parity.flags import ParityFlags
+from .commands.parity.run import parity
 from .commands.plan import PlanFlags, plan
 from .commands.preprocess import PreprocessFlags, preprocess
 from .commands.recipes import RecipesFlags, recipes

@@ -14,7 +14,8 @@ import zarr
 from PIL import Image
 from repa.commands.cache.merge import merge
 from repa.commands.cache.repair import repair
-from repa.commands.parity import ParityFlags, parity
+from repa.commands.parity.flags import ParityFlags
+from repa.commands.parity.run import parity
 from repa.commands.preprocess import PreprocessFlags, make_config, preprocess
 from repa.data.errors import CacheError, RepaError
 from repa.data.format.columns import LABEL, MOMENTS

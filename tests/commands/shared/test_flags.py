@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import pytest
 import typer
 from repa.cli import app, run_command
-from repa.commands.parity import ParityFlags
+from repa.commands.parity.flags import ParityFlags
 from repa.commands.plan import PlanFlags
 from repa.commands.preprocess import PreprocessFlags
 from repa.commands.sample import SampleFlags

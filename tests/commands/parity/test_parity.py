@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from repa import cli
-from repa.commands.parity import Parity, ParityFlags, parity
+from repa.commands.parity.flags import ParityFlags
+from repa.commands.parity.found import Parity
+from repa.commands.parity.run import parity
 from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.commands.train import TrainFlags, train
 from repa.data.errors import RepaError

@@ -1,0 +1,1 @@
+"""`repa parity`, losses from a cache beside those of its teachers called live."""
