@@ -93,7 +93,7 @@ def test_ddim_carries_a_gaussian_to_its_data() -> None:
     network, x = Gaussian(0.5, 0.7), torch.randn(64, 4, 2, 2, dtype=torch.float64)
     labels = torch.zeros(64, dtype=torch.int64)
     errors = []
-    for steps in (50, 200, 1000):
+    for steps in (50, 200, 800):
         found = sample(network, DDPM, x, labels, SamplerConfig(solver="ddim", steps=steps))
         errors.append((found - (0.5 + 0.7 * x)).abs().max().item())
     assert errors[0] > errors[1] > errors[2]
@@ -102,16 +102,16 @@ def test_ddim_carries_a_gaussian_to_its_data() -> None:
 
 def test_ancestral_steps_have_the_variance_of_the_data() -> None:
     network = Gaussian(0.5, 0.7)
-    labels = torch.zeros(4096, dtype=torch.int64)
+    labels = torch.zeros(1024, dtype=torch.int64)
     found = sample(
         network,
         DDPM,
-        torch.randn(4096, 4, 2, 2, dtype=torch.float64),
+        torch.randn(1024, 4, 2, 2, dtype=torch.float64),
         labels,
         SamplerConfig(solver="ddpm", steps=200),
         generator=torch.Generator().manual_seed(0),
     )
-    assert found.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert found.mean().item() == pytest.approx(0.5, abs=0.03)
     assert found.std().item() == pytest.approx(0.7, rel=0.05)
     # the network is told the original steps, from the noisy end
     assert network.seen[:2] == [999, 994]
