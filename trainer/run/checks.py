@@ -30,6 +30,7 @@ from ..objectives.registry import make_objective, name_of
 from ..sampling.settings import SamplerConfig
 from ..step.randomness import derived_seed
 from .checked import RANDOM_WEIGHTS, Checked
+from .first_steps import check_first_steps
 from .gradient_angle import angle_problems
 from .lightning_trainer import make_trainer
 from .loggers import logger_problems
@@ -75,7 +76,7 @@ def check(config: TrainConfig, live: LiveTargets | None = None) -> Checked:
     if found.backbone is not None and found.method is not None:
         _check_condition(config, found.manifest, found.backbone, found.method, found)
     if found.method is not None:
-        _check_first_steps(config, found.method, found)
+        check_first_steps(config, found.method, found)
         _check_columns(config, found.manifest, found.method, found)
     if isinstance(found.reader, TarCache):
         _check_tars(config, found.reader, found)
@@ -342,33 +343,6 @@ def _condition_column(config: TrainConfig, manifest: Manifest, backbone: Backbon
         num_classes=backbone.num_classes,
         width=backbone.facts.width,
     )
-
-
-def _check_first_steps(config: TrainConfig, method: Method, found: Checked) -> None:
-    """Check whether a run can begin with steps of another, and say what its own first ones leave out."""
-    taken = method.first_steps()
-    if taken is not None and config.init:
-        found.add(
-            f"init and method.{taken.setting} both say what the run begins with",
-            "leave one of them out",
-            field="init",
-        )
-    if taken is not None and taken.step >= config.max_steps:
-        found.add(
-            f"the run begins at step {taken.step:,} and would end at {config.max_steps:,}",
-            "set a larger --max-steps",
-            field="--max-steps",
-        )
-    begins = 0 if taken is None else taken.step
-    untrained = [phase for phase in method.phases() if not method.predicts_after(phase.start + 1)]
-    if untrained and not method.predicts_after(begins + 1):
-        last = untrained[-1]
-        until = f"step {last.stop:,}" if last.stop is not None and last.stop < config.max_steps else "its end"
-        names = ", ".join(phase.name for phase in untrained)
-        found.warnings.append(
-            f"no held-out loss, previews or evaluations until {until}: phase {names} does not train what "
-            "they need"
-        )
 
 
 def _check_columns(config: TrainConfig, manifest: Manifest, method: Method, found: Checked) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from ..resuming import flat
 from ..step.checkpoints import checkpoints_of, load_checkpoint
 from ..step.module import CHECKPOINT_KEY
 from ..typed import from_mapping
+from .divergence import largest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -62,6 +64,41 @@ class TakenSteps:
                 )
             state[name] = given
         module.load_state_dict(state)
+
+
+def check_first_steps(config: TrainConfig, method: Method, found: Checked) -> None:
+    """Check whether a run can begin with steps of another, and say what its own first ones leave out.
+
+    The other run itself is looked at by `read_first_steps`.
+
+    Args:
+        config: of the run.
+        method: of the run.
+        found: takes problems and warnings.
+    """
+    taken = method.first_steps()
+    if taken is not None and config.init:
+        found.add(
+            f"init and method.{taken.setting} both say what the run begins with",
+            "leave one of them out",
+            field="init",
+        )
+    if taken is not None and taken.step >= config.max_steps:
+        found.add(
+            f"the run begins at step {taken.step:,} and would end at {config.max_steps:,}",
+            "set a larger --max-steps",
+            field="--max-steps",
+        )
+    begins = 0 if taken is None else taken.step
+    untrained = [phase for phase in method.phases() if not method.predicts_after(phase.start + 1)]
+    if untrained and not method.predicts_after(begins + 1):
+        last = untrained[-1]
+        until = f"step {last.stop:,}" if last.stop is not None and last.stop < config.max_steps else "its end"
+        names = ", ".join(phase.name for phase in untrained)
+        found.warnings.append(
+            f"no held-out loss, previews or evaluations until {until}: phase {names} does not train what "
+            "they need"
+        )
 
 
 def copied(module: TrainingModule, step: int) -> tuple[str, ...]:
@@ -119,6 +156,10 @@ def read_first_steps(checked: Checked, config: TrainConfig, identity: Mapping[st
         *_different_backbone(said["backbone"], identity["backbone"]),
         *_different_holdout(said, config),
     ]
+    if not different and not math.isfinite(
+        float(largest(each for each in checkpoint["state_dict"].values() if each.is_floating_point()))
+    ):
+        raise RepaError(f"the weights of {file} are not finite", "take another run", field=field)
     if different:
         raise RepaError(
             f"the steps of {file} are not this run's first: {'; '.join(different)}",
@@ -164,14 +205,14 @@ def _different_method(
     if name != config.method_name:
         yield f"method ({name} → {config.method_name})"
         return
+    try:
+        asked = from_mapping(type(config.method), settings, prefix="method.")
+    except RepaError as error:
+        # of another version of this program, or of a file that somebody has made
+        yield error.what
+        return
     with torch.device("meta"):
-        theirs = type(method)(
-            from_mapping(type(config.method), settings, prefix="method."),
-            method.backbone,
-            method.specs,
-            method.grids,
-            method.notes,
-        )
+        theirs = type(method)(asked, method.backbone, method.specs, method.grids, method.notes)
     for key in wanted.same:
         was, now = getattr(theirs.config, key), getattr(method.config, key)
         if was != now:

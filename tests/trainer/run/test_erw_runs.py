@@ -328,3 +328,22 @@ def test_a_dry_run_looks_at_the_other_run(erw: Settings, first: Path, tmp_path: 
         plan(method__warmup_weight=0.25)
     assert caught.value.field == "method.warmup_from"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("spoil", ["not finite", "setting", "weight"])
+def test_a_spoilt_checkpoint_is_refused(
+    erw: Settings, first: Path, spoil: str, run_fit: Callable[..., Any], tmp_path: Path
+) -> None:
+    state = state_of(first, W)
+    if spoil == "setting":
+        state["repa"]["settings"]["method"]["of_tomorrow"] = 1
+    name = "method.projectors.0.0.bias"
+    if spoil == "weight":
+        state["state_dict"][name] = state["state_dict"][name][1:]
+    if spoil == "not finite":
+        state["state_dict"][name] = torch.full_like(state["state_dict"][name], torch.nan)
+    file = tmp_path / "spoilt.ckpt"
+    torch.save(state, file)
+    with pytest.raises(RepaError) as caught:
+        run_fit(erw(method__warmup_from=str(file)))
+    assert caught.value.field == "method.warmup_from"
