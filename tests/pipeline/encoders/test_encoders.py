@@ -165,6 +165,21 @@ def test_siglip_class_feature_is_its_attention_pool() -> None:
         assert torch.equal(features["cls"], pool(features["patch"]))
 
 
+@pytest.mark.parametrize(("resolution", "side"), [(256, 224), (512, 448)])
+def test_a_patch_of_14_pixels_sees_the_normalised_crop_scaled_by_seven_eighths(
+    resolution: int, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, batch, seen = load(one_block("dinov2-s"), resolution=resolution), images(1, resolution), []
+    forward = encoder._model.forward_features
+    monkeypatch.setattr(encoder._model, "forward_features", lambda x: (seen.append(x), forward(x))[1])
+    features = encoder.encode(batch, (1,))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in TEACHERS["dinov2-s"].normalisation)
+    assert torch.equal(seen[0], F.interpolate((batch / 255 - mean) / std, size=(side, side), mode="bicubic"))
+    tokens = (resolution // 16) ** 2
+    assert features["patch"].shape == (1, tokens, 384)
+    assert features["q"].shape == features["k"].shape == (1, 1, 6, tokens, 64)
+
+
 @pytest.mark.parametrize("name", ["dinov2-s", "dinov2-s-reg", "mae-l"])
 @pytest.mark.parametrize("resolution", [256, 512])
 def test_the_position_table_is_resampled_as_the_reference_does_it(
