@@ -239,6 +239,11 @@ class MMDiT(Backbone):
         if config.adaln_zero:
             initialise_transformer(self, conditioners=("y_embedder",))
 
+    def left_out(self, stop_after: int) -> tuple[str, ...]:
+        """Name later blocks and final layer, and what makes of the last block's text what none reads."""
+        text = f"blocks.{stop_after - 1}.context_block"
+        return (*super().left_out(stop_after), f"{text}.attn.proj.", f"{text}.attn.q_norm.", f"{text}.mlp.")
+
     def forward(self, x: Tensor, t: Tensor, condition: Tensor, capture: Capture = NOTHING) -> Captured:
         """Predict what the objective trains, the velocity in REPA.
 

@@ -156,9 +156,8 @@ def read_first_steps(checked: Checked, config: TrainConfig, identity: Mapping[st
         *_different_backbone(said["backbone"], identity["backbone"]),
         *_different_holdout(said, config),
     ]
-    if not different and not math.isfinite(
-        float(largest(each for each in checkpoint["state_dict"].values() if each.is_floating_point()))
-    ):
+    floats = [each for each in checkpoint["state_dict"].values() if each.is_floating_point()]
+    if not different and not math.isfinite(float(largest(floats))):
         raise RepaError(f"the weights of {file} are not finite", "take another run", field=field)
     if different:
         raise RepaError(

@@ -17,6 +17,7 @@ from repa.trainer.models.capture import NOTHING, Capture, Captured
 from repa.trainer.models.registry import BACKBONES, build, config_of
 from repa.trainer.models.sit import SiT, SiTConfig
 from repa.trainer.models.sit_down import SiTDownConfig
+from repa.trainer.models.text_conditioning import TextConditioner
 from repa.trainer.objectives.base import squared_error
 from repa.trainer.objectives.paths import interpolant
 from safetensors.torch import load_file
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from repa.trainer.methods.base import Step
+    from repa.trainer.models.base import Backbone
     from repa.trainer.models.capture import BackboneFacts
 
 GOLDEN = SiTConfig(depth=5, width=48, heads=4, patch_size=2, input_size=16, num_classes=10)
@@ -187,17 +189,26 @@ def test_what_passes_over(network: tuple[SiT, Erw], golden: dict[str, Any]) -> N
     assert sorted(copied) == sorted(golden["handover_copied"])
 
 
+def with_its_condition(family: str) -> tuple[Backbone, torch.Tensor]:
+    """A small network of a family, and a condition of two images."""
+    name = {"MMDiT": "MMDiT-6/2"}.get(family, f"{family}-T/2")
+    config = config_of(name, input_size=8, in_channels=4, num_classes=3)
+    torch.manual_seed(0)
+    if not config.takes_sequences:
+        return build(config), torch.tensor([0, 1])
+    conditioner = TextConditioner("clip-l-text/states", (5, 12), config.facts.width)
+    return build(config, conditioner), torch.randn(2, 5, 12)
+
+
 @pytest.mark.parametrize("family", BACKBONES)
 def test_what_an_early_stop_leaves_out_is_what_no_gradient_reaches(family: str) -> None:
     """For every block of every family, or torchrun would wait for gradients that never come."""
-    config = config_of(f"{family}-T/2", input_size=8, in_channels=4, num_classes=3)
-    torch.manual_seed(0)
-    backbone = build(config)
-    inputs = torch.randn(2, 4, 8, 8), torch.zeros(2), torch.tensor([0, 1])
+    backbone, condition = with_its_condition(family)
     training = {name for name, value in backbone.named_parameters() if value.requires_grad}
-    for block in range(1, config.facts.depth + 1):
+    for block in range(1, backbone.facts.depth + 1):
         backbone.zero_grad()
-        captured = backbone(*inputs, Capture(hidden=(block,), stop_after=block))
+        capture = Capture(hidden=(block,), stop_after=block)
+        captured = backbone(torch.randn(2, 4, 8, 8), torch.zeros(2), condition, capture)
         captured.hidden[block].sum().backward()
         reached = {name for name, value in backbone.named_parameters() if value.grad is not None}
         assert {name for name in training if name.startswith(backbone.left_out(block))} == training - reached
