@@ -78,6 +78,14 @@ class EvaluateFlags:
             metavar="FILE", help="Weights of Inception, torch-fidelity's.", show_default="the hub's"
         ),
     ] = None
+    clip: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|NAME",
+            help="CLIP of clip_score: a folder, or its name on the hub.",
+            show_default="ViT-L/14",
+        ),
+    ] = None
     encoder_weights: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=FILE", help="File of an encoder's weights; may repeat."),

@@ -13,6 +13,7 @@ import torch
 from ...data.errors import RepaError
 from ...data.storage.files import make_folder, os_errors
 from ...data.units import counted
+from ...pipeline.encoders.clip_similarity import ClipSimilarity
 from ...pipeline.lanes.lanes import usable_cores
 from ...pipeline.shard_loop.ranks import detect_rank
 from ...trainer.evaluation.feature_shards import IMAGE, FeatureShards, repeated
@@ -106,10 +107,15 @@ def run_evaluation(flags: EvaluateFlags, console: Console) -> None:
     names = flags.metrics or (_CACHE_METRICS if reference.cache is not None else _ADM_METRICS)
     asked = asked_for([each.strip() for each in names.split(",") if each.strip()], reference)
     specs = network_specs(
-        asked, reference, samples.said.resolution, flags.inception, flags.encoder_weights or ()
+        asked,
+        reference,
+        samples.said.resolution,
+        flags.inception,
+        flags.encoder_weights or (),
+        clip=flags.clip,
     )
     rows = {each: reference.count(each) for each in specs if reference.count(each)}
-    check_asked(asked, reference, samples.said.num, rows)
+    check_asked(asked, reference, samples.said.num, rows, prompts=bool(samples.prompts))
     # before anything is sampled: what cannot be had is said now
     networks = {name: spec.load("cpu") for name, spec in specs.items()}
     with os_errors("write", out):
@@ -123,8 +129,12 @@ def run_evaluation(flags: EvaluateFlags, console: Console) -> None:
     arrays = dict(zip(specs, (each.read() for each in of_samples.shards), strict=True))
     _refuse_repeated(next(iter(arrays.values()))[IMAGE], "--seed" if flags.samples is None else "--samples")
     measured = _measured(networks, arrays, reference, of_reference)
+    for name, network in networks.items():
+        if isinstance(network, ClipSimilarity):
+            texts = network.text_features(samples.prompts).numpy()
+            measured[name] = replace(measured[name], texts=texts)
     figures = figures_of(asked, measured, bootstrap=flags.bootstrap)
-    if samples.said.condition is not None:
+    if samples.said.condition is not None and not samples.prompts:
         figures = [replace(each, protocol=f"{each.protocol}; image-conditioned") for each in figures]
     evaluation = Evaluation(
         samples=samples.said,

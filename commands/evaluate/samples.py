@@ -15,7 +15,7 @@ from ...trainer.evaluation.networks import BATCH
 from ...trainer.evaluation.results import SamplesSaid
 from ...trainer.run.folder import run_of
 from ...trainer.run.timing import device_hours
-from ...trainer.sampling.record import RECORD_FILE, SampleFolder
+from ...trainer.sampling.record import RECORD_FILE, SampleFolder, SamplingRecord
 from ..shared.banks import BankAsked
 from ..shared.features import FileImages, GeneratedImages
 from ..shared.prepared import prepare_sampling
@@ -53,6 +53,7 @@ class Samples:
         keep: where the images are written too.
         condition: of each image, for that.
         class_sorted: whether images stand class by class.
+        prompts: text of each image; none of a model that reads no text.
         notes: what a reader of figures must know.
     """
 
@@ -64,6 +65,7 @@ class Samples:
     keep: SampleFolder | None = None
     condition: NDArray[Any] | None = None
     class_sorted: bool = False
+    prompts: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
 
@@ -97,13 +99,15 @@ def samples_of(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> S
 def _finished(flags: EvaluateFlags) -> Samples:
     assert flags.samples is not None
     images = open_samples(flags.samples, flags.num)
-    of_vectors = _given_vectors(images)
+    recorded = _record_of(images)
+    prompts = _prompts(recorded, images.count)
+    of_vectors = not prompts and _given_vectors(images, recorded)
     said = SamplesSaid(
         name=images.name,
         sha256=images.sha256,
         num=images.count,
         resolution=images.resolution,
-        condition="class tokens of images" if of_vectors else None,
+        condition="class tokens of images" if of_vectors else "prompts" if prompts else None,
     )
     identity = {"images": images.sha256, "num": images.count}
     return Samples(
@@ -112,25 +116,38 @@ def _finished(flags: EvaluateFlags) -> Samples:
         identity=identity,
         folder=f"samples-{short_sha256(identity)}",
         class_sorted=images.class_sorted,
+        prompts=prompts,
         notes=(*images.notes, IMAGE_CONDITIONED) if of_vectors else images.notes,
     )
 
 
-def _given_vectors(images: ArrayImages | FolderImages) -> bool:
-    """Return whether finished samples were given vectors, by their file or by the record beside them."""
-    if isinstance(images, ArrayImages):
-        return images.of_vectors
-    file = images.folder / RECORD_FILE
+def _record_of(images: ArrayImages | FolderImages) -> Mapping[str, Any]:
+    """Return the record that lies beside finished samples, empty if there is none of ours."""
+    folder = images.file.parent if isinstance(images, ArrayImages) else images.folder
+    file = folder / RECORD_FILE
     if not file.exists():
-        return False
+        return {}
     with os_errors("read", file):
         raw = read_file(file, _MOST_RECORD)
     try:
         record = read_json(raw, where=str(file), remedy="move it away", error=RepaError)
     except RepaError:
         # of others, whatever it is
-        return False
-    return isinstance(record, dict) and record.get("bank") is not None
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _given_vectors(images: ArrayImages | FolderImages, record: Mapping[str, Any]) -> bool:
+    """Return whether finished samples were given vectors, by their file or by the record beside them."""
+    return images.of_vectors if isinstance(images, ArrayImages) else record.get("bank") is not None
+
+
+def _prompts(record: Mapping[str, Any], count: int) -> tuple[str, ...]:
+    """Return the prompts of the first so many images, none where the record has none."""
+    prompts = record.get("prompts")
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(each, str) for each in prompts):
+        return ()
+    return tuple(prompts[number % len(prompts)] for number in range(count))
 
 
 def _generated(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> Samples:
@@ -155,8 +172,8 @@ def _generated(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> S
         num=record.num,
         resolution=model.latent_shape[1] * prepared.decoder.load().stride,
         seed=record.seed,
-        labels=record.label_mode if record.bank is None else None,
-        condition=None if record.bank is None else f"class tokens of images, {record.vectors}",
+        labels=record.label_mode if record.bank is None and not record.prompts else None,
+        condition=_condition(record),
         bank=record.bank,
         solver=record.solver,
         steps=record.steps,
@@ -180,6 +197,7 @@ def _generated(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> S
         "guidance_channels": "all",
         "bank": None,
         "vectors": None,
+        "prompts": (),
         "condition_sha256": None,
     }
     identity = {
@@ -200,9 +218,17 @@ def _generated(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> S
         folder=folder,
         run=run,
         keep=SampleFolder(out / FOLDER / folder / "samples", record) if flags.keep_samples else None,
-        condition=prepared.condition,
-        notes=() if record.bank is None else (IMAGE_CONDITIONED,),
+        condition=prepared.told,
+        prompts=_prompts({"prompts": list(record.prompts)}, record.num),
+        notes=() if record.bank is None or record.prompts else (IMAGE_CONDITIONED,),
     )
+
+
+def _condition(record: SamplingRecord) -> str | None:
+    """Say what samples were given instead of a class."""
+    if record.prompts:
+        return "prompts" if record.bank is None else "captions of the images of a cache, one of each"
+    return None if record.bank is None else f"class tokens of images, {record.vectors}"
 
 
 def _checkpoint(flags: EvaluateFlags) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -15,6 +16,9 @@ import torch
 from ...data.errors import CacheError, RepaError
 from ...data.format.opening import as_recorded
 from ...pipeline.encoders import find_teacher, load_encoder
+from ...pipeline.encoders.clip_similarity import DEFAULT as DEFAULT_CLIP
+from ...pipeline.encoders.clip_similarity import NAME as CLIP
+from ...pipeline.encoders.clip_similarity import ClipSimilarity
 from ...pipeline.encoders.inception import NAME as INCEPTION
 from ...pipeline.encoders.inception import Inception
 from ...pipeline.images.open import open_source
@@ -24,7 +28,6 @@ from ...trainer.evaluation.networks import BATCH, POOL, features_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
@@ -44,14 +47,15 @@ class NetworkSpec:
     """A feature network that any process can load.
 
     Attributes:
-        name: ``inception``, or of an encoder.
-        weights: file of its weights; None takes the hub's, or what the package carries.
+        name: ``inception``, ``clip``, or of an encoder.
+        weights: file of its weights, of CLIP the folder or the hub's name; None takes the hub's, or what the
+            package carries.
         resolution: side of the images, R; an encoder's grid depends on it.
         recorded: what the reference cache says of the encoder; None without.
     """
 
     name: str
-    weights: Path | None
+    weights: Path | str | None
     resolution: int
     recorded: Provenance | None = None
 
@@ -62,15 +66,18 @@ class NetworkSpec:
             RepaError: its weights cannot be had.
             CacheError: they are not those that the cache was written with.
         """
+        if self.name == CLIP:
+            return ClipSimilarity(str(self.weights or DEFAULT_CLIP), device=device)
+        weights = None if self.weights is None else Path(self.weights)
         if self.name == INCEPTION:
-            return Inception(self.weights, device=device)
+            return Inception(weights, device=device)
         recorded = self.recorded
         encoder = load_encoder(
             find_teacher(self.name),
             resolution=self.resolution,
             device=device,
             compute_dtype="float32" if recorded is None else recorded.compute_dtype,
-            weights=self.weights,
+            weights=weights,
             random_weights=recorded is not None and recorded.random_weights,
         )
         found = encoder.provenance(BATCH)

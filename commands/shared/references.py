@@ -10,6 +10,7 @@ from ...data.format.opening import open_manifest
 from ...data.storage.bucket import cache_path, is_remote
 from ...data.tars.names import names_tars
 from ...pipeline.encoders import find_teacher
+from ...pipeline.encoders.clip_similarity import NAME as CLIP
 from ...pipeline.encoders.inception import NAME as INCEPTION
 from ...pipeline.images.open import open_source
 from ...trainer.evaluation.references import (
@@ -82,6 +83,7 @@ def network_specs(
     resolution: int,
     inception: Path | None,
     encoder_weights: Sequence[str],
+    clip: str | None = None,
 ) -> dict[str, NetworkSpec]:
     """Say which networks an evaluation needs, by name.
 
@@ -91,6 +93,7 @@ def network_specs(
         resolution: side of the samples in pixels.
         inception: file of Inception's weights.
         encoder_weights: texts ``NAME=FILE``.
+        clip: folder of CLIP, or its name on the hub.
 
     Raises:
         RepaError: an unknown encoder, or weights that nothing is asked of.
@@ -102,14 +105,17 @@ def network_specs(
         raise RepaError(f"no metric is of {needless[0]}", "leave its weights out", field="--encoder-weights")
     if inception is not None and INCEPTION not in names:
         raise RepaError("no metric is of Inception", "leave --inception out", field="--inception")
+    if clip is not None and CLIP not in names:
+        raise RepaError("no metric is of CLIP", "leave --clip out", field="--clip")
     recorded = {} if reference.cache is None else open_manifest(reference.cache).sources
+    given: dict[str, Path | str | None] = {INCEPTION: inception, CLIP: clip}
     specs = {}
     for name in names:
-        if name != INCEPTION:
+        if name not in given:
             find_teacher(name, may_import=True)
         specs[name] = NetworkSpec(
             name=name,
-            weights=inception if name == INCEPTION else files.get(name),
+            weights=given[name] if name in given else files.get(name),
             resolution=resolution,
             recorded=recorded.get(name) if name in reference.encoders else None,
         )

@@ -9,9 +9,8 @@ from ...data.errors import RepaError
 from ...data.units import counted
 from .bootstrap import bootstrap_spread
 from .moments import Moments, moments_of
-from .networks import LOGITS, POOL, SPATIAL
+from .networks import CLIP, INCEPTION, LOGITS, POOL, SPATIAL
 from .references import FLAG as REFERENCE_FLAG
-from .references import INCEPTION
 from .registry import (
     FEATURES,
     METRICS,
@@ -20,6 +19,7 @@ from .registry import (
     REFERENCE_STATISTICS,
     SPATIAL_STATISTICS,
     STATISTICS,
+    TEXTS,
     measure,
     metrics_giving,
 )
@@ -60,7 +60,7 @@ class Asked:
 
     def label(self, number: str) -> str:
         """Return the name under which a number of the metric is kept."""
-        return number if METRICS[self.metric].inception_only else f"{number}/{self.network}"
+        return number if METRICS[self.metric].only else f"{number}/{self.network}"
 
 
 def asked_for(names: Iterable[str], reference: Reference) -> tuple[Asked, ...]:
@@ -91,15 +91,15 @@ def asked_for(names: Iterable[str], reference: Reference) -> tuple[Asked, ...]:
 
 
 def _network(metric: str, network: str, reference: Reference) -> str:
-    only = METRICS[metric].inception_only
-    if only and network not in ("", INCEPTION):
+    only = METRICS[metric].only
+    if only and network not in ("", only):
         raise RepaError(
-            f"{metric} is a metric of Inception's features, not of {network}",
+            f"{metric} is a metric of {only.capitalize()}'s features, not of {network}",
             f"ask for fd/{network}" if metric == "fid" else f"leave /{network} out",
             field=FLAG,
         )
     if only or network:
-        return network or INCEPTION
+        return network or only
     if reference.cache is None:
         if metric == "fd":
             raise RepaError(
@@ -116,7 +116,9 @@ def _network(metric: str, network: str, reference: Reference) -> str:
     return reference.encoders[0]
 
 
-def check_asked(asked: Iterable[Asked], reference: Reference, num: int, m: Mapping[str, int]) -> None:
+def check_asked(
+    asked: Iterable[Asked], reference: Reference, num: int, m: Mapping[str, int], *, prompts: bool = False
+) -> None:
     """Refuse, before anything is computed, metrics that the reference or the number of samples rules out.
 
     Args:
@@ -124,13 +126,21 @@ def check_asked(asked: Iterable[Asked], reference: Reference, num: int, m: Mappi
         reference: what samples are compared with.
         num: N, number of samples.
         m: network → images of the reference that have features in it.
+        prompts: whether the samples were made of prompts.
 
     Raises:
-        RepaError: the reference lacks what a metric needs, or there are too few images for it.
+        RepaError: nothing says the prompts, the reference lacks what a metric needs, or there are too few
+            images for it.
     """
     if num < 2:
         raise RepaError(f"{counted(num, 'sample')} have no covariance", "take at least 2", field="--num")
     for each in asked:
+        if TEXTS in each.needs and not prompts:
+            raise RepaError(
+                f"{each.metric} compares samples with their prompts, and these have none",
+                "leave the metric out, or measure a model of text",
+                field=FLAG,
+            )
         rows = each.network in m
         for need in each.needs:
             if need not in _OF_REFERENCE or rows:
@@ -177,6 +187,7 @@ class Measured:
         statistics: input of a metric → moments that the reference has ready.
         weights_sha256: of the network.
         random_weights: whether they were drawn.
+        texts: embeddings of the samples' prompts ``[N, D]``; None without prompts.
     """
 
     samples: Mapping[str, NDArray[Any]]
@@ -184,6 +195,7 @@ class Measured:
     statistics: Mapping[str, Moments]
     weights_sha256: str
     random_weights: bool = False
+    texts: NDArray[Any] | None = None
 
     def inputs(self) -> dict[str, Any]:
         """Return the inputs of metrics that can be made of these."""
@@ -193,6 +205,8 @@ class Measured:
                 found[SPATIAL_STATISTICS] = moments_of(values)
             else:
                 found[{POOL: FEATURES, LOGITS: LOGITS_INPUT}[name]] = values
+        if self.texts is not None:
+            found[TEXTS] = self.texts
         if POOL in self.samples:
             found[STATISTICS] = moments_of(self.samples[POOL])
         if POOL in self.reference:
@@ -251,7 +265,7 @@ def _spread(
     asked: Asked, number: str, inputs: Mapping[str, Any], measured: Measured, rounds: int
 ) -> float | None:
     """Return how far a number would move with other samples, None where that is not asked for."""
-    if not rounds:
+    if not rounds or TEXTS in asked.needs:
         return None
     name, need = next((name, need) for need, name in _ROWS.items() if need in asked.needs)
     return bootstrap_spread(
@@ -291,7 +305,7 @@ def notes_of(
     for network, each in measured.items():
         if each.random_weights:
             notes.append(f"{network} has random weights: the figures say nothing of quality")
-        if network != INCEPTION:
+        if network not in (INCEPTION, CLIP):
             notes.append(
                 f"fd/{network} and what else is of {network} is in this project's own features (decoded, "
                 "uint8, encoded as a cache is): not comparable with published FD-DINOv2"

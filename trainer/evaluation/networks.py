@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+INCEPTION: Final = "inception"
+CLIP: Final = "clip"
 POOL: Final = "pool"
 """The features that sets are compared by: Inception's ``pool_3``, an encoder's class vector."""
 SPATIAL: Final = "spatial"

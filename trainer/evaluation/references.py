@@ -14,6 +14,7 @@ from ...data.reading.reader import CacheReader
 from ..sampling.record import sha256_of
 from .image_sets import IMAGES, array_of, names_in, open_array
 from .moments import Moments
+from .networks import INCEPTION
 from .registry import REFERENCE_SPATIAL_STATISTICS, REFERENCE_STATISTICS
 from .results import ReferenceSaid
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 FLAG: Final = "--reference"
 CLASS_VECTOR: Final = "cls"
-INCEPTION: Final = "inception"
 # input of a metric → mean and covariance in an .npz file of ADM's
 _STATISTICS: Final = {
     REFERENCE_STATISTICS: ("mu", "sigma"),

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ...data.errors import RepaError
+from .clip_score import clip_score
 from .frechet import frechet_distance, frechet_distance_at_infinity
 from .inception_score import inception_score, inception_score_shuffled
 from .kernel_distance import kernel_distance, kernel_distance_of_all
 from .neighbours import authenticity, density_coverage, precision_recall
+from .networks import CLIP, INCEPTION
 from .spectrum import vendi_score
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ REFERENCE_SPATIAL_STATISTICS = "reference_spatial_statistics"
 """Moments of the real images' spatial features."""
 LOGITS = "logits"
 """Inception's class logits of the samples ``[N, C]``, without bias."""
+TEXTS = "texts"
+"""Embeddings of the samples' prompts ``[N, D]``, from the model of the features."""
 
 ROWS_OF = {STATISTICS: FEATURES, REFERENCE_STATISTICS: REFERENCE}
 """Moments that are measured from rows where only these are given."""
@@ -49,7 +53,8 @@ class Metric:
         needs: names of those inputs.
         gives: names of the numbers.
         conventions: what decides the number beside its inputs, with the published values.
-        inception_only: the name means this only for features of the 2015 TensorFlow Inception.
+        only: the one network in whose features the name means this, `INCEPTION` (the 2015 one of TensorFlow)
+            or `CLIP`; empty where any will do.
         lower_is_better: of the first number; None where neither is.
         after: the program or paper whose number this is.
     """
@@ -58,7 +63,7 @@ class Metric:
     needs: tuple[str, ...]
     gives: tuple[str, ...]
     conventions: Mapping[str, int] = field(default_factory=dict)
-    inception_only: bool = False
+    only: str = ""
     lower_is_better: bool | None = None
     after: str
 
@@ -71,7 +76,7 @@ METRICS: dict[str, Metric] = {
         compute=frechet_distance,
         needs=_BOTH_STATISTICS,
         gives=("fid",),
-        inception_only=True,
+        only=INCEPTION,
         lower_is_better=True,
         after="ADM's evaluator; float64, exact root",
     ),
@@ -79,7 +84,7 @@ METRICS: dict[str, Metric] = {
         compute=frechet_distance,
         needs=(SPATIAL_STATISTICS, REFERENCE_SPATIAL_STATISTICS),
         gives=("sfid",),
-        inception_only=True,
+        only=INCEPTION,
         lower_is_better=True,
         after="ADM's evaluator; float64, exact root",
     ),
@@ -88,7 +93,7 @@ METRICS: dict[str, Metric] = {
         needs=(LOGITS,),
         gives=("is", "is_deviation"),
         conventions={"split_size": 5000},
-        inception_only=True,
+        only=INCEPTION,
         lower_is_better=False,
         after="ADM's evaluator, splits in file order",
     ),
@@ -97,7 +102,7 @@ METRICS: dict[str, Metric] = {
         needs=(LOGITS,),
         gives=("is", "is_deviation"),
         conventions={"splits": 10, "seed": 2020},
-        inception_only=True,
+        only=INCEPTION,
         lower_is_better=False,
         after="torch-fidelity, splits of a permutation",
     ),
@@ -160,6 +165,14 @@ METRICS: dict[str, Metric] = {
         gives=("vendi",),
         lower_is_better=False,
         after="Friedman and Dieng, dgm-eval",
+    ),
+    "clip_score": Metric(
+        compute=clip_score,
+        needs=(FEATURES, TEXTS),
+        gives=("clip_score", "clip_score_deviation"),
+        only=CLIP,
+        lower_is_better=False,
+        after="Hessel et al., 100 · max(cos, 0) of image and prompt; the deviation is the mean's",
     ),
 }
 

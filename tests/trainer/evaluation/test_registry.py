@@ -22,6 +22,7 @@ INPUTS = {
     "spatial_statistics": moments_of(SAMPLES),
     "reference_spatial_statistics": moments_of(REAL),
     "logits": SAMPLES,
+    "texts": SAMPLES + 0.5 * RANDOM.standard_normal((60, 4)),
 }
 SMALL = {"fd_infinity": {"smallest": 20}, "kid": {"subset_size": 30, "subsets": 3}}
 
