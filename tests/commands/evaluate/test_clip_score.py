@@ -93,9 +93,9 @@ def test_it_is_what_transformers_own_logits_say(clip: Path, samples: Path, tmp_p
     pixels = transformers.CLIPImageProcessor.from_pretrained(clip)(images=images, return_tensors="pt")
     scores = []
     for number in range(5):
-        words = PROMPTS[number % 3].split()
-        # each prompt alone, without padding, cut to six tokens
-        tokens = torch.tensor([[1, *(WORDS.index(word) for word in words), 2][:6]])
+        # each prompt alone, without padding, cut to six tokens with those of its begin and end
+        words = PROMPTS[number % 3].split()[:4]
+        tokens = torch.tensor([[1, *(WORDS.index(word) for word in words), 2]])
         with torch.no_grad():
             logits = model(input_ids=tokens, pixel_values=pixels["pixel_values"][number : number + 1])
         scores.append(100 * max((logits.logits_per_image / model.logit_scale.exp()).item(), 0))
