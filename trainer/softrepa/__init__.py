@@ -1,0 +1,1 @@
+"""SoftREPA, which trains a few text tokens of a frozen text-to-image model to tell captions apart."""
