@@ -171,7 +171,6 @@ def load_denoiser(facts: DenoiserFacts, dtype: torch.dtype) -> Denoiser:
                 local_files_only=True,
                 use_safetensors=True,
                 low_cpu_mem_usage=False,
-                torch_dtype=dtype,
                 output_loading_info=True,
             )
         # a broken file or a wrong shape: OSError, ValueError, RuntimeError, SafetensorError, by version
@@ -187,7 +186,8 @@ def load_denoiser(facts: DenoiserFacts, dtype: torch.dtype) -> Denoiser:
             remedy,
             field="--model",
         )
-    return Denoiser(model, facts, weights_sha256=_sha256_of(facts.folder))
+    # not by from_pretrained, which leaves some models in float32
+    return Denoiser(model.to(dtype), facts, weights_sha256=_sha256_of(facts.folder))
 
 
 class Denoiser:
@@ -389,7 +389,9 @@ class SoftBlock(nn.Module):
 
 
 def alphas_cumprod(scheduler: Mapping[str, Any]) -> Tensor:
-    """Return ᾱ of Stable Diffusion's chain, float32 ``[1000]``; its β are squares of numbers on a line.
+    """Return ᾱ of Stable Diffusion's chain, float32 ``[1000]``.
+
+    Its β are the squares of numbers on a line.
 
     Args:
         scheduler: configuration; what it does not say is Stable Diffusion's.
@@ -481,7 +483,7 @@ def _from_hub(name: str) -> Path:
 
 @contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """Hide what diffusers logs while it loads; what matters of it is raised."""
+    """Hide what diffusers logs while it loads."""
     import diffusers
 
     logs: Any = diffusers.utils.logging

@@ -78,7 +78,7 @@ def rows_of_pairs(
     for first in range(0, count, rows):
         images = torch.arange(first, min(first + rows, count), device=target.device)
         predicted = predict(images.repeat_interleave(count), captions.repeat(len(images)))
-        predicted = predicted.to(target.dtype).unflatten(0, (len(images), count))
+        predicted = predicted.to(target.dtype).reshape(len(images), count, *target.shape[1:])
         errors = (target[images, None] - predicted).square().flatten(2).mean(dim=2)
         loss = contrastive_loss(errors, same, first=first, matched_weight=matched_weight)
         yield RowsOfPairs(first, errors, loss)

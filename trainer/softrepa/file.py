@@ -89,7 +89,7 @@ def read_soft_tokens(path: Path) -> tuple[SoftTokens, SoftTokensNotes]:
         with path.open("rb"):  # says why it cannot be, which safetensors does not
             pass
         try:
-            with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         except OSError:

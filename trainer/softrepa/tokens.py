@@ -58,7 +58,7 @@ class SoftTokens(nn.Module):
             return own
         rows = self._between(t) if self.interpolate else self.time_table[bins_of(t)]
         # [B, D] → [B, 1, D], and [B, L·D] → [B, L, 1, D]
-        return own + rows.unflatten(1, (*self.tokens.shape[:-2], 1, self.tokens.shape[-1]))
+        return own + rows.reshape(len(t), *self.tokens.shape[:-2], 1, self.tokens.shape[-1])
 
     def _between(self, t: Tensor) -> Tensor:
         assert self.time_table is not None, "the caller has looked"
