@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path  # noqa: TC003 - typer resolves annotations of flags
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .shared.banks import BankAsked
     from .shared.prepared import Prepared
     from .shared.sampling import SamplingJob
+    from .shared.texts import TextAsked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +95,8 @@ class SampleFlags:
         str | None,
         typer.Option(
             metavar="CACHE|FILE",
-            help="Of a model conditioned on class tokens: where it takes them from, a cache or a file of "
-            "'repa bank build'.",
+            help="Of a model conditioned on class tokens or text: where it takes them from, a cache, or a "
+            "file of 'repa bank build'.",
             show_default="the cache of the run",
         ),
     ] = None
@@ -122,9 +123,24 @@ class SampleFlags:
     draw: Annotated[
         str, typer.Option(help="Law of the rows: uniform, or noise (by the mean of the initial noise).")
     ] = "uniform"
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt",
+            help="Of a model of text: what to show; may repeat, in turn.",
+            show_default="a caption of each of the images of --bank",
+        ),
+    ] = None
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option("--prompts", metavar="FILE", help="Prompts of a file, one a line, in turn."),
+    ] = None
     encoder_weights: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=FILE", help="Of --like IMAGE: file of the teacher's weights."),
+        typer.Option(
+            metavar="NAME=FILE",
+            help="Weights of the encoder of --like IMAGE, or a folder of that of --prompt.",
+        ),
     ] = None
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0
     batch_size: Annotated[int, typer.Option(help="Images of a forward pass; does not change them.")] = 32
@@ -182,6 +198,7 @@ def sample(flags: SampleFlags, *, console: Console | None = None) -> None:
         say=lambda line: _say(console, line),
         asked=lambda model: _asked(flags.labels or (), model),
         bank=_bank_asked(flags),
+        text=_text_asked(flags),
         run=run_of(checkpoint),
     )
     record = prepared.record
@@ -211,8 +228,15 @@ def _bank_asked(flags: SampleFlags) -> BankAsked:
         mix=flags.mix or "",
         alphas=tuple(flags.alphas or ()),
         draw=flags.draw,
-        encoder_weights=tuple(flags.encoder_weights or ()),
+        encoder_weights=() if flags.prompts or flags.prompts_file else tuple(flags.encoder_weights or ()),
     )
+
+
+def _text_asked(flags: SampleFlags) -> TextAsked:
+    from .shared.texts import TextAsked
+
+    asked = TextAsked(prompts=tuple(flags.prompts or ()), file=flags.prompts_file)
+    return replace(asked, weights=tuple(flags.encoder_weights or ())) if asked.given() else asked
 
 
 def _places(flags: SampleFlags) -> tuple[Path, Path]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ...trainer.sampling.record import SamplingRecord
     from .banks import BankAsked
     from .decoder import Decoder
+    from .texts import TextAsked
 
 BALANCED, RANDOM = "balanced", "random"
 
@@ -111,6 +112,7 @@ def prepare_sampling(
     asked: Callable[[TrainedModel], tuple[int, ...]] = lambda _: (),
     label_mode: str = BALANCED,
     bank: BankAsked | None = None,
+    text: TextAsked | None = None,
     run: Path | None = None,
 ) -> Prepared:
     """Load a model and its autoencoder, and say what the sampling is.
@@ -126,21 +128,19 @@ def prepare_sampling(
         asked: the classes that a model is to sample, in turn; none takes all.
         label_mode: how they are chosen then, ``balanced`` or ``random``.
         bank: what flags say of vectors, for a model that is conditioned on those; None says nothing.
+        text: what flags say of prompts, for a model that is conditioned on text; None says nothing.
         run: folder of the run that the checkpoint is of; None if it is of none.
 
     Raises:
         RepaError: the model or the autoencoder cannot be had, or has nothing of what is asked for.
     """
-    from ...trainer.models.conditioning import ClassTokenConditioner
-    from ...trainer.models.text_conditioning import TextConditioner
-    from ...trainer.sampling.bank import FLAG as BANK
-    from ...trainer.sampling.generate import conditions, model_of_file, with_scale
+    from ...trainer.sampling.generate import model_of_file, with_scale
     from ...trainer.sampling.record import SamplingRecord, sha256_of
     from ...trainer.sampling.settings import SamplerConfig
-    from .banks import BankAsked, choose_vectors
-    from .texts import captions_of_images
+    from .banks import BankAsked
+    from .texts import TextAsked
 
-    bank = bank or BankAsked()
+    bank, text = bank or BankAsked(), text or TextAsked()
     bank.check()
 
     settings = SamplerConfig(
@@ -161,29 +161,12 @@ def prepare_sampling(
         )
     settings = settings.of(model.objective)
     _check_guidance(flags, model, say)
-    conditioner = model.backbone.y_embedder
-    by_text = isinstance(conditioner, TextConditioner)
-    if (bank.given() not in ("", BANK) if by_text else bank.given()) and not isinstance(
-        conditioner, ClassTokenConditioner
-    ):
-        raise RepaError(
-            f"{model.origin} is conditioned on {conditioner.column}, and not on vectors of a bank",
-            f"leave {bank.given()} out",
-            field=bank.given(),
-        )
+    _check_conditions(model, bank, text)
     model.backbone.to(device)
     labels = asked(model)
-    vectors, texts = None, None
-    if isinstance(conditioner, ClassTokenConditioner):
-        vectors = choose_vectors(model, bank, num, seed=flags.seed, run=run)
-        condition = vectors.condition.numpy()
-    elif by_text:
-        texts = captions_of_images(model, bank.bank, num, seed=flags.seed, run=run)
-        condition = texts.condition.numpy()
-    else:
-        condition = conditions(
-            conditioner, num, seed=flags.seed, asked=labels, balanced=label_mode == BALANCED
-        ).numpy()
+    condition, told = _conditions(
+        model, bank, text, flags, num, labels=labels, balanced=label_mode == BALANCED, run=run, device=device
+    )
     # before the sampling, which may take hours: without an autoencoder it would be for nothing
     decoder = decoder_of(model, flags.vae, device, say)
     model = with_scale(model, decoder)
@@ -207,10 +190,7 @@ def prepare_sampling(
         else None,
         guidance_channels=settings.guidance_channels,
         interval=settings.interval,
-        bank=vectors.bank if vectors else texts.bank if texts else None,
-        vectors=None if vectors is None else vectors.vectors,
-        prompts=() if texts is None else texts.prompts,
-        condition_sha256=vectors.sha256 if vectors else texts.sha256 if texts else None,
+        **told,
         seed=flags.seed,
         batch_size=batch_size,
         form=form,
@@ -222,6 +202,80 @@ def prepare_sampling(
         decoder=decoder,
         random_autoencoder=flags.vae is None and model.autoencoder_random,
     )
+
+
+def _check_conditions(model: TrainedModel, bank: BankAsked, text: TextAsked) -> None:
+    """Refuse flags of another kind of condition than the model's.
+
+    Raises:
+        RepaError: the first of them.
+    """
+    from ...trainer.models.conditioning import ClassTokenConditioner
+    from ...trainer.models.text_conditioning import TextConditioner
+    from ...trainer.sampling.bank import FLAG as BANK
+
+    conditioner = model.backbone.y_embedder
+    of_text = isinstance(conditioner, TextConditioner)
+    wrong = ""
+    if not of_text and text.given():
+        wrong = text.given()
+    elif of_text and text.given() and bank.given():
+        raise RepaError(
+            f"{text.given()} says what to show, and {bank.given()} too",
+            "give one of the two",
+            field=bank.given(),
+        )
+    elif not isinstance(conditioner, ClassTokenConditioner) and bank.given() not in (
+        "",
+        BANK if of_text else "",
+    ):
+        wrong = bank.given()
+    if wrong:
+        raise RepaError(
+            f"{model.origin} is conditioned on {conditioner.column}, which {wrong} says nothing of",
+            f"leave {wrong} out",
+            field=wrong,
+        )
+
+
+def _conditions(
+    model: TrainedModel,
+    bank: BankAsked,
+    text: TextAsked,
+    flags: SamplingFlags,
+    num: int,
+    *,
+    labels: tuple[int, ...],
+    balanced: bool,
+    run: Path | None,
+    device: str,
+) -> tuple[NDArray[Any], dict[str, Any]]:
+    """Choose the condition of each sample ``[N, …]``, and what its record says of them."""
+    from ...trainer.models.conditioning import ClassTokenConditioner
+    from ...trainer.models.text_conditioning import TextConditioner
+    from ...trainer.sampling.generate import conditions
+    from .banks import choose_vectors
+    from .texts import captions_of_images, encoded_prompts
+
+    conditioner = model.backbone.y_embedder
+    if isinstance(conditioner, ClassTokenConditioner):
+        vectors = choose_vectors(model, bank, num, seed=flags.seed, run=run)
+        told: dict[str, Any] = {
+            "bank": vectors.bank,
+            "vectors": vectors.vectors,
+            "condition_sha256": vectors.sha256,
+        }
+        return vectors.condition.numpy(), told
+    if isinstance(conditioner, TextConditioner):
+        texts = (
+            encoded_prompts(model, text, num, device=device)
+            if text.given()
+            else captions_of_images(model, bank.bank, num, seed=flags.seed, run=run)
+        )
+        told = {"bank": texts.bank, "prompts": texts.prompts, "condition_sha256": texts.sha256}
+        return texts.condition.numpy(), told
+    found = conditions(conditioner, num, seed=flags.seed, asked=labels, balanced=balanced)
+    return found.numpy(), {}
 
 
 def check_numbers(flags: SamplingFlags, *others: tuple[str, int, int, int]) -> None:

@@ -11,13 +11,17 @@ import torch
 
 from ...data.errors import RepaError
 from ...data.format.captions import captions_path, read_captions
-from ...data.format.columns import source_of
+from ...data.format.columns import TEXT_STATES, source_of
 from ...data.reading.reader import CacheReader
 from ...data.storage.bucket import cache_path
+from ...data.storage.files import os_errors, read_file
 from ...data.tars.names import names_tars
+from ...pipeline.text.encoder import load_text_encoder
+from ...pipeline.text.registry import find_text_encoder
 from ...trainer.models.text_conditioning import TextConditioner
 from ...trainer.step.randomness import generator_for
 from .banks import run_cache
+from .encoders import parse_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
     from ...trainer.sampling.generate import TrainedModel
 
 _ROWS = 256
+_MOST_BYTES = 1 << 24
+_WEIGHTS = "--encoder-weights"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,93 @@ class ChosenTexts:
             part = self.condition[first : first + _ROWS]
             digest.update(part.float().contiguous().numpy().astype("<f4").tobytes())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextAsked:
+    """What flags say of text.
+
+    Attributes:
+        prompts: taken in turn.
+        file: of prompts, one a line, after those.
+        weights: texts ``NAME=FOLDER``, of the text encoder.
+    """
+
+    prompts: tuple[str, ...] = ()
+    file: Path | None = None
+    weights: tuple[str, ...] = ()
+
+    def given(self) -> str:
+        """Name the first flag that was given, nothing without one."""
+        flags = {"--prompt": self.prompts, "--prompts": self.file}
+        return next((flag for flag, value in flags.items() if value), "")
+
+    def read(self) -> tuple[str, ...]:
+        """Return the prompts.
+
+        Raises:
+            RepaError: the file cannot be read, or there are none in it.
+        """
+        if self.file is None:
+            return self.prompts
+        with os_errors("read", self.file):
+            content = read_file(self.file, _MOST_BYTES)
+        try:
+            lines = content.decode().splitlines()
+        except UnicodeDecodeError as error:
+            raise RepaError(
+                f"{self.file} is not UTF-8 ({error.reason})", "save it as such", field="--prompts"
+            ) from None
+        found = (*self.prompts, *(line.strip() for line in lines if line.strip()))
+        if not found:
+            raise RepaError(f"{self.file} has no prompts", "write one a line", field="--prompts")
+        return found
+
+
+def encoded_prompts(model: TrainedModel, asked: TextAsked, num: int, *, device: str) -> ChosenTexts:
+    """Encode prompts as the captions that a model was trained with, and round them as float16 columns are.
+
+    Args:
+        model: conditioned on text.
+        asked: what flags say.
+        num: N, number of samples; the prompts are taken in turn.
+        device: where to encode.
+
+    Raises:
+        RepaError: the text encoder cannot be had, or has other weights than the model was trained with.
+    """
+    conditioner = model.backbone.y_embedder
+    assert isinstance(conditioner, TextConditioner), "the caller has looked"
+    facts = find_text_encoder(source_of(conditioner.column))
+    folders = parse_weights(asked.weights, flag=_WEIGHTS)
+    if needless := [name for name in folders if name != facts.name]:
+        raise RepaError(
+            f"the text encoder is {facts.name}, not {needless[0]}", "leave its weights out", field=_WEIGHTS
+        )
+    prompts = asked.read()
+    encoder = load_text_encoder(
+        facts,
+        folder=folders.get(facts.name),
+        device=device,
+        random_weights=model.condition_random_weights and facts.name not in folders,
+    )
+    if model.condition_weights_sha256 not in (None, encoder.weights_sha256):
+        raise RepaError(
+            f"{model.origin} was trained with another {facts.name} than this one, whose weights have sha256 "
+            f"{encoder.weights_sha256[:12]}…",
+            f"give its folder with {_WEIGHTS} {facts.name}=FOLDER",
+            field=_WEIGHTS,
+        )
+    # one by one, as the batch that a prompt is in may change its last bits
+    states = [torch.from_numpy(encoder.encode([each])[TEXT_STATES]).half() for each in dict.fromkeys(prompts)]
+    of_prompt = dict(zip(dict.fromkeys(prompts), states, strict=True))
+    in_turn = [prompts[number % len(prompts)] for number in range(num)]
+    return ChosenTexts(
+        condition=torch.cat([of_prompt[each] for each in in_turn]),
+        prompts=tuple(in_turn[: len(prompts)]),
+        bank=None,
+        said="prompts",
+    )
 
 
 def captions_of_images(

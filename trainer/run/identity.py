@@ -90,8 +90,12 @@ def _condition_of(checked: Checked, manifest: Manifest) -> dict[str, Any]:
     condition = checked.condition
     if condition is None or condition.column == LABEL:
         return {}
-    weights = manifest.sources[source_of(condition.column)].weights_sha256
-    return {"condition": asdict(condition), "condition_weights_sha256": weights}
+    source = manifest.sources[source_of(condition.column)]
+    return {
+        "condition": asdict(condition),
+        "condition_weights_sha256": source.weights_sha256,
+        "condition_random_weights": source.random_weights,
+    }
 
 
 def check_resumable(path: Path, identity: Mapping[str, Any]) -> None:

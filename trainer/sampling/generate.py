@@ -52,8 +52,9 @@ class TrainedModel:
         origin: the file, for messages.
         images_seen: images of all its steps, each as often as it was seen; None if the file does not say.
         predicts: whether its prediction has been trained, which a warm-up of first blocks leaves out.
-        condition_weights_sha256: of the teacher whose vectors it is conditioned on; None for labels, or if
-            the file does not say.
+        condition_weights_sha256: of the encoder whose vectors or states it is conditioned on; None for
+            labels, or if the file does not say.
+        condition_random_weights: whether that encoder's weights were drawn.
     """
 
     backbone: Backbone
@@ -69,6 +70,7 @@ class TrainedModel:
     images_seen: int | None = None
     predicts: bool = True
     condition_weights_sha256: str | None = None
+    condition_random_weights: bool = False
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -321,6 +323,7 @@ def _model_of(checkpoint: Mapping[str, Any], file: Path, weights: str) -> Traine
         class_names=names if len(names) == backbone.config.num_classes else (),
         guidable=_trained_without(said, backbone.y_embedder),
         condition_weights_sha256=said.get("condition_weights_sha256"),
+        condition_random_weights=bool(said.get("condition_random_weights", False)),
         images_seen=checkpoint["global_step"] * batch_size if isinstance(batch_size, int) else None,
         predicts=said.get("predicts", True),
         origin=file,

@@ -80,6 +80,7 @@ class _Said:
     path: str | None = None
     predicts: bool = True
     condition_weights_sha256: str | None = None
+    condition_random_weights: bool = False
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -15,31 +15,21 @@ from repa.commands.evaluate.flags import EvaluateFlags
 from repa.data.errors import RepaError
 from repa.trainer.evaluation.clip_score import clip_score
 from rich.console import Console
+from tiny_text import WORDS, save_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 transformers = pytest.importorskip("transformers")
 
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "red", "blue", "heart", "star", "on", "dark"]
 PROMPTS = ["a red heart", "a blue star on dark", "a red star"]
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a CLIP of drawn weights, its tokenizer and its preprocessing."""
-    tokenizers = pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("clip")
-    words = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>")
-    )
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    words.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    save_tokenizer(folder, begins=True)
     transformers.CLIPImageProcessor(
         size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
     ).save_pretrained(folder)
@@ -48,9 +38,9 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = transformers.CLIPConfig(
         text_config={
             **small,
-            "vocab_size": len(WORDS),
+            "vocab_size": 40,
             "max_position_embeddings": 6,
-            "eos_token_id": 2,
+            "eos_token_id": 3,
             "bos_token_id": 1,
             "pad_token_id": 0,
         },
@@ -95,7 +85,7 @@ def test_it_is_what_transformers_own_logits_say(clip: Path, samples: Path, tmp_p
     for number in range(5):
         # each prompt alone, without padding, cut to six tokens with those of its begin and end
         words = PROMPTS[number % 3].split()[:4]
-        tokens = torch.tensor([[1, *(WORDS.index(word) for word in words), 2]])
+        tokens = torch.tensor([[1, *(4 + WORDS.index(word) for word in words), 3]])
         with torch.no_grad():
             logits = model(input_ids=tokens, pixel_values=pixels["pixel_values"][number : number + 1])
         scores.append(100 * max((logits.logits_per_image / model.logit_scale.exp()).item(), 0))
