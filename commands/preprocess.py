@@ -137,6 +137,14 @@ class EncodingFlags:
 class PreprocessFlags(EncodingFlags):
     """The flags of `repa preprocess`."""
 
+    shards: Annotated[
+        str | None,
+        typer.Option(
+            help="Do these shards only: 'auto', the share of this task of a SLURM job array; or a range, "
+            "0:100, the end not included.",
+            show_default="all",
+        ),
+    ] = None
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False
 
 
@@ -204,6 +212,8 @@ def make_config(flags: EncodingFlags) -> PreprocessConfig:
     settings["weights"] = {found.get(each, each): file for each, file in weights.items()}
     settings["outside"] = {own: each for each, own in found.items() if ":" in each}
     settings["attention"] = {} if flags.attention is None else attention_blocks(flags.attention, names)
+    if isinstance(flags, PreprocessFlags):
+        settings["shards"] = flags.shards
     return PreprocessConfig(**settings)
 
 

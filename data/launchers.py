@@ -79,6 +79,55 @@ def tasks_without_srun(environment: Mapping[str, str] | None = None) -> int:
     return int(tasks) if int(tasks) > 1 else 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class ArrayTask:
+    """One task of a job array of SLURM, a job of its own.
+
+    Attributes:
+        index: its number among them, from 0.
+        count: how many there are.
+    """
+
+    index: int
+    count: int
+
+
+def array_task(environment: Mapping[str, str] | None = None) -> ArrayTask | None:
+    """Return which task of a job array this process is of, None if it is of none.
+
+    Its variables are those of sbatch(1), "OUTPUT ENVIRONMENT VARIABLES".
+
+    Args:
+        environment: variables of the process, by default its own.
+
+    Raises:
+        RepaError: the variables are incomplete, or the numbers of the tasks are not evenly spaced: which of
+            them is the first, the second, … cannot be told then.
+    """
+    found = os.environ if environment is None else environment
+    if "SLURM_ARRAY_TASK_ID" not in found:
+        return None
+    names = [f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "MIN", "MAX", "COUNT")]
+    try:
+        number, least, most, count = (int(found[name]) for name in names)
+        step = int(found.get("SLURM_ARRAY_TASK_STEP", "1"))
+    except (KeyError, ValueError) as error:
+        raise RepaError(
+            f"this process is of a job array, but {', '.join(names)} are not all there as numbers ({error})",
+            "start it by `sbatch --array`, or unset them",
+            field="SLURM_ARRAY_TASK_ID",
+        ) from error
+    members = range(least, most + 1, step) if step > 0 else range(0)
+    if number not in members or most not in members or len(members) != count:
+        raise RepaError(
+            f"task {number} is of a job array of {count} tasks from {least} to {most}, which are not evenly "
+            "spaced",
+            "number them without gaps, as `sbatch --array=0-7`; tasks that are done already end at once",
+            field="SLURM_ARRAY_TASK_ID",
+        )
+    return ArrayTask(index=(number - least) // step, count=count)
+
+
 def _is_task(found: Mapping[str, str]) -> bool:
     step = found.get("SLURM_STEP_ID", found.get("SLURM_STEPID", ""))
     return step.isdecimal() and int(step) < _FIRST_SPECIAL_STEP

@@ -68,6 +68,7 @@ class PreprocessConfig:
         class_names: file with the name of a class in each line, where classes are numbers, as of tars.
         labels: where labels come from, see `SourceOptions`.
         outside: encoder → ``module:Class``, of teachers that were named so.
+        shards: those of this job, see `job_shards`; None takes all.
         shard_rows: rows of a shard; None: as the cache has it, else 1,024.
         workers: processes a device that decode images; None: by the number of cores, 0 on a CPU.
     """
@@ -94,6 +95,7 @@ class PreprocessConfig:
     class_names: Path | None = None
     labels: str = AUTO_LABELS
     outside: Mapping[str, str] = field(default_factory=dict)
+    shards: str | None = None
     shard_rows: int | None = None
     workers: int | None = None
 

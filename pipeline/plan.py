@@ -18,6 +18,7 @@ from ..data.writing.store import ensure_cache, keys_sha256, refuse_foreign_folde
 from .columns.specs import recorded_rank
 from .config import check_flags
 from .images.names import DEMO_DATA
+from .shares import job_shards
 from .source_plan import LEAST_RATIO, SourcePlan, missing_shards, plan_source, uncompressed_bytes
 
 if TYPE_CHECKING:
@@ -38,13 +39,15 @@ class Plan:
         config: the command, nothing left open.
         images: the image source.
         manifest: what the cache is to be, sources left out.
-        sources: what is left of each.
+        share: shards of this job.
+        sources: what is left of each, of those shards.
         free_bytes: free on the disk of the cache.
     """
 
     config: PreprocessConfig
     images: ImageSource
     manifest: Manifest
+    share: range
     sources: tuple[SourcePlan, ...]
     free_bytes: int
 
@@ -165,9 +168,12 @@ def make_plan(config: PreprocessConfig) -> Plan:
     if present is not None:
         # nothing is written for a cache that is there: this only compares
         ensure_cache(config.cache, manifest, images.keys, images.labels)
-    sources = tuple(plan_source(config, manifest, present, source) for source in config.sources)
+    share = job_shards(config.shards, manifest.num_shards)
+    sources = tuple(plan_source(config, manifest, present, source, share) for source in config.sources)
     free = shutil.disk_usage(nearest_folder(config.cache)).free
-    return Plan(config=config, images=images, manifest=manifest, sources=sources, free_bytes=free)
+    return Plan(
+        config=config, images=images, manifest=manifest, share=share, sources=sources, free_bytes=free
+    )
 
 
 def _check_imported(config: PreprocessConfig, present: Manifest) -> None:

@@ -21,6 +21,7 @@ from .progress import ProgressView
 from .shard_loop.interrupts import terminated_as_interrupt
 from .shard_loop.ranks import Rank, detect_rank
 from .shard_loop.worker import Job, Tally, work
+from .shares import AUTO_SHARDS
 from .summary import say, show_plan, show_summary, warn_of_random_weights
 
 if TYPE_CHECKING:
@@ -63,6 +64,9 @@ def run(config: PreprocessConfig, console: Console, *, dry_run: bool = False) ->
         if tasks := tasks_without_srun():
             note = f"this job has {tasks} tasks and runs without srun: one process does all of it"
             say(console, f"note: {note}", style="yellow")
+        if config.shards is None and os.environ.get("SLURM_ARRAY_TASK_COUNT", "1") != "1":
+            note = f"this is a task of a job array: with --shards {AUTO_SHARDS} each does shards of its own"
+            say(console, f"note: {note}", style="yellow")
     if plan.rows:
         plan.require_room()
     if dry_run:
@@ -72,7 +76,7 @@ def run(config: PreprocessConfig, console: Console, *, dry_run: bool = False) ->
         settle_images(plan.config.cache, plan.images.matched_fingerprint)
     if not plan.rows:
         _settle_what_a_kill_left(plan.config.cache)
-        say(console, f"{plan.config.cache} is complete: nothing to do")
+        say(console, _nothing_to_do(plan))
         return plan
     warn_of_random_weights(plan, console)
     jobs = share_out(plan, rank)
@@ -84,6 +88,13 @@ def run(config: PreprocessConfig, console: Console, *, dry_run: bool = False) ->
             raise StoppedError(saved(plan)) from None
     show_summary(plan, rank, tallies, time.perf_counter() - started, console)
     return plan
+
+
+def _nothing_to_do(plan: Plan) -> str:
+    """Say that all is there, of the cache or of the shards that the command is about."""
+    if plan.config.shards is None:
+        return f"{plan.config.cache} is complete: nothing to do"
+    return f"{counted(len(plan.share), 'shard')} of {plan.config.cache} are this job's: nothing to do"
 
 
 def _settle_what_a_kill_left(cache: Path) -> None:
@@ -146,6 +157,7 @@ def share_out(plan: Plan, rank: Rank) -> list[Job]:
         return Job(
             config=config,
             manifest=plan.manifest,
+            share=plan.share,
             rank=number,
             world=world,
             device=f"cuda:{local}" if gpus else "cpu",
@@ -156,7 +168,7 @@ def share_out(plan: Plan, rank: Rank) -> list[Job]:
     if rank.world > 1:
         return [job(rank.rank, rank.world, rank.local_rank)]
     missing = set[int]().union(*(source.missing for source in plan.sources))
-    busy = sorted({shard % config.devices for shard in missing})
+    busy = sorted({place % config.devices for place, shard in enumerate(plan.share) if shard in missing})
     # where nothing is left to do, what it would have cost is still asked
     return [job(number, config.devices, number) for number in busy or [0]]
 
@@ -184,7 +196,7 @@ def _check_devices(processes: int, gpus: int, cores: int) -> None:
 def _work(plan: Plan, rank: Rank, jobs: list[Job], console: Console) -> list[Tally]:
     if rank.rank > 0:
         return [work(jobs[0], plan.images, _silent)]
-    own = range(rank.rank, plan.manifest.num_shards, rank.world)
+    own = plan.share[rank.rank :: rank.world]
 
     def rows(shards: frozenset[int]) -> int:
         return sum(len(plan.manifest.shard_range(shard)) for shard in shards if shard in own)

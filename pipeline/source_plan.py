@@ -32,7 +32,7 @@ class SourcePlan:
     Attributes:
         source: its name.
         columns: its columns, name → spec.
-        missing: shards that are not committed.
+        missing: shards of the job that are not committed.
         rows: images of those shards.
         bytes: what writing them will take at most, checksums and indexes included: before compression, and at
             the most components of attention whose form is yet to be chosen.
@@ -70,7 +70,7 @@ def missing_shards(
 
 
 def plan_source(
-    config: PreprocessConfig, manifest: Manifest, present: Manifest | None, source: str
+    config: PreprocessConfig, manifest: Manifest, present: Manifest | None, source: str, share: range
 ) -> SourcePlan:
     """Look at what a source of the cache has and lacks.
 
@@ -79,6 +79,7 @@ def plan_source(
         manifest: what the cache is to be.
         present: the cache's manifest, None when nothing is there yet.
         source: name of the source.
+        share: shards of the job.
 
     Raises:
         RepaError: there is no such teacher, or it gives no grid at the resolution.
@@ -86,10 +87,11 @@ def plan_source(
     """
     declared = present.sources.get(source) if present is not None else None
     known = present.source_columns(source) if present is not None else {}
-    missing = missing_shards(config.cache, present, source, range(manifest.num_shards))
-    begun = declared is not None and len(missing) < manifest.num_shards
+    absent = missing_shards(config.cache, present, source, range(manifest.num_shards))
+    missing = tuple(shard for shard in absent if shard in share)
+    begun = declared is not None and len(absent) < manifest.num_shards
     at_most = False
-    if source == AUTOENCODER and begun and not missing:
+    if source == AUTOENCODER and begun and not absent:
         # the autoencoder is there in full and comes along with the encoders: its settings are not compared
         columns: Mapping[str, ColumnSpec] = known
     else:

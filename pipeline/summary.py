@@ -52,6 +52,8 @@ def show_plan(plan: Plan, rank: Rank, console: Console) -> None:
         say(console, f"        note: {printable(remark)}", style="yellow")
     views = "" if len(plan.manifest.views) == 1 else f"views {', '.join(plan.manifest.views)} · "
     share = f" · process {rank.rank} of {rank.world} ({rank.launcher})" if rank.world > 1 else ""
+    if config.shards is not None:
+        share = f" · {counted(len(plan.share), 'shard')} of them by --shards {config.shards}{share}"
     say(
         console,
         f"cache   {config.cache}: {counted(plan.manifest.num_shards, 'shard')} of "
@@ -125,13 +127,13 @@ def passed_over(skipped: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _state(plan: Plan, source: SourcePlan) -> str:
-    done = plan.manifest.num_shards - len(source.missing)
+    done = len(plan.share) - len(source.missing)
     weights = ", random weights" if source.drawn else ""
     if source.declared is None:
         return f"new{weights}"
     if not source.missing:
         return f"complete{weights}"
-    return f"{done} of {counted(plan.manifest.num_shards, 'shard')}{weights}"
+    return f"{done} of {counted(len(plan.share), 'shard')}{weights}"
 
 
 def warn_of_random_weights(plan: Plan, console: Console) -> None:

@@ -31,6 +31,9 @@ preprocess --data folder --encoder demo --limit 0
 preprocess --data folder --encoder demo --feature-dtype float64
 preprocess --data folder --encoder demo --compute-dtype half
 preprocess --data folder --encoder demo --compress gzip
+preprocess --data folder --encoder demo --vae demo --shards auto
+preprocess --data folder --encoder demo --vae demo --shards 4
+preprocess --data folder --encoder demo --vae demo --resolution 32 --shards 9:12
 preprocess --data folder --encoder demo --attention 99
 preprocess --data folder --encoder demo --attention one
 preprocess --data folder --encoder demo --attention-rank 4
@@ -85,6 +88,7 @@ cache import empty --format fast-dit --cache back
 cache import nowhere --format lightningdit --cache back
 cache import folder --format dit --cache back
 cache import folder --vae demo --cache back
+cache seal nowhere
 cache drop nobody cache
 """
 

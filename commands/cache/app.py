@@ -140,6 +140,14 @@ def _cache_upgrade(cache: CacheArgument = None) -> None:
     upgrade(cache=cache)
 
 
+@cache_app.command("seal")
+def _cache_seal(cache: CacheArgument = None) -> None:
+    """Finish a cache that several jobs wrote. Nothing may be missing; it is counted and measured."""
+    from .seal import seal
+
+    seal(cache=cache)
+
+
 @cache_app.command("merge")
 def _cache_merge(
     parts: Annotated[

@@ -112,7 +112,8 @@ def _location(manifest: Manifest) -> str:
 def recorded_job(config: PreprocessConfig, manifest: Manifest, images: ImageSource) -> Job:
     """Make the job of the one process that encodes, on the first GPU or with all cores."""
     bare = replace(manifest, columns={}, sources={})
-    plan = Plan(config=config, images=images, manifest=bare, sources=(), free_bytes=0)
+    every = range(manifest.num_shards)
+    plan = Plan(config=config, images=images, manifest=bare, share=every, sources=(), free_bytes=0)
     return share_out(plan, Rank())[0]
 
 

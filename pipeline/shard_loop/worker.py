@@ -42,7 +42,8 @@ class Job:
     Attributes:
         config: the command, resolved.
         manifest: of the cache, the sources left out; what `ensure_cache` is asked for.
-        rank: this process, of ``world``: it owns shards rank, rank + world, …
+        share: shards of the whole job.
+        rank: this process, of ``world``: it owns the shards of the job at positions rank, rank + world, …
         world: number of processes.
         device: ``cpu`` or ``cuda:<index>``.
         threads: CPU: batches computed at a time.
@@ -51,11 +52,17 @@ class Job:
 
     config: PreprocessConfig
     manifest: Manifest
+    share: range
     rank: int
     world: int
     device: str
     threads: int
     workers: int
+
+    @property
+    def own(self) -> range:
+        """The shards of this process."""
+        return self.share[self.rank :: self.world]
 
 
 @dataclass(kw_only=True)
@@ -100,9 +107,8 @@ def work(job: Job, images: ImageSource, report: Report) -> Tally:
     """
     tally = Tally()
     started = time.perf_counter()
-    own = range(job.rank, job.manifest.num_shards, job.world)
     present = present_manifest(job.config.cache)
-    missing = {name: missing_shards(job.config.cache, present, name, own) for name in job.config.sources}
+    missing = {name: missing_shards(job.config.cache, present, name, job.own) for name in job.config.sources}
     if not any(missing.values()):
         return tally
     import torch
