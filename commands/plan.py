@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from ..pipeline.captions.plan import CaptionPlan
     from ..pipeline.estimate import EncodingSpeed
     from ..pipeline.plan import Plan
     from .measure.disk import DiskSpeed
@@ -110,6 +111,8 @@ def plan(flags: PlanFlags, *, console: Console | None = None) -> None:
     """
     from ..data.storage.files import nearest_folder
     from ..data.units import human_bytes
+    from ..pipeline.captions.plan import make_caption_plan
+    from ..pipeline.captions.run import show_captions
     from ..pipeline.estimate import measure_encoding
     from ..pipeline.plan import make_plan
     from ..pipeline.shard_loop.ranks import detect_rank
@@ -124,10 +127,19 @@ def plan(flags: PlanFlags, *, console: Console | None = None) -> None:
         if value is not None and value <= 0:
             raise RepaError(f"{flag} {value:g} is too small", "give more than 0")
     console = console or PlainConsole()
-    found = make_plan(make_config(flags))
+    config = make_config(flags)
+    found = make_plan(config)
+    captions = make_caption_plan(found, config)
     rank = detect_rank(os.environ, found.config.devices)
     show_plan(found, rank, console)
-    row_bytes = training_bytes(found)
+    if captions is not None:
+        show_captions(captions, console)
+        say(
+            console,
+            f"        {human_bytes(found.bytes + captions.bytes)} to write with the images, "
+            f"{human_bytes(found.free_bytes)} free",
+        )
+    row_bytes = training_bytes(found, captions)
     folder = nearest_folder(found.config.cache)
     disk = measure_disk(folder, row_bytes=row_bytes) if os.access(folder, os.W_OK) else None
     if disk is None:
@@ -154,14 +166,14 @@ def _busy(doing: str, console: Console) -> AbstractContextManager[object]:
     return console.status(doing) if console.is_terminal else nullcontext()
 
 
-def training_bytes(plan: Plan) -> int:
-    """Count the bytes that a training image reads in one view.
+def training_bytes(plan: Plan, captions: CaptionPlan | None = None) -> int:
+    """Count the bytes that a training image reads in one view, of one caption.
 
-    They are latent, tokens, and queries and keys with their scales.
+    They are latent, tokens, queries and keys with their scales, and what text encoders gave of a caption.
     """
     return sum(
         spec.row_bytes
-        for source in plan.sources
+        for source in (*plan.sources, *(captions.sources if captions is not None else ()))
         for name, spec in source.columns.items()
         if not name.endswith("/cls")
     )

@@ -131,6 +131,27 @@ class EncodingFlags:
     ] = AUTO_LABELS
     workers: Annotated[int | None, typer.Option(help="Decoding processes for each device.")] = None
     shard_rows: Annotated[int | None, typer.Option(help="Images of a shard; default 1024.")] = None
+    captions: Annotated[
+        str | None,
+        typer.Option(
+            help="Captions of the images: file of COCO, captions_train2014.json; table .jsonl, .csv or .tsv "
+            "of file names and captions; tars or 'hf:…', where they are by default.",
+            show_default="those of the cache, else those in tars or hf:…",
+        ),
+    ] = None
+    text_encoders: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text-encoder",
+            help="Encoder of the captions, as clip-l-text, t5-xxl-text, sd3-context; may repeat.",
+        ),
+    ] = None
+    caption_column: Annotated[
+        str | None, typer.Option(help="Column or field of the captions.", show_default="caption, text, …")
+    ] = None
+    captions_per_image: Annotated[
+        int | None, typer.Option(help="Keep the first so many captions of an image.", show_default="all")
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,12 +221,20 @@ def make_config(flags: EncodingFlags) -> PreprocessConfig:
         _check_choice("--compress", flags.compress, COMPRESSORS)
     if flags.views is not None:
         _check_choice("--views", flags.views, tuple(VIEWS))
+    cache = flags.cache or cache_for(flags.data, side)
     asked = _encoders(flags.encoders or (), demo)
+    if flags.text_encoders and not flags.encoders:
+        from ..pipeline.captions.plan import unfinished_encoders
+
+        # a cache that has its images gets captions, and no teacher that nobody named
+        unfinished = unfinished_encoders(cache)
+        asked = asked if unfinished is None else unfinished
     found = {each: find_teacher(each, may_import=True).name for each in asked}
     names = tuple(found[each] for each in asked)
     settings: dict[str, Any] = {each.name: getattr(flags, each.name) for each in fields(EncodingFlags)}
-    settings["cache"] = flags.cache or cache_for(flags.data, side)
+    settings["cache"] = cache
     settings["encoders"] = names
+    settings["text_encoders"] = tuple(flags.text_encoders or ())
     settings["resolution"] = side
     settings["views"] = None if flags.views is None else VIEWS[flags.views]
     weights = parse_weights(flags.weights or ())

@@ -13,6 +13,7 @@ from ..data.format.columns import AUTOENCODER, attention_source
 from .columns.specs import INT8, AttentionSettings
 from .encoders.registry import find_teacher
 from .images.base import AUTO_LABELS
+from .text.facts import TEXT_ENCODERS
 
 if TYPE_CHECKING:
     from .encoders.base import Teacher
@@ -71,6 +72,11 @@ class PreprocessConfig:
         shards: those of this job, see `job_shards`; None takes all.
         shard_rows: rows of a shard; None: as the cache has it, else 1,024.
         workers: processes a device that decode images; None: by the number of cores, 0 on a CPU.
+        text_encoders: text encoders to run on the captions, by name.
+        captions: captions file of COCO, table of file names and captions, tars or ``hf:…``; None: those of
+            the cache, else those that lie with the images.
+        caption_column: column or field that holds them; None looks for it.
+        captions_per_image: most captions of an image that are kept, the first ones; None keeps all.
     """
 
     data: str
@@ -98,6 +104,10 @@ class PreprocessConfig:
     shards: str | None = None
     shard_rows: int | None = None
     workers: int | None = None
+    text_encoders: tuple[str, ...] = ()
+    captions: str | None = None
+    caption_column: str | None = None
+    captions_per_image: int | None = None
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -132,16 +142,16 @@ def check_flags(config: PreprocessConfig) -> None:
     Raises:
         RepaError: which, and what to do.
     """
-    twice = sorted({name for name in config.encoders if config.encoders.count(name) > 1})
-    if twice:
-        raise RepaError(
-            f"--encoder {twice[0]} is given more than once", "give each encoder once", field="--encoder"
-        )
-    unasked = sorted(set(config.weights) - set(config.encoders))
+    for flag, names in (("--encoder", config.encoders), ("--text-encoder", config.text_encoders)):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise RepaError(f"{flag} {twice[0]} is given more than once", "give each once", field=flag)
+    unasked = sorted(set(config.weights) - {*config.encoders, *config.text_encoders})
     if unasked:
+        flag = "--text-encoder" if unasked[0] in TEXT_ENCODERS else "--encoder"
         raise RepaError(
             f"--weights names {unasked[0]}, which is not asked for",
-            f"add --encoder {unasked[0]} or drop it",
+            f"add {flag} {unasked[0]} or drop it",
             field="--weights",
         )
     for flag, least, most in _RANGES:
@@ -149,6 +159,16 @@ def check_flags(config: PreprocessConfig) -> None:
         if value is not None and not least <= value <= most:
             size = "small" if value < least else "large"
             raise RepaError(f"{flag} {value} is too {size}", f"give {least} to {most:,}", field=flag)
+    for flag in ("--captions", "--caption-column", "--captions-per-image"):
+        if (
+            getattr(config, flag.removeprefix("--").replace("-", "_")) is not None
+            and not config.text_encoders
+        ):
+            raise RepaError(
+                f"{flag} says which captions are encoded, and nothing encodes them",
+                "add --text-encoder clip-l-text, or drop it",
+                field=flag,
+            )
     _check_attention(config)
 
 

@@ -67,8 +67,11 @@ class Plan:
         """Whether the disk may have room for it."""
         return sum(source.least_bytes for source in self.sources) <= self.free_bytes
 
-    def require_room(self) -> None:
+    def require_room(self, beside: int = 0) -> None:
         """Refuse a disk that is too small or read-only, before a model is loaded or a byte written.
+
+        Args:
+            beside: bytes that are to be written of captions.
 
         Raises:
             RepaError: which of the two, and what to do.
@@ -79,8 +82,8 @@ class Plan:
                 f"cannot write cache {self.config.cache}: folder {folder} is read-only for you",
                 "name another folder with --cache",
             )
-        if not self.fits:
-            raise _too_small(self.config.cache, self.bytes, self.free_bytes)
+        if sum(source.least_bytes for source in self.sources) + beside > self.free_bytes:
+            raise _too_small(self.config.cache, self.bytes + beside, self.free_bytes)
 
 
 def require_room_for(

@@ -26,10 +26,14 @@ class ProgressView:
         console: a terminal gets a bar for each source, anything else a line every ten seconds.
         totals: source → images to do.
         images: images to go through, each once however many sources it is for.
+        noun: what they are.
     """
 
-    def __init__(self, console: Console, totals: Mapping[str, int], images: int) -> None:
+    def __init__(
+        self, console: Console, totals: Mapping[str, int], images: int, *, noun: str = "image"
+    ) -> None:
         self._console = console
+        self._noun = noun
         self._images = images
         self._done = 0
         self._first = self._next_line = 0.0
@@ -83,7 +87,7 @@ class ProgressView:
         elif now >= self._next_line:
             self._next_line = now + LINE_SECONDS
             left = f", {human_seconds((self._images - self._done) / rate)} left" if rate else ""
-            self._console.print(f"{self._done}/{counted(self._images, 'image')}, {human_rate(rate)}{left}")
+            self._console.print(f"{self._done}/{counted(self._images, self._noun)}, {human_rate(rate)}{left}")
 
     def _rate(self, now: float) -> float:
         seconds = now - self._first

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data.errors import CacheError, RepaError
+from ..data.errors import CacheError
 from ..data.format.columns import AUTOENCODER, model_of
 from ..data.format.survey import committed_shards
 from ..data.launchers import tasks_without_srun
@@ -15,9 +15,12 @@ from ..data.units import counted
 from ..data.upkeep.imported import settle_images
 from ..data.upkeep.latent_statistics import settle_latent_statistics
 from ..data.writing.store import ensure_source
+from .captions.plan import make_caption_plan
+from .captions.run import run_captions, saved_captions, show_captions
 from .images.matched import MatchedImages
 from .plan import make_plan, present_manifest
 from .progress import ProgressView
+from .shard_loop.devices import device_shares
 from .shard_loop.interrupts import terminated_as_interrupt
 from .shard_loop.ranks import Rank, detect_rank
 from .shard_loop.worker import Job, Tally, work
@@ -29,12 +32,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from .captions.plan import CaptionPlan
     from .config import PreprocessConfig
     from .plan import Plan
-
-MAX_LANES = 16  # batches at a time in one process; more cores are better used with --devices
-MAX_DECODERS = 16
-MOST_PROCESSES_A_CORE = 4  # a little more than one each does no harm while they wait for the disk
 
 
 class StoppedError(Exception):
@@ -59,35 +59,44 @@ def run(config: PreprocessConfig, console: Console, *, dry_run: bool = False) ->
     started = time.perf_counter()
     rank = detect_rank(os.environ, config.devices)
     plan = make_plan(config)
+    captions = make_caption_plan(plan, config)
     if rank.rank == 0:
         show_plan(plan, rank, console)
+        if captions is not None:
+            show_captions(captions, console)
         if tasks := tasks_without_srun():
             note = f"this job has {tasks} tasks and runs without srun: one process does all of it"
             say(console, f"note: {note}", style="yellow")
         if config.shards is None and os.environ.get("SLURM_ARRAY_TASK_COUNT", "1") != "1":
             note = f"this is a task of a job array: with --shards {AUTO_SHARDS} each does shards of its own"
             say(console, f"note: {note}", style="yellow")
-    if plan.rows:
-        plan.require_room()
+    if plan.rows or (captions is not None and captions.rows):
+        plan.require_room(captions.least_bytes if captions is not None else 0)
     if dry_run:
         return plan
     _check_given_weights(plan, config)
     if isinstance(plan.images, MatchedImages) and plan.rows:
         settle_images(plan.config.cache, plan.images.matched_fingerprint)
+    with terminated_as_interrupt():
+        try:
+            _run_images(plan, rank, console, started)
+            if captions is not None:
+                run_captions(plan, captions, rank, console)
+        except KeyboardInterrupt:
+            raise StoppedError(saved(plan, captions)) from None
+    return plan
+
+
+def _run_images(plan: Plan, rank: Rank, console: Console, started: float) -> None:
+    """Write the columns of the images."""
     if not plan.rows:
         _settle_what_a_kill_left(plan.config.cache)
         say(console, _nothing_to_do(plan))
-        return plan
+        return
     warn_of_random_weights(plan, console)
-    jobs = share_out(plan, rank)
-    with terminated_as_interrupt():
-        try:
-            tallies = _work(plan, rank, jobs, console)
-            settle_latent_statistics(plan.config.cache)
-        except KeyboardInterrupt:
-            raise StoppedError(saved(plan)) from None
+    tallies = _work(plan, rank, share_out(plan, rank), console)
+    settle_latent_statistics(plan.config.cache)
     show_summary(plan, rank, tallies, time.perf_counter() - started, console)
-    return plan
 
 
 def _nothing_to_do(plan: Plan) -> str:
@@ -110,7 +119,7 @@ def _settle_what_a_kill_left(cache: Path) -> None:
         settle_latent_statistics(cache)
 
 
-def saved(plan: Plan) -> str:
+def saved(plan: Plan, captions: CaptionPlan | None = None) -> str:
     """Say in one line what of each source is on the disk."""
     cache = plan.config.cache
     manifest = present_manifest(cache)
@@ -120,6 +129,8 @@ def saved(plan: Plan) -> str:
         done = committed_shards(cache, manifest, source) if manifest is not None and known else []
         images = sum(len(plan.manifest.shard_range(shard)) for shard in done)
         parts.append(f"{images} of {counted(len(plan.images), 'image')} of {source}")
+    if captions is not None:
+        parts += saved_captions(captions)
     return f"interrupted: {', '.join(parts)} are saved in {cache}; the same command resumes"
 
 
@@ -132,65 +143,11 @@ def share_out(plan: Plan, rank: Rank) -> list[Job]:
         RepaError: more devices than there are, or than the cores can serve; a compute dtype of GPUs without
             one.
     """
-    import torch
-
-    from .encoders.precision import require_arithmetic
-    from .lanes.lanes import usable_cores
-
-    config = plan.config
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    here = config.devices if rank.world == 1 else rank.local_world
-    cores = usable_cores()
-    _check_devices(config.devices if rank.world == 1 else rank.local_rank + 1, gpus, cores)
-    if rank.launcher != "SLURM" or cores == os.cpu_count():
-        # SLURM usually binds each task to cores of its own; others share the machine's
-        cores = max(1, cores // here)
-    if not gpus:
-        # of a GPU each process asks for itself, as asking takes memory of the GPU
-        require_arithmetic(config.compute_dtype, torch.device("cpu"))
-    workers = config.workers
-    if workers is None:
-        # on a CPU the loop has time enough to decode while the lanes compute
-        workers = min(MAX_DECODERS, cores) if gpus else 0
-
-    def job(number: int, world: int, local: int) -> Job:
-        return Job(
-            config=config,
-            manifest=plan.manifest,
-            share=plan.share,
-            rank=number,
-            world=world,
-            device=f"cuda:{local}" if gpus else "cpu",
-            threads=min(MAX_LANES, cores),
-            workers=workers,
-        )
-
-    if rank.world > 1:
-        return [job(rank.rank, rank.world, rank.local_rank)]
-    missing = set[int]().union(*(source.missing for source in plan.sources))
-    busy = sorted({place % config.devices for place, shard in enumerate(plan.share) if shard in missing})
-    # where nothing is left to do, what it would have cost is still asked
-    return [job(number, config.devices, number) for number in busy or [0]]
-
-
-def _check_devices(processes: int, gpus: int, cores: int) -> None:
-    """Refuse processes that would stand in one another's way.
-
-    Raises:
-        RepaError: more than there are GPUs, or than the cores can serve where there is none.
-    """
-    if gpus and processes > gpus:
-        raise RepaError(
-            f"{counted(processes, 'process')} of this machine, which shows {counted(gpus, 'GPU')}",
-            "start fewer",
-            field="--devices",
-        )
-    if not gpus and processes > MOST_PROCESSES_A_CORE * cores:
-        raise RepaError(
-            f"{counted(processes, 'process')} would share {counted(cores, 'core')}",
-            f"start at most as many as there are cores, {cores}",
-            field="--devices",
-        )
+    missing = frozenset[int]().union(*(source.missing for source in plan.sources))
+    return [
+        Job(config=plan.config, manifest=plan.manifest, share=plan.share, **each._asdict())
+        for each in device_shares(plan.config, rank, plan.share, missing)
+    ]
 
 
 def _work(plan: Plan, rank: Rank, jobs: list[Job], console: Console) -> list[Tally]:

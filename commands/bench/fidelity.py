@@ -25,7 +25,7 @@ from ...pipeline.images.names import DEFAULT_DATA, DEMO_DATA
 from ...pipeline.images.open import open_source
 from ...pipeline.lanes.batches import Batch
 from ...pipeline.lanes.lanes import Task, open_lanes, usable_cores
-from ...pipeline.run import MAX_LANES
+from ...pipeline.shard_loop.devices import MAX_LANES
 from ..preprocess import EncodingFlags, make_config
 from ..shared.attention import scaled_blocks
 from .measured import Measured

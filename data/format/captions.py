@@ -17,17 +17,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from crc32c import crc32c
 
+from ..edge import MOST_BYTES, read_json
 from ..errors import CacheError
 from ..storage.bucket import file_bytes
 from ..storage.files import os_errors, read_file
 from ..storage.local import CHECKSUM_BYTES
 from .columns import find_kind, split_column
 from .layout import CHUNK_FOLDER, GROUP_FILE
-from .manifest import FORMAT_VERSION, Manifest
+from .manifest import ATTRIBUTE, FORMAT_VERSION, Manifest
 from .opening import labels_sha256, open_manifest, read_keys
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping, Sequence
+    from collections.abc import Mapping, MutableMapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -160,8 +161,13 @@ def read_table(path: CachePath, images: Manifest, captions: Manifest) -> NDArray
     return table
 
 
-def table_documents(table: NDArray[np.int32]) -> dict[str, bytes]:
-    """Make the files of the array ``of-image``, relative path → bytes, the values last."""
+def table_documents(table: NDArray[np.int32], record: Mapping[str, Any] | None = None) -> dict[str, bytes]:
+    """Make the files of the array ``of-image``, relative path → bytes, the values last.
+
+    Args:
+        table: its values.
+        record: attribute of the array that says where the captions come from.
+    """
     import zarr
     from zarr.codecs import BytesCodec, Crc32cCodec
     from zarr.storage import MemoryStore
@@ -175,10 +181,32 @@ def table_documents(table: NDArray[np.int32]) -> dict[str, bytes]:
         compressors=[Crc32cCodec()],
         serializer=BytesCodec(endian="little"),
         fill_value=NONE,
+        attributes=None if record is None else {ATTRIBUTE: dict(record)},
         config={"write_empty_chunks": True},
     )
     document = f"{TABLE}/{GROUP_FILE}"
     return {name: files[name].to_bytes() for name in (document, TABLE_CHUNK)}
+
+
+def read_record(path: CachePath) -> dict[str, Any]:
+    """Return what was noted of where the captions of a cache come from, which binds nobody.
+
+    Args:
+        path: of the cache of the images.
+
+    Raises:
+        CacheError: the document of the table is damaged.
+        RepaError: it cannot be read.
+    """
+    file = captions_path(path) / TABLE / GROUP_FILE
+    with os_errors("read", file):
+        try:
+            data = read_file(file, MOST_BYTES)
+        except FileNotFoundError as error:
+            raise CacheError(f"{file} is missing", _RESTORE) from error
+    values = read_json(data, str(file), remedy=_RESTORE)
+    record = values.get("attributes", {}).get(ATTRIBUTE) if isinstance(values, dict) else None
+    return record if isinstance(record, dict) else {}
 
 
 def with_captions(path: CachePath, images: Manifest) -> Manifest:

@@ -16,6 +16,9 @@ from ..errors import CacheError
 from .bounds import Axis, Bytes, Count, Number, Positive, Sha256, Text
 from .columns import ATTENTION_SUFFIX, AUTOENCODER
 
+TOKENIZER_NOTE = "tokenizer_sha256"
+"""Note that text encoders have and no other source."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationNote:
@@ -196,6 +199,44 @@ class TokenNotes(Notes):
     deviation: TokenDeviation | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextDeviation:
+    """How far what is stored of captions lies from their states in float32, measured on some captions.
+
+    Attributes:
+        captions: so many.
+        cosine_error_mean: 1 − cosine of a token's states.
+        cosine_error_max: the largest of a token.
+        relative_rms: root mean square of the differences, relative to that of the states.
+    """
+
+    captions: Count
+    cosine_error_mean: Number
+    cosine_error_max: Number
+    relative_rms: Number
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextNotes:
+    """Notes of a text encoder.
+
+    Attributes:
+        tokenizer_sha256: of all that decides the numbers of the tokens, of each tokenizer.
+        tokens: that a caption is padded and cut to.
+        layer: whose states are stored.
+        empty: ``encoded``, or ``zeros`` where the empty caption has none.
+        location: folder or hub name of the files.
+        deviation: of what is not float32 throughout.
+    """
+
+    tokenizer_sha256: Text
+    tokens: Axis
+    layer: Text
+    empty: Literal["encoded", "zeros"]
+    location: Text | None = None
+    deviation: TextDeviation | None = None
+
+
 _Block: TypeAlias = Annotated[tuple[tuple[Count, Count], ...], Len(1, 1024)]
 
 
@@ -251,6 +292,8 @@ def check_notes(source: str, notes: Mapping[str, Any], *, where: str, remedy: st
     model: type[Any] = LatentNotes if source == AUTOENCODER else TokenNotes
     if source.endswith(ATTENTION_SUFFIX):
         model = AttentionNotes
+    elif TOKENIZER_NOTE in notes:
+        model = TextNotes
     try:
         parse(model, notes, where=where, remedy=remedy)
     except CacheError as error:

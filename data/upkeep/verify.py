@@ -22,6 +22,16 @@ import numpy as np
 
 from ..edge import MOST_BYTES
 from ..errors import CacheError
+from ..format.captions import (
+    CAPTIONS_FOLDER,
+    SOURCE_KIND,
+    TABLE,
+    TABLE_CHUNK,
+    captions_path,
+    has_captions,
+    read_table,
+    table_documents,
+)
 from ..format.columns import LABEL, source_of
 from ..format.commits import read_commit, record_misfit
 from ..format.group import read_group
@@ -133,7 +143,36 @@ def verify_cache(
         if manifest.format_version > 1:
             findings += _check_valid(path, manifest, records, unsound)
         findings += _check_strays(path, manifest, records.keys())
+        if manifest.source_kind != SOURCE_KIND:
+            findings += _check_captions(path, manifest, progress, threads)
     return [_of_a_copy(finding) for finding in findings] if isinstance(path, RemotePath) else findings
+
+
+def _check_captions(
+    path: CachePath, images: Manifest, progress: Callable[[int, int], None] | None, threads: int | None
+) -> list[Finding]:
+    """Check the cache of the captions, and which of them the images have."""
+    where = captions_path(path)
+    if not has_captions(path):
+        # the second document says that there were some
+        if GROUP_COPY not in _names_of_files(where):
+            return []
+        return [Finding(path=where / GROUP_FILE, what=f"{where / GROUP_FILE} is missing", remedy=_AGAIN)]
+    findings = verify_cache(where, progress=progress, threads=threads)
+    remedy = "run the same `repa preprocess --captions` again"
+    try:
+        table = read_table(path, images, open_manifest(where))
+        documents = table_documents(table)
+        name = next(name for name in documents if name != TABLE_CHUNK)
+        if not same_document(read_file(where / name, MOST_BYTES), documents[name]):
+            what = f"{where / name} does not describe what the manifest does"
+            findings.append(Finding(path=where / name, what=what, remedy=remedy))
+    except CacheError as error:
+        findings.append(Finding(path=where / TABLE_CHUNK, what=error.what, remedy=remedy))
+    except (OSError, ValueError, RecursionError) as reason:
+        what = f"the document of {where / TABLE} is missing or damaged ({reason})"
+        findings.append(Finding(path=where / TABLE / GROUP_FILE, what=what, remedy=remedy))
+    return findings
 
 
 def _of_a_copy(finding: Finding) -> Finding:
@@ -325,6 +364,11 @@ def _check_strays(path: CachePath, manifest: Manifest, committed: Iterable[tuple
             if (source, shard) not in done:
                 known.update(str(partial_path(file)) for file in files)
     known |= _known_calibrations(present, manifest, {source for source, _ in done})
+    if manifest.source_kind == SOURCE_KIND:
+        known |= {TABLE_CHUNK, f"{TABLE}/{GROUP_FILE}"}
+    else:
+        # they are a cache of their own, which is checked as one
+        present = [name for name in present if not name.startswith(f"{CAPTIONS_FOLDER}/")]
     return [
         Finding(path=path / name, what=f"{path / name} is not the cache's", remedy="delete it")
         for name in present

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,16 +24,19 @@ from ..storage.files import os_errors, sync_folders, write_file
 from .store import cache_lock, ensure_cache
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 
-def ensure_captions(path: Path, captions: Sequence[Sequence[str]]) -> Path:
+def ensure_captions(
+    path: Path, captions: Sequence[Sequence[str]], record: Mapping[str, Any] | None = None
+) -> Path:
     """Give the images of a cache their captions, or check that they have these.
 
     Args:
         path: folder of the cache, which is there.
         captions: of each image, in the order of the rows; an image without any has the empty one.
+        record: where they come from and what was left out, noted with the array of the images' captions.
 
     Returns:
         Folder of the captions, a cache itself, for text encoders to write to.
@@ -60,14 +63,14 @@ def ensure_captions(path: Path, captions: Sequence[Sequence[str]]) -> Path:
     except CacheError as error:
         raise CacheError(
             f"the images of {path} have other captions: {error.what}",
-            f"give the same --captions as before, or delete {where}",
+            f"give the same --captions and --captions-per-image as before, or none, or delete {where}",
             field="--captions",
         ) from error
     with cache_lock(where):
         # last, so that captions whose table is not there were left by a process that was killed
         if not (where / TABLE_CHUNK).exists():
             with os_errors("write", where):
-                for name, content in table_documents(table).items():
+                for name, content in table_documents(table, record).items():
                     write_file(where / name, content, where)
                 sync_folders(where, path)
     read_table(path, images, manifest)

@@ -27,6 +27,7 @@ from ..format.layout import (
     group_attributes,
     zarr_documents,
 )
+from ..format.notes import TOKENIZER_NOTE
 from ..format.opening import declaration, differences, labels_sha256, open_manifest, read_labels
 from ..format.survey import committed_shards
 from ..storage.files import locked, make_folder, os_errors, partial_path, sync_folders, write_file
@@ -147,6 +148,7 @@ def ensure_source(
                 return declared
     if different:
         flag = "--vae" if source == AUTOENCODER else "--encoder"
+        flag = "--text-encoder" if TOKENIZER_NOTE in provenance.notes else flag
         raise CacheError(
             f"cache {path} has {source} from another model or in another form: {different}",
             f"use the {flag} and flags it was made with, or choose another folder with --cache",

@@ -65,7 +65,7 @@ class HubImages:
         self.name = f"{HUGGING_FACE}{name}"
         self.apply_exif = apply_exif
         self.skipped: Sequence[tuple[str, str]] = ()
-        data, split = _open(name)
+        data, split = open_data_set(name)
         image = _image_of(data, self.name)
         if not len(data):
             raise RepaError(f"{self.name} has no rows", "choose another data set or split", field="--data")
@@ -127,7 +127,7 @@ def _image_feature() -> Any:
     return ImageFeature(decode=False)
 
 
-def _open(name: str) -> tuple[Any, str]:
+def open_data_set(name: str) -> tuple[Any, str]:
     """Open the data set, and name its split if it is one of several."""
     try:
         from datasets import DatasetDict, load_dataset, load_from_disk

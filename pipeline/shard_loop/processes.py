@@ -13,18 +13,17 @@ import traceback
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ...data.errors import RepaError
 from .interrupts import terminated_as_interrupt
-from .worker import Job, Tally, work
+from .worker import work
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from multiprocessing.context import SpawnProcess
 
-    from ..images.base import ImageSource
-    from .worker import Report
+    from .worker import Report, Tally
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _GRACE_SECONDS = 5.0
@@ -65,13 +64,33 @@ def deaf_to_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def work_in_processes(jobs: Sequence[Job], images: ImageSource, report: Report) -> list[Tally]:
+class ProcessJob(Protocol):
+    """What one of several processes does, whatever it is.
+
+    Attributes:
+        rank: this process, of ``world``.
+        world: number of processes.
+        device: that it computes on.
+    """
+
+    @property
+    def rank(self) -> int: ...  # noqa: D102
+    @property
+    def world(self) -> int: ...  # noqa: D102
+    @property
+    def device(self) -> str: ...  # noqa: D102
+
+
+def work_in_processes(
+    jobs: Sequence[ProcessJob], given: Any, report: Report, *, do: Callable[..., Tally] = work
+) -> list[Tally]:
     """Do several jobs, each in a process of its own.
 
     Args:
         jobs: one a process.
-        images: the set's.
+        given: what all of them are given, the images of the set.
         report: called here with what every process reports, see `work`.
+        do: called in the process with its job, what is given, and what to report to; a function of a module.
 
     Returns:
         The tally of each job.
@@ -88,7 +107,7 @@ def work_in_processes(jobs: Sequence[Job], images: ImageSource, report: Report) 
             for index, job in enumerate(jobs):
                 here, there = context.Pipe(duplex=False)
                 child = context.Process(
-                    target=_child, args=(job, images, there, os.getpid()), name=f"repa-{index}"
+                    target=_child, args=(do, job, given, there, os.getpid()), name=f"repa-{index}"
                 )
                 child.start()
                 there.close()
@@ -102,7 +121,7 @@ def work_in_processes(jobs: Sequence[Job], images: ImageSource, report: Report) 
 
 
 def _listen(
-    jobs: Sequence[Job],
+    jobs: Sequence[ProcessJob],
     children: Sequence[SpawnProcess],
     connections: Mapping[Connection, int],
     report: Report,
@@ -130,7 +149,7 @@ def _listen(
     return [tallies[index] for index in range(len(jobs))]
 
 
-def _obituary(job: Job, code: int | None) -> str:
+def _obituary(job: ProcessJob, code: int | None) -> str:
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         how = f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
@@ -155,7 +174,7 @@ def _stop(children: Sequence[SpawnProcess]) -> None:
             child.join()
 
 
-def _child(job: Job, images: ImageSource, connection: Any, parent: int) -> None:
+def _child(do: Callable[..., Tally], job: ProcessJob, given: Any, connection: Any, parent: int) -> None:
     """Do the job in a started process, and send a last word to its parent."""
     end_with_parent(parent)
 
@@ -164,7 +183,7 @@ def _child(job: Job, images: ImageSource, connection: Any, parent: int) -> None:
 
     with suppress(KeyboardInterrupt), terminated_as_interrupt():  # the parent ends the run, and says so
         try:
-            connection.send(("done", work(job, images, report)))
+            connection.send(("done", do(job, given, report)))
         except RepaError as error:
             connection.send(("failed", error.what, error.remedy))
         except Exception as error:

@@ -63,6 +63,7 @@ class WriterThread:
         on_batch: called in the thread after each batch with its sources and the number of rows it brought,
             invalid ones included.
         check: called while waiting in `put` or for the end; may raise.
+        noun: what a row is, for the errors.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class WriterThread:
         depth: int = 4,
         on_batch: Callable[[tuple[str, ...], int], None] | None = None,
         check: Callable[[], None] = lambda: None,
+        noun: str = "image",
     ) -> None:
         self.written = Written()
         self._writers = writers
@@ -81,6 +83,7 @@ class WriterThread:
         self._keys = keys
         self._on_batch = on_batch
         self._check = check
+        self._noun = noun
         self._queue: queue.Queue[Pending | None] = queue.Queue(maxsize=depth)
         self._error: BaseException | None = None
         self._ended = threading.Event()
@@ -213,7 +216,7 @@ class WriterThread:
         else:
             what, remedy = "a value that is not finite", "try --compute-dtype float32, and check the weights"
         raise RepaError(
-            f"{column} of image {self._keys[row]} (row {row}) has {what}; "
+            f"{column} of {self._noun} {self._keys[row]} (row {row}) has {what}; "
             f"nothing of its shard is kept, the shards before it are",
             f"{remedy}",
         )

@@ -21,7 +21,7 @@ from repa.data.errors import RepaError
 from repa.pipeline.estimate import EncodingSpeed, live_models
 from repa.pipeline.lanes.lanes import usable_cores
 from repa.pipeline.plan import make_plan
-from repa.pipeline.run import MAX_LANES
+from repa.pipeline.shard_loop.devices import MAX_LANES
 from rich.console import Console
 
 SIDE, ROWS = 16, 6

@@ -17,6 +17,7 @@ from repa.data.format.opening import open_manifest
 from repa.data.reading.loader import CacheLoader
 from repa.data.reading.reader import CacheReader
 from repa.data.testing import SYNTHETIC_TEXT, expected_row, synthetic_cache, synthetic_captions
+from repa.data.upkeep.verify import verify_cache
 from repa.data.writing.captions import ensure_captions
 
 if TYPE_CHECKING:
@@ -181,3 +182,25 @@ def test_masks_are_bytes_and_int8_states_have_scales(tmp_path: Path) -> None:
     row = read_captions(path).index("a thing of kind 3")
     for name, spec in columns.items():
         np.testing.assert_array_equal(out[name][0], expected_row(name, row, spec))
+
+
+def test_every_byte_of_captions_is_checked_with_the_cache(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    synthetic_cache(path, num_rows=COUNT)
+    synthetic_captions(path)
+    assert verify_cache(path) == []
+    where = captions_path(path)
+    files = [file for file in where.rglob("*") if file.is_file() and file.stat().st_size]
+    assert len(files) > 10
+    for file in files:
+        sound = file.read_bytes()
+        file.write_bytes(sound[:-1] + bytes([sound[-1] ^ 4]))
+        findings = verify_cache(path)
+        assert findings, file
+        assert all(str(finding.path).startswith(str(where)) for finding in findings)
+        file.unlink()
+        assert verify_cache(path), file
+        file.write_bytes(sound)
+    (where / "stray").write_bytes(b"x")
+    [finding] = verify_cache(path)
+    assert finding.path == where / "stray"

@@ -1,0 +1,1 @@
+"""Captions of images, from where they are written down to the columns of text encoders."""
