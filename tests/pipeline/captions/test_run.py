@@ -13,6 +13,7 @@ from repa.data.errors import CacheError, RepaError
 from repa.data.format.captions import captions_path, read_captions, read_record
 from repa.data.format.opening import open_manifest
 from repa.data.testing import folder_contents
+from repa.data.upkeep.latent_statistics import settle_latent_statistics
 from repa.data.upkeep.verify import verify_cache
 from repa.pipeline.captions.plan import make_caption_plan
 from repa.pipeline.config import PreprocessConfig
@@ -123,6 +124,14 @@ def test_ranks_of_a_launcher_write_the_same(
             monkeypatch.setenv(name, str(value))
         run(both, QUIET)
     assert folder_contents(both.cache) == folder_contents(place / "cache")
+
+
+def test_jobs_that_share_the_shards_write_the_same(place: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for shards in ("1:2", "0:1"):
+        run(config(place, cache=cache, shards=shards), QUIET)
+    settle_latent_statistics(cache)
+    assert folder_contents(cache) == folder_contents(place / "cache")
 
 
 @pytest.mark.thorough
