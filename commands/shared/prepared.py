@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ...trainer.sampling.generate import TrainedModel
     from ...trainer.sampling.record import SamplingRecord
+    from ...trainer.sampling.settings import SamplerConfig
     from .banks import BankAsked
     from .decoder import Decoder
     from .texts import TextAsked
@@ -135,23 +136,14 @@ def prepare_sampling(
         RepaError: the model or the autoencoder cannot be had, or has nothing of what is asked for.
     """
     from ...trainer.sampling.generate import model_of_file, with_scale
-    from ...trainer.sampling.record import SamplingRecord, sha256_of
-    from ...trainer.sampling.settings import SamplerConfig
+    from ...trainer.sampling.record import SamplingRecord
     from .banks import BankAsked
     from .texts import TextAsked
 
     bank, text = bank or BankAsked(), text or TextAsked()
     bank.check()
 
-    settings = SamplerConfig(
-        solver=flags.solver,
-        steps=flags.steps,
-        shift=flags.shift,
-        guidance=flags.guidance,
-        guidance_cls=flags.guidance_cls,
-        guidance_channels=flags.guidance_channels,
-        interval=flags.interval,
-    )
+    settings = _settings(flags)
     model = model_of_file(checkpoint, weights=flags.weights, family=flags.family)
     if not model.predicts:
         raise RepaError(
@@ -171,27 +163,13 @@ def prepare_sampling(
     decoder = decoder_of(model, flags.vae, device, say)
     model = with_scale(model, decoder)
     record = SamplingRecord(
-        checkpoint=checkpoint.name,
-        checkpoint_sha256=sha256_of(checkpoint),
-        step=model.steps,
-        weights=flags.weights,
-        family=flags.family,
+        **_said_of(checkpoint, flags, model, settings),
+        **told,
         autoencoder=decoder.name,
         autoencoder_sha256=decoder.weights_sha256,
         num=num,
         labels=labels,
         label_mode=label_mode,
-        solver=settings.solver,
-        steps=settings.steps,
-        shift=settings.shift,
-        guidance=settings.guidance,
-        guidance_cls=(flags.guidance if flags.guidance_cls is None else flags.guidance_cls)
-        if model.backbone.config.token_widths
-        else None,
-        guidance_channels=settings.guidance_channels,
-        interval=settings.interval,
-        **told,
-        seed=flags.seed,
         batch_size=batch_size,
         form=form,
     )
@@ -202,6 +180,44 @@ def prepare_sampling(
         decoder=decoder,
         random_autoencoder=flags.vae is None and model.autoencoder_random,
     )
+
+
+def _settings(flags: SamplingFlags) -> SamplerConfig:
+    from ...trainer.sampling.settings import SamplerConfig
+
+    return SamplerConfig(
+        solver=flags.solver,
+        steps=flags.steps,
+        shift=flags.shift,
+        guidance=flags.guidance,
+        guidance_cls=flags.guidance_cls,
+        guidance_channels=flags.guidance_channels,
+        interval=flags.interval,
+    )
+
+
+def _said_of(
+    checkpoint: Path, flags: SamplingFlags, model: TrainedModel, settings: SamplerConfig
+) -> dict[str, Any]:
+    """Return what a record says of the model and its solver."""
+    from ...trainer.sampling.record import sha256_of
+
+    guidance_cls = flags.guidance if flags.guidance_cls is None else flags.guidance_cls
+    return {
+        "checkpoint": checkpoint.name,
+        "checkpoint_sha256": sha256_of(checkpoint),
+        "step": model.steps,
+        "weights": flags.weights,
+        "family": flags.family,
+        "solver": settings.solver,
+        "steps": settings.steps,
+        "shift": settings.shift,
+        "guidance": settings.guidance,
+        "guidance_cls": guidance_cls if model.backbone.config.token_widths else None,
+        "guidance_channels": settings.guidance_channels,
+        "interval": settings.interval,
+        "seed": flags.seed,
+    }
 
 
 def _check_conditions(model: TrainedModel, bank: BankAsked, text: TextAsked) -> None:

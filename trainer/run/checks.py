@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...data.errors import RepaError
-from ...data.format.columns import KINDS, LABEL, MOMENTS, TEXT_STATES, source_of, split_column
+from ...data.format.columns import KINDS, MOMENTS, source_of
 from ...data.format.foreign import foreign_lines
 from ...data.reading.latents import chosen_scale
 from ...data.reading.order import split_holdout
@@ -24,11 +24,16 @@ from ..input.online import live_columns, offer, read_columns
 from ..input.tar_stream import GUARANTEES
 from ..methods.outside import find_method
 from ..models import registry as backbones
-from ..models.conditioning import DROP_PROBABILITY, ConditionColumn
-from ..models.conditions import build_conditioner
 from ..objectives.registry import make_objective, name_of
 from ..sampling.settings import SamplerConfig
 from ..step.randomness import derived_seed
+from .agreement import (
+    check_condition,
+    check_denoised,
+    check_prediction,
+    check_times,
+    check_token_times,
+)
 from .checked import RANDOM_WEIGHTS, Checked
 from .first_steps import check_first_steps
 from .gradient_angle import angle_problems
@@ -71,10 +76,10 @@ def check(config: TrainConfig, live: LiveTargets | None = None) -> Checked:
         _check_live(config, found.manifest, found)
     _check_backbone(config, found.manifest, found)
     if found.backbone is not None:
-        _check_prediction(config, found.backbone, found)
+        check_prediction(config, found.backbone, found)
         _check_method(config, found.manifest, found.backbone, found)
     if found.backbone is not None and found.method is not None:
-        _check_condition(config, found.manifest, found.backbone, found.method, found)
+        check_condition(config, found.manifest, found.backbone, found.method, found)
     if found.method is not None:
         check_first_steps(config, found.method, found)
         _check_columns(config, found.manifest, found.method, found)
@@ -205,8 +210,8 @@ def _check_method(config: TrainConfig, manifest: Manifest, backbone: BackboneCon
         return
     for problem in (*found.method.problems(), *angle_problems(config, found.method, backbone.facts)):
         found.add(problem.what, problem.remedy, field=problem.field)
-    _check_times(config, found.method, found)
-    _check_token_times(config, backbone, found.method, found)
+    check_times(config, found.method, found)
+    check_token_times(config, backbone, found.method, found)
     if found.method.needs_target and not make_objective(config.objective).has_target:
         found.add(
             f"method {config.method_name} compares the prediction with its target, and objective "
@@ -214,135 +219,7 @@ def _check_method(config: TrainConfig, manifest: Manifest, backbone: BackboneCon
             "take another objective, or another --method",
             field="objective",
         )
-    _check_denoised(config, backbone, found.method, found)
-
-
-def _check_prediction(config: TrainConfig, backbone: BackboneConfig, found: Checked) -> None:
-    """Check whether the backbone predicts what the objective trains, by its channels."""
-    name = name_of(config.objective)
-    wanted = make_objective(config.objective).channels(backbone.in_channels)
-    if backbone.prediction_channels != wanted:
-        able = [each for each, family in backbones.BACKBONES.items() if family.objective == name]
-        own = backbones.family_of(config.model).objective
-        found.add(
-            f"objective {name} wants {counted(wanted, 'channel')} of a latent of {backbone.in_channels}, and "
-            f"{config.model} predicts {backbone.prediction_channels}",
-            f"take a model of {' or '.join(able)}, or objective={own}" if able else f"take objective={own}",
-            field="objective",
-        )
-
-
-def _check_denoised(config: TrainConfig, backbone: BackboneConfig, method: Method, found: Checked) -> None:
-    """Give the backbone what the method denoises beside the latent, where backbone and objective take it."""
-    widths = tuple(each.width for each in method.denoised())
-    if widths and not make_objective(config.objective).vectors:
-        found.add(
-            f"method {config.method_name} denoises a vector beside the latent, and objective "
-            f"{name_of(config.objective)} takes latents alone",
-            "take another objective, or another --method",
-            field="objective",
-        )
-    found.backbone = found.attempt(lambda: backbones.with_tokens(backbone, config.model, widths))
-
-
-def _check_times(config: TrainConfig, method: Method, found: Checked) -> None:
-    """Check whether the times that the objective is to draw are drawn in any phase."""
-    if not all(method.time_law(phase) for phase in method.phases()):
-        return
-    for key in ("times", "shift"):
-        value, default = (getattr(each, key, None) for each in (config.objective, type(config.objective)()))
-        if value != default:
-            found.add(
-                f"objective.{key}={value} has no effect: method {config.method_name} draws times by a law of "
-                "its own",
-                "leave it out",
-                field=f"objective.{key}",
-            )
-
-
-def _check_token_times(config: TrainConfig, backbone: BackboneConfig, method: Method, found: Checked) -> None:
-    """Check whether backbone and objective take a time of each token, where the method asks for it."""
-    if not any(method.token_times(phase) for phase in method.phases()):
-        return
-    if not backbone.facts.token_times:
-        found.add(
-            f"method {config.method_name} groups the tokens of an image, and {config.model} has one time for "
-            "all",
-            "take another --model, or leave the tokens ungrouped",
-            field="--model",
-        )
-    if not make_objective(config.objective).token_times:
-        found.add(
-            f"method {config.method_name} groups the tokens of an image, and objective "
-            f"{name_of(config.objective)} has one time for all",
-            "take another objective, or leave the tokens ungrouped",
-            field="objective",
-        )
-
-
-def _check_condition(
-    config: TrainConfig, manifest: Manifest, backbone: BackboneConfig, method: Method, found: Checked
-) -> None:
-    """Check whether the backbone can be conditioned on what the run, or its method, asks for."""
-    with torch.random.fork_rng(devices=[]):
-        conditioner = method.make_conditioner(backbone.num_classes)
-        if conditioner is None:
-            found.condition = found.attempt(lambda: _condition_column(config, manifest, backbone))
-            conditioner = (
-                None
-                if found.condition is None
-                else found.attempt(partial(build_conditioner, found.condition))
-            )
-        elif config.condition == LABEL:
-            found.condition = conditioner.built_from
-        else:
-            found.add(
-                f"method {config.method_name} conditions the network on {conditioner.column}, not on "
-                f"{config.condition}",
-                "leave condition out",
-                field="condition",
-            )
-    if conditioner is None:
-        return
-    found.condition_columns = conditioner.columns
-    if conditioner.column != LABEL and config.label_dropout != DROP_PROBABILITY:
-        found.add(
-            f"label_dropout={config.label_dropout:g} is of labels, and the network is conditioned on "
-            f"{conditioner.column}",
-            "leave label_dropout out",
-            field="label_dropout",
-        )
-    if backbone.takes_sequences and not conditioner.sequence:
-        there = [name for name in manifest.columns if split_column(name)[1] == TEXT_STATES]
-        found.add(
-            f"{config.model} reads text, and {conditioner.column} is none",
-            f"take --set condition={there[0]}" if there else "add captions with `repa preprocess --captions`",
-            field="condition",
-        )
-    if conditioner.sequence and not backbone.takes_sequences:
-        found.add(
-            f"the condition {conditioner.column} is a sequence, and {config.model} takes one vector",
-            "take another condition or another --model",
-            field="condition",
-        )
-
-
-def _condition_column(config: TrainConfig, manifest: Manifest, backbone: BackboneConfig) -> ConditionColumn:
-    """Return the configured column, from which a conditioner is built.
-
-    Raises:
-        RepaError: its name is not of the grammar, or the cache has no such column.
-    """
-    column = config.condition
-    if column != LABEL:
-        manifest.require((column,), where=config.cache)
-    return ConditionColumn(
-        column=column,
-        shape=() if column == LABEL else manifest.columns[column].shape,
-        scaled=column != LABEL and manifest.columns[column].dtype == "int8",
-        num_classes=backbone.num_classes,
-        width=backbone.facts.width,
-    )
+    check_denoised(config, backbone, found.method, found)
 
 
 def _check_columns(config: TrainConfig, manifest: Manifest, method: Method, found: Checked) -> None:

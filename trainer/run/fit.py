@@ -6,10 +6,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ...data.errors import RepaError
-from ...data.format.columns import MOMENTS
 from ...data.reading.reader import CacheReader
 from ...data.units import counted
 from ..added_callbacks import make_callbacks
@@ -26,12 +23,10 @@ from .checked import RANDOM_WEIGHTS, Checked, ProblemsError
 from .checkpointing import Checkpoints
 from .checks import check
 from .divergence import refuse_lost
-from .evaluations import Evaluations, Evaluator
 from .first_steps import TakenSteps, read_first_steps
 from .folder import changed_settings, locked_run, refuse_foreign_folder, settle_config
 from .going_back import checkpoint_to_go_on_from, set_newer_aside
 from .gradient_angle import GradientAngle
-from .held_out import held_out_batches, held_out_sums
 from .identity import check_resumable, identity_of
 from .initial import Initial, read_initial
 from .launch import is_leader
@@ -45,6 +40,7 @@ from .lightning_trainer import (
     restoring,
 )
 from .loggers import Reports, logger_ids, make_loggers
+from .measured_beside import evaluations_of
 from .previews import LatentDecoder, Previews
 from .starts import add_start, describe_start, method_changed, read_starts
 from .stop import Stop, requeue
@@ -55,7 +51,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy as np
-    from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import Callback
     from numpy.typing import NDArray
     from rich.console import Console
@@ -66,7 +61,7 @@ if TYPE_CHECKING:
     from ..methods.base import Method
     from ..resuming import Change
     from ..step.beside import Statistics
-    from .callbacks import Evaluate
+    from .evaluations import Evaluator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +199,7 @@ def _train(
         data.begin_at(first := taken.step)
         say(f"begins at step {first:,} with the weights of {taken.record['file']}")
     clock = Clock()
-    evaluations = _evaluations(config, run, checked, evaluator, decoder, say)
+    evaluations = evaluations_of(config, run, checked, evaluator, decoder, say)
     if decoder is None and config.preview_every:
         say("no previews: no decoder was given")
     reports = Reports(config, say)
@@ -356,55 +351,6 @@ def _bytes_read(checked: Checked) -> Callable[[], int] | None:
     """Return what counts the bytes read from the cache. Nobody does for tars."""
     reader = checked.reader
     return (lambda: sum(reader.bytes_read.values())) if isinstance(reader, CacheReader) else None
-
-
-def _evaluations(
-    config: TrainConfig,
-    run: Path,
-    checked: Checked,
-    evaluator: Evaluator | None,
-    decoder: LatentDecoder | None,
-    say: Callable[[str], None],
-) -> list[tuple[int, Evaluate]]:
-    """Return what is measured beside training values, each with the steps between its values."""
-    evaluations: list[tuple[int, Evaluate]] = []
-    held_out = _held_out_evaluation(config, checked)
-    if held_out is not None:
-        evaluations.append((config.eval_every, held_out))
-    if evaluator is not None and decoder is not None:
-        evaluations.append((config.evaluate_every, Evaluations(config, run, evaluator, decoder, say)))
-    elif config.evaluate_every:
-        say("no evaluations: no networks or no decoder were given")
-    return evaluations
-
-
-def _held_out_evaluation(
-    config: TrainConfig, checked: Checked
-) -> Callable[[Trainer, TrainingModule], dict[str, float]] | None:
-    reader, rows = checked.reader, checked.held_out_rows
-    if not isinstance(reader, CacheReader) or rows is None or not len(rows):
-        return None
-
-    def evaluate(trainer: Trainer, module: TrainingModule) -> dict[str, float]:
-        names = (MOMENTS, *module.backbone.y_embedder.columns, *module.beside.columns)
-        columns = tuple(dict.fromkeys(names))
-        sums, count = held_out_sums(
-            {"held_out_ema": module.ema, "held_out": module.backbone},
-            held_out_batches(reader, rows, columns, rank=trainer.global_rank, world=trainer.world_size),
-            objective=module.objective,
-            scale=module.scale,
-            seed=config.seed,
-            device=module.device,
-            beside=module.beside,
-            context=trainer.precision_plugin.forward_context,
-        )
-        totals = [*sums.values(), float(count)]
-        if trainer.world_size > 1:
-            vector = torch.tensor(totals, dtype=torch.float64, device=module.device)
-            totals = trainer.strategy.reduce(vector, reduce_op="sum").tolist()
-        return {name: total / totals[-1] for name, total in zip(sums, totals[:-1], strict=True)}
-
-    return evaluate
 
 
 def _printer(console: Console, *, leader: bool) -> Callable[[str], None]:
