@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .data.errors import CacheError, RepaError
+from .data.format.captions import captions_path, has_captions, read_captions, read_table
 from .data.format.columns import (
     ATTENTION_KINDS,
     LABEL,
@@ -54,6 +55,61 @@ class Attention(NamedTuple):
     queries: Tensor
     keys: Tensor
     scale: float
+
+
+class OpenedCaptions:
+    """The captions of a cache's images, and what text encoders made of them.
+
+    Row 0 is the empty caption, which stands for no condition.
+
+    Args:
+        cache: folder or address of the cache of the images.
+
+    Raises:
+        CacheError: it has no captions, or they are damaged.
+    """
+
+    def __init__(self, cache: str | os.PathLike[str]) -> None:
+        self.path = cache_path(os.fspath(cache))
+        if not has_captions(self.path):
+            raise CacheError(
+                f"cache {self.path} has no captions",
+                f"add them with `repa preprocess --cache {self.path} --captions FILE --text-encoder NAME`",
+                field="captions",
+            )
+        self.cache = OpenedCache(str(captions_path(self.path)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OpenedCaptions, (str(self.path),)
+
+    def __len__(self) -> int:
+        """Count the distinct captions, the empty one among them."""
+        return len(self.cache)
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The captions by row."""
+        return read_captions(self.path)
+
+    @cached_property
+    def of_image(self) -> NDArray[np.int32]:
+        """Rows of the captions of each image, int32 ``[N, P]``, −1 where an image has fewer than P."""
+        return read_table(self.path, open_manifest(self.path), self.cache.manifest)
+
+    def of(self, image: int) -> list[str]:
+        """Return the captions of an image, the empty one where it has none.
+
+        Args:
+            image: its row.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        return [self.texts[row] for row in self.of_image[image].tolist() if row >= 0]
+
+    def read(self, rows: Iterable[int] | NDArray[np.int64], *columns: str) -> dict[str, NDArray[Any]]:
+        """Read columns of captions by their rows, see `OpenedCache.read`."""
+        return self.cache.read(rows, *columns)
 
 
 class OpenedCache:
@@ -120,6 +176,15 @@ class OpenedCache:
         """Name → shape and dtype of a row, of every column that is wholly written."""
         absent = survey(self.path, self.manifest).absent
         return {name: spec for name, spec in self.manifest.columns.items() if not absent[source_of(name)]}
+
+    @cached_property
+    def captions(self) -> OpenedCaptions:
+        """The captions of the images.
+
+        Raises:
+            CacheError: there are none, or they are damaged.
+        """
+        return OpenedCaptions(str(self.path))
 
     @cached_property
     def keys(self) -> list[str]:

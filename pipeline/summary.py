@@ -208,6 +208,26 @@ def deviations(manifest: Manifest, sources: Sequence[str]) -> list[str]:
     return lines
 
 
+def text_deviations(manifest: Manifest, sources: Sequence[str] | None = None) -> list[str]:
+    """Return a line for each text encoder that says how far what is stored lies from float32.
+
+    Args:
+        manifest: of the cache of captions.
+        sources: those to look at; None for all.
+    """
+    lines = []
+    for name, provenance in manifest.sources.items():
+        note = provenance.notes.get(DEVIATION_NOTE)
+        if note is None or (sources is not None and name not in sources):
+            continue
+        lines.append(
+            f"{name}: states are off those of float32 by {note['relative_rms']:.3g} of their root mean "
+            f"square; 1 − cosine of a token {note['cosine_error_mean']:.3g} on average, "
+            f"{note['cosine_error_max']:.3g} at most, on {counted(note['captions'], 'caption')}"
+        )
+    return lines
+
+
 def show_summary(plan: Plan, rank: Rank, tallies: Sequence[Tally], seconds: float, console: Console) -> None:
     """Print what was written, what was left out and why, and where the time went.
 

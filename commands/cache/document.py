@@ -25,10 +25,18 @@ def info_document(found: CacheInfo) -> str:
     Raises:
         CacheError: ``keys.txt`` is damaged, and there are rows to be named by it.
     """
+    return json.dumps({"version": DOCUMENT_VERSION, **_values(found)}, indent=2)
+
+
+def _values(found: CacheInfo) -> dict[str, Any]:
     manifest = found.manifest
     fixed = {name: value for name, value in manifest.to_json().items() if name not in {"columns", "sources"}}
-    values = {
-        "version": DOCUMENT_VERSION,
+    captions = (
+        {}
+        if found.captions is None
+        else {"captions": {**_values(found.captions), "record": dict(found.captions_record)}}
+    )
+    return {
         "path": str(found.path),
         "remote": found.remote,
         "bytes": found.total_bytes,
@@ -49,8 +57,8 @@ def info_document(found: CacheInfo) -> str:
             }
             for source in found.sources
         },
+        **captions,
     }
-    return json.dumps(values, indent=2)
 
 
 def _invalid(found: CacheInfo) -> list[dict[str, Any]]:

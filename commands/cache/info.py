@@ -70,6 +70,8 @@ def info(*, cache: Path | str | None = None, as_json: bool = False, console: Con
     for line in foreign_lines(manifest):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     print_notes(found, console)
+    if found.captions is not None:
+        _captions(found, found.captions, console)
     if manifest.outdated:
         console.print(f"it {manifest.outdated}", style="yellow", markup=False, soft_wrap=True)
     if not found.complete:
@@ -80,14 +82,62 @@ def info(*, cache: Path | str | None = None, as_json: bool = False, console: Con
         _invalid(found, console)
 
 
-def _columns(found: CacheInfo) -> Table:
+def _captions(found: CacheInfo, captions: CacheInfo, console: Console) -> None:
+    """Print what there is of the captions."""
+    from ...data.units import human_bytes
+    from ...pipeline.summary import text_deviations
+
+    record = found.captions_record
+    parts = [f"{counted(captions.num_rows, 'distinct caption', ',')}, the empty one among them"]
+    if "kind" in record:
+        parts.append(f"from {record['kind']}")
+    if record.get("captions_per_image"):
+        parts.append(f"at most {record['captions_per_image']} of an image, {record['left_out']} left out")
+    if record.get("images_without"):
+        parts.append(f"{counted(record['images_without'], 'image', ',')} without one")
+    console.print(
+        f"captions: {' · '.join(parts)} · {human_bytes(captions.total_bytes)} {found.where}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    console.print(_columns(captions, "per caption"))
+    console.print(_text_sources(captions))
+    for line in text_deviations(captions.manifest):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _text_sources(captions: CacheInfo) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, title="text encoders", title_justify="left")
+    for heading in ("source", "model", "weights", "tokenizer", "tokens", "layer", "batch", "computed in"):
+        table.add_column(heading)
+    for name, provenance in captions.manifest.sources.items():
+        drawn = provenance.random_weights
+        notes = provenance.notes
+        table.add_row(
+            name,
+            Text(provenance.model),
+            Text("random!" if drawn else provenance.weights_sha256[:12], style="bold red" if drawn else ""),
+            str(notes.get("tokenizer_sha256", "unknown"))[:12],
+            str(notes.get("tokens", provenance.input_size)),
+            str(notes.get("layer", "unknown")),
+            str(provenance.batch_size),
+            provenance.compute_dtype,
+        )
+    return table
+
+
+def _columns(found: CacheInfo, each: str = "per image") -> Table:
     from rich.table import Table
     from rich.text import Text
 
     from ...data.units import human_bytes
 
     table = Table(box=None, pad_edge=False, title="columns", title_justify="left")
-    for heading in ("column", "dtype", "shape", "per image", found.where, "shards"):
+    for heading in ("column", "dtype", "shape", each, found.where, "shards"):
         table.add_column(heading, justify="left" if heading in {"column", "dtype", "shape"} else "right")
     for source in found.sources:
         for column in source.columns:

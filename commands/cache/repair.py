@@ -44,21 +44,35 @@ def repair(
             disk that refuses.
         SystemExit: with status 1 when something is still wrong.
     """
+    from pathlib import Path
+
+    from ...data.format.captions import captions_path
     from ...data.upkeep.repair import plan_repair, restore_group
     from ..shared.terminal import PlainConsole
 
     console = console or PlainConsole()
     path = cache or default_cache()
-    if restore_group(path):
-        _say(console, f"{path}: zarr.json was damaged, and is written again from the copy beside it")
+    captions = captions_path(path)
+    for each in (path, captions):
+        if restore_group(each):
+            _say(console, f"{each}: zarr.json was damaged, and is written again from the copy beside it")
     findings = check_bytes(path, console).findings
-    plan = plan_repair(path, findings)
+    text = [finding for finding in findings if Path(finding.path).is_relative_to(captions)]
+    images = [finding for finding in findings if finding not in text]
+    plan = plan_repair(path, images)
     if not findings:
         _say(console, f"{path}: all is as committed: nothing to repair")
         return
-    _say(console, f"{path}: {_intention(plan)}")
-    for each in _encode_again(path, plan, _given(data, vae, weights), console):
-        _say_what_became(console, each)
+    given = _given(data, vae, weights)
+    if images:
+        _say(console, f"{path}: {_intention(plan)}")
+        for repaired in _encode_again(path, plan, given, console):
+            _say_what_became(console, repaired)
+    if text:
+        of_captions = plan_repair(captions, text)
+        _say(console, f"{captions}: {_intention(of_captions)}")
+        for repaired in _encode_again(path, of_captions, given, console, captions=True):
+            _say_what_became(console, repaired)
     left = check_bytes(path, console).findings
     for finding in left:
         _say(console, str(finding))
@@ -95,28 +109,38 @@ def verify_by_reencoding(
 
     if rows < 1:
         raise RepaError(f"--reencode {rows} compares nothing", "give at least 1")
+    from ...data.format.captions import caption_keys, has_captions, read_captions
     from ...data.format.columns import AUTOENCODER
     from ...data.format.foreign import foreign_note
     from ...data.format.opening import open_manifest, read_keys
+    from ...pipeline.replay.captions import reencode_captions
     from ...pipeline.replay.reencode import reencode
 
     console = console or PlainConsole()
     path = cache or default_cache()
     manifest = open_manifest(path)
     if foreign_note(manifest) is not None:
-        if list(manifest.sources) == [AUTOENCODER]:
+        if list(manifest.sources) == [AUTOENCODER] and not has_captions(path):
             raise CacheError(
                 f"the latents of {path} were imported, and nothing here can encode them again",
                 "`repa cache verify` checks every byte of them",
                 field=AUTOENCODER,
             )
         _say(console, f"{AUTOENCODER} was imported, and nothing here can encode it again: it is left out")
-    found = reencode(path, _given(data, None, weights), rows=rows, seed=seed)
+    given = _given(data, None, weights)
+    found = reencode(path, given, rows=rows, seed=seed)
+    names = dict.fromkeys((each.column for each in found), ("image", read_keys(path, manifest)))
+    if has_captions(path):
+        text = reencode_captions(path, given, rows=rows, seed=seed)
+        names |= dict.fromkeys((each.column for each in text), ("caption", caption_keys(read_captions(path))))
+        found += text
     console.print(_reencoded(found))
-    keys = read_keys(path, manifest)
     for each in found:
+        noun, keys = names[each.column]
         for row in each.outside:
-            _say(console, f"{each.column} of image {keys[row]} (row {row}) is not what is computed of it now")
+            _say(
+                console, f"{each.column} of {noun} {keys[row]} (row {row}) is not what is computed of it now"
+            )
     lost = [each.column for each in found if not each.kept]
     verdict = (
         f"{', '.join(lost)} {'is' if len(lost) == 1 else 'are'} not what the images give; write the cache "
@@ -159,10 +183,13 @@ def _intention(plan: RepairPlan) -> str:
     return ", ".join(parts) or "nothing that encoding could repair"
 
 
-def _encode_again(path: Path, plan: RepairPlan, given: Given, console: Console) -> list[Repaired]:
+def _encode_again(
+    path: Path, plan: RepairPlan, given: Given, console: Console, *, captions: bool = False
+) -> list[Repaired]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ...pipeline.replay.repair import repair as encode_again
+    from ...pipeline.replay.captions import repair_captions
+    from ...pipeline.replay.repair import repair as repair_images
 
     bars = Progress(
         TextColumn("{task.description}"),
@@ -181,7 +208,7 @@ def _encode_again(path: Path, plan: RepairPlan, given: Given, console: Console) 
         bars.update(tasks[source], completed=done)
 
     with bars:
-        return encode_again(path, plan, given, report)
+        return (repair_captions if captions else repair_images)(path, plan, given, report)
 
 
 def _say_what_became(console: Console, repaired: Repaired) -> None:

@@ -236,17 +236,21 @@ def with_captions(path: CachePath, images: Manifest) -> Manifest:
     )
 
 
-def has_captions(path: CachePath) -> bool:
+def has_captions(path: CachePath, document: str = GROUP_FILE) -> bool:
     """Return whether a cache has captions.
+
+    Args:
+        path: of the cache of the images.
+        document: file that tells.
 
     Raises:
         RepaError: the file system or bucket cannot be asked.
     """
-    return _there(captions_path(path))
+    return _there(captions_path(path), document)
 
 
-def _there(where: CachePath) -> bool:
-    file = where / GROUP_FILE
+def _there(where: CachePath, document: str = GROUP_FILE) -> bool:
+    file = where / document
     with os_errors("read", file):
         try:
             return file_bytes(file) > 0

@@ -15,6 +15,7 @@ import numpy as np
 from crc32c import crc32c
 
 from ..errors import CacheError, RepaError
+from ..format.captions import SOURCE_KIND, has_captions, of_captions
 from ..format.columns import LABEL, SCALE_SUFFIX, source_of
 from ..format.commits import is_committed, read_commit
 from ..format.opening import labels_sha256, open_manifest, read_keys
@@ -131,6 +132,13 @@ def export_cache(
 
 
 def _chosen(manifest: Manifest, columns: Sequence[str], path: CachePath) -> tuple[str, ...]:
+    text = [name for name in columns if name != LABEL and of_captions(name)]
+    if text or (not columns and manifest.source_kind != SOURCE_KIND and has_captions(path)):
+        raise CacheError(
+            f"cache {path} has captions, which tars of one row an image do not hold",
+            "name the columns of images with --columns, and copy the folder to have the captions too",
+            field="--columns",
+        )
     wanted = tuple(dict.fromkeys(name for name in columns or manifest.columns if name != LABEL))
     manifest.require(wanted, where=str(path))
     if not wanted:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import CacheError, RepaError
+from ..format.captions import captions_path, has_captions
 from ..format.columns import AUTOENCODER, column_name, model_of, source_of
 from ..format.layout import (
     CALIBRATION_FOLDER,
@@ -38,24 +39,29 @@ def drop_source(path: Path, source: str, *, autoencoder: bool = False) -> Manife
 
     Args:
         path: folder of the cache.
-        source: name of the source.
+        source: name of the source, of its images or of its captions.
         autoencoder: whether the autoencoder's may be removed, without whose latents nothing is trained.
 
     Returns:
-        The manifest without it.
+        The manifest without it, that of the captions if it was theirs.
 
     Raises:
         RepaError: that is no name of a source, or the operating system refuses.
         CacheError: there is no such source, it is the autoencoder's, or a process is writing it.
     """
     manifest = open_manifest(path)
+    column_name(model_of(source), "cls")  # what is no name of a model is no path either
+    if source not in manifest.sources and has_captions(path):
+        where = captions_path(path)
+        captions = open_manifest(where)
+        if source in captions.sources or _left_of(where, source, captions):
+            return drop_source(where, source)
     if source == AUTOENCODER and not autoencoder:
         raise CacheError(
             f"{AUTOENCODER} holds the latents of {path}, without which no run can use it",
             "say --autoencoder if that is meant",
             field="SOURCE",
         )
-    column_name(model_of(source), "cls")  # what is no name of a model is no path either
     if source not in manifest.sources and not _left_of(path, source, manifest):
         raise CacheError(
             f"cache {path} has no source {source}",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ..format.captions import SOURCE_KIND, captions_path, has_captions, read_record
 from ..format.opening import open_manifest
 from ..format.survey import Survey, survey
 from ..storage.bucket import CachePath, RemotePath
@@ -81,6 +82,8 @@ class CacheInfo:
         num_shards: shards of every column.
         sources: in the order they were added.
         total_bytes: of all files in the folder, unfinished ones included.
+        captions: those of the images, a cache themselves; None where there are none.
+        captions_record: what was noted of where they come from.
     """
 
     path: CachePath
@@ -93,6 +96,8 @@ class CacheInfo:
     num_shards: int
     sources: tuple[SourceInfo, ...]
     total_bytes: int
+    captions: CacheInfo | None = None
+    captions_record: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def remote(self) -> bool:
@@ -106,8 +111,9 @@ class CacheInfo:
 
     @property
     def complete(self) -> bool:
-        """Whether every shard of every source is committed."""
-        return all(source.shards_committed == self.num_shards for source in self.sources)
+        """Whether every shard of every source is committed, of the captions too."""
+        own = all(source.shards_committed == self.num_shards for source in self.sources)
+        return own and (self.captions is None or self.captions.complete)
 
 
 def cache_info(path: CachePath) -> CacheInfo:
@@ -119,6 +125,7 @@ def cache_info(path: CachePath) -> CacheInfo:
     manifest = open_manifest(path)
     found = survey(path, manifest)
     invalid = found.invalid_reasons()
+    captioned = manifest.source_kind != SOURCE_KIND and has_captions(path)
     return CacheInfo(
         path=path,
         manifest=manifest,
@@ -130,6 +137,8 @@ def cache_info(path: CachePath) -> CacheInfo:
         num_shards=manifest.num_shards,
         sources=tuple(_source_info(found, manifest, source) for source in manifest.sources),
         total_bytes=folder_bytes(path),
+        captions=cache_info(captions_path(path)) if captioned else None,
+        captions_record=read_record(path) if captioned else {},
     )
 
 
@@ -174,7 +183,7 @@ def folder_bytes(path: CachePath) -> int:
     total = 0
     if isinstance(path, RemotePath):
         with os_errors("list", path):
-            return sum(path.bucket.sizes().values())
+            return sum(sizes_below(path).values())
     with os_errors("read", path):
         for folder, _, names in os.walk(path):
             for name in names:
@@ -182,3 +191,19 @@ def folder_bytes(path: CachePath) -> int:
                 with suppress(FileNotFoundError):
                     total += (Path(folder) / name).stat().st_size
     return total
+
+
+def sizes_below(path: RemotePath) -> dict[str, int]:
+    """Return name → size of the objects below a prefix of a bucket, by their names within it.
+
+    Args:
+        path: of a cache, or of the captions of one.
+
+    Raises:
+        OSError: the bucket cannot be listed.
+    """
+    sizes = path.bucket.sizes()
+    if not path.name_in_bucket:
+        return sizes
+    prefix = f"{path.name_in_bucket}/"
+    return {name.removeprefix(prefix): size for name, size in sizes.items() if name.startswith(prefix)}

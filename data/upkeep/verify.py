@@ -59,6 +59,7 @@ from ..storage.bucket import REQUESTS, RemotePath, map_files
 from ..storage.files import os_errors, partial_path, read_file
 from ..storage.local import CHECKSUM_BYTES
 from ..writing.calibrations import check_calibration, read_calibration, recorded_sha256
+from .info import sizes_below
 from .shard_check import REDO, Finding, ShardCheck
 
 if TYPE_CHECKING:
@@ -155,11 +156,14 @@ def _check_captions(
     where = captions_path(path)
     if not has_captions(path):
         # the second document says that there were some
-        if GROUP_COPY not in _names_of_files(where):
+        if not has_captions(path, GROUP_COPY):
             return []
         return [Finding(path=where / GROUP_FILE, what=f"{where / GROUP_FILE} is missing", remedy=_AGAIN)]
-    findings = verify_cache(where, progress=progress, threads=threads)
     remedy = "run the same `repa preprocess --captions` again"
+    findings = [
+        replace(each, remedy=remedy) if each.path == where / KEYS_FILE else each
+        for each in verify_cache(where, progress=progress, threads=threads)
+    ]
     try:
         table = read_table(path, images, open_manifest(where))
         documents = table_documents(table)
@@ -380,7 +384,7 @@ def _names_of_files(path: CachePath) -> list[str]:
     """List every file below a folder or prefix, by its name within it, as sorted paths are."""
     with os_errors("read", path):
         if isinstance(path, RemotePath):
-            sizes = path.bucket.sizes()
+            sizes = sizes_below(path)
             # consoles mark a folder by an object of its name, without bytes
             folders = {parent for name in sizes for parent in map(str, Path(name).parents)}
             names = [name for name, size in sizes.items() if size or name not in folders]

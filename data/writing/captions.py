@@ -16,15 +16,17 @@ from ..format.captions import (
     captions_manifest,
     captions_path,
     number_captions,
+    read_record,
     read_table,
     table_documents,
 )
-from ..format.opening import open_manifest
+from ..format.layout import KEYS_FILE
+from ..format.opening import open_manifest, read_keys
 from ..storage.files import os_errors, sync_folders, write_file
-from .store import cache_lock, ensure_cache
+from .store import cache_lock, encode_keys, ensure_cache
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
 
@@ -66,12 +68,25 @@ def ensure_captions(
             f"give the same --captions and --captions-per-image as before, or none, or delete {where}",
             field="--captions",
         ) from error
-    with cache_lock(where):
-        # last, so that captions whose table is not there were left by a process that was killed
-        if not (where / TABLE_CHUNK).exists():
-            with os_errors("write", where):
-                for name, content in table_documents(table, record).items():
-                    write_file(where / name, content, where)
-                sync_folders(where, path)
+    files = {KEYS_FILE: encode_keys(caption_keys(texts)), **table_documents(table, record)}
+    with cache_lock(where), os_errors("write", where):
+        # the table comes last, so that one that is not there was left by a process that was killed; what is
+        # damaged is known to be of these captions, as the fingerprint is theirs
+        if not _sound(lambda: read_keys(where, manifest)):
+            write_file(where / KEYS_FILE, files[KEYS_FILE], where)
+        if not _sound(lambda: (read_record(path), read_table(path, images, manifest))):
+            for name in files.keys() - {KEYS_FILE, TABLE_CHUNK}:
+                write_file(where / name, files[name], where)
+            write_file(where / TABLE_CHUNK, files[TABLE_CHUNK], where)
+            sync_folders(where, path)
     read_table(path, images, manifest)
     return where
+
+
+def _sound(read: Callable[[], object]) -> bool:
+    """Return whether what is read is there and as it was written."""
+    try:
+        read()
+    except CacheError:
+        return False
+    return True

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ...data.format.manifest import DEVIATION_NOTE
 from ...data.format.opening import open_manifest
 from ...data.format.survey import committed_shards
 from ...data.units import counted, human_bytes, human_rate, human_seconds
@@ -14,12 +13,11 @@ from ...data.writing.store import ensure_cache, ensure_source
 from ..plan import present_manifest
 from ..progress import ProgressView
 from ..shard_loop.devices import device_shares
-from ..summary import say
+from ..summary import say, text_deviations
 from .worker import CaptionJob, load_text_model, work_captions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from rich.console import Console
 
@@ -163,28 +161,8 @@ def _show(
         f"wrote {name} of {counted(rows, 'caption', ',')} to {captions.path}, {human_bytes(size)}, in "
         f"{human_seconds(loop)}{rate}, after {human_seconds(load)} to load it{whose}",
     )
-    for line in text_deviations(captions.path, [name]):
+    for line in text_deviations(open_manifest(captions.path), [name]):
         say(console, f"  {line}")
-
-
-def text_deviations(path: Path, sources: Sequence[str] | None = None) -> list[str]:
-    """Return a line for each text encoder that says how far what is stored lies from float32.
-
-    Args:
-        path: of the cache of captions.
-        sources: those to look at; None for all.
-    """
-    lines = []
-    for name, provenance in open_manifest(path).sources.items():
-        note = provenance.notes.get(DEVIATION_NOTE)
-        if note is None or (sources is not None and name not in sources):
-            continue
-        lines.append(
-            f"{name}: states are off those of float32 by {note['relative_rms']:.3g} of their root mean "
-            f"square; 1 − cosine of a token {note['cosine_error_mean']:.3g} on average, "
-            f"{note['cosine_error_max']:.3g} at most, on {counted(note['captions'], 'caption')}"
-        )
-    return lines
 
 
 def _check_weights(captions: CaptionPlan, source: SourcePlan) -> None:

@@ -252,6 +252,8 @@ def caption_batches(
     manifest: Manifest,
     batch_size: int,
     shards: Sequence[int],
+    *,
+    wanted: frozenset[int] | None = None,
 ) -> Iterator[Batch]:
     """Yield the batches of shards, tokens in place of images.
 
@@ -261,10 +263,13 @@ def caption_batches(
         manifest: of the cache of captions.
         batch_size: B of every batch but a shard's last.
         shards: whose captions.
+        wanted: rows whose batches alone are yielded; None for all.
     """
     for shard in shards:
         rows = manifest.shard_range(shard)
         for start in range(rows.start, rows.stop, batch_size):
             own = list(range(start, min(start + batch_size, rows.stop)))
+            if wanted is not None and wanted.isdisjoint(own):
+                continue
             tokens: Any = list(encoder.tokens([texts[row] for row in own]))
             yield Batch(shard=shard, rows=own, images=tokens, last=own[-1] == rows[-1])

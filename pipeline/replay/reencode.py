@@ -62,7 +62,8 @@ FACTOR_MARGIN = 2.0
 """How many times what factors computed now lose of a head's attention may be lost by what is stored."""
 
 _ARITHMETIC = 1e-6  # of computing the bound itself, relative to the value
-_EXACT = ":exact"  # what a column was rounded from, beside it
+EXACT = ":exact"
+"""What a column was rounded from goes beside it, under its name with this suffix."""
 
 
 @dataclass(kw_only=True)
@@ -173,7 +174,7 @@ def _compute(
 
 def _encode(model: SourceModel, source: str, images: torch.Tensor) -> dict[str, torch.Tensor]:
     columns, exact = model.encode_exactly(images, (source,))
-    return {**columns, **{f"{name}{_EXACT}": values.float() for name, values in exact.items()}}
+    return {**columns, **{f"{name}{EXACT}": values.float() for name, values in exact.items()}}
 
 
 def _batch(one: Pass, rows: NDArray[np.int64], images: ImageSource, job: Job) -> Batch:
@@ -221,9 +222,9 @@ class _SourceCheck:
                     result.add(row, same, float(together[position]))
                     continue
                 scales = stored.get(scale_column(name))
-                exact = computed[f"{name}{_EXACT}"].astype(np.float64)
+                exact = computed[f"{name}{EXACT}"].astype(np.float64)
                 excesses = [
-                    _excess(values, None if scales is None else scales[at], exact[at], result.noise)
+                    excess_of(values, None if scales is None else scales[at], exact[at], result.noise)
                     for view, values in enumerate(stored[name][position])
                     for at in [(position, view)]
                 ]
@@ -235,7 +236,7 @@ class _SourceCheck:
         """Compute how much more than allowed the worst head of each row loses, queries and keys together."""
         notes = self._provenance.notes
         names = [column_name(self._model, kind) for kind in ATTENTION_KINDS]
-        exact = [torch.from_numpy(computed[f"{name}{_EXACT}"]).flatten(0, 1) for name in names]
+        exact = [torch.from_numpy(computed[f"{name}{EXACT}"]).flatten(0, 1) for name in names]
         losses = []
         for columns in (stored, computed):
             tensors = {name: torch.from_numpy(columns[name]).flatten(0, 1) for name in self._specs}
@@ -248,10 +249,17 @@ class _SourceCheck:
         return worst
 
 
-def _excess(
+def excess_of(
     stored: NDArray[Any], scale: NDArray[Any] | None, exact: NDArray[np.float64], noise: float
 ) -> float:
-    """Compute the largest |s − x| of a row and view in units of what is allowed, 0 where nothing differs."""
+    """Compute the largest |s − x| of a row and view in units of what is allowed, 0 where nothing differs.
+
+    Args:
+        stored: as stored ``[*shape]``.
+        scale: of an int8 column.
+        exact: what is computed now, ``[*shape]``.
+        noise: see `Tolerance`.
+    """
     if scale is not None:
         steps = scale.astype(np.float64)[..., None, :]
         values, rounding = stored * steps, np.broadcast_to(steps / 2, exact.shape)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .recorded import Given
 
     Report = Callable[[str, int, int], None]
+    Written = Callable[[Mapping[str, int], int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,37 @@ def _repair_source(
 ) -> Repaired:
     job = recorded_job(recorded_config(cache, manifest, source, given), manifest, images)
     model = recorded_model(job, manifest, source, images)
+
+    def write(missing: Sequence[int], written: Written) -> None:
+        write_columns(job, images, [model], {source: missing}, written, Tally())
+
+    return rewrite(cache, manifest, source, bad, write, report)
+
+
+def rewrite(
+    cache: Path,
+    manifest: Manifest,
+    source: str,
+    bad: Sequence[int],
+    write: Callable[[Sequence[int], Written], None],
+    report: Report,
+) -> Repaired:
+    """Take back shards of a source and have them written again, with all that are missing.
+
+    Args:
+        cache: folder of the cache, or of its captions.
+        manifest: its manifest.
+        source: the source.
+        bad: shards to take back.
+        write: given the shards to write, and what to call with the rows that were written.
+        report: see `repair`.
+
+    Returns:
+        What became of it.
+
+    Raises:
+        RepaError: the shards cannot be written.
+    """
     before = {shard: _record(cache, source, shard) for shard in bad}
     withdraw(cache, manifest, {source: bad})
     missing = missing_shards(cache, manifest, source, range(manifest.num_shards))
@@ -117,7 +149,7 @@ def _repair_source(
 
     report(source, 0, total)
     if missing:
-        write_columns(job, images, [model], {source: missing}, written, Tally())
+        write(missing, written)
     same = {
         shard: record == _record(cache, source, shard)
         for shard, record in before.items()

@@ -16,8 +16,9 @@ from repa.cli import main
 from repa.data.errors import CacheError, RepaError
 from repa.data.format.columns import ColumnSpec
 from repa.data.storage.bucket import Bucket, cache_path
-from repa.data.testing import synthetic_cache
+from repa.data.testing import synthetic_cache, synthetic_captions
 from repa.data.upkeep import shard_check
+from repa.data.upkeep.info import cache_info
 from repa.data.upkeep.shard_check import Finding
 from repa.data.upkeep.verify import verify_cache
 from s3_server import lead_to, obstore, upload
@@ -322,3 +323,20 @@ def test_what_writes_or_needs_a_folder_refuses_in_one_line(
     assert "is in a bucket, where caches are only read" in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []  # no folder `s3:`
+
+
+def test_captions_in_a_bucket_are_checked_too(server: str, tmp_path: Path) -> None:
+    synthetic_cache(tmp_path / "cache", num_rows=4)
+    synthetic_captions(tmp_path / "cache")
+    upload(tmp_path / "cache", "s3://bucket/captioned")
+    assert verify_cache(cache_path("s3://bucket/captioned")) == []
+    found = cache_info(cache_path("s3://bucket/captioned"))
+    here = cache_info(tmp_path / "cache")
+    assert found.captions is not None
+    assert here.captions is not None
+    assert found.captions.total_bytes == here.captions.total_bytes < here.total_bytes
+    (tmp_path / "cache" / "captions" / "keys.txt").write_bytes(b"")
+    upload(tmp_path / "cache", "s3://bucket/damaged-captions")
+    findings = verify_cache(cache_path("s3://bucket/damaged-captions"))
+    assert findings
+    assert all("/captions/" in str(each.path) for each in findings)
