@@ -178,11 +178,12 @@ def train(flags: TrainFlags, *, console: Console | None = None) -> None:
     if not outcome.finished:
         raise SystemExit(STOPPED_STATUS)
     if outcome.trained:
-        console.print(
-            f"Wrote {folder}; sample from it with `repa sample --run {folder}`.",
-            highlight=False,
-            soft_wrap=True,
+        then = (
+            f"sample from it with `repa sample --run {folder}`"
+            if outcome.predicts
+            else "it has been warmed up alone, and predicts nothing yet: go on with a larger --max-steps"
         )
+        console.print(f"Wrote {folder}; {then}.", highlight=False, soft_wrap=True)
 
 
 def _live(config: TrainConfig, flags: TrainFlags, folder: Path) -> LiveTeachers | None:

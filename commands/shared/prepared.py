@@ -375,15 +375,21 @@ def decoder_of(model: TrainedModel, vae: str | None, device: str, say: Callable[
     Raises:
         RepaError: it cannot be had, or has latents of other channels.
     """
-    from ...pipeline.encoders.vae import DEFAULT_VAE
+    from ...pipeline.encoders.vae import DEFAULT_VAE, STABLE_DIFFUSION
     from .decoder import Decoder
 
     name = vae or model.autoencoder or DEFAULT_VAE
+    channels = model.latent_shape[0]
     if vae is None and model.autoencoder is None:
+        if channels != STABLE_DIFFUSION["latent_channels"]:
+            raise RepaError(
+                f"{model.origin} does not say whose latents of {counted(channels, 'channel')} it learned",
+                "give --vae the autoencoder that the latents came from",
+                field="--vae",
+            )
         say(f"note: {model.origin} does not say whose latents it learned: {name} decodes them")
     decoder = Decoder(name, device, random_weights=vae is None and model.autoencoder_random)
     autoencoder = decoder.load()
-    channels = model.latent_shape[0]
     if autoencoder.latent_channels != channels:
         raise RepaError(
             f"{name} decodes latents of {counted(autoencoder.latent_channels, 'channel')}, and those of "

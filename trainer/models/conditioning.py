@@ -228,7 +228,7 @@ class ClassTokenConditioner(Conditioner):
         if self.bank is None:
             raise RepaError(
                 f"the model is conditioned on {self.column} of images, and nothing says of which",
-                "give a cache or a file of `repa bank build` with --bank",
+                "train from a cache that is no tars, or sample with `repa sample --bank`",
                 field="--bank",
             )
         rows = torch.randint(len(self.bank), (count,), generator=generator, device=generator.device)

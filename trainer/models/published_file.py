@@ -34,6 +34,7 @@ KNOWN = "DiT, SiT, REPA, REG, SRA, LightningDiT or GMem"
 _GATED = "blocks.0.mlp.w12.weight"
 _ENDS = "final_layer.linear.weight", "x_embedder.proj.weight"
 _LISTED = 4
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # of a network that was saved as its training processes share it
 _WRAPPER = "module."
 
@@ -146,7 +147,25 @@ def _tensors(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
             "give a state dict, or a checkpoint that repa train wrote",
             field="--ckpt",
         )
+    if wrong := [f"{key}: {_form(value)}" for key, value in state.items() if not _is_plain(value)]:
+        raise RepaError(
+            f"{path} holds tensors that are no weights as they were trained ({some(wrong)})",
+            "give the file before it was quantised or stripped, in float16, bfloat16, float32 or float64",
+            field="--ckpt",
+        )
     return {key.removeprefix(_WRAPPER): value.detach() for key, value in state.items()}
+
+
+def _is_plain(value: Tensor) -> bool:
+    return value.dtype in _DTYPES and value.layout == torch.strided and not value.is_meta
+
+
+def _form(value: Tensor) -> str:
+    """Return what a tensor is, for a message."""
+    if value.is_meta:
+        return "without data"
+    words = (value.dtype,) if value.layout == torch.strided else (value.layout, value.dtype)
+    return " ".join(str(word).removeprefix("torch.") for word in words)
 
 
 def some(names: list[str]) -> str:

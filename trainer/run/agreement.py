@@ -57,7 +57,7 @@ def check_denoised(config: TrainConfig, backbone: BackboneConfig, method: Method
         found.add(
             f"method {config.method_name} denoises a vector beside the latent, and objective "
             f"{name_of(config.objective)} takes latents alone",
-            "take another objective, or another --method",
+            "take a --model of another objective, or another --method",
             field="objective",
         )
     found.backbone = found.attempt(lambda: backbones.with_tokens(backbone, config.model, widths))

@@ -216,7 +216,7 @@ def _check_method(config: TrainConfig, manifest: Manifest, backbone: BackboneCon
         found.add(
             f"method {config.method_name} compares the prediction with its target, and objective "
             f"{name_of(config.objective)} has none",
-            "take another objective, or another --method",
+            "take a --model of another objective, or another --method",
             field="objective",
         )
     check_denoised(config, backbone, found.method, found)

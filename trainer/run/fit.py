@@ -73,6 +73,7 @@ class Outcome:
         finished: whether all were; False for a run that was stopped and saved.
         resumed_from: step of the checkpoint that it went on from, 0 without.
         trained: whether any step was made by this call.
+        predicts: whether the prediction has been trained, which a warm-up leaves out.
         leader: whether this process is rank 0, which speaks for all.
     """
 
@@ -80,6 +81,7 @@ class Outcome:
     finished: bool
     resumed_from: int
     trained: bool
+    predicts: bool = True
     leader: bool = True
 
 
@@ -201,7 +203,7 @@ def _train(
     clock = Clock()
     evaluations = evaluations_of(config, run, checked, evaluator, decoder, say)
     if decoder is None and config.preview_every:
-        say("no previews: no decoder was given")
+        say("no previews: nothing says which autoencoder decodes the latents")
     reports = Reports(config, say)
     utilisation = None
     if checked.device is not None and checked.world_size is not None:
@@ -246,7 +248,12 @@ def _train(
     if step < config.max_steps and leader:
         _say_stopped(config, run, step, stop.reason, say)
     return Outcome(
-        step=step, finished=step >= config.max_steps, resumed_from=resumed, trained=True, leader=leader
+        step=step,
+        finished=step >= config.max_steps,
+        resumed_from=resumed,
+        trained=True,
+        predicts=module.method.predicts_after(step),
+        leader=leader,
     )
 
 

@@ -15,6 +15,7 @@ from repa.trainer.models.sit import SiT, SiTConfig
 from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 CONFIG = SiTConfig(depth=2, width=32, heads=2, patch_size=2, input_size=8, num_classes=5)
@@ -203,6 +204,34 @@ def test_unknown_sizes_and_weights(tmp_path: Path) -> None:
     only = save(tmp_path / "only.pt", {"model": state_of()})
     with pytest.raises(RepaError, match=r"holds no 'ema' weights, only 'model'"):
         load_published(only, heads=2)
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda value: value.to(torch.int8),
+        lambda value: value.to(torch.float8_e4m3fn),
+        lambda value: value.to(torch.complex64),
+        lambda value: value.to_sparse(),
+        lambda value: value.to("meta"),
+    ],
+)
+def test_weights_in_no_form_that_trains_are_refused(
+    tmp_path: Path, changed: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    state = state_of()
+    key = "blocks.1.attn.proj.weight"
+    with pytest.raises(RepaError, match=key) as caught:
+        load_published(save(tmp_path / "sit.pt", {**state, key: changed(state[key])}), heads=2)
+    assert caught.value.field == "--ckpt"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_precision_load(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = {key: value.to(dtype) for key, value in state_of().items()}
+    found = load_published(save(tmp_path / "sit.pt", state), heads=2)
+    assert {value.dtype for value in found.backbone.values()} == {dtype}
 
 
 def test_arbitrary_bytes_never_escape_as_another_error(tmp_path: Path) -> None:

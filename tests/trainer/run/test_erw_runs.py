@@ -181,8 +181,10 @@ def test_the_warmup_has_nothing_to_show_for_itself(
         sample(SampleFlags(checkpoint=warm, num=1, out=tmp_path / "out"))
     assert caught.value.field == "--ckpt"
     assert not (tmp_path / "out").exists()
-    _, said = run_fit(erw(max_steps=W), "short")
+    outcome, said = run_fit(erw(max_steps=W), "short")
     assert "until its end" in said
+    assert not outcome.predicts
+    assert run_fit(erw(), "short")[0].predicts
 
 
 def test_the_checkpoint_of_the_hand_over_stays(
