@@ -16,6 +16,7 @@ from ..pipeline.images.names import DEFAULT_DATA, DEFAULT_RESOLUTION, DEMO_DATA,
 from .shared.attention import attention_blocks
 from .shared.encoders import DEFAULT_ENCODER, parse_weights
 from .shared.flags import local_folder, square_side
+from .shared.ray_pool import ray_pool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -166,6 +167,27 @@ class PreprocessFlags(EncodingFlags):
             show_default="all",
         ),
     ] = None
+    launcher: Annotated[
+        str | None,
+        typer.Option(
+            help="'ray': workers of a Ray cluster do the shards. Others start the command themselves.",
+            show_default="torchrun or SLURM, if they did",
+        ),
+    ] = None
+    pool: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|N:M",
+            help="Ray: workers, at least and at most.",
+            show_default="1 to what the cluster gives",
+        ),
+    ] = None
+    worker_gpus: Annotated[
+        float | None, typer.Option(help="Ray: GPUs of a worker.", show_default="1 if the cluster has any")
+    ] = None
+    worker_cpus: Annotated[
+        int | None, typer.Option(help="Ray: CPUs of a worker.", show_default="its GPU's share, or 1")
+    ] = None
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False
 
 
@@ -188,11 +210,12 @@ def preprocess(flags: PreprocessFlags, *, console: Console | None = None) -> Non
 
         console = console or PlainConsole()
         config = make_config(flags)
+        pool = ray_pool(flags.launcher, flags.pool, flags.worker_gpus, flags.worker_cpus, flags.devices)
         from ..pipeline.run import StoppedError, run
     except KeyboardInterrupt:
         _leave("interrupted: nothing had begun")
     try:
-        run(config, console, dry_run=flags.dry_run)
+        run(config, console, dry_run=flags.dry_run, pool=pool)
     except StoppedError as stop:
         _leave(str(stop))
     except KeyboardInterrupt:

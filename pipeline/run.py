@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data.errors import CacheError
+from ..data.errors import CacheError, RepaError
 from ..data.format.columns import AUTOENCODER, model_of
 from ..data.format.survey import committed_shards
 from ..data.launchers import tasks_without_srun
@@ -35,19 +35,23 @@ if TYPE_CHECKING:
     from .captions.plan import CaptionPlan
     from .config import PreprocessConfig
     from .plan import Plan
+    from .shard_loop.on_ray import RayPool
 
 
 class StoppedError(Exception):
     """The run was stopped from outside (Ctrl-C, SIGTERM). The message says what is saved."""
 
 
-def run(config: PreprocessConfig, console: Console, *, dry_run: bool = False) -> Plan:
+def run(
+    config: PreprocessConfig, console: Console, *, dry_run: bool = False, pool: RayPool | None = None
+) -> Plan:
     """Write every column of the command that is not written yet.
 
     Args:
         config: the command.
         console: for the plan, progress and summary.
         dry_run: stop after the plan.
+        pool: workers of a Ray cluster, which do the work; None: this process and those it starts do.
 
     Returns:
         What was left to do when it began.
@@ -58,6 +62,12 @@ def run(config: PreprocessConfig, console: Console, *, dry_run: bool = False) ->
     """
     started = time.perf_counter()
     rank = detect_rank(os.environ, config.devices)
+    if pool is not None and rank.launcher is not None:
+        raise RepaError(
+            f"--launcher ray within process {rank.rank} of {rank.world} that {rank.launcher} started",
+            "give the command once, Ray starts the workers",
+            field="--launcher",
+        )
     plan = make_plan(config)
     captions = make_caption_plan(plan, config)
     if rank.rank == 0:
@@ -79,7 +89,7 @@ def run(config: PreprocessConfig, console: Console, *, dry_run: bool = False) ->
         settle_images(plan.config.cache, plan.images.matched_fingerprint)
     with terminated_as_interrupt():
         try:
-            _run_images(plan, rank, console, started)
+            _run_images(plan, rank, pool, console, started)
             if captions is not None:
                 run_captions(plan, captions, rank, console)
         except KeyboardInterrupt:
@@ -87,14 +97,17 @@ def run(config: PreprocessConfig, console: Console, *, dry_run: bool = False) ->
     return plan
 
 
-def _run_images(plan: Plan, rank: Rank, console: Console, started: float) -> None:
+def _run_images(plan: Plan, rank: Rank, pool: RayPool | None, console: Console, started: float) -> None:
     """Write the columns of the images."""
     if not plan.rows:
         _settle_what_a_kill_left(plan.config.cache)
         say(console, _nothing_to_do(plan))
         return
     warn_of_random_weights(plan, console)
-    tallies = _work(plan, rank, share_out(plan, rank), console)
+    if pool is None:
+        tallies = _work(plan, rank, share_out(plan, rank), console)
+    else:
+        tallies = _on_ray(plan, pool, console)
     settle_latent_statistics(plan.config.cache)
     show_summary(plan, rank, tallies, time.perf_counter() - started, console)
 
@@ -169,6 +182,16 @@ def _work(plan: Plan, rank: Rank, jobs: list[Job], console: Console) -> list[Tal
         from .shard_loop.processes import work_in_processes
 
         return work_in_processes(jobs, plan.images, view.advance)
+
+
+def _on_ray(plan: Plan, pool: RayPool, console: Console) -> list[Tally]:
+    from .shard_loop.on_ray import work_on_ray
+
+    totals = {source.source: source.rows for source in plan.sources}
+    with ProgressView(console, totals, plan.rows) as view:
+        return work_on_ray(
+            plan, pool, view.advance, lambda note: say(console, f"note: {note}", style="yellow")
+        )
 
 
 def _silent(rows: Mapping[str, int], images: int) -> None:

@@ -35,6 +35,7 @@ MOST_PROCESSES = 8
 # these files take longest (`pytest --durations 40`) and are begun first, so that none is left at the end
 LONGEST = (
     "pipeline/shard_loop/test_kill_resume.py",
+    "pipeline/shard_loop/test_on_ray.py",
     "trainer/run/test_fit.py",
     "trainer/input/test_tar_ranks.py",
     "trainer/run/test_stop.py",

@@ -34,6 +34,10 @@ preprocess --data folder --encoder demo --compress gzip
 preprocess --data folder --encoder demo --vae demo --shards auto
 preprocess --data folder --encoder demo --vae demo --shards 4
 preprocess --data folder --encoder demo --vae demo --resolution 32 --shards 9:12
+preprocess --data folder --encoder demo --pool 4
+preprocess --data folder --encoder demo --launcher slurm
+preprocess --data folder --encoder demo --launcher ray --devices 8
+preprocess --data folder --encoder demo --launcher ray --pool 8:1
 preprocess --data folder --encoder demo --attention 99
 preprocess --data folder --encoder demo --attention one
 preprocess --data folder --encoder demo --attention-rank 4

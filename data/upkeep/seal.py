@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import CacheError
+from ..format.captions import SOURCE_KIND, captions_path, has_captions
 from ..format.columns import AUTOENCODER
 from ..format.manifest import LATENTS_NOTE
 from ..format.opening import open_manifest
@@ -52,6 +53,22 @@ def seal_cache(path: Path) -> Sealed:
             the latents is damaged.
         RepaError: the operating system refuses.
     """
+    _settle_valid(path)
+    if open_manifest(path).source_kind != SOURCE_KIND and has_captions(path):
+        # they are a cache of their own
+        _settle_valid(captions_path(path))
+    settle_latent_statistics(path)
+    info = cache_info(path)
+    latents = info.manifest.sources.get(AUTOENCODER)
+    return Sealed(info=info, latents=None if latents is None else latents.notes.get(LATENTS_NOTE))
+
+
+def _settle_valid(path: Path) -> None:
+    """Look for all shards, and have ``valid`` say what their records do.
+
+    Raises:
+        CacheError: see `seal_cache`.
+    """
     manifest = open_manifest(path)
     if not manifest.sources:
         raise CacheError(f"cache {path} has no source", "write it by `repa preprocess`")
@@ -73,10 +90,6 @@ def seal_cache(path: Path) -> Sealed:
         with cache_lock(path), os_errors("write", path):
             for shard in range(manifest.num_shards):
                 settle_valid(path, manifest, shard)
-    settle_latent_statistics(path)
-    info = cache_info(path)
-    latents = info.manifest.sources.get(AUTOENCODER)
-    return Sealed(info=info, latents=None if latents is None else latents.notes.get(LATENTS_NOTE))
 
 
 def _ranges(shards: Iterable[int]) -> str:

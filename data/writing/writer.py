@@ -57,6 +57,10 @@ _FLUSH_BYTES = 8 << 20
 _CAN_FLUSH = hasattr(os, "posix_fadvise")
 
 
+class ShardTakenError(CacheError):
+    """A shard that another process is writing."""
+
+
 class SourceWriter:
     """The one writer of some shards of a source. As a context manager it holds their locks.
 
@@ -113,7 +117,7 @@ class SourceWriter:
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
-            raise CacheError(
+            raise ShardTakenError(
                 f"another process is writing shard {shard} of {self.source} in {self.path}",
                 "wait until it has finished, or stop it",
             ) from error

@@ -106,18 +106,36 @@ def work(job: Job, images: ImageSource, report: Report) -> Tally:
             stay.
     """
     tally = Tally()
-    started = time.perf_counter()
     present = present_manifest(job.config.cache)
     missing = {name: missing_shards(job.config.cache, present, name, job.own) for name in job.config.sources}
     if not any(missing.values()):
         return tally
+    models = prepare_models(job, images, [name for name, shards in missing.items() if shards], tally)
+    # only now: a model that cannot be loaded, or a tolerance that cannot be met, leaves nothing behind
+    write_columns(job, images, models, missing, report, tally)
+    return tally
+
+
+def prepare_models(job: Job, images: ImageSource, sources: Sequence[str], tally: Tally) -> list[SourceModel]:
+    """Load the models of some sources and settle how their columns are stored.
+
+    Args:
+        job: of the process.
+        images: the set's.
+        sources: names.
+        tally: what it takes is noted there.
+
+    Raises:
+        RepaError: a model could not be loaded, a tolerance not be met, or the disk is too small.
+    """
     import torch
 
     from ..encoders.precision import require_arithmetic
     from ..loading import load_models
 
+    started = time.perf_counter()
     require_arithmetic(job.config.compute_dtype, torch.device(job.device))
-    models = load_models(job.config, [name for name, shards in missing.items() if shards], job.device)
+    models = load_models(job.config, sources, job.device)
     tally.load_seconds = time.perf_counter() - started
     settles = calibrator(job, images)
     for model in models:
@@ -128,9 +146,7 @@ def work(job: Job, images: ImageSource, report: Report) -> Tally:
         # the plan did not know the components
         columns = {name: each.columns for name, each in declarations.items()}
         require_room_for(job.config.cache, job.manifest, columns, job.config.compress is not None)
-    # only now: a model that cannot be loaded, or a tolerance that cannot be met, leaves nothing behind
-    write_columns(job, images, models, missing, report, tally)
-    return tally
+    return models
 
 
 def write_columns(
