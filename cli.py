@@ -34,6 +34,7 @@ from .commands.preprocess import PreprocessFlags, preprocess
 from .commands.recipes import RecipesFlags, recipes
 from .commands.sample import SampleFlags, sample
 from .commands.shared.flags import square_side, takes_flags
+from .commands.softrepa.app import softrepa_app
 from .commands.train import TrainFlags, train
 from .data.edge import printable
 from .data.errors import RepaError
@@ -53,6 +54,7 @@ app = typer.Typer(
 )
 app.add_typer(cache_app, name="cache")
 app.add_typer(bank_app, name="bank")
+app.add_typer(softrepa_app, name="softrepa")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -45,7 +45,9 @@ def list_settings() -> list[Setting]:
     Raises:
         RepaError: a method that an installed package offers cannot be had.
     """
-    found = [each for each in _of_class(TrainConfig, "train", "") if each.key not in (*SECTIONS, *OF_METHOD)]
+    found = [
+        each for each in settings_of(TrainConfig, "train", "") if each.key not in (*SECTIONS, *OF_METHOD)
+    ]
     found += [
         Setting(
             section="train", key="method", type="text", default="repa", help=_help(TrainConfig)["method_name"]
@@ -62,7 +64,7 @@ def list_settings() -> list[Setting]:
         ),
     ]
     for name, objective in OBJECTIVES.items():
-        found += _of_class(objective.config_class, f"objective {name}", "objective.")
+        found += settings_of(objective.config_class, f"objective {name}", "objective.")
     for name in method_names():
         method = find_method(name)
         if method.named_presets:
@@ -75,11 +77,18 @@ def list_settings() -> list[Setting]:
                     help=f"several settings at once: {describe_presets(method)}.",
                 )
             )
-        found += _of_class(method.config_class, f"method {name}", "method.")
+        found += settings_of(method.config_class, f"method {name}", "method.")
     return found
 
 
-def _of_class(kind: Any, section: str, prefix: str) -> Iterator[Setting]:
+def settings_of(kind: Any, section: str, prefix: str) -> Iterator[Setting]:
+    """Yield the settings that are the fields of a dataclass.
+
+    Args:
+        kind: the dataclass, whose docstring says what each is.
+        section: of the settings.
+        prefix: of their keys.
+    """
     hints, said = get_type_hints(kind, include_extras=True), _help(kind)
     for item in fields(kind):
         yield Setting(

@@ -24,10 +24,12 @@ from .banks import run_cache
 from .encoders import parse_weights
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from torch import Tensor
 
+    from ...pipeline.text.encoder import TextEncoder
     from ...trainer.sampling.generate import TrainedModel
 
 _ROWS = 256
@@ -116,26 +118,15 @@ def encoded_prompts(model: TrainedModel, asked: TextAsked, num: int, *, device: 
     """
     conditioner = model.backbone.y_embedder
     assert isinstance(conditioner, TextConditioner), "the caller has looked"
-    facts = find_text_encoder(source_of(conditioner.column))
-    folders = parse_weights(asked.weights, flag=_WEIGHTS)
-    if needless := [name for name in folders if name != facts.name]:
-        raise RepaError(
-            f"the text encoder is {facts.name}, not {needless[0]}", "leave its weights out", field=_WEIGHTS
-        )
     prompts = asked.read()
-    encoder = load_text_encoder(
-        facts,
-        folder=folders.get(facts.name),
+    encoder = text_encoder(
+        source_of(conditioner.column),
+        asked.weights,
         device=device,
-        random_weights=model.condition_random_weights and facts.name not in folders,
+        random_weights=model.condition_random_weights,
+        sha256=model.condition_weights_sha256,
+        origin=str(model.origin),
     )
-    if model.condition_weights_sha256 not in (None, encoder.weights_sha256):
-        raise RepaError(
-            f"{model.origin} was trained with another {facts.name} than this one, whose weights have sha256 "
-            f"{encoder.weights_sha256[:12]}…",
-            f"give its folder with {_WEIGHTS} {facts.name}=FOLDER",
-            field=_WEIGHTS,
-        )
     # one by one, as the batch that a prompt is in may change its last bits
     states = [torch.from_numpy(encoder.encode([each])[TEXT_STATES]).half() for each in dict.fromkeys(prompts)]
     of_prompt = dict(zip(dict.fromkeys(prompts), states, strict=True))
@@ -146,6 +137,50 @@ def encoded_prompts(model: TrainedModel, asked: TextAsked, num: int, *, device: 
         bank=None,
         said="prompts",
     )
+
+
+def text_encoder(
+    source: str,
+    weights: Sequence[str],
+    *,
+    device: str,
+    random_weights: bool,
+    sha256: str | None,
+    origin: str,
+) -> TextEncoder:
+    """Load the text encoder that captions were encoded with.
+
+    Args:
+        source: its name.
+        weights: texts ``NAME=FOLDER``, of its folder.
+        device: where it computes.
+        random_weights: whether its weights were drawn, where no folder is given.
+        sha256: of the weights that it must have; None where that is not known.
+        origin: what was trained with it, for the error.
+
+    Raises:
+        RepaError: it cannot be had, or has other weights.
+    """
+    facts = find_text_encoder(source)
+    folders = parse_weights(weights, flag=_WEIGHTS)
+    if needless := [name for name in folders if name != facts.name]:
+        raise RepaError(
+            f"the text encoder is {facts.name}, not {needless[0]}", "leave its weights out", field=_WEIGHTS
+        )
+    encoder = load_text_encoder(
+        facts,
+        folder=folders.get(facts.name),
+        device=device,
+        random_weights=random_weights and facts.name not in folders,
+    )
+    if sha256 not in (None, encoder.weights_sha256):
+        raise RepaError(
+            f"{origin} was trained with another {facts.name} than this one, whose weights have sha256 "
+            f"{encoder.weights_sha256[:12]}…",
+            f"give its folder with {_WEIGHTS} {facts.name}=FOLDER",
+            field=_WEIGHTS,
+        )
+    return encoder
 
 
 def captions_of_images(

@@ -26,6 +26,8 @@ GROUP = "repa.methods"
 FLAG = "--method"
 RESERVED = ("name", "preset")
 EXAMPLE = "my_package.my_module:MyMethod"
+ELSEWHERE = {"softrepa": "train it with `repa softrepa train --model FOLDER`"}
+"""Methods with commands of their own, whose network is a model of others."""
 
 
 def find_method(name: str, *, may_import: bool = False) -> type[Method]:
@@ -44,6 +46,8 @@ def find_method(name: str, *, may_import: bool = False) -> type[Method]:
     if not names_object(name) and name not in entry_names(GROUP):
         module, _, attribute = name.rpartition(".")
         remedy = f"a class is named as {module}:{attribute}" if names_object(f"{module}:{attribute}") else ""
+        if name in ELSEWHERE:
+            raise RepaError(f"method {name} trains no backbone of ours", ELSEWHERE[name], field=FLAG)
         raise RepaError(
             f"method {shortened(name)} is unknown", remedy or nearest(name, method_names()), field=FLAG
         )

@@ -187,7 +187,7 @@ def load_denoiser(facts: DenoiserFacts, dtype: torch.dtype) -> Denoiser:
             field="--model",
         )
     # not by from_pretrained, which leaves some models in float32
-    return Denoiser(model.to(dtype), facts, weights_sha256=_sha256_of(facts.folder))
+    return Denoiser(nn.Module.to(model, dtype), facts, weights_sha256=_sha256_of(facts.folder))
 
 
 class Denoiser:

@@ -162,7 +162,7 @@ class Metrics(StepCallback):
             refuse_divergence(values, step, self._run)
         rate = self._clock.rate(step, self.config.batch_size) if log else None
         for every, evaluate in self._evaluations:
-            if self.is_due(step, every) and module.method.predicts_after(step):
+            if self.is_due(step, every) and module.predicts_after(step):
                 with self._clock.paused():
                     values |= evaluate(trainer, module)
         if values and self._file is not None:

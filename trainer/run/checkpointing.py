@@ -16,15 +16,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from ..config import TrainConfig
-    from ..methods.base import Method
     from ..step.module import TrainingModule
-
-
-def handovers(method: Method) -> frozenset[int]:
-    """Return the steps at which a phase begins with fresh optimiser and averaged weights."""
-    return frozenset(
-        phase.start for phase in method.phases() if phase.start and method.flags(phase).fresh_start
-    )
 
 
 class Checkpoints(StepCallback):
@@ -54,7 +46,7 @@ class Checkpoints(StepCallback):
             RepaError: training has diverged, so that the last good checkpoint stays; a callback keeps a state
                 that could not be read again; or the disk refuses.
         """
-        handed_over = handovers(module.method)
+        handed_over = module.fresh_starts()
         due = self.is_due(step, self.config.checkpoint_every) or step in handed_over
         if not due and not trainer.should_stop:
             return

@@ -75,7 +75,7 @@ class Previews(StepCallback):
             not trainer.is_global_zero
             or self._decoder is None
             or not self.is_due(step, self.config.preview_every)
-            or not module.method.predicts_after(step)
+            or not module.predicts_after(step)
         ):
             return
         with self._clock.paused():

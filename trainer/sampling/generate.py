@@ -16,7 +16,7 @@ from ..models.conditions import build_conditioner
 from ..models.published import FAMILY
 from ..models.published_file import WEIGHTS
 from ..objectives import registry as objectives
-from ..step.checkpoints import checkpoints_of, load_checkpoint, objective_said
+from ..step.checkpoints import SOFTREPA_FILE, checkpoints_of, load_checkpoint, objective_said
 from ..step.module import CHECKPOINT_KEY
 from ..step.randomness import generator_for
 from ..typed import from_mapping
@@ -96,8 +96,14 @@ def newest_checkpoint(run: Path) -> Path:
     """Return the file of a run's newest checkpoint.
 
     Raises:
-        RepaError: the folder holds none.
+        RepaError: the folder holds none, or those of SoftREPA.
     """
+    if (run / SOFTREPA_FILE).exists():
+        raise RepaError(
+            f"{run} is a run of SoftREPA, which trains no backbone",
+            f"sample with `repa softrepa sample --run {run}`",
+            field="--run",
+        )
     found = checkpoints_of(run)
     if not found:
         raise RepaError(

@@ -64,7 +64,7 @@ def rows_of_pairs(
     rows: int,
     matched_weight: float = 0.0,
 ) -> Iterator[RowsOfPairs]:
-    """Yield the pairs of a batch, some images at a time; who lets go of them needs memory for as many alone.
+    """Yield the pairs of a batch, some images at a time, whose memory is free once they are let go of.
 
     Args:
         predict: images int64 ``[P]`` and captions int64 ``[P]`` by number → predictions ``[P, C, h, w]``.

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 FOLDER = "checkpoints"
+SOFTREPA_FILE = "softrepa.yaml"
+"""Settings of a run of SoftREPA, in whose checkpoints are tokens and no backbone."""
 
 
 _OLDER = "delete it to go on from the one before"

@@ -102,6 +102,18 @@ class TrainingModule(LightningModule):
         """Names of the terms that the objective makes, of the latent and of what is denoised beside it."""
         return frozenset((*self.objective.terms, *self.beside.terms_of(self.objective.terms)))
 
+    def predicts_after(self, steps: int) -> bool:
+        """Return whether the prediction has been trained once so many steps are done."""
+        return self.method.predicts_after(steps)
+
+    def fresh_starts(self) -> frozenset[int]:
+        """Return the steps at which a phase begins with fresh optimiser and averaged weights."""
+        return frozenset(
+            phase.start
+            for phase in self.method.phases()
+            if phase.start and self.method.flags(phase).fresh_start
+        )
+
     def columns_at(self, step: int) -> tuple[str, ...]:
         """Name the columns of the cache that a step reads, without the label."""
         return columns_of_phase(self.method, self.method.phase_at(step), self.backbone.y_embedder.columns)
@@ -254,7 +266,7 @@ class TrainingModule(LightningModule):
         """Add what the run is, and the means since the last row."""
         checkpoint[CHECKPOINT_KEY] = {
             **self.identity,
-            "predicts": self.method.predicts_after(self.global_step),
+            "predicts": self.predicts_after(self.global_step),
             "means": self.means.state_dict(),
         }
 

@@ -14,8 +14,11 @@ from repa.trainer.input.datamodule import columns_of_phase
 from repa.trainer.methods import METHODS
 from repa.trainer.methods.base import Method
 from repa.trainer.models.registry import config_of
+from repa.trainer.softrepa.settings import SoftConfig
 
 ROOT = Path(__file__).parents[3]
+COMMANDS = ("softrepa",)
+"""Methods with commands of their own, whose network is a model of others."""
 PAGES = ROOT / "docs" / "methods"
 SPECS = {
     MOMENTS: ColumnSpec(shape=(8, 32, 32), dtype="float32"),
@@ -49,8 +52,8 @@ def rows_of(file: Path) -> dict[str, list[str]]:
 
 def test_every_method_has_a_page_and_is_in_both_tables() -> None:
     for file in (ROOT / "README.md", PAGES / "README.md"):
-        assert rows_of(file).keys() == METHODS.keys(), file
-    assert {page.stem for page in PAGES.glob("*.md")} == {"README", *METHODS}
+        assert rows_of(file).keys() == {*METHODS, *COMMANDS}, file
+    assert {page.stem for page in PAGES.glob("*.md")} == {"README", *METHODS, *COMMANDS}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -81,3 +84,13 @@ def test_readme_says_what_a_method_reads(name: str) -> None:
     assert size == " → ".join(f"{each:,}" for each in sizes)
     assert phases == " → ".join(phase.name for phase in method.phases())
     assert backbone == model.rpartition("-")[0]
+
+
+def test_the_page_of_a_method_with_commands_of_its_own_names_settings_that_exist() -> None:
+    text = (PAGES / "softrepa.md").read_text(encoding="utf-8")
+    assert re.search(r"^repa softrepa train ", text, re.MULTILINE)
+    assert re.search(r"arxiv.org/abs/\d{4}\.\d{5}", text)
+    known = {item.name for item in fields(SoftConfig)}
+    assert set(re.findall(r"`(\w+)=[\w,]+`", text)) <= known
+    for setting in re.findall(r"^\| ((?:`\w+`(?:, )?)+)", text, re.MULTILINE):
+        assert set(re.findall(r"`(\w+)`", setting)) <= known

@@ -1,0 +1,1 @@
+"""`repa softrepa …`, a method whose network is a frozen model of others."""
