@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 DATA = "imagenet"
 REFERENCES = {256: "VIRTUAL_imagenet256_labeled.npz", 512: "VIRTUAL_imagenet512.npz"}
+COCO_REFERENCE = "fid_stats_mscoco256_val.npz"
 STABLE_DIFFUSION_VAE = "stabilityai/sd-vae-ft-mse"
 _METRICS = "fid,sfid,is,precision,recall"
 
@@ -32,6 +33,10 @@ class Encoding:
         channels: of its latents.
         stride: pixels of an image per latent position, along a side.
         imported: layout of another program's latents, as of ``repa cache import --format``; empty encodes.
+        data: the images, as of ``--data``.
+        named: what the cache is named after; empty is the images.
+        captions: as of ``--captions``; empty without.
+        text_encoder: as of ``--text-encoder``.
     """
 
     encoders: tuple[str, ...] = ("dinov2-b",)
@@ -42,6 +47,10 @@ class Encoding:
     channels: int = 4
     stride: int = 8
     imported: str = ""
+    data: str = DATA
+    named: str = ""
+    captions: str = ""
+    text_encoder: str = ""
 
     @property
     def cache(self) -> str:
@@ -49,7 +58,9 @@ class Encoding:
         of_views = "" if self.views == "original" else f"-{self.views}"
         of_vae = "" if self.vae == STABLE_DIFFUSION_VAE else f"-{self.vae.rpartition('/')[2]}"
         of_attention = f"-attention-{self.attention.replace(',', '-')}" if self.attention else ""
-        return f"caches/{DATA}-{self.resolution}{of_views}{of_vae}{of_attention}"
+        if self.captions:
+            return f"caches/{self.named}"
+        return f"caches/{self.named or self.data}-{self.resolution}{of_views}{of_vae}{of_attention}"
 
     def commands(self) -> tuple[tuple[str, ...], ...]:
         """Return the command lines, word by word."""
@@ -60,7 +71,7 @@ class Encoding:
         return (first, self._preprocess()) if self.encoders else (first,)
 
     def _preprocess(self) -> tuple[str, ...]:
-        words = ["repa", "preprocess", "--data", DATA, "--cache", self.cache]
+        words = ["repa", "preprocess", "--data", self.data, "--cache", self.cache]
         for each in self.encoders or ("none",):
             words += ["--encoder", each]
         if self.resolution != 256:
@@ -71,7 +82,16 @@ class Encoding:
             words += ["--attention", self.attention]
         if self.vae != STABLE_DIFFUSION_VAE and not self.imported:
             words += ["--vae", self.vae]
+        if self.captions:
+            words += ["--captions", self.captions, "--text-encoder", self.text_encoder]
         return tuple(words)
+
+    @property
+    def reference(self) -> tuple[str, str]:
+        """File of the reference of published figures, and the metrics that it is good for."""
+        if self.captions:
+            return COCO_REFERENCE, "fid"
+        return REFERENCES[self.resolution], _METRICS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +108,7 @@ class Sampling:
         labels: drawn at random, or balanced.
         num: samples.
         vae: the autoencoder that decodes, where it is not the one that encoded.
+        bank: the cache whose images' captions are shown, of models of text; these have no labels.
     """
 
     solver: str = "sde"
@@ -99,10 +120,12 @@ class Sampling:
     labels: str = "random"
     num: int = 50_000
     vae: str = ""
+    bank: str = ""
 
     def words(self) -> tuple[str, ...]:
         """Return the flags, word by word."""
-        words = ["--solver", self.solver, "--steps", str(self.steps), "--labels", self.labels]
+        words = ["--solver", self.solver, "--steps", str(self.steps)]
+        words += ["--bank", self.bank] if self.bank else ["--labels", self.labels]
         if self.shift != 1:
             words += ["--shift", f"{self.shift:g}"]
         if self.num != 50_000:
@@ -124,7 +147,8 @@ class Sampling:
         guided = "no guidance" if self.guidance == 1 else f"guidance {self.guidance:g}{channels}{where}"
         shifted = "" if self.shift == 1 else f" shifted by {self.shift:g}"
         solved = f"{self.solver} {self.steps} steps{shifted}"
-        return f"{guided}, {solved}, {self.num:,} samples, {self.labels} labels"
+        shown = f"captions of {self.bank}" if self.bank else f"{self.labels} labels"
+        return f"{guided}, {solved}, {self.num:,} samples, {shown}"
 
 
 PLAIN = Sampling()
@@ -198,7 +222,7 @@ class Recipe:
             (
                 *("repa", "evaluate", "--run", f"runs/{self.name}"),
                 *(() if each.step == last else ("--step", str(each.step))),
-                *("--reference", REFERENCES[self.encoding.resolution], "--metrics", _METRICS),
+                *("--reference", self.encoding.reference[0], "--metrics", self.encoding.reference[1]),
                 *each.sampling.words(),
             )
             for each in self.figures

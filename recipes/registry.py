@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from ..data.edge import shortened
 from ..data.errors import RepaError
 from ..trainer.typed import nearest
-from . import dit, erw, gmem, haste, irepa, lightningdit, reg, repa, sit, sr_dit, sra, urepa
+from . import dit, erw, gmem, haste, irepa, lightningdit, mmdit, reg, repa, sit, sr_dit, sra, urepa
 from .base import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_FILES = (sr_dit, sit, repa, haste, irepa, reg, urepa, sra, erw, dit, lightningdit, gmem)
+_FILES = (sr_dit, sit, repa, haste, irepa, reg, urepa, sra, erw, dit, lightningdit, gmem, mmdit)
 
 RECIPES: Mapping[str, Recipe] = {
     each.name: each for file in _FILES for each in vars(file).values() if isinstance(each, Recipe)

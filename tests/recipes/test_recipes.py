@@ -20,9 +20,11 @@ from repa.commands.recipes import RecipesFlags, command_lines, described, recipe
 from repa.data.errors import RepaError
 from repa.data.format.columns import AUTOENCODER
 from repa.data.format.manifest import LATENTS_NOTE, VIEWS
-from repa.data.testing import synthetic_cache
+from repa.data.testing import synthetic_cache, synthetic_captions
 from repa.pipeline.encoders import find_teacher
 from repa.pipeline.plan import make_plan
+from repa.pipeline.text.encoder import text_sizes
+from repa.pipeline.text.registry import find_text_encoder
 from repa.recipes import RECIPES, find_recipe
 from repa.recipes.shared import OF_REPA
 from repa.trainer.config import TrainConfig, build
@@ -58,7 +60,7 @@ def cache_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Encoding], P
     made: dict[Encoding, Path] = {}
 
     def columns_of(encoding: Encoding) -> dict[str, ColumnSpec]:
-        asked = parsed(shlex.join(replace(encoding, imported="").commands()[0]))
+        asked = parsed(shlex.join(replace(encoding, imported="", captions="").commands()[0]))
         flags = PreprocessFlags(**{**asked, "data": str(folder / "images"), "cache": folder / "none"})
         with pytest.MonkeyPatch.context() as patch:
             # of an autoencoder on the hub the shape is the recipe's word
@@ -90,6 +92,9 @@ def cache_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Encoding], P
                 notes=notes,
                 invalid={0: "of no need"},
             )
+            if encoding.captions:
+                sizes = text_sizes(find_text_encoder(encoding.text_encoder), None)
+                synthetic_captions(path, columns=sizes.columns(encoding.text_encoder, "float16"))
             made[encoding] = path
         return made[encoding]
 
@@ -112,8 +117,9 @@ def test_it_would_train_on_the_cache_that_its_command_writes(
     columns = {each for phase in method.phases() for each in columns_of_phase(method, phase, condition)}
     assert checked.manifest is not None
     assert columns <= checked.manifest.columns.keys()
-    # and none of its teachers is encoded for nothing
-    assert {column.partition("/")[0] for column in columns} >= {AUTOENCODER, *recipe.encoding.encoders}
+    # and none of its teachers, or its text encoder, encodes for nothing
+    encoded = {AUTOENCODER, *recipe.encoding.encoders, *filter(None, [recipe.encoding.text_encoder])}
+    assert {column.partition("/")[0] for column in columns} >= encoded
 
 
 @pytest.mark.parametrize("name", RECIPES)
