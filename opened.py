@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .data.errors import CacheError, RepaError
-from .data.format.captions import captions_path, has_captions, read_captions, read_table
+from .data.format.captions import captions_path, has_captions, read_captions, read_table, with_captions
 from .data.format.columns import (
     ATTENTION_KINDS,
     LABEL,
@@ -208,7 +208,7 @@ class OpenedCache:
 
         Args:
             rows: their indices, B of them.
-            columns: names of columns; ``label`` is one too.
+            columns: names of columns; ``label`` is one too. Those of captions are of an image's first one.
             view: its name, for a cache with several views of an image; the first by default.
 
         Returns:
@@ -220,10 +220,8 @@ class OpenedCache:
         index = np.asarray(rows if isinstance(rows, np.ndarray) else list(rows), dtype=np.int64)
         names = [name for name in dict.fromkeys(columns) if name != LABEL]
         reader = self._reader if set(names) <= self.columns.keys() else CacheReader(self.path, names)
-        out = {
-            name: np.empty((len(index), *self.columns[name].shape), self.columns[name].numpy_dtype)
-            for name in names
-        }
+        specs = self._declared
+        out = {name: np.empty((len(index), *specs[name].shape), specs[name].numpy_dtype) for name in names}
         reader.read_rows(index, names, out, views=np.full_like(index, self._view(view)))
         return {name: self.labels[index] if name == LABEL else out[name] for name in dict.fromkeys(columns)}
 
@@ -350,7 +348,7 @@ class OpenedCache:
         """
         from .trainer.methods.alignment import target
 
-        return target(batch, column, self.manifest.columns)
+        return target(batch, column, self._declared)
 
     def attention(self, batch: Mapping[str, Tensor], teacher: str, *, block: int) -> Attention:
         """Return queries and keys of a teacher's block in floating point, decoded where the batch lies.
@@ -382,6 +380,11 @@ class OpenedCache:
         return Attention(queries, keys, provenance.notes["logit_scale"])
 
     @cached_property
+    def _declared(self) -> Mapping[str, ColumnSpec]:
+        """Name → spec of every column that has been declared, of the captions too."""
+        return with_captions(self.path, self.manifest).columns
+
+    @cached_property
     def _reader(self) -> CacheReader:
         # single rows at random: reading past the page cache would gain nothing
         return CacheReader(self.path, tuple(self.columns), direct="off")
@@ -398,6 +401,6 @@ class OpenedCache:
 
     def _with_companions(self, columns: Iterable[str]) -> tuple[str, ...]:
         """Name the columns and the scales that belong to them, each once."""
-        declared = self.manifest.columns
+        declared = self._declared
         names = [each for name in columns for each in (name, scale_column(name)) if each in (name, *declared)]
         return tuple(dict.fromkeys(name for name in names if name != LABEL))

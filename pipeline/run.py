@@ -103,7 +103,7 @@ def _run_images(plan: Plan, rank: Rank, pool: RayPool | None, console: Console, 
         _settle_what_a_kill_left(plan.config.cache)
         say(console, _nothing_to_do(plan))
         return
-    warn_of_random_weights(plan, console)
+    warn_of_random_weights(plan.sources, console)
     if pool is None:
         tallies = _work(plan, rank, share_out(plan, rank), console)
     else:

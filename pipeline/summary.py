@@ -136,9 +136,9 @@ def _state(plan: Plan, source: SourcePlan) -> str:
     return f"{done} of {counted(len(plan.share), 'shard')}{weights}"
 
 
-def warn_of_random_weights(plan: Plan, console: Console) -> None:
+def warn_of_random_weights(sources: Sequence[SourcePlan], console: Console) -> None:
     """Say loudly that what will be written means nothing."""
-    drawn = [source.source for source in plan.sources if source.missing and source.drawn]
+    drawn = [source.source for source in sources if source.missing and source.drawn]
     if drawn:
         say(
             console,

@@ -13,7 +13,7 @@ from ...data.writing.store import ensure_cache, ensure_source
 from ..plan import present_manifest
 from ..progress import ProgressView
 from ..shard_loop.devices import device_shares
-from ..summary import say, text_deviations
+from ..summary import say, text_deviations, warn_of_random_weights
 from .worker import CaptionJob, load_text_model, work_captions
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def run_captions(plan: Plan, captions: CaptionPlan, rank: Rank, console: Console
     """
     ensure_cache(captions.config.cache, plan.manifest, plan.images.keys, plan.images.labels)
     ensure_captions(captions.config.cache, captions.captions.of_images, _record(captions))
+    warn_of_random_weights(captions.sources, console)
     for source in captions.sources:
         if source.missing:
             tallies = _work(captions, source, rank, console)

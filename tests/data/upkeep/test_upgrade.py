@@ -12,7 +12,13 @@ from repa.data.errors import CacheError
 from repa.data.format.columns import ColumnSpec
 from repa.data.format.opening import open_manifest
 from repa.data.reading.reader import CacheReader
-from repa.data.testing import SYNTHETIC_COLUMNS, expected_row, folder_contents, synthetic_cache
+from repa.data.testing import (
+    SYNTHETIC_COLUMNS,
+    expected_row,
+    folder_contents,
+    synthetic_cache,
+    synthetic_captions,
+)
 from repa.data.upkeep.upgrade import upgrade_cache
 from repa.data.upkeep.verify import verify_cache
 from repa.data.writing.writer import SourceWriter
@@ -100,3 +106,12 @@ def test_what_is_not_as_committed_is_not_given_a_new_record(tmp_path: Path) -> N
     # a cache that is not complete is upgraded as far as it has come
     assert upgrade_cache(whole)
     assert {finding.shard for finding in verify_cache(whole)} == {1}
+
+
+def test_captions_stay_those_of_a_cache_that_is_upgraded(tmp_path: Path) -> None:
+    synthetic_cache(tmp_path / "cache", num_rows=5, format_version=1)
+    synthetic_captions(tmp_path / "cache")
+    before = folder_contents(tmp_path / "cache" / "captions")
+    assert upgrade_cache(tmp_path / "cache")
+    assert verify_cache(tmp_path / "cache") == []
+    assert folder_contents(tmp_path / "cache" / "captions") == before

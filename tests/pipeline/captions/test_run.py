@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,11 +16,13 @@ from repa.data.errors import CacheError, RepaError
 from repa.data.format.captions import captions_path, read_captions, read_record
 from repa.data.format.opening import open_manifest
 from repa.data.testing import folder_contents
+from repa.data.units import human_bytes
 from repa.data.upkeep.latent_statistics import settle_latent_statistics
 from repa.data.upkeep.verify import verify_cache
 from repa.pipeline.captions.plan import make_caption_plan
+from repa.pipeline.captions.run import show_captions
 from repa.pipeline.config import PreprocessConfig
-from repa.pipeline.plan import Plan, make_plan
+from repa.pipeline.plan import make_plan
 from repa.pipeline.run import run
 from repa.pipeline.shard_loop.writer_thread import WriterThread
 from repa.pipeline.text.encoder import load_text_encoder
@@ -207,26 +212,35 @@ def test_the_command_adds_no_teacher_that_nobody_named(place: Path, tmp_path: Pa
     assert make_config(PreprocessFlags(cache=tmp_path / "new", **flags)).encoders == ("dinov2-b",)
 
 
-def test_the_text_of_stable_diffusion_3_on_coco_takes_no_more_than_it_must(place: Path) -> None:
-    """COCO train2017, one caption of each of 118,287 images (SoftREPA's caches took 9.1 TB)."""
-    from dataclasses import replace
-
-    from repa.pipeline.source_plan import uncompressed_bytes
-
-    plan: Plan = make_plan(config(place, cache=place / "cache"))
-    manifest = replace(plan.manifest, num_rows=118_287 + 1, shard_rows=1024)
-    shards = range(manifest.num_shards)
-    sizes = {
-        name: uncompressed_bytes(manifest, shards, TEXT_ENCODERS[name].sizes().columns(name, dtype))
-        for name in ("sd3-512-text", "sd3-512-context", "sd3-context")
-        for dtype in ("float16",)
-    }
+def test_the_text_of_stable_diffusion_3_on_coco_takes_no_more_than_it_must(
+    place: Path, tmp_path: Path
+) -> None:
+    """COCO train2017, one caption of each of 118,287 images; SoftREPA's own cache of it takes 9.1 TB."""
+    count = 118_287
+    names = [f"{row:012d}.jpg" for row in range(count)]
+    table = tmp_path / "captions.jsonl"
+    table.write_text(
+        "".join(f'{{"file_name": "{name}", "text": ["caption of {name}", "another"]}}\n' for name in names)
+    )
+    settings = {"captions": str(table), "captions_per_image": 1, "batch_size": None, "weights": {}}
+    text = ("sd3-512-text", "sd3-512-context", "sd3-context")
+    asked = config(place, cache=tmp_path / "none", shard_rows=1024, text_encoders=text, **settings)
+    plan = make_plan(replace(asked, text_encoders=(), captions=None, captions_per_image=None))
+    images: Any = SimpleNamespace(keys=names)
+    manifest = replace(plan.manifest, num_rows=count)
+    found = make_caption_plan(
+        replace(plan, images=images, manifest=manifest, share=range(manifest.num_shards)), asked
+    )
+    assert found is not None
+    assert found.captions.left_out == count
+    sizes = {source.source: source.bytes for source in found.sources}
     assert sizes["sd3-512-text"] <= 0.59e12
     assert sizes["sd3-512-context"] <= 0.24e12
     # what the columns hold, and little beside it
-    for name, each in (
-        ("sd3-512-text", 4_829_184),
-        ("sd3-512-context", 1_813_504),
-        ("sd3-context", 1_027_072),
-    ):
-        assert 0 < sizes[name] - (118_287 + 1) * each < 1e-4 * sizes[name]
+    of_a_caption = {"sd3-512-text": 4_829_184, "sd3-512-context": 1_813_504, "sd3-context": 1_027_072}
+    for name, each in of_a_caption.items():
+        assert 0 < sizes[name] - (count + 1) * each < 1e-4 * sizes[name]
+    out = io.StringIO()
+    show_captions(found, Console(file=out, width=200))
+    for size in sizes.values():
+        assert f"{human_bytes(size)} to write" in out.getvalue()

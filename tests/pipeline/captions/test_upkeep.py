@@ -21,6 +21,7 @@ from repa.data.format.layout import shard_file
 from repa.data.format.opening import open_manifest
 from repa.data.testing import folder_contents
 from repa.data.upkeep.drop import drop_source
+from repa.data.upkeep.seal import seal_cache
 from repa.data.upkeep.verify import verify_cache
 from repa.pipeline.config import PreprocessConfig
 from repa.pipeline.run import run
@@ -153,6 +154,14 @@ def test_a_text_encoder_is_dropped_alone(cache: Path) -> None:
     assert caught.value.field == "SOURCE"
 
 
+def test_a_cache_whose_captions_lack_shards_is_not_sealed(cache: Path) -> None:
+    seal_cache(cache)
+    (captions_path(cache) / "commits" / "t5-xxl-text" / "1.json").unlink()
+    with pytest.raises(CacheError) as caught:
+        seal_cache(cache)
+    assert caught.value.field == "t5-xxl-text"
+
+
 def test_info_tells_of_the_captions(cache: Path) -> None:
     out = io.StringIO()
     info(cache=cache, as_json=True, console=Console(file=out))
@@ -224,6 +233,11 @@ def test_captions_are_read_through_the_front_door(cache: Path) -> None:
     states = captions.read([3, 0], STATES)[STATES]
     assert states.shape == (2, 77, 16)
     np.testing.assert_array_equal(states[0], captions.cache[3][STATES])
+    # by image, of its first caption, beside the columns of images
+    both = opened.read([1], STATES, "sd-vae/moments")
+    np.testing.assert_array_equal(both[STATES][0], captions.read([3], STATES)[STATES][0])
+    batch = next(iter(opened.loader(STATES, batch_size=2, seed=1)))
+    assert opened.target(batch, STATES).shape == (2, 77, 16)
     drop = cache.parent / "images"
     shutil.copytree(cache, drop, ignore=shutil.ignore_patterns("captions"))
     with pytest.raises(CacheError) as caught:
