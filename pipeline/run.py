@@ -91,6 +91,8 @@ def run(
         try:
             _run_images(plan, rank, pool, console, started)
             if captions is not None:
+                if pool is not None and captions.rows:
+                    say(console, "note: captions are encoded by this process, not by Ray", style="yellow")
                 run_captions(plan, captions, rank, console)
         except KeyboardInterrupt:
             raise StoppedError(saved(plan, captions)) from None
