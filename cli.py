@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence  # noqa: TC003 - typer resolves annotations of this module
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -24,7 +24,10 @@ from .commands.bench.measured import METHODS as MEASURED_METHODS
 from .commands.bench.measured import BenchSettings
 from .commands.cache.app import cache_app
 from .commands.compare import CompareFlags, compare
-from .commands.demo.run import DEFAULT_STEPS, IMAGES, METHODS
+from .commands.demo.run import DEFAULT_STEPS, IMAGES, METHODS, demo
+from .commands.demo.text import DEFAULT_STEPS as DEFAULT_TEXT_STEPS
+from .commands.demo.text import METHODS as TEXT_METHODS
+from .commands.demo.text import demo_of_text
 from .commands.evaluate.command import evaluate
 from .commands.evaluate.flags import EvaluateFlags
 from .commands.parity.flags import ParityFlags
@@ -236,19 +239,36 @@ def _analyze(flags: AnalyzeFlags) -> None:
 @app.command("demo")
 def _demo(
     out: Annotated[Path, typer.Option(help="Folder of its cache, runs and report.")] = Path("demo-out"),
-    steps: Annotated[int, typer.Option(help="Training steps of each method.")] = DEFAULT_STEPS,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Training steps of each method.",
+            show_default=f"{DEFAULT_STEPS}, of text {DEFAULT_TEXT_STEPS}",
+        ),
+    ] = None,
     images: Annotated[int, typer.Option(help="Images to encode; 256 of them are held out.")] = IMAGES,
     methods: Annotated[
-        str, typer.Option(metavar="NAME,NAME,…", help="Methods to train, all on the same images and noise.")
-    ] = METHODS,
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME,…",
+            help="Methods to train, all on the same images and noise.",
+            show_default=f"{METHODS}, of text {TEXT_METHODS}",
+        ),
+    ] = None,
+    text: Annotated[
+        bool, typer.Option("--text", help="Train on captions, and sample prompts; needs the extra 'text'.")
+    ] = False,
 ) -> None:
     """Do the main job on what the package carries.
 
-    It needs no download and no GPU, and for its three methods at most 8 minutes on 2 cores.
+    It needs no download and no GPU, and for its own methods at most 8 minutes on 2 cores.
     """
-    from .commands.demo.run import demo
-
-    demo(run_command, out=out, steps=steps, images=images, methods=methods)
+    amounts = {"steps": steps, "methods": methods}
+    given: dict[str, Any] = {name: value for name, value in amounts.items() if value is not None}
+    if text:
+        demo_of_text(run_command, out=out, images=images, **given)
+    else:
+        demo(run_command, out=out, images=images, **given)
 
 
 @app.command("bench")

@@ -3,47 +3,38 @@
 from __future__ import annotations
 
 import json
-import statistics
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from ...data.reading.reader import CacheReader
 from ...data.storage.files import write_file
 from ...pipeline.demo import RESOLUTION
 from ...pipeline.demo.shapes import CLASS_NAMES, DemoImages
-from ...pipeline.encoders import load_encoder
-from ...trainer.config import build
-from ...trainer.evaluation.registry import FEATURES, REFERENCE, measure
 from ...trainer.methods import METHODS
-from ...trainer.run.callbacks import METRICS_FILE
-from ...trainer.run.checks import check
-from ...trainer.run.folder import CONFIG_FILE
-from ...trainer.run.metrics import read_metrics
-from ...trainer.run.phases import describe_phases
-from ...trainer.run.timing import TIMING_FILE
-from ...trainer.sampling.record import ARRAY_FILE
-from ...trainer.settings_file import load_yaml
+from .measured import (
+    HELD_OUT,
+    HELD_OUT_SEED,
+    Distance,
+    bytes_per_image,
+    curve,
+    draw_curves,
+    images_per_second,
+    pixels,
+    samples,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
     from .demo_run import DemoRun
 
-HELD_OUT_SEED = 1
-"""Seed of drawn images that no model of the demo, and no cache, has seen."""
-
 PER_CLASS = 6
 ACROSS = 4
 """Most pictures beside each other."""
-
-_CHUNK = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,73 +71,27 @@ def report(cache: Path, runs: Sequence[DemoRun], out: Path) -> list[DemoRow]:
     Returns:
         The table's rows.
     """
-    real = _cached_class_vectors(cache)
-    teacher = load_encoder("demo", resolution=RESOLUTION)
-
-    def class_vectors(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Class vectors ``[N, D]`` of uint8 images ``[N, R, R, 3]``."""
-        chunks = torch.split(torch.from_numpy(images).permute(0, 3, 1, 2), _CHUNK)
-        return np.concatenate([teacher.encode(chunk.contiguous())["cls"].numpy() for chunk in chunks])
-
-    def distance(images: NDArray[np.uint8]) -> float:
-        """Compute the Fréchet distance of images to the cache's."""
-        return measure("fd", {FEATURES: class_vectors(images), REFERENCE: real})["fd"]
-
+    distance = Distance(cache)
     rows = [
         DemoRow(
             method=run.method,
             model=run.model,
-            velocity_loss=_curve(run, "held_out_ema")[-1][1],
-            frechet_distance=distance(_samples(run)[0]),
-            images_per_second=_images_per_second(run),
-            bytes_per_image=_bytes_per_image(run),
+            velocity_loss=curve(run, HELD_OUT)[-1][1],
+            frechet_distance=distance(samples(run)[0]),
+            images_per_second=images_per_second(run),
+            bytes_per_image=bytes_per_image(run),
             condition=METHODS[run.method].own_condition if run.method in METHODS else "",
         )
         for run in runs
     ]
-    unseen = DemoImages(count=len(_samples(runs[0])[0]), seed=HELD_OUT_SEED)
-    pixels = np.stack([np.asarray(unseen.load(index)) for index in range(len(unseen))])
-    floor = distance(pixels)
+    unseen = DemoImages(count=len(samples(runs[0])[0]), seed=HELD_OUT_SEED)
+    floor = distance(pixels(unseen))
     _print_table(rows, floor, len(unseen))
     numbers = {"rows": [asdict(row) for row in rows], "frechet_distance_of_unseen_images": floor}
     write_file(out / "demo.json", (json.dumps(numbers, indent=2) + "\n").encode(), out)
     _draw(runs, out / "demo.png")
     print(f"Wrote {out / 'demo.png'} and {out / 'demo.json'}.")
     return rows
-
-
-def _cached_class_vectors(cache: Path) -> NDArray[np.float32]:
-    """Class vectors float32 ``[N, D]`` of every valid image of the cache."""
-    with CacheReader(cache, ("demo/cls",)) as reader:
-        spec = reader.manifest.columns["demo/cls"]
-        values = np.empty((len(reader.valid_rows), *spec.shape), spec.numpy_dtype)
-        reader.read_rows(reader.valid_rows, ("demo/cls",), {"demo/cls": values})
-    return values.astype(np.float32)
-
-
-def _bytes_per_image(run: DemoRun) -> tuple[int, ...]:
-    """Count the bytes that each phase of a run reads for an image."""
-    config = build(load_yaml(run.folder / CONFIG_FILE))
-    phases = describe_phases(check(config), config)
-    return tuple(int(phase["step_bytes"]) // config.batch_size for phase in phases)
-
-
-def _images_per_second(run: DemoRun) -> float:
-    """Median over the logged stretches of training."""
-    rows = read_metrics(run.folder / TIMING_FILE)
-    return statistics.median(row["images_per_second"] for row in rows)
-
-
-def _samples(run: DemoRun) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Read the images uint8 ``[N, R, R, 3]`` and labels int64 ``[N]``, or conditions, of a sampling."""
-    with np.load(run.samples / ARRAY_FILE) as arrays:
-        return arrays["arr_0"], arrays["arr_1"]
-
-
-def _curve(run: DemoRun, name: str) -> list[tuple[float, float]]:
-    """Read the pairs (step, value) of a metric of a run."""
-    rows = read_metrics(run.folder / METRICS_FILE)
-    return [(row["step"], row[name]) for row in rows if name in row]
 
 
 def _print_table(rows: Sequence[DemoRow], floor: float, unseen: int) -> None:
@@ -203,9 +148,9 @@ def _draw(runs: Sequence[DemoRun], path: Path) -> None:
     for index, run in enumerate(runs):
         row, column = divmod(index, across)
         axes = figure.add_subplot(grids[row, 2 * column : 2 * column + 2])
-        axes.imshow(_grid(*_samples(run)), interpolation="nearest")
+        axes.imshow(_grid(*samples(run)), interpolation="nearest")
         on = "" if run.model == runs[0].model else f" on {run.model}"
-        of_classes = _samples(run)[1].ndim == 1
+        of_classes = samples(run)[1].ndim == 1
         axes.set_title(
             f"{run.method}{on}: {PER_CLASS} samples of each class"
             if of_classes
@@ -216,10 +161,8 @@ def _draw(runs: Sequence[DemoRun], path: Path) -> None:
         axes.tick_params(length=0)
         axes.set_yticks([])
         axes.set_frame_on(False)
-    _draw_curves(
-        figure.add_subplot(grids[down, :across]), runs, "held_out_ema", "velocity loss, held-out rows"
-    )
-    _draw_curves(figure.add_subplot(grids[down, across:]), runs, "velocity", "velocity loss, training")
+    draw_curves(figure.add_subplot(grids[down, :across]), runs, HELD_OUT, "velocity loss, held-out rows")
+    draw_curves(figure.add_subplot(grids[down, across:]), runs, "velocity", "velocity loss, training")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -233,13 +176,3 @@ def _grid(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.ui
         labels = np.arange(len(images)) % len(CLASS_NAMES)
     columns = [np.concatenate(images[labels == label][:PER_CLASS]) for label in np.unique(labels)]
     return np.concatenate(columns, axis=1)
-
-
-def _draw_curves(axes: Axes, runs: Sequence[DemoRun], name: str, title: str) -> None:
-    for run in runs:
-        steps, values = zip(*_curve(run, name), strict=True)
-        axes.plot(steps, values, label=run.method)
-    axes.set_title(title)
-    axes.set_xlabel("step")
-    axes.legend()
-    axes.grid(visible=True, alpha=0.3)

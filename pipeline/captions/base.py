@@ -29,7 +29,7 @@ class ImageCaptions:
 
     Attributes:
         name: where they come from, for people.
-        kind: ``coco``, ``table``, ``tars``, ``hf``, or ``cache``.
+        kind: ``coco``, ``table``, ``tars``, ``hf``, ``demo``, or ``cache``.
         of_images: the captions of each image, in the order of the images.
         left_out: captions beyond the most that are kept of an image.
         per_image: that most; None keeps all.

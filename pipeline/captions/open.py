@@ -9,8 +9,10 @@ from ...data.errors import RepaError
 from ...data.format.captions import EMPTY, captions_path, has_captions, read_captions, read_table
 from ...data.format.opening import open_manifest
 from ...data.tars.names import names_tars
+from ..demo.captions import captions_of
+from ..demo.shapes import DemoImages
 from ..images.names import HUGGING_FACE
-from .base import FLAG, ImageCaptions, check_per_image
+from .base import FLAG, ImageCaptions, check_per_image, matched_captions
 from .files import captions_in_file
 from .samples import captions_in_data_set, captions_in_tars
 
@@ -34,6 +36,8 @@ def open_captions(config: PreprocessConfig, images: ImageSource) -> ImageCaption
     place = config.captions
     if place is None and config.caption_column is None and has_captions(config.cache):
         return _of_cache(config)
+    if place is None and isinstance(images, DemoImages):
+        return _of_demo(config, images)
     if place is None:
         place = config.data
         if not (names_tars(place) or place.startswith(HUGGING_FACE)):
@@ -48,6 +52,22 @@ def open_captions(config: PreprocessConfig, images: ImageSource) -> ImageCaption
     if place.startswith(HUGGING_FACE):
         return captions_in_data_set(place, images.keys, column=column, per_image=per_image)
     return captions_in_file(Path(place), images.keys, column=column, per_image=per_image)
+
+
+def _of_demo(config: PreprocessConfig, images: DemoImages) -> ImageCaptions:
+    if config.caption_column is not None:
+        raise RepaError(
+            "the captions of the demo's images are in no column", "leave it out", field="--caption-column"
+        )
+    pairs = zip(images.keys, captions_of(images), strict=True)
+    return matched_captions(
+        images.keys,
+        ((key, caption) for key, own in pairs for caption in own),
+        name=images.name,
+        kind=images.kind,
+        per_image=config.captions_per_image,
+        by_file_name=False,
+    )
 
 
 def _of_cache(config: PreprocessConfig) -> ImageCaptions:

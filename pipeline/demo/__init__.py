@@ -1,7 +1,8 @@
-"""The material of `repa demo`, a drawn image set, a small autoencoder and a small teacher, all shipped.
+"""The material of `repa demo`, a drawn image set and small models, all shipped.
 
-Nothing here is downloaded. The images are drawn on demand (`shapes`); the weights were made by `train_vae`
-and `train_teacher` in this folder, which anyone can run again. This module needs neither torch nor numpy.
+Nothing here is downloaded. The images are drawn on demand (`shapes`). The weights of an autoencoder, a
+teacher and a text encoder were made by `train_vae`, `train_teacher` and `train_text` in this folder, which
+anyone can run again. This module needs neither torch nor numpy.
 """
 
 from pathlib import Path
@@ -34,3 +35,29 @@ TEACHER_OPTIONS: Final[dict[str, int]] = {
     "num_classes": 0,
 }
 """What `timm.create_model` is given beside the name: 8x8 patches, one class token, head width 64."""
+
+TEXT_FOLDER: Final = Path(__file__).parent / "text"
+"""A folder for transformers' `CLIPTextModel` and tokenizer: captions to states [B, 12, 64].
+
+Trained by `train_text` on captions of drawn shapes of seed 0 and on no other data.
+"""
+
+TEXT_LENGTH: Final = 12
+"""Tokens of a caption, with those of beginning, end and padding."""
+
+TEXT_WIDTH: Final = 64
+"""Channels of a state."""
+
+TEXT_OPTIONS: Final[dict[str, int]] = {
+    "vocab_size": 35,
+    "hidden_size": TEXT_WIDTH,
+    "intermediate_size": 4 * TEXT_WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": TEXT_LENGTH,
+    "projection_dim": TEXT_WIDTH,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 3,
+}
+"""What `transformers.CLIPTextConfig` is given: 31 words, and tokens for padding, begin, unknown and end."""

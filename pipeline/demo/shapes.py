@@ -26,6 +26,9 @@ GENERATOR_VERSION: Final = 2
 """Raise it whenever the drawn pixels change, so that a cache of older images is recognised as different."""
 
 HUES: Final = (0.00, 0.08, 0.15, 0.36, 0.52, 0.88)
+COLOUR_NAMES: Final = ("red", "orange", "yellow", "green", "cyan", "pink")
+"""Of the hues, in their order."""
+
 SUPERSAMPLING: Final = 4
 
 Point = tuple[float, float]
@@ -85,10 +88,12 @@ CLASS_NAMES: Final = tuple(sorted(OUTLINES))
 class Scene:
     """All that is random about one image.
 
-    Lengths are in pixels, the angle in radians, colours RGB in [0, 1].
+    Lengths are in pixels, the angle in radians, colours RGB in [0, 1]. `hue` is the position in `HUES` of the
+    one from which the shape's colour differs a little.
     """
 
     label: int
+    hue: int
     centre: Point
     radius: float
     angle: float
@@ -113,10 +118,12 @@ def scene(index: int, seed: int) -> Scene:
         return low + (high - low) * uniform
 
     half = RESOLUTION / 2
-    hue = HUES[int(draw[0] * len(HUES))] + between(-0.015, 0.015, draw[1])
+    position = int(draw[0] * len(HUES))
+    hue = HUES[position] + between(-0.015, 0.015, draw[1])
     shade = between(0.10, 0.24, draw[7])
     return Scene(
         label=index % len(CLASS_NAMES),
+        hue=position,
         centre=(half + between(-2.0, 2.0, draw[2]), half + between(-2.0, 2.0, draw[3])),
         radius=between(20.5, 23.0, draw[4]),
         angle=math.radians(between(-5.0, 5.0, draw[5])),
@@ -128,7 +135,7 @@ def scene(index: int, seed: int) -> Scene:
 
 def coverage(index: int, seed: int) -> NDArray[np.float32]:
     """Compute the fraction of each pixel that the shape covers, float32 `[64, 64]` in [0, 1]."""
-    return _coverage(scene(index, seed))
+    return coverage_of(scene(index, seed))
 
 
 def render(index: int, seed: int) -> NDArray[np.uint8]:
@@ -136,7 +143,7 @@ def render(index: int, seed: int) -> NDArray[np.uint8]:
     what = scene(index, seed)
     height = np.linspace(0.0, 1.0, RESOLUTION)[:, None, None]
     background = np.array(what.top) * (1.0 - height) + np.array(what.bottom) * height
-    covered = _coverage(what)[:, :, None].astype(np.float64)
+    covered = coverage_of(what)[:, :, None].astype(np.float64)
     image = background * (1.0 - covered) + np.array(what.colour) * covered
     return np.asarray(np.rint(image * 255.0), dtype=np.uint8)
 
@@ -147,6 +154,7 @@ class DemoImages:
     Rows are sorted by key and therefore grouped by class.
 
     Attributes:
+        indices: of the images, by row.
         keys: `"<class>/<number>.png"`, ascending.
         labels: int32 `[count]`, position of the class in `class_names`.
         fingerprint: `"sha256:…"` of generator version, resolution, classes, seed and count.
@@ -166,9 +174,11 @@ class DemoImages:
             raise ValueError(f"count must be at most {100_000 * classes}, got {count}: five digits a class")
         self.seed = seed
         self.class_names: list[str] = list(CLASS_NAMES)
-        self._indices = [index for label in range(classes) for index in range(label, count, classes)]
-        self.keys: list[str] = [f"{CLASS_NAMES[i % classes]}/{i // classes:05d}.png" for i in self._indices]
-        self.labels: NDArray[np.int32] = np.array([i % classes for i in self._indices], dtype=np.int32)
+        self.indices: list[int] = [
+            index for label in range(classes) for index in range(label, count, classes)
+        ]
+        self.keys: list[str] = [f"{CLASS_NAMES[i % classes]}/{i // classes:05d}.png" for i in self.indices]
+        self.labels: NDArray[np.int32] = np.array([i % classes for i in self.indices], dtype=np.int32)
         description = {
             "source": self.name,
             "generator_version": GENERATOR_VERSION,
@@ -186,10 +196,10 @@ class DemoImages:
 
     def load(self, i: int) -> Image.Image:
         """Draw the image of row `i` as an RGB PIL image of 64x64 pixels."""
-        return Image.fromarray(render(self._indices[i], self.seed))
+        return Image.fromarray(render(self.indices[i], self.seed))
 
 
-def _coverage(what: Scene) -> NDArray[np.float32]:
+def coverage_of(what: Scene) -> NDArray[np.float32]:
     """Draw the shape as a mask at a multiple of the resolution and average it down."""
     side = RESOLUTION * SUPERSAMPLING
     mask = Image.new("L", (side, side), 0)

@@ -17,7 +17,7 @@ from ...data.format.columns import TEXT_STATES
 from ...data.format.manifest import Provenance
 from ..encoders.precision import forward_pass
 from ..encoders.weights import library_versions, weights_sha256
-from .files import TextFiles, files_in, files_on_hub, read_config, remedy_for
+from .files import TextFiles, files_in, files_of, read_config, remedy_for
 from .networks import (
     CONTEXT_EMBEDDER,
     Network,
@@ -224,16 +224,17 @@ def load_text_encoder(
 
     Args:
         facts: of the encoder.
-        folder: of its files, see `files_in`; None: the hub's or their local copy.
+        folder: of its files, see `files_in`; None: the shipped ones, else the hub's or their local copy.
         device: where it computes.
         compute_dtype: one of `COMPUTE_DTYPES`.
-        random_weights: draw the weights where no folder is given; captions are then tokenized by bytes.
+        random_weights: draw the weights where no folder is given and none is shipped; captions are then
+            tokenized by bytes.
 
     Raises:
         RepaError: transformers is not installed, or the files are not the encoder's, or not to be had.
     """
     settings: dict[str, Any] = {"device": torch.device(device), "compute_dtype": compute_dtype}
-    if folder is None and random_weights:
+    if folder is None and facts.shipped is None and random_weights:
         networks = [draw_network(part) for part in facts.parts]
         tokenizers = [ByteTokenizer(part) for part in facts.parts]
         context = _drawn_context(facts) if facts.embedded else None
@@ -247,7 +248,7 @@ def load_text_encoder(
             random_weights=True,
             **settings,
         )
-    files = files_in(facts, folder) if folder is not None else files_on_hub(facts)
+    files = files_of(facts, folder)
     sizes = _sizes(facts, files)
     pairs = list(zip(facts.parts, files.parts, strict=True))
     context = None if files.context is None else load_context_embedder(facts, files.context)

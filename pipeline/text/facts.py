@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ...data.format.columns import SCALE_SUFFIX, TEXT_STATES, ColumnSpec, column_name
+from ..demo import TEXT_FOLDER, TEXT_LENGTH, TEXT_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 INT8: Final = "int8"
 
@@ -94,7 +96,7 @@ class TextFacts:
 
     Attributes:
         name: of the source of its columns.
-        hub: where its files are published.
+        hub: where its files are published; a word for those that are `shipped`.
         parts: its networks.
         joined: how their states make one sequence. ``side by side`` joins channels; ``stable diffusion 3``
             joins the channels of the first two, pads them with zeros to the width of the third, and lets the
@@ -102,6 +104,7 @@ class TextFacts:
         zeros: whether the empty caption's columns are zeros, as Stable Diffusion XL has them.
         embedded: whether states go through the frozen context embedder of the model of the hub.
         masked: whether a mask of the tokens that are no padding is stored.
+        shipped: folder of its files, of one that comes with the package.
     """
 
     name: str
@@ -111,6 +114,7 @@ class TextFacts:
     zeros: bool = False
     embedded: bool = False
     masked: bool = False
+    shipped: Path | None = None
 
     @property
     def length(self) -> int:
@@ -253,6 +257,13 @@ _ROWS = (
     _stable_diffusion_3("sd3-512-text", 512, embedded=False),
     _stable_diffusion_3("sd3-context", 256, embedded=True),
     _stable_diffusion_3("sd3-512-context", 512, embedded=True),
+    TextFacts(
+        name="demo-text",
+        hub="shipped",
+        parts=(TextPart(family="clip", length=TEXT_LENGTH, config=TEXT_OPTIONS),),
+        masked=True,
+        shipped=TEXT_FOLDER,
+    ),
 )
 TEXT_ENCODERS: Final[Mapping[str, TextFacts]] = {row.name: row for row in _ROWS}
 """The text encoders: one row each. The length of T5 is a part of what its columns are, hence of the name."""

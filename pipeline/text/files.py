@@ -48,11 +48,30 @@ class TextFiles(NamedTuple):
 
 def remedy_for(facts: TextFacts) -> str:
     """Say how the files of a text encoder are given."""
+    if facts.shipped is not None:
+        return (
+            f"install repa again, or give `--weights {facts.name}=FOLDER` the folder that "
+            "repa.pipeline.demo.train_text wrote"
+        )
     inside = "" if len(facts.parts) == 1 else f" with {', '.join(part.folders[0] for part in facts.parts)}"
     return (
         f"bring https://huggingface.co/{facts.hub} in a folder{inside} and give "
         f"`--weights {facts.name}=FOLDER`, or try things out with `--random-weights`"
     )
+
+
+def files_of(facts: TextFacts, folder: Path | None) -> TextFiles:
+    """Find the files of a text encoder.
+
+    Args:
+        facts: of the encoder.
+        folder: where they lie, see `files_in`; None: the shipped ones, else the hub's.
+
+    Raises:
+        RepaError: there is a file missing.
+    """
+    place = folder or facts.shipped
+    return files_on_hub(facts) if place is None else files_in(facts, place)
 
 
 def files_in(facts: TextFacts, folder: Path) -> TextFiles:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from repa.cli import run_command
 from repa.commands.demo import run as demo_module
+from repa.commands.demo import typed
 from repa.commands.demo.run import demo
 from repa.data.errors import RepaError
 from repa.data.format.opening import open_manifest
@@ -21,10 +22,10 @@ from repa.trainer.run.metrics import read_metrics
 
 @pytest.fixture
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_module, "HOLDOUT", 24)
+    monkeypatch.setattr(typed, "HOLDOUT", 24)
     monkeypatch.setattr(demo_module, "SAMPLES", 20)
-    monkeypatch.setattr(demo_module, "BATCH_SIZE", 8)
-    monkeypatch.setattr(demo_module, "SOLVER_STEPS", 3)
+    monkeypatch.setattr(typed, "BATCH_SIZE", 8)
+    monkeypatch.setattr(typed, "SOLVER_STEPS", 3)
 
 
 @pytest.mark.slow
