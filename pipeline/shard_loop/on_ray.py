@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from ...data.errors import RepaError
 from ...data.format.opening import differences
-from ...data.units import counted
 from ...data.writing.writer import ShardTakenError
 from ..plan import make_plan, present_manifest
 from ..source_plan import missing_shards
@@ -35,8 +34,11 @@ if TYPE_CHECKING:
     from ..plan import Plan
     from .worker import Report
 
-MOST_LOST = 10
-"""Workers that one shard may lose. A shard that ends every worker is not given out for ever."""
+MOST_TRIES = 100
+"""Times that one shard is given out again, so that one that ends every worker ends the run at last.
+
+A machine that vanishes takes several of them: Ray tries to reach it until it is known to be dead.
+"""
 
 _MOST_DECODERS = 16
 _PATIENCE_SECONDS = 180.0  # locks of a machine that has gone last as long as the file system's lease
@@ -145,7 +147,7 @@ def _rows(
 
 def _retried() -> dict[str, Any]:
     """Return how often Ray starts a worker again, and gives out the shard that one was lost at."""
-    return {"max_restarts": -1, "max_task_retries": MOST_LOST}
+    return {"max_restarts": -1, "max_task_retries": MOST_TRIES}
 
 
 class EncodeShard:
@@ -337,6 +339,5 @@ def _as_repa_error(ray: Any) -> Iterator[None]:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise RepaError(
             f"Ray gave up: {lines[-1].strip() if lines else type(error).__name__}",
-            f"what was committed is kept; run the same command again to resume. A shard that has lost "
-            f"{counted(MOST_LOST, 'worker')} ends the run: `ray logs` says what ended them",
+            "what was committed is kept, and the same command resumes; `ray logs` says what ended a worker",
         ) from error
