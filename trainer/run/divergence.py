@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ...data.errors import RepaError
-from ..step.checkpoints import checkpoints_of, load_checkpoint
+from ..step.checkpoints import SOFTREPA_FILE, checkpoints_of, load_checkpoint
 from .metrics import first_not_finite
 
 if TYPE_CHECKING:
@@ -92,6 +92,9 @@ def way_on(run: Path) -> str:
     """Return what can be done about a run that has diverged."""
     lower = "a lower --lr, a lower --set clip or --set precision=32-true"
     newest = max(checkpoints_of(run), default=None)
+    if (run / SOFTREPA_FILE).exists():
+        # its tokens have neither clipping nor a precision of their own
+        return "begin another --run with a lower --lr"
     if newest is None:
         return f"start another --run with {lower}"
     return (

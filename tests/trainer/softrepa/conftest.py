@@ -61,7 +61,7 @@ def soft_settings(captioned: Path, models: dict[str, Path]) -> Callable[..., Sof
             "max_steps": 4,
             "batch_size": 4,
             "rows": 2,
-            "holdout": 8,
+            "holdout": 4,
             "eval_every": 2,
             "checkpoint_every": 2,
             "log_every": 1,

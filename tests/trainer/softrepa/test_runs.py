@@ -198,7 +198,7 @@ def test_the_presets_of_the_kinds(soft_settings: Settings) -> None:
         ("sd15", {"model": "nowhere"}, "--model"),
         ("sd15", {"cache": ""}, "--cache"),
         ("sd15", {"cache": "tars/{000..001}.tar"}, "--cache"),
-        ("sd15", {"batch_size": 32}, "--batch-size"),
+        ("sd15", {"batch_size": 40, "holdout": 0}, "--batch-size"),
         ("sd15", {"holdout": 3}, "holdout"),
     ],
 )
@@ -261,3 +261,23 @@ def test_problems_are_listed_together(soft_settings: Settings, soft_fit: Fit, tm
         soft_fit(soft_settings(layers=2, batch_size=40, holdout=0))
     assert {problem.field for problem in error.value.problems} == {"layers", "--batch-size"}
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_time_is_up_is_saved_and_goes_on(
+    soft_settings: Settings, soft_fit: Fit, tmp_path: Path
+) -> None:
+    stopped, _ = soft_fit(soft_settings(max_time="00:00:00:00", checkpoint_every=100))
+    assert (stopped.step, stopped.finished) == (1, False)
+    assert list(checkpoints_of(tmp_path / "run")) == [1]
+    assert read_soft_tokens(tmp_path / "run" / "tokens.safetensors")[1].step == 1
+    done, _ = soft_fit(soft_settings(checkpoint_every=100))
+    assert (done.step, done.resumed_from, done.finished) == (4, 1, True)
+
+
+def test_tokens_that_are_not_finite_are_not_saved(
+    soft_settings: Settings, soft_fit: Fit, tmp_path: Path
+) -> None:
+    with pytest.raises(RepaError) as error:
+        soft_fit(soft_settings(lr=1e30, holdout=0))
+    assert error.value.field in {"weights", "loss", "contrast", "error_matched"}
+    assert "clip" not in error.value.remedy
