@@ -28,6 +28,8 @@ from .commands.demo.run import DEFAULT_STEPS, IMAGES, METHODS, demo
 from .commands.demo.text import DEFAULT_STEPS as DEFAULT_TEXT_STEPS
 from .commands.demo.text import METHODS as TEXT_METHODS
 from .commands.demo.text import demo_of_text
+from .commands.distill.flags import DistillFlags
+from .commands.distill.run import distill
 from .commands.evaluate.command import evaluate
 from .commands.evaluate.flags import EvaluateFlags
 from .commands.parity.flags import ParityFlags
@@ -209,6 +211,16 @@ def _parity(flags: ParityFlags) -> None:
 def _sample(flags: SampleFlags) -> None:
     """Sample images from a run or from a published checkpoint."""
     sample(flags)
+
+
+@app.command("distill")
+@takes_flags(DistillFlags)
+def _distill(flags: DistillFlags) -> None:
+    """Make a faster copy of a teacher from its cached tokens, with most hidden channels linear and merged.
+
+    It is another teacher than the one it copies, and its file says how far away. The same command resumes.
+    """
+    distill(flags)
 
 
 @app.command("compare")

@@ -233,7 +233,7 @@ def make_config(flags: EncodingFlags) -> PreprocessConfig:
     from ..data.format.columns import COMPRESSORS, ROUNDED_DTYPES
     from ..data.format.manifest import COMPUTE_DTYPES, VIEWS
     from ..pipeline.config import PreprocessConfig
-    from ..pipeline.encoders.registry import find_teacher
+    from ..pipeline.encoders.registry import file_of, find_teacher
 
     demo = flags.data == DEMO_DATA
     default = DEMO_RESOLUTION if demo else DEFAULT_RESOLUTION
@@ -261,7 +261,8 @@ def make_config(flags: EncodingFlags) -> PreprocessConfig:
     settings["resolution"] = side
     settings["views"] = None if flags.views is None else VIEWS[flags.views]
     weights = parse_weights(flags.weights or ())
-    settings["weights"] = {found.get(each, each): file for each, file in weights.items()}
+    files = {own: file for each, own in found.items() if (file := file_of(each)) is not None}
+    settings["weights"] = files | {found.get(each, each): file for each, file in weights.items()}
     settings["outside"] = {own: each for each, own in found.items() if ":" in each}
     settings["attention"] = {} if flags.attention is None else attention_blocks(flags.attention, names)
     if isinstance(flags, PreprocessFlags):

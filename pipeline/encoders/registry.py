@@ -2,7 +2,8 @@
 
 ``timm:NAME`` is any ViT of timm, and ``timm-NAME`` the same: that is what its columns are called. A package
 offers teachers as entry points of the group ``repa.encoders``; any other is named in full as
-``my_package.my_module:MyTeacher``. See ``docs/extending/teacher.md``.
+``my_package.my_module:MyTeacher``. See ``docs/extending/teacher.md``. A channel-idle copy of a teacher is
+called ``TEACHER-idle75`` or by the file that `repa distill` wrote. See ``docs/distill.md``.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+from pathlib import Path
 from typing import Final
 
 from ...data.errors import RepaError
 from ...data.format.columns import AUTOENCODER, column_name
 from ...data.outside import entry_names, find_outside, names_object
 from .base import OwnTeacher, Teacher
+from .idle_teacher import SUFFIX, idle_teacher, read_distilled, split_idle_name
 from .teachers import TEACHERS
 from .timm_teacher import TimmTeacher
 
@@ -55,7 +58,19 @@ def find_teacher(name: str, *, may_import: bool = False) -> Teacher:
     return _found[name]
 
 
+def file_of(name: str) -> Path | None:
+    """Return the file of a merged encoder if that is what ``--encoder`` names, else None."""
+    return Path(name) if name.endswith(SUFFIX) and not names_object(name) else None
+
+
 def _find(name: str, may_import: bool) -> Teacher:
+    file = file_of(name)
+    if file is not None:
+        return find_teacher(read_distilled(file).name)
+    split = None if name in entry_names(GROUP) or names_object(name) else split_idle_name(name)
+    if split is not None:
+        teacher, idle, norm = split
+        return idle_teacher(name, find_teacher(teacher), idle, norm)
     match = _TIMM.fullmatch(name)
     if match is not None:
         from .timm_facts import timm_teacher
@@ -68,7 +83,7 @@ def _find(name: str, may_import: bool) -> Teacher:
         raise RepaError(
             f"encoder {name!r} is unknown",
             f"{suggestion}give --encoder one of {', '.join(known)}, timm:NAME for any ViT of timm, or "
-            "my_module:MyTeacher",
+            "my_module:MyTeacher, or the file of a merged encoder",
             field=FLAG,
         )
     found = find_outside(

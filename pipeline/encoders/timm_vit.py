@@ -21,6 +21,8 @@ from ...data.errors import RepaError
 from ...data.format.manifest import LOADED_NOTE, Provenance
 from ..images.pixels import to_teacher_input
 from .attention import AttentionCapture, use_fused_attention
+from .idle_blocks import require_idle_fits, shape_merged
+from .idle_teacher import Distilled, IdleTeacher, read_distilled, require_fit, usual_file
 from .precision import forward_pass
 from .timm_teacher import DEMO
 from .weights import (
@@ -83,6 +85,10 @@ class TimmEncoder:
         self.random_weights = path is None and random_weights
         if path is None and not random_weights:
             path = _from_hub(teacher)  # before the model is built: an error should not take seconds
+        self._distilled: Distilled | None = None
+        if isinstance(teacher, IdleTeacher) and path is not None:
+            self._distilled = read_distilled(path)
+            require_fit(self._distilled, teacher, resolution, path)
         model = build(teacher, self.input_size)
         self._sha256 = None if path is None else load_checkpoint(model, path, teacher)
         self._loaded_sha256 = weights_sha256(model.state_dict())
@@ -97,8 +103,12 @@ class TimmEncoder:
     @torch.inference_mode()
     def encode(self, images: Tensor, attention: tuple[int, ...] = ()) -> dict[str, Tensor]:
         """Compute the features of a batch, and queries and keys of blocks, see `Encoder.encode`."""
+        return self.compute(images, attention)
+
+    def compute(self, images: Tensor, attention: tuple[int, ...] = ()) -> dict[str, Tensor]:
+        """Compute what `encode` does, with gradients where they are on."""
         capture = self._capture(attention) if attention else contextlib.nullcontext()
-        pixels = to_teacher_input(images, self.input_size, self._mean, self._std)
+        pixels = self.pixels(images)
         with forward_pass(self.compute_dtype, self.device):
             with capture:
                 tokens = self._model.forward_features(pixels)
@@ -125,6 +135,21 @@ class TimmEncoder:
             prefix_tokens=self._model.num_prefix_tokens,
         )
 
+    def pixels(self, images: Tensor) -> Tensor:
+        """Return uint8 images ``[B, 3, R, R]`` as the ViT takes them, float32 ``[B, 3, S, S]``."""
+        return to_teacher_input(images, self.input_size, self._mean, self._std)
+
+    @property
+    def model(self) -> Any:
+        """The ViT."""
+        return self._model
+
+    def with_model(self, model: Any) -> TimmEncoder:
+        """Return the same encoder computing with another ViT of the same input and output."""
+        other = copy.copy(self)
+        other._model = model
+        return other
+
     def in_float32(self) -> TimmEncoder:
         """Return the same network computing in float32."""
         other = copy.copy(self)
@@ -135,9 +160,14 @@ class TimmEncoder:
         """Return what the manifest keeps."""
         mean, std = self._teacher.normalisation
         as_in_file = self._sha256 in (None, self._loaded_sha256)
-        resampled = {} if as_in_file else {LOADED_NOTE: self._loaded_sha256}
+        notes: dict[str, Any] = {} if as_in_file else {LOADED_NOTE: self._loaded_sha256}
+        model = DEMO if self.name == DEMO else self._teacher.timm_name
+        if isinstance(self._teacher, IdleTeacher):
+            model = f"{model}, channel-idle copy"
+        if self._distilled is not None:
+            notes["distilled"] = self._distilled.notes()
         return Provenance(
-            model=DEMO if self.name == DEMO else self._teacher.timm_name,
+            model=model,
             weights_sha256=self._sha256 or self._loaded_sha256,
             random_weights=self.random_weights,
             input_size=self.input_size,
@@ -147,7 +177,7 @@ class TimmEncoder:
             batch_size=batch_size,
             grid=self.grid,
             libraries=library_versions("torch", "timm", "pillow"),
-            notes={"patch": self._teacher.patch_feature, "cls": self._teacher.class_feature, **resampled},
+            notes={"patch": self._teacher.patch_feature, "cls": self._teacher.class_feature, **notes},
         )
 
 
@@ -155,7 +185,11 @@ def build(teacher: TimmTeacher, input_size: int) -> Any:
     """Build the teacher's architecture for an input size, with weights drawn from a fixed seed."""
     with drawn_weights():
         options: dict[str, Any] = {**teacher.options, "img_size": input_size, "num_classes": 0}
-        return timm.create_model(teacher.timm_name, pretrained=False, **options)
+        model = timm.create_model(teacher.timm_name, pretrained=False, **options)
+        if isinstance(teacher, IdleTeacher):
+            require_idle_fits(model, teacher.teacher)
+            shape_merged(model, teacher.idle, teacher.norm)
+        return model
 
 
 def load_checkpoint(model: Any, path: Path, teacher: TimmTeacher) -> str:
@@ -201,6 +235,9 @@ def load_checkpoint(model: Any, path: Path, teacher: TimmTeacher) -> str:
 
 
 def _shipped(teacher: TimmTeacher) -> Path | None:
+    if isinstance(teacher, IdleTeacher):
+        usual = usual_file(teacher.name)
+        return usual if usual.is_file() else None
     if teacher.name != DEMO:
         return None
     from ..demo import TEACHER_WEIGHTS
@@ -216,7 +253,9 @@ def _from_hub(teacher: TimmTeacher) -> Path:
 
 
 def _bring(teacher: TimmTeacher) -> str:
-    if teacher.hub is not None:
+    if isinstance(teacher, IdleTeacher):
+        what = f"the file that `repa distill --encoder {teacher.teacher}` wrote"
+    elif teacher.hub is not None:
         what = f"{HUB_FILES[0]} of https://huggingface.co/{teacher.hub}"
     elif teacher.name == DEMO:
         what = "the file that repa.pipeline.demo.train_teacher wrote"

@@ -32,6 +32,7 @@ from ...data.units import counted
 from ...data.writing.store import keys_sha256
 from ..encoders import find_teacher, load_encoder
 from ..encoders.precision import require_arithmetic
+from ..encoders.registry import file_of
 from ..images.base import AUTO_LABELS, FOLDER_LABELS, NO_LABELS, ONLY_CLASS
 from ..images.matched import MatchedImages
 from ..images.open import open_source
@@ -105,7 +106,8 @@ class LiveTeachers:
         found = {each: find_teacher(each, may_import="--encoder" in typed) for each in encoders}
         self._facts = {teacher.name: teacher for teacher in found.values()}
         own = {each: teacher.name for each, teacher in found.items()}
-        self._weights = {own.get(each, each): file for each, file in weights.items()}
+        files = {own[each]: file for each in encoders if (file := file_of(each)) is not None}
+        self._weights = files | {own.get(each, each): file for each, file in weights.items()}
         self._random_weights = random_weights
         self._exact = exact
         self._teachers: list[_Teacher] = []

@@ -1,0 +1,1 @@
+"""Channel-idle copies of teachers, distilled from the tokens of a cache."""

@@ -1,0 +1,55 @@
+"""Images a second of an encoder beside its teacher's, in turn on one device."""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..encoders.timm_vit import TimmEncoder
+
+ROUNDS = 7
+
+
+def compare_speed(teacher: TimmEncoder, encoder: TimmEncoder, images: Tensor) -> dict[str, float | int | str]:
+    """Encode the same images by both, in turn.
+
+    Args:
+        teacher: the original.
+        encoder: the copy.
+        images: uint8 ``[B, 3, R, R]``, on their device.
+
+    Returns:
+        ``device``, ``threads`` of a CPU, ``compute_dtype``, ``batch_size``, ``teacher`` and ``copy`` in
+        images a second (medians), and ``ratio``, the median of the rounds' own.
+    """
+    rates: list[tuple[float, float]] = []
+    for number in range(ROUNDS + 1):
+        found = tuple(len(images) / _seconds(each, images) for each in (teacher, encoder))
+        if number:  # in the first much is done for the first time
+            rates.append((found[0], found[1]))
+    cuda = teacher.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(teacher.device) if cuda else "CPU",
+        "threads": 0 if cuda else torch.get_num_threads(),
+        "compute_dtype": teacher.compute_dtype,
+        "batch_size": len(images),
+        "teacher": median(each for each, _ in rates),
+        "copy": median(each for _, each in rates),
+        "ratio": median(copy / original for original, copy in rates),
+    }
+
+
+def _seconds(encoder: TimmEncoder, images: Tensor) -> float:
+    # computing on a GPU has only begun when the call returns
+    wait = torch.cuda.synchronize if images.is_cuda else lambda: None
+    wait()
+    began = time.perf_counter()
+    encoder.encode(images)
+    wait()
+    return time.perf_counter() - began

@@ -1,0 +1,226 @@
+"""Distillation end to end, of the student's tokens from the cached ones, in steps that can be resumed.
+
+The loss of a token is 1 − cosine to the cached one, over all patch tokens and the class feature, plus a small
+squared error relative to the cached tokens' mean square, so that norms stay.
+Trained are the blocks and the final norm. The images of a step are a function of seed and step alone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ...data.errors import RepaError
+from ...data.reading.order import EpochOrder, batch_views
+from ...data.storage.files import make_folder, os_errors, write_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ..encoders.timm_vit import TimmEncoder
+    from .pairs import CachedPairs, Pairs
+
+SQUARED_WEIGHT = 0.1
+"""Of the squared error beside the cosine. Ours."""
+TRAINED = ("blocks.", "norm.")
+_ENTRY = "repa-distillation"
+_BETAS, _EPSILON = (0.9, 0.999), 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """What the weights after a step depend on.
+
+    Attributes:
+        encoder: name of the student.
+        cache: identity of the cache.
+        teacher_sha256: of the teacher's weights.
+        fit_images: images of the closed-form start.
+        held_out: images that are held out.
+        batch_size: images of a step.
+        learning_rate: of AdamW, constant, without weight decay.
+        seed: of the order and of the images of the start.
+    """
+
+    encoder: str
+    cache: str
+    teacher_sha256: str
+    fit_images: int
+    held_out: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+
+
+class Distillation:
+    """A student in training.
+
+    Args:
+        student: encoder with a ViT of `make_idle`, whose weights are trained in place.
+        settings: of the run.
+        pairs: the cache.
+        rows: that are trained on.
+        file: where the state is kept.
+
+    Attributes:
+        step: steps done.
+        losses: of the steps done by this process.
+    """
+
+    def __init__(
+        self,
+        student: TimmEncoder,
+        settings: TrainingSettings,
+        pairs: CachedPairs,
+        rows: NDArray[np.int64],
+        file: Path,
+    ) -> None:
+        self._student, self._settings, self._pairs, self._rows = student, settings, pairs, rows
+        self._file = file
+        self._order = EpochOrder(seed=settings.seed, count=len(rows))
+        model = student.model.requires_grad_(False)
+        self._trained = {
+            name: each.requires_grad_() for name, each in model.named_parameters() if name.startswith(TRAINED)
+        }
+        self._optimizer = torch.optim.AdamW(
+            self._trained.values(),
+            lr=settings.learning_rate,
+            betas=_BETAS,
+            eps=_EPSILON,
+            weight_decay=0.0,
+        )
+        self.step = 0
+        self.losses: list[float] = []
+
+    def resume(self) -> bool:
+        """Go on where the state was kept, and return whether there was one.
+
+        Raises:
+            RepaError: it is of other settings, or damaged.
+        """
+        if not self._file.exists():
+            return False
+        remedy = "give the same, or remove that file to begin again"
+        try:
+            with safe_open(self._file, framework="pt") as file:
+                kept = json.loads((file.metadata() or {})[_ENTRY])
+            state = load_file(self._file)
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise RepaError(f"{self._file} is no state of a distillation", remedy, field="--out") from error
+        now = asdict(self._settings)
+        for name, value in now.items():
+            if kept["settings"].get(name) != value:
+                flag = f"--{name.replace('_', '-')}"
+                raise RepaError(
+                    f"the distillation in {self._file} was begun with {name} "
+                    f"{kept['settings'].get(name)}, not {value}",
+                    remedy,
+                    field=flag,
+                )
+        self._student.model.load_state_dict(_part(state, "model."))
+        self.step = int(kept["step"])
+        if self.step:
+            moments = {
+                number: {
+                    "step": torch.tensor(float(self.step)),
+                    "exp_avg": state[f"average.{name}"],
+                    "exp_avg_sq": state[f"squares.{name}"],
+                }
+                for number, name in enumerate(self._trained)
+            }
+            groups = self._optimizer.state_dict()["param_groups"]
+            self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        return True
+
+    def save(self) -> None:
+        """Keep the state, whole or not at all."""
+        state = {f"model.{name}": each for name, each in self._student.model.state_dict().items()}
+        for name, each in self._trained.items():
+            kept = self._optimizer.state.get(each)
+            if kept:
+                state[f"average.{name}"], state[f"squares.{name}"] = kept["exp_avg"], kept["exp_avg_sq"]
+        document = {"settings": asdict(self._settings), "step": self.step}
+        write_tensors(self._file, state, {_ENTRY: json.dumps(document)})
+
+    def run(self, steps: int, save_every: int, report: Callable[[int], None]) -> None:
+        """Train until so many steps are done.
+
+        Args:
+            steps: of the whole run.
+            save_every: steps after which the state is kept; it is at the end too.
+            report: is told the images of each step.
+
+        Raises:
+            RepaError: a loss is not finite.
+        """
+        for block in self._student.model.blocks:
+            # no other layer of the teachers behaves otherwise in training
+            block.mlp.train()
+        try:
+            while self.step < steps:
+                self._step()
+                report(self._settings.batch_size)
+                if self.step % save_every == 0 or self.step == steps:
+                    self.save()
+        finally:
+            self._student.model.eval()
+
+    def _step(self) -> None:
+        size, seed = self._settings.batch_size, self._settings.seed
+        positions = self._order.batch(self.step * size, size)
+        count = len(self._pairs.reader.manifest.views)
+        views = batch_views(seed=seed, step=self.step, batch_size=size, views=count)
+        batch = self._pairs.read(self._rows[positions], views)
+        loss = token_loss(self._student.compute(batch.images), batch)
+        if not bool(torch.isfinite(loss)):
+            raise RepaError(
+                f"the loss of step {self.step + 1} is not finite",
+                "give a smaller --learning-rate",
+                field="--learning-rate",
+            )
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self._optimizer.step()
+        self.losses.append(loss.item())
+        self.step += 1
+
+
+def token_loss(features: dict[str, Tensor], wanted: Pairs) -> Tensor:
+    """Return the loss of a batch, see the module.
+
+    Args:
+        features: of the student, ``patch`` ``[B, T, D]`` and ``cls`` ``[B, D]``.
+        wanted: the cached ones.
+    """
+    found = torch.cat([features["patch"], features["cls"].unsqueeze(1)], dim=1)
+    tokens = torch.cat([wanted.patch, wanted.cls.unsqueeze(1)], dim=1)
+    away = 1 - F.cosine_similarity(found, tokens, dim=-1).mean()
+    error: Tensor = (found - tokens).square().mean() / tokens.square().mean()
+    return away + SQUARED_WEIGHT * error
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file whole or not at all.
+
+    Raises:
+        RepaError: it cannot be written.
+    """
+    plain = {name: each.detach().cpu().contiguous() for name, each in tensors.items()}
+    with os_errors("write", path):
+        make_folder(path.parent)
+        write_file(path, save(plain, metadata), path.parent)
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): each for name, each in state.items() if name.startswith(prefix)}
