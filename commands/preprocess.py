@@ -55,8 +55,8 @@ class EncodingFlags:
         list[str] | None,
         typer.Option(
             "--encoder",
-            help="Teacher; may repeat. 'timm:NAME': any ViT of timm; 'my_module:MyTeacher'; 'none': latents "
-            "only. Default dinov2-b, of the demo 'demo'.",
+            help="Teacher; may repeat. 'timm:NAME': any ViT of timm; 'my_module:MyTeacher'; a file of "
+            "repa distill; 'none': latents only. Default dinov2-b, of the demo 'demo'.",
         ),
     ] = None
     vae: Annotated[

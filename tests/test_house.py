@@ -48,7 +48,8 @@ def test_help_does_not_import_torch() -> None:
     code = (
         "import sys\n"
         "from repa.cli import main\n"
-        "names = ',preprocess,train,sample,cache,cache info,cache verify,demo,bench,compare,recipes'\n"
+        "names = ',preprocess,train,sample,cache,cache info,cache verify,demo,bench,compare,recipes,'\n"
+        "names += 'distill'\n"
         "for arguments in map(str.split, names.split(',')):\n"
         "    try: main([*arguments, '--help'])\n"
         "    except SystemExit as stop: assert not stop.code, (arguments, stop.code)\n"

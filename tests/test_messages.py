@@ -45,6 +45,11 @@ preprocess --data folder --encoder demo --weights demo
 preprocess --data folder --encoder demo --vae demo --weights demo=nowhere.pt
 preprocess --data folder --encoder demo --vae demo --cache folder
 preprocess --data 'tars/{0..3}.tar' --encoder demo
+distill --cache nowhere
+distill --cache cache
+distill --cache cache --encoder dinov9
+distill --cache cache --norm group
+distill --cache cache --idle 0.755
 train
 train --cache nowhere
 train --cache text

@@ -59,6 +59,7 @@ def fidelity(encoder: Encoder, pairs: Iterable[Pairs]) -> dict[str, float]:
         classes.append(torch.stack([features["cls"], batch.cls]))
     cosine = torch.cat(cosines).double()
     mean = {name: float(torch.cat(values).double().mean()) for name, values in sums.items()}
+    own_classes, their_classes = torch.cat(classes, dim=1)
     count = min(NEIGHBOURS, len(cosine) - 1)
     return {
         "images": len(cosine),
@@ -70,7 +71,7 @@ def fidelity(encoder: Encoder, pairs: Iterable[Pairs]) -> dict[str, float]:
         "relative_l2": mean["l2"],
         "gram_error": mean["gram"],
         "repa_loss_change": mean["change"],
-        "neighbour_agreement": neighbour_agreement(*torch.cat(classes, dim=1), count),
+        "neighbour_agreement": neighbour_agreement(own_classes, their_classes, count),
         "neighbours": count,
     }
 

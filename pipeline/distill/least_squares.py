@@ -38,9 +38,9 @@ class LeastSquares:
         mean = self._sum / self._count
         products = self._products / self._count - mean[: self._features].unsqueeze(1) * mean
         covariance, with_outputs = products[:, : self._features], products[:, self._features :]
-        ridge = covariance.diagonal() * penalty
+        variance = covariance.diagonal()
         # a feature that never varies is given weight 0, not a division by 0
-        ridge = torch.where(ridge > 0, ridge, 1.0)
+        ridge = torch.where(variance > 0, variance * penalty, 1.0)
         factor = torch.linalg.cholesky(covariance + torch.diag(ridge))
         weights = torch.cholesky_solve(with_outputs, factor).mT
         return weights, mean[self._features :] - weights @ mean[: self._features]

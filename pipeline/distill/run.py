@@ -115,8 +115,7 @@ def distill(config: DistillConfig, report: Report) -> tuple[Path, Distilled]:
     """
     path = cache_path(config.cache)
     manifest = open_manifest(path)
-    name = config.teacher or _only_teacher(manifest, config.cache)
-    manifest.require((f"{name}/patch", f"{name}/cls"), where=config.cache)
+    name = _teacher_of(manifest, config)
     copy = idle_teacher(
         idle_name(name, config.idle, config.norm), find_teacher(name), config.idle, config.norm
     )
@@ -155,7 +154,7 @@ def distill(config: DistillConfig, report: Report) -> tuple[Path, Distilled]:
                     field="--steps",
                 )
         else:
-            with report.progress(copy.depth, "fitting blocks") as done:
+            with report.progress(copy.depth * len(fit), "fitting block by block") as done:
                 fit_in_closed_form(teacher, student.model, pairs.batches(fit, config.batch_size), done)
             run.save()
         with report.progress((config.steps - run.step) * config.batch_size, "distilling") as done:
@@ -187,20 +186,23 @@ def distill(config: DistillConfig, report: Report) -> tuple[Path, Distilled]:
     return out, distilled
 
 
-def _only_teacher(manifest: Manifest, where: str) -> str:
-    """Return the only teacher whose tokens a cache has.
+def _teacher_of(manifest: Manifest, config: DistillConfig) -> str:
+    """Return the teacher that is asked for, or the only one whose tokens a cache has.
 
     Raises:
-        RepaError: there are none or several.
+        RepaError: the cache has not its tokens, or those of several.
     """
     names = [split_column(each)[0] for each in manifest.columns if each.endswith("/patch")]
-    if len(names) != 1:
-        raise RepaError(
-            f"cache {where} has the tokens of {', '.join(names) or 'no teacher'}",
-            "name one of them with --encoder" if names else "add one with `repa preprocess`",
-            field="--encoder",
-        )
-    return names[0]
+    if config.teacher in names:
+        return config.teacher
+    if config.teacher is None and len(names) == 1:
+        return names[0]
+    raise RepaError(
+        f"cache {config.cache} has the tokens of {', '.join(names) or 'no teacher'}"
+        + ("" if config.teacher is None else f", not of {config.teacher}"),
+        "name one of them with --encoder" if names else "add some with `repa preprocess`",
+        field="--encoder",
+    )
 
 
 def check_numbers(config: DistillConfig) -> None:

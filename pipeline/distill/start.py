@@ -3,7 +3,9 @@
 Block after block, the student's tokens after its own attention are x. Of the teacher's hidden channels those
 stay active whose activation is furthest from a line over the fitted images, weighted by what the second layer
 makes of them. They are copied; the second layer's weights for them and the linear path are the ridge
-regression, together, of the teacher's output of that block less x. Errors of earlier blocks are so mended by
+regression, together, of the teacher's output of that block less x. The path is laid through the idle channels
+where they are enough for any path; where they are fewer, they are the teacher's and their weights are fitted.
+Errors of earlier blocks are so mended by
 later ones. Nothing is differentiated.
 """
 
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from ...data.errors import CacheError
 from ..encoders.idle_blocks import layer_scale
 from ..encoders.precision import forward_pass
+from ..encoders.weights import INITIALISATION_SEED
 from .least_squares import LeastSquares
 
 if TYPE_CHECKING:
@@ -40,13 +43,14 @@ def fit_in_closed_form(
 ) -> None:
     """Fit the feed-forward networks of a student of `make_idle`.
 
-    All tokens of the images are in memory twice, for a block of the teacher and of the student.
+    All tokens of the images are in memory up to three times, of one block of the student and two of the
+    teacher.
 
     Args:
         teacher: with its own weights.
         student: a ViT whose blocks are the teacher's but for these networks; changed in place.
         pairs: images to fit to.
-        report: is told each block that is done.
+        report: is told the number of images as each block is done.
 
     Raises:
         CacheError: the teacher gives other tokens than the cache has.
@@ -69,7 +73,7 @@ def fit_in_closed_form(
             own.mlp = network
             fit = _BlockFit(block, own, states, theirs, teacher.device)
             states = fit.run()
-            report(1)
+            report(seen)
 
 
 class _Nothing(nn.Module):
@@ -176,8 +180,11 @@ class _BlockFit:
         weights, bias = fit.solve(PENALTY)
         idle = weights[:, active:]
         if free:
-            idle = idle @ torch.linalg.pinv(network.fc1.weight[active:].double())
-            bias = bias - idle @ network.fc1.bias[active:].double()
+            # orthonormal columns lose nothing to rounding, as the teacher's would
+            across = _orthonormal(hidden - active, width).to(self._device)
+            network.fc1.weight[active:] = across.float()
+            network.fc1.bias[active:] = 0
+            idle = idle @ across.mT
         network.fc2.weight.copy_(torch.cat([weights[:, :active], idle], dim=1))
         network.fc2.bias.copy_(bias)
         if network.norm2 is not None:
@@ -191,6 +198,15 @@ class _BlockFit:
         h = self._network.fc1(self._inputs(x))
         active = self._network.active
         return torch.cat([self._network.act(h[:, :active]), h[:, active:]], dim=1)
+
+
+def _orthonormal(rows: int, columns: int) -> Tensor:
+    """Return a matrix of orthonormal columns, float64 ``[rows, columns]``, the same every time."""
+    drawn = torch.randn(
+        (rows, columns), dtype=torch.float64, generator=torch.Generator().manual_seed(INITIALISATION_SEED)
+    )
+    found: Tensor = torch.linalg.qr(drawn).Q
+    return found
 
 
 def _moments(batches: Iterator[Tensor]) -> tuple[Tensor, Tensor]:

@@ -190,7 +190,7 @@ class Distillation:
                 field="--learning-rate",
             )
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         self.losses.append(loss.item())
         self.step += 1

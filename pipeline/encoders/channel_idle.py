@@ -95,7 +95,7 @@ class IdleFeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``[…, D]`` of tokens ``[…, D]``; statistics of a batch are over all of its tokens."""
+        """Return ``[…, D]`` of tokens ``[…, D]``. Statistics of a batch are over all of its tokens."""
         h = self.fc1(_over_tokens(self.norm1, x))
         h = torch.cat([self.act(h[..., : self.active]), h[..., self.active :]], dim=-1)
         y: Tensor = self.fc2(_over_tokens(self.norm2, h))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from timm.layers import Mlp
+from timm.layers.mlp import Mlp
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import nn

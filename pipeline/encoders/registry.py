@@ -82,7 +82,7 @@ def _find(name: str, may_import: bool) -> Teacher:
         suggestion = f"did you mean {' or '.join(near)}? " if near else ""
         raise RepaError(
             f"encoder {name!r} is unknown",
-            f"{suggestion}give --encoder one of {', '.join(known)}, timm:NAME for any ViT of timm, or "
+            f"{suggestion}give --encoder one of {', '.join(known)}, timm:NAME for any ViT of timm, "
             "my_module:MyTeacher, or the file of a merged encoder",
             field=FLAG,
         )

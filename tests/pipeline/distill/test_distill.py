@@ -1,0 +1,182 @@
+"""Distillation from a cache to an encoder that preprocesses like any teacher."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from repa.data.errors import CacheError, RepaError
+from repa.data.format.opening import open_manifest
+from repa.data.reading.reader import CacheReader
+from repa.pipeline.distill.pairs import CachedPairs
+from repa.pipeline.encoders import load_encoder
+from repa.pipeline.encoders.idle_teacher import read_distilled
+from repa.pipeline.encoders.registry import find_teacher
+from repa.pipeline.replay.live import LiveTeachers
+from safetensors.torch import load_file, save_file
+
+from .conftest import encode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from repa.pipeline.encoders.idle_teacher import Distilled
+
+    Distil = Callable[..., tuple[Path, Distilled]]
+
+
+def tokens(cache: Path, column: str) -> np.ndarray:
+    with CacheReader(cache, (column,)) as reader:
+        spec = reader.manifest.columns[column]
+        found = np.empty((len(reader.valid_rows), *spec.shape), spec.numpy_dtype)
+        reader.read_rows(reader.valid_rows, (column,), {column: found})
+        return found
+
+
+def test_a_copy_encodes_under_its_own_name(distil: Distil, demo_cache: Path, tmp_path: Path) -> None:
+    path, found = distil(steps=2)
+    assert read_distilled(path) == found
+    manifest = open_manifest(demo_cache)
+    assert (found.name, found.teacher, found.idle, found.norm) == ("demo-idle75", "demo", 0.75, "layer")
+    assert found.teacher_sha256 == manifest.sources["demo"].weights_sha256
+    assert (found.data, found.views) == (manifest.source_fingerprint, manifest.views)
+    assert found.merged
+    assert found.fidelity["patch_cosine_mean"] > 0.99 > found.fidelity["shuffled_cosine"]
+    assert found.fidelity["merge_error"] < 1e-5
+    assert found.speed["ratio"] > 0
+
+    cache = tmp_path / "cache"
+    shutil.copytree(demo_cache, cache)
+    before = tokens(cache, "demo/patch")
+    encode(cache, encoders=[str(path)])
+    assert np.array_equal(tokens(cache, "demo/patch"), before)
+    own = tokens(cache, "demo-idle75/patch")
+    assert not np.array_equal(own, before)
+    source = open_manifest(cache).sources["demo-idle75"]
+    assert source.notes["distilled"]["teacher_sha256"] == found.teacher_sha256
+    assert source.notes["distilled"]["fidelity"] == found.fidelity
+    assert source.weights_sha256 != found.teacher_sha256
+    assert not source.random_weights
+    live = LiveTeachers(cache, data="demo", encoders=[str(path)], exact=True)
+    try:
+        live.load(torch.device("cpu"))
+        now = live(np.arange(8), ["demo-idle75/patch"], np.zeros(8, np.int64))["demo-idle75/patch"]
+    finally:
+        live.close()
+    assert np.array_equal(now.half().numpy(), own[:8])
+    # the same by its name and its file; its measured fidelity is that of what has been written
+    encode(cache, encoders=["demo-idle75"], weights=[f"demo-idle75={path}"])
+    with CachedPairs(cache, open_manifest(cache), "demo", data="demo", device=torch.device("cpu")) as pairs:
+        rows = np.arange(40, dtype=np.int64)
+        held = rows[(2 * np.arange(8) + 1) * 40 // 16]
+        wanted = pairs.read(held).patch
+    cosine = torch.nn.functional.cosine_similarity(torch.from_numpy(own[held]).float(), wanted, dim=-1)
+    assert float(cosine.mean()) == pytest.approx(found.fidelity["patch_cosine_mean"], abs=1e-4)
+
+
+@pytest.mark.parametrize(("norm", "idle"), [("batch", 0.75), ("layer", 0.4), ("layer", 1.0)])
+def test_every_form_starts_near_its_teacher(distil: Distil, norm: str, idle: float) -> None:
+    path, found = distil(norm=norm, idle=idle)
+    assert found.fidelity["patch_cosine_mean"] > 0.98 > found.fidelity["shuffled_cosine"]
+    assert found.fidelity["merge_error"] < 1e-4
+    load_encoder(found.name, resolution=64, weights=path)
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_resumed_is_uninterrupted(distil: Distil, tmp_path: Path, norm: str) -> None:
+    whole, _ = distil(norm=norm, steps=4, out=tmp_path / "whole.safetensors")
+    part, first = distil(norm=norm, steps=2, out=tmp_path / "part.safetensors")
+    after_two = load_file(part)
+    assert distil(norm=norm, steps=2, out=part) == (part, first), "nothing is done twice"
+    distil(norm=norm, steps=4, out=part)
+    for suffix in (".safetensors", ".training"):
+        one, other = (load_file(each.with_suffix(suffix)) for each in (whole, part))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    last = load_file(part)
+    assert not all(torch.equal(last[name], after_two[name]) for name in last), "it has trained"
+
+
+def test_training_lowers_the_loss_of_what_it_sees(distil: Distil, tmp_path: Path) -> None:
+    out = tmp_path / "copy.safetensors"
+    _, start = distil(idle=1.0, fit_images=4, out=out)
+    _, trained = distil(idle=1.0, fit_images=4, steps=12, out=out)
+    assert trained.fidelity["patch_cosine_mean"] > start.fidelity["patch_cosine_mean"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"idle": 0.755}, "--idle"),
+        ({"idle": 0.0}, "--idle"),
+        ({"teacher": "demo-idle75"}, "--encoder"),
+        ({"held_out": 40}, "--held-out"),
+        ({"fit_images": 33}, "--fit-images"),
+    ],
+)
+def test_what_cannot_be_asked_for(distil: Distil, changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(RepaError) as failure:
+        distil(**changes)
+    assert failure.value.field == field
+
+
+def test_another_distillation_is_not_written_over(distil: Distil, tmp_path: Path) -> None:
+    out = tmp_path / "copy.safetensors"
+    distil(out=out)
+    with pytest.raises(RepaError) as failure:
+        distil(out=out, seed=1)
+    assert failure.value.field == "--out"
+    out.unlink()
+    with pytest.raises(RepaError) as failure:
+        distil(out=out, seed=1)
+    assert failure.value.field == "--seed"
+
+
+def test_other_weights_and_other_images_are_refused(distil: Distil, tmp_path: Path, demo_cache: Path) -> None:
+    from repa.pipeline.demo import TEACHER_WEIGHTS
+
+    state = load_file(TEACHER_WEIGHTS)
+    state["norm.bias"] = state["norm.bias"] + 0.1
+    save_file(state, tmp_path / "other.safetensors")
+    with pytest.raises(CacheError) as failure:
+        distil(weights=tmp_path / "other.safetensors")
+    assert failure.value.field == "--weights"
+    with pytest.raises(RepaError):
+        distil(data=str(tmp_path))
+
+
+def test_tokens_of_another_image_are_noticed(distil: Distil, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = CachedPairs.read
+
+    def shuffled(self: CachedPairs, rows: Any, views: Any = None) -> Any:
+        found = read(self, rows, views)
+        return type(found)(found.images, found.patch.flip(0), found.cls)
+
+    monkeypatch.setattr(CachedPairs, "read", shuffled)
+    with pytest.raises(CacheError) as failure:
+        distil()
+    assert failure.value.field == "--data"
+
+
+def test_a_file_that_is_no_merged_encoder(distil: Distil, tmp_path: Path) -> None:
+    path, _ = distil()
+    plain = tmp_path / "plain.safetensors"
+    save_file(load_file(path), plain)
+    for file, name, resolution, field in (
+        (plain, "demo-idle75", 64, "--weights"),
+        (path, "demo-idle75-bn", 64, "--weights"),
+        (path, "demo-idle50", 64, "--weights"),
+        (path, "demo-idle75", 128, "--resolution"),
+    ):
+        with pytest.raises(RepaError) as failure:
+            load_encoder(name, resolution=resolution, weights=file)
+        assert failure.value.field == field
+    with pytest.raises(RepaError) as failure:
+        find_teacher(str(plain))
+    assert failure.value.field == "--weights"
+    with pytest.raises(RepaError):
+        load_encoder("demo-idle75", resolution=64)
