@@ -212,7 +212,8 @@ class TakesEffect(Requirement):
         default = getattr(method.config_class(), self._setting)
         if value == default:
             return
-        written, leave = f"method.{self._setting}={value}", f"leave it at {str(default).lower()}"
+        written = f"method.{self._setting}={value}"
+        leave = f"leave it at {str(default).lower()}" if default != "" else "leave it out"
         if self._unless is not None and getattr(method.config, self._unless[0]) == self._unless[1]:
             name, other = self._unless
             yield Problem(

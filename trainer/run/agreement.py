@@ -136,8 +136,8 @@ def check_condition(
             found.condition = conditioner.built_from
         else:
             found.add(
-                f"method {config.method_name} conditions the network on {conditioner.column}, not on "
-                f"{config.condition}",
+                f"method {config.method_name} chooses the condition itself, {conditioner.column}, and "
+                f"condition is {config.condition}",
                 "leave condition out",
                 field="condition",
             )

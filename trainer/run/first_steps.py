@@ -139,9 +139,15 @@ def read_first_steps(checked: Checked, config: TrainConfig, identity: Mapping[st
     field = f"method.{wanted.setting}"
     try:
         file = _file_of(wanted)
-        checkpoint = load_checkpoint(file)
     except RepaError as error:
         raise RepaError(error.what, error.remedy, field=field) from error
+    try:
+        checkpoint = load_checkpoint(file)
+    except RepaError as error:
+        # its own remedy is for the run that the file is of, which is another
+        raise RepaError(
+            error.what, "name another run, or its checkpoint of that step", field=field
+        ) from error
     if checkpoint["global_step"] != wanted.step:
         raise RepaError(
             f"{file} is of step {checkpoint['global_step']:,}, and this run begins at {wanted.step:,}",

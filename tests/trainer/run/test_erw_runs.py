@@ -215,6 +215,14 @@ def test_what_contradicts_it_is_refused(erw: Settings, changes: dict[str, Any], 
     assert problem.field == field
 
 
+def test_a_warmup_that_is_taken_needs_steps(erw: Settings) -> None:
+    (problem,) = check(
+        erw(method__warmup_from="elsewhere", method__warmup_steps=0, method__warmup_depth="none")
+    ).problems
+    assert problem.field == "method.warmup_from"
+    assert problem.remedy.startswith("leave it out,")
+
+
 @pytest.fixture
 def first(erw: Settings, undisturbed: Callable[..., Path]) -> Path:
     """A run that ends with its warm-up."""
@@ -290,6 +298,9 @@ def test_runs_that_have_no_such_steps(
             taken(erw(method__warmup_from=str(run)))
         assert caught.value.field == "method.warmup_from"
         assert caught.value.remedy
+    with pytest.raises(RepaError) as caught:
+        taken(erw(method__warmup_from=str(tmp_path / "file")))
+    assert "delete" not in caught.value.remedy  # it is not this run's
     with pytest.raises(RepaError) as caught:
         taken(erw(method__warmup_steps=2, method__warmup_from=str(first)))
     assert str(W) in caught.value.remedy
