@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import time
+import warnings
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +24,7 @@ from ...data.format.opening import differences
 from ...data.writing.writer import ShardTakenError
 from ..plan import make_plan, present_manifest
 from ..source_plan import missing_shards
+from .interrupts import terminated_as_interrupt
 from .worker import Job, Tally, prepare_models, write_columns
 
 if TYPE_CHECKING:
@@ -100,7 +102,8 @@ def work_on_ray(plan: Plan, pool: RayPool, report: Report, note: Callable[[str],
     sources = tuple(source.source for source in plan.sources if source.missing)
     shards = [shard for shard in plan.share if shard in missing]
     tallies: defaultdict[str, Tally] = defaultdict(Tally)
-    with _connected(ray), _as_repa_error(ray):
+    # Ray has put a handler of its own in the place of the command's
+    with _connected(ray), terminated_as_interrupt(), _as_repa_error(ray):
         gpus, cpus = pool.on(ray.cluster_resources())
         if not _has_room(ray.nodes(), gpus, cpus):
             note(
@@ -133,15 +136,18 @@ def _rows(
     most = max(pool.least, min(len(shards), pool.most or len(shards)))
     settings = {"config": replace(plan.config, shards=None), "manifest": plan.manifest, "sources": sources}
     rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
-    done = rows.map_batches(
-        EncodeShard,
-        batch_size=1,
-        fn_constructor_kwargs={**settings, "gpus": gpus, "cpus": cpus, "folder": os.getcwd()},
-        compute=ray.data.ActorPoolStrategy(min_size=pool.least, max_size=most),
-        num_gpus=gpus,
-        num_cpus=cpus,
-        ray_remote_args_fn=_retried,
-    )
+    with warnings.catch_warnings():
+        # the only way to say `_retried` until Ray 2.64, which the extra leaves out
+        warnings.filterwarnings("ignore", message="`ray_remote_args_fn` is deprecated")
+        done = rows.map_batches(
+            EncodeShard,
+            batch_size=1,
+            fn_constructor_kwargs={**settings, "gpus": gpus, "cpus": cpus, "folder": os.getcwd()},
+            compute=ray.data.ActorPoolStrategy(min_size=pool.least, max_size=most),
+            num_gpus=gpus,
+            num_cpus=cpus,
+            ray_remote_args_fn=_retried,
+        )
     yield from done.iter_rows()
 
 

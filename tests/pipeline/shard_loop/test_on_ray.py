@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -218,6 +219,27 @@ def test_what_ray_gives_up_is_one_line(plan: Plan, monkeypatch: pytest.MonkeyPat
         work_on_ray(plan, RayPool(), nothing, nothing)
     assert "\n" not in str(caught.value)
     assert "the worker died" in caught.value.what
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_sigterm_interrupts_whatever_ray_makes_of_it(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(*_: object) -> Iterator[dict[str, Any]]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from ()
+
+    shut: list[bool] = []
+    ray = on_ray._import_ray()
+    ray.is_initialized = lambda: False
+    ray.init = lambda **_: signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ray.shutdown = lambda: shut.append(True)
+    monkeypatch.setattr(on_ray, "_rows", ended)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work_on_ray(plan, RayPool(), nothing, nothing)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert shut == [True]
 
 
 def test_without_ray(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
