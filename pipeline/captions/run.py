@@ -94,7 +94,7 @@ def _remarks(captions: CaptionPlan) -> list[str]:
     without, strangers, left = found.without, found.strangers, found.left_out
     lines = []
     if without:
-        lines.append(f"{counted(without, 'image', ',')} without a caption, which have the empty one")
+        lines.append(f"{counted(without, 'image', ',')} without a caption: the empty one stands for it")
     if strangers:
         lines.append(f"{counted(strangers, 'caption', ',')} of images that are not here, passed over")
     if left:
