@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..trainer.config import NAMED_SECTIONS, RECIPE, SECTIONS, normalised
@@ -30,7 +31,8 @@ def with_recipe(name: str, file: Mapping[str, Any] | None = None) -> dict[str, A
 def changed(config: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """Return dotted key → what the recipe says and what the configuration says, where they differ.
 
-    What no computed value depends on is left out, but for the number of steps.
+    What no computed value depends on is left out, but for the number of steps, and so is the precision that
+    a recipe leaves to the machine, where the run says which this was.
 
     Args:
         config: of a run that began with a recipe.
@@ -38,7 +40,10 @@ def changed(config: TrainConfig) -> dict[str, tuple[Any, Any]]:
     Raises:
         RepaError: the recipe is unknown.
     """
-    before, now = (flat(each.to_dict()) for each in (find_recipe(config.recipe).config(), config))
+    recipe = find_recipe(config.recipe).config()
+    if recipe.precision == "auto":
+        recipe = replace(recipe, precision=config.precision)
+    before, now = (flat(each.to_dict()) for each in (recipe, config))
     return {
         key: (before.get(key), now.get(key))
         for key in dict.fromkeys((*before, *now))

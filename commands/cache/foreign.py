@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -57,6 +58,12 @@ def check_import(flags: ImportFlags) -> None:
     if flags.shard_rows is not None and not 1 <= flags.shard_rows <= 1 << 20:
         raise RepaError(
             f"--shard-rows {flags.shard_rows} is not valid", "give 1 to 1,048,576", field="--shard-rows"
+        )
+    if flags.scaling_factor is not None and not 0 < flags.scaling_factor < math.inf:
+        raise RepaError(
+            f"--scaling-factor {flags.scaling_factor} is no factor of latents",
+            "give a finite number above 0",
+            field="--scaling-factor",
         )
     given = [
         flag

@@ -68,7 +68,7 @@ class OwnEncoder:
         elif trained and not random_weights:
             raise RepaError(
                 f"encoder {self.name} has no weights",
-                f"{remedy}, or try things out with `--random-weights`",
+                f"{remedy}, or try things out with `repa preprocess --random-weights`",
                 field="--weights",
             )
         self._sha256 = weights_sha256(module.state_dict())

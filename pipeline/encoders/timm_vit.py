@@ -246,7 +246,7 @@ def _shipped(teacher: TimmTeacher) -> Path | None:
 
 
 def _from_hub(teacher: TimmTeacher) -> Path:
-    remedy = f"{_bring(teacher)}, or try things out with `--random-weights`"
+    remedy = f"{_bring(teacher)}, or try things out with `repa preprocess --random-weights`"
     if teacher.hub is None:
         raise RepaError(f"encoder {teacher.name} has no weights on the hub", f"{remedy}")
     return hub_file(teacher.hub, HUB_FILES, remedy=f"for encoder {teacher.name} {remedy}")

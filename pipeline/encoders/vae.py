@@ -275,7 +275,7 @@ def _from_hub(name: str) -> Path:
     remedy = (
         f"for --vae {name}, which is no folder here, bring {CONFIG} and {WEIGHTS[0]} of "
         f"https://huggingface.co/{owner}/{repository} in a folder and give `--vae FOLDER`, "
-        "or try things out with `--random-weights`"
+        "or try things out with `repa preprocess --random-weights`"
     )
     config = hub_file(f"{owner}/{repository}", [f"{inside}{CONFIG}"], remedy=remedy)
     hub_file(f"{owner}/{repository}", [f"{inside}{weights}" for weights in WEIGHTS], remedy=remedy)

@@ -56,7 +56,7 @@ def remedy_for(facts: TextFacts) -> str:
     inside = "" if len(facts.parts) == 1 else f" with {', '.join(part.folders[0] for part in facts.parts)}"
     return (
         f"bring https://huggingface.co/{facts.hub} in a folder{inside} and give "
-        f"`--weights {facts.name}=FOLDER`, or try things out with `--random-weights`"
+        f"`--weights {facts.name}=FOLDER`, or try things out with `repa preprocess --random-weights`"
     )
 
 
