@@ -116,26 +116,27 @@ def _print_table(rows: Sequence[TextRow], floor: float, ceiling: float, count: i
 
     from ..shared.terminal import PlainConsole
 
+    models = ", ".join(dict.fromkeys(row.model for row in rows))
     table = Table(
-        title="The demo's runs of text: the same seed, order, noise and steps", title_justify="left"
+        title=f"The demo's runs of text on {models}: the same seed, order, noise and steps",
+        title_justify="left",
     )
     for heading in (
         "method",
-        "backbone",
-        "velocity loss, held out",
+        "held-out loss",
         "Fréchet distance",
         "right shape",
         "right colour",
         "right both",
         "training images/s",
-        "bytes/image",
+        "bytes / image",
     ):
-        names = heading in ("method", "backbone")
-        table.add_column(heading, justify="left" if names else "right", no_wrap=names)
+        table.add_column(
+            heading.replace(" ", "\n", 1), justify="left" if heading == "method" else "right", no_wrap=True
+        )
     for row in rows:
         table.add_row(
             row.method,
-            row.model,
             f"{row.velocity_loss:.4f}",
             f"{row.frechet_distance:.2f}",
             f"{row.right_shape:.0%}",
@@ -155,8 +156,9 @@ def _print_table(rows: Sequence[TextRow], floor: float, ceiling: float, count: i
         highlight=False,
     )
     console.print(
-        f"Fréchet distance: of {count} samples to the cache's images, by class vectors of the demo's own "
-        f"teacher, not Inception's. As many unseen real images score {floor:.2f}.",
+        f"Loss: of the velocity, on held-out rows. Fréchet distance: of {count} samples to the cache's images, "
+        f"by class vectors of the demo's own teacher, not Inception's. As many unseen real images score "
+        f"{floor:.2f}.",
         highlight=False,
     )
 
