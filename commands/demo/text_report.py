@@ -156,9 +156,9 @@ def _print_table(rows: Sequence[TextRow], floor: float, ceiling: float, count: i
         highlight=False,
     )
     console.print(
-        f"Loss: of the velocity, on held-out rows. Fréchet distance: of {count} samples to the cache's images, "
-        f"by class vectors of the demo's own teacher, not Inception's. As many unseen real images score "
-        f"{floor:.2f}.",
+        f"Loss: of the velocity, on held-out rows. Fréchet distance: of {count} samples to the cache's "
+        f"images, by class vectors of the demo's own teacher, not Inception's. As many unseen real images "
+        f"score {floor:.2f}.",
         highlight=False,
     )
 
