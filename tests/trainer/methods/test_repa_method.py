@@ -17,6 +17,7 @@ from repa.trainer.methods.base import Flags, Method, MethodConfig, Phase, Step, 
 from repa.trainer.methods.none import NoAlignment
 from repa.trainer.methods.repa import PRESETS, Repa, RepaConfig
 from repa.trainer.models.capture import BackboneFacts, Capture, Captured
+from repa.trainer.models.mmdit import MMDIT_SIZES
 from repa.trainer.models.sit import SIT_SIZES, SiT, SiTConfig
 from repa.trainer.objectives.paths import interpolant
 from safetensors.torch import load_file
@@ -289,8 +290,8 @@ def test_registry() -> None:
 
 
 def test_presets() -> None:
-    published = {"T": 4, "S": 8, "B": 8, "L": 8, "XL": 8}
-    assert set(PRESETS) == set(SIT_SIZES)
+    published = {"T": 4, "S": 8, "B": 8, "L": 8, "XL": 8, "MMDiT-24": 8, "MMDiT-6": 4}
+    assert set(PRESETS) == set(SIT_SIZES) | {f"MMDiT-{depth}" for depth in MMDIT_SIZES}
     for name, size in SIT_SIZES.items():
         facts = SiTConfig.named(f"SiT-{name}/2", input_size=8).facts
         method = make(backbone=facts, depth=None)

@@ -311,7 +311,7 @@ def test_two_ranks_share_the_global_batch(settings: Settings, tmp_path: Path) ->
     )
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
-    words = [f"{key}={value}" for key, value in flat(config.to_dict())]
+    words = [f"{key}={value}" for key, value in flat(config.to_dict()) if key != "recipe"]
     result = subprocess.run(
         [sys.executable, "-W", "error", str(script), str(tmp_path / "run"), *words],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
