@@ -10,19 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..data.errors import RepaError
-from ..data.units import counted
 from ..pipeline.images.names import default_cache
+from .shared.dry_run import print_plan, print_settings
 from .shared.flags import local_folder
 from .shared.live import LiveData, LiveEncoders, LiveRandom, LiveWeights, flags_given, live_teachers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from rich.console import Console
 
     from ..pipeline.replay.live import LiveTeachers
     from ..trainer.config import TrainConfig
-    from ..trainer.run.checked import Checked
     from ..trainer.run.evaluations import Evaluator
     from .shared.decoder import Decoder
 
@@ -146,7 +145,7 @@ def train(flags: TrainFlags, *, console: Console | None = None) -> None:
 
     console = console or PlainConsole()
     if flags.help_settings:
-        _print_settings(console)
+        print_settings(console)
         return
     settings, folder = _settings(flags)
     refuse_foreign_folder(folder)
@@ -155,7 +154,7 @@ def train(flags: TrainFlags, *, console: Console | None = None) -> None:
     teachers = _live(settings, flags, folder)
     _say_recipe(settings, console)
     if flags.dry_run:
-        _print_plan(settings, folder, console, teachers)
+        print_plan(settings, folder, console, teachers)
         return
     from ..trainer.run.fit import fit
 
@@ -340,114 +339,3 @@ def _evaluator(config: TrainConfig, flags: TrainFlags) -> Evaluator | None:
         reference=reference,
         load=lambda device: {name: spec.load(str(device)) for name, spec in specs.items()},
     )
-
-
-def _print_plan(
-    config: TrainConfig, folder: Path, console: Console, live: LiveTeachers | None = None
-) -> None:
-    """Print what ``--dry-run`` shows.
-
-    Raises:
-        ProblemsError: after printing, when the run could not start.
-        RepaError: after printing, when another run's first steps are not this one's.
-    """
-    from ..trainer.run.checked import ProblemsError
-    from ..trainer.run.checks import check
-    from ..trainer.run.first_steps import read_first_steps
-    from ..trainer.run.identity import identity_of
-    from ..trainer.run.lightning_trainer import resolve_precision
-    from ..trainer.run.phases import describe_phases
-    from ..trainer.step.checkpoints import checkpoints_of
-
-    config = replace(config, precision=resolve_precision(config))
-    checked = check(config, live)
-    console.print(config.to_yaml(), highlight=False, markup=False, soft_wrap=True, end="")
-    console.print()
-    console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
-    _print_sizes(checked, config, console)
-    _print_phases(describe_phases(checked, config), console)
-    for warning in checked.warnings:
-        console.print(f"note: {warning}", highlight=False, soft_wrap=True)
-    if checked.problems:
-        raise ProblemsError(checked.problems)
-    # what live teachers are is not known before they are loaded
-    if checked.live is None and not checkpoints_of(folder):
-        read_first_steps(checked, config, identity_of(checked, config))
-
-
-def _print_settings(console: Console) -> None:
-    """Print what ``--help-settings`` shows."""
-    from ..trainer.settings_list import list_settings
-
-    section = ""
-    for each in list_settings():
-        if each.section != section:
-            section = each.section
-            console.print(
-                f"\n{section}" if section != "train" else "settings of config.yaml", highlight=False
-            )
-        default = f", default {each.default}" if each.default else ""
-        console.print(f"  {each.key} ({each.type}{default})", highlight=False, soft_wrap=True)
-        console.print(f"      {each.help}", highlight=False, soft_wrap=True)
-
-
-def _print_sizes(checked: Checked, config: TrainConfig, console: Console) -> None:
-    from ..trainer.models.registry import build, choices_of
-    from ..trainer.objectives.registry import make_objective, name_of
-
-    if checked.train_rows is not None and checked.held_out_rows is not None:
-        images = config.max_steps * config.batch_size
-        console.print(
-            f"images: {len(checked.train_rows):,} to train on, {len(checked.held_out_rows):,} held out; "
-            f"{images:,} seen in {counted(config.max_steps, 'step', ',')}, "
-            f"{images / len(checked.train_rows):,.1f} epochs",
-            highlight=False,
-            soft_wrap=True,
-        )
-    if checked.backbone is None or checked.method is None:
-        return
-    import torch
-
-    with torch.device("meta"):
-        backbone = sum(each.numel() for each in build(checked.backbone).parameters())
-    method = sum(each.numel() for each in checked.method.parameters())
-    console.print(f"parameters: backbone {backbone:,}, method {method:,}", highlight=False, soft_wrap=True)
-    objective = make_objective(config.objective)
-    console.print(
-        f"objective: {name_of(config.objective)} ({' + '.join(objective.terms)}), the network predicts "
-        f"{objective.predicts}; sampled by {' or '.join(objective.solvers)}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if choices := choices_of(checked.backbone):
-        said = ", ".join(f"{name} {'on' if value else 'off'}" for name, value in choices.items())
-        console.print(f"{config.model}: {said}", highlight=False, soft_wrap=True)
-
-
-def _print_phases(phases: Sequence[Mapping[str, Any]], console: Console) -> None:
-    from rich.table import Table
-
-    from ..data.units import human_bytes
-
-    if not phases:
-        return
-    table = Table()
-    for heading in ("phase", "steps", "columns", "missing", "bytes a step", "bytes in all"):
-        table.add_column(heading, justify="left" if heading in ("phase", "columns", "missing") else "right")
-    for phase in phases:
-        table.add_row(
-            phase["phase"],
-            f"{phase['first']:,}–{phase['last']:,}" if phase["steps"] else "none",
-            "\n".join((*phase["columns"], *(f"{name} (live)" for name in phase["live"]))),
-            "\n".join(phase["missing"]) or "–",
-            human_bytes(phase["step_bytes"]),
-            human_bytes(phase["all_bytes"]),
-        )
-    console.print(table)
-    if most := max(phase["loader_bytes"] for phase in phases):
-        console.print(
-            f"memory of the loader: {human_bytes(most)} a device, for the micro-batch trained on, the next "
-            "and those being read",
-            highlight=False,
-            soft_wrap=True,
-        )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from repa.commands.sample import SampleFlags, sample
+from repa.commands.shared.dry_run import print_plan
 from repa.data.errors import RepaError
 from repa.data.format.captions import captions_path
 from repa.data.format.columns import ColumnSpec
@@ -16,13 +19,14 @@ from repa.data.reading.reader import CacheReader
 from repa.data.testing import SYNTHETIC_COLUMNS, expected_row, synthetic_cache, synthetic_captions
 from repa.trainer.models.mmdit import MMDIT_SIZES, MMDiT, MMDiTSize
 from repa.trainer.models.text_conditioning import TextConditioner
+from repa.trainer.run.checked import ProblemsError
 from repa.trainer.run.checks import check
 from repa.trainer.sampling.generate import model_of_run
 from repa.trainer.step.checkpoints import checkpoints_of, load_checkpoint
+from rich.console import Console
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from repa.trainer.config import TrainConfig
 
@@ -160,3 +164,19 @@ def test_labels_cannot_be_asked_of_a_model_of_text(
     with pytest.raises(RepaError) as caught:
         sample(SampleFlags(run=run, num=2, labels=["1"], out=tmp_path / "out"))
     assert caught.value.field == "--label"
+
+
+def test_a_dry_run_counts_the_network_with_its_text(text: Settings) -> None:
+    printed = io.StringIO()
+    console = Console(file=printed, width=200)
+    print_plan(text(), Path("run"), console)
+    # the two-block network without its projection of text, and that projection
+    embedded = 12 * 48 + 48
+    config = check(text()).backbone
+    assert config is not None
+    conditioner = TextConditioner(TEXT, (6, 12), 48)
+    count = sum(each.numel() for each in MMDiT(config, conditioner).parameters())  # type: ignore[arg-type]
+    assert sum(each.numel() for each in conditioner.parameters()) == embedded
+    assert f"backbone {count:,}," in printed.getvalue()
+    with pytest.raises(ProblemsError):
+        print_plan(text(condition="label"), Path("run"), console)
