@@ -1,27 +1,17 @@
 """HASTE's attention term (arXiv 2505.16792), a cross entropy from a teacher's attention to the student's.
 
 Both sides are given as queries and keys; of a block's maps ``[B, H, T, T]`` a slab exists at a time, see
-`MAP_NUMBERS`, and within the forward pass alone, which works out the gradient of queries and keys.
+`map_slabs`, and within the forward pass alone, which works out the gradient of queries and keys.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-MAP_NUMBERS = 1 << 24
-"""Probabilities of the student, as of the teacher, that exist at a time on a GPU.
-
-In float32 that is 64 MiB: 16 maps at T = 1,024, where those of one block of 32 images and 12 heads would be
-1.5 GiB. Slabs are of whole maps, so what else lies in one changes no row's softmax and no product.
-"""
-MAP_NUMBERS_ON_CPU = 1 << 22
-"""The same on a CPU, where larger slabs took longer: every pass over them went to memory."""
+from .slabs import map_slabs
 
 
 def attention_alignment(
@@ -81,7 +71,7 @@ class _Alignment(torch.autograd.Function):
         per_row = queries.new_empty(2, *queries.shape[:3])
         wanted = any(ctx.needs_input_grad)
         gradients = [torch.empty_like(each) for each in (queries, keys)] if wanted else []
-        for some in _slabs(queries.shape, queries.device):
+        for some in map_slabs(*queries.shape[:3], queries.device):
             teacher_log = _log_probabilities(teacher_queries[some], teacher_keys[some], teacher_scale)
             teacher = teacher_log.exp()
             student_log = _log_probabilities(queries[some], keys[some], scale)
@@ -102,17 +92,6 @@ class _Alignment(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         for_queries, for_keys = ctx.saved_tensors
         return upstream * for_queries, upstream * for_keys, None, None, None, None
-
-
-def _slabs(shape: torch.Size, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Yield images and heads whose maps together are no larger than a slab, or are a single one."""
-    images, heads, tokens, _ = shape
-    numbers = MAP_NUMBERS_ON_CPU if device.type == "cpu" else MAP_NUMBERS
-    heads_at_once = min(heads, max(1, numbers // tokens**2))
-    images_at_once = max(1, numbers // (heads_at_once * tokens**2))
-    for image in range(0, images, images_at_once):
-        for head in range(0, heads, heads_at_once):
-            yield slice(image, image + images_at_once), slice(head, head + heads_at_once)
 
 
 def _log_probabilities(queries: Tensor, keys: Tensor, scale: float) -> Tensor:

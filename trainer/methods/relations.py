@@ -6,12 +6,13 @@ widest of the dtypes given, whatever autocast says. The teacher's relations are 
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from .alignment import NORM_FLOOR
+from .slabs import map_slabs
 
 Pairs: TypeAlias = Literal["image", "batch"]
 """Which tokens are paired, those of one image or those of all images that a device sees at once."""
@@ -74,15 +75,50 @@ def manifold_distance(tokens: Tensor, targets: Tensor, *, pairs: Pairs = "image"
     """
     if pairs not in get_args(Pairs):
         raise ValueError(f"pairs {pairs!r} is none of {', '.join(get_args(Pairs))}")
-    if pairs == "image":
-        return (gram(tokens) - gram(targets)).square().mean()
     with torch.autocast(tokens.device.type, enabled=False):
-        student, teacher = (directions(each).flatten(0, 1) for each in (tokens, targets))
+        student, teacher = (directions(each) for each in (tokens, targets))
+        if pairs == "image":
+            dtype = torch.promote_types(student.dtype, teacher.dtype)
+            distance: Tensor = _GramDistance.apply(student.to(dtype), teacher.to(dtype))
+            return distance
+        student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
         count = len(student)
         # ‖AAᵀ − BBᵀ‖² = ‖AᵀA‖² − 2‖AᵀB‖² + ‖BᵀB‖² in Frobenius norms: D² numbers in place of (B · T)²
         products = (student.mT @ student, student.mT @ teacher, teacher.mT @ teacher)
         own, across, theirs = ((each / count).square().sum() for each in products)
         return own - 2 * across + theirs
+
+
+class _GramDistance(torch.autograd.Function):
+    """With G = U·Uᵀ − V·Vᵀ of an image the gradient of mean G² is 4·G·U / (B · T²) in U, and −4·G·V in V.
+
+    So it is known as soon as G is, and no more of the maps ``[B, T, T]`` exist than a slab; kept for backward
+    are gradients ``[B, T, D]`` alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        images, count = student.shape[:2]
+        sides, signs = (student, teacher), (1, -1)
+        gradients = [
+            torch.empty_like(side) if wanted else None
+            for side, wanted in zip(sides, ctx.needs_input_grad, strict=True)
+        ]
+        of_image = student.new_empty(images)
+        for some, _ in map_slabs(images, 1, count, student.device):
+            off = student[some] @ student[some].mT
+            off -= teacher[some] @ teacher[some].mT
+            for side, sign, gradient in zip(sides, signs, gradients, strict=True):
+                if gradient is not None:
+                    gradient[some] = (off @ side[some]).mul_(sign * 4 / (images * count**2))
+            of_image[some] = off.square_().mean((1, 2))
+        ctx.save_for_backward(*gradients)
+        return of_image.mean()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(None if each is None else upstream * each for each in ctx.saved_tensors)
 
 
 def mean_pair_cosine(tokens: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from largest_tensor import Largest
-from repa.trainer.methods import attention
+from repa.trainer.methods import slabs
 from repa.trainer.methods.attention import attention_alignment
 from torch import Tensor
 
@@ -75,7 +75,7 @@ def test_the_size_of_a_slab_changes_no_bit(
 ) -> None:
     sides = drawn(5, 3, tokens)
     whole = aligned(sides)
-    monkeypatch.setattr(attention, "MAP_NUMBERS_ON_CPU", numbers)
+    monkeypatch.setattr(slabs, "MAP_NUMBERS_ON_CPU", numbers)
     for mine, other in zip(aligned(sides), whole, strict=True):
         assert torch.equal(mine, other)
 
@@ -84,4 +84,4 @@ def test_no_more_maps_exist_than_a_slab_holds() -> None:
     sides = drawn(2, 6, TOKENS)
     with Largest() as largest:
         aligned(sides)
-    assert largest.numbers == attention.MAP_NUMBERS_ON_CPU == 4 * TOKENS**2
+    assert largest.numbers == slabs.MAP_NUMBERS_ON_CPU == 4 * TOKENS**2

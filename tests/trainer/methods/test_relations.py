@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from largest_tensor import Largest
+from repa.trainer.methods import slabs
 from repa.trainer.methods.relations import directions, gram, manifold_distance, mean_pair_cosine
 
 if TYPE_CHECKING:
@@ -84,6 +86,26 @@ def test_gradients(pairs: str) -> None:
     assert torch.autograd.gradcheck(lambda each: manifold_distance(each, targets, pairs=pairs), (tokens,))
     gradient = torch.autograd.grad(manifold_distance(tokens, targets, pairs=pairs), tokens)[0]
     assert gradient.abs().amax(-1).min() > 0
+
+
+def test_slabs_give_the_value_and_gradients_of_whole_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, targets = drawn(5, 12, 4).requires_grad_(), drawn(5, 12, 7, seed=1).requires_grad_()
+    whole = (gram(tokens) - gram(targets)).square().mean()
+    expected = (whole, *torch.autograd.grad(whole, (tokens, targets)))
+    for numbers in (1, 2 * 12**2 + 5, 1 << 40):
+        monkeypatch.setattr(slabs, "MAP_NUMBERS_ON_CPU", numbers)
+        value = manifold_distance(tokens, targets)
+        found = (value, *torch.autograd.grad(value, (tokens, targets)))
+        for mine, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=1e-15)
+
+
+def test_no_more_maps_exist_than_a_slab_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slabs, "MAP_NUMBERS_ON_CPU", 2 * 64**2)
+    tokens, targets = drawn(6, 64, 4).requires_grad_(), drawn(6, 64, 4, seed=1)
+    with Largest() as largest:
+        manifold_distance(tokens, targets).backward()
+    assert largest.numbers == 2 * 64**2
 
 
 def test_both_factors_of_the_gram_get_a_gradient() -> None:
