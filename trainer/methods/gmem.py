@@ -73,6 +73,7 @@ class Gmem(Repa):
     kinds = ("patch", CLS)
     own_condition = "class tokens of images"
     needs_target = True
+    target_terms = frozenset({COSINE})
     requires: ClassVar[tuple[Requirement, ...]] = (
         NeedsColumn(*kinds),
         HasPreset("depth"),

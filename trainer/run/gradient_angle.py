@@ -98,6 +98,9 @@ class GradientAngle(Callback):
 def gradient_angle(module: TrainingModule, batch: Batch) -> Tensor | None:
     """Cosine between the gradients of the weighted alignment terms and of the objective's loss.
 
+    A method's terms that ask the prediction for the objective's target, as GMem's cosine, are no alignment and
+    count with the objective's.
+
     Over all parameters of one block, for the images of one micro-batch, mean over `TIMES`, each the time of
     all tokens; noise and dropped
     labels are drawn from streams of their own. Leaves nothing behind: parameters, their gradients and the
@@ -143,11 +146,12 @@ def gradient_angle(module: TrainingModule, batch: Batch) -> Tensor | None:
 def _gradient(
     module: TrainingModule, batch: Batch, draws: Draws, parameters: Sequence[Tensor], *, own: bool
 ) -> Sequence[Tensor]:
-    """Compute the gradient of the objective's loss, or of all other weighted terms."""
+    """Compute the gradient of what the prediction is trained by, or of all other weighted terms."""
+    objective = module.objective_terms | module.method.target_terms
     weighted = [
         term.weight * term.value
         for name, term in module.terms(batch, draws).items()
-        if term.weight is not None and (name in module.objective_terms) == own
+        if term.weight is not None and (name in objective) == own
     ]
     total = torch.stack(weighted).sum()
     return torch.autograd.grad(total, parameters, materialize_grads=True)

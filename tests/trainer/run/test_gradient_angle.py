@@ -217,6 +217,27 @@ def test_parallel_and_opposite(
     assert row["gradient_angle"] == pytest.approx(cosine, abs=1e-6)
 
 
+class WithTarget(Parallel):
+    """As `Parallel`, and a heavier term that is the objective's and no alignment."""
+
+    target_terms = frozenset({"target"})
+    config_class = OppositeConfig
+
+    def losses(self, step: Step) -> dict[str, Term]:
+        terms = super().losses(step)
+        return {**terms, "target": Term(value=terms["same"].value, weight=2.0)}
+
+
+def test_a_term_of_the_target_counts_with_the_objective(
+    settings: Settings, run_fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "parallel", WithTarget)
+    run_fit(settings(method="parallel", max_steps=2, lr=1e-2, gradient_angle_every=2))
+    row = read_metrics(tmp_path / "run" / "metrics.csv")[1]
+    assert row["gradient_angle"] == pytest.approx(-1, abs=1e-6)
+    assert METHODS["gmem"].target_terms == {"cosine"}
+
+
 @pytest.mark.parametrize("block", [0, 2, -1])
 def test_a_block_that_alignment_does_not_reach(settings: Settings, block: int) -> None:
     (problem,) = check(settings(gradient_angle_every=5, gradient_angle_block=block)).problems
