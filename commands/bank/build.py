@@ -42,7 +42,7 @@ def build(
     from ...data.storage.bucket import cache_path
     from ...trainer.models.conditioning import CLS
     from ...trainer.sampling.bank import open_cache_bank
-    from ...trainer.sampling.bank_file import read_whole, write_bank
+    from ...trainer.sampling.bank_file import rows_read, write_bank
     from ..shared.terminal import PlainConsole, progress
     from .info import say_bank
 
@@ -61,7 +61,6 @@ def build(
             f"give 1 to {most:,}",
             field="--rank",
         )
-    with progress(len(bank), console, "reading") as report:
-        values = read_whole(bank, report)
-    written = write_bank(out, bank, values, rank)
+    with progress(rows_read(bank, rank), console, "reading") as report:
+        written = write_bank(out, bank, rank, report)
     say_bank(written, out, console)

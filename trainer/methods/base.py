@@ -233,7 +233,7 @@ class Method(nn.Module, ABC):
         own_condition: what its conditioner gives the network in place of the label, in words, for reports,
             which must not compare it with others.
         needs_target: whether its losses ask for `Step.target`, which not every objective has.
-        target_terms: names of losses that ask the prediction for the objective's target, and so are no alignment;
+        target_terms: names of losses that ask the prediction for the objective's target and align nothing;
             the gradient angle counts them with the objective's own.
         requires: what the method needs; the checks before step 0 look at all of it.
         config: the settings, the preset's where nothing was set.

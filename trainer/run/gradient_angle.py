@@ -98,7 +98,7 @@ class GradientAngle(Callback):
 def gradient_angle(module: TrainingModule, batch: Batch) -> Tensor | None:
     """Cosine between the gradients of the weighted alignment terms and of the objective's loss.
 
-    A method's terms that ask the prediction for the objective's target, as GMem's cosine, are no alignment and
+    A method's terms that ask the prediction for the objective's target, as GMem's cosine, align nothing and
     count with the objective's.
 
     Over all parameters of one block, for the images of one micro-batch, mean over `TIMES`, each the time of

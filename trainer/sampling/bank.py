@@ -8,7 +8,7 @@ they are, `position_of` knows.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -22,35 +22,18 @@ from ...data.format.columns import source_of, split_column
 from ...data.format.manifest import Provenance  # noqa: TC001 - annotations are read when files are parsed
 from ...data.reading.reader import CacheReader
 from ..models.conditioning import CLS
+from .bank_factors import FactoredSaid  # noqa: TC001 - annotations are read when files are parsed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import NDArray
     from torch import Tensor
 
     from ...data.storage.bucket import CachePath
+    from .bank_factors import Basis
 
 FLAG = "--bank"
 VERSION = 1
 _MOST = 10**12
-
-
-@dataclass(frozen=True, kw_only=True)
-class FactoredSaid:
-    """How far a factored bank is from the vectors it was made of, as it is stored.
-
-    Attributes:
-        rank: d, vectors kept of the basis.
-        relative: root of the summed squared error, relative to that of the rows around their mean.
-        cosine_mean: mean over the rows of 1 − cos(row, decoded row), which is what a condition sees.
-        cosine_most: largest of them.
-    """
-
-    rank: Annotated[int, Ge(1), Le(_MOST)]
-    relative: Annotated[float, Ge(0)]
-    cosine_mean: float
-    cosine_most: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +52,7 @@ class BankSaid:
         exif_orientation: ``ignored`` or ``applied``.
         teacher: what computed the vectors.
         factored: how far they are from those of the cache; None where they are the same.
+        rounded: whether they are those of the cache rounded to float16; no file of earlier versions says it.
     """
 
     version: int
@@ -82,12 +66,19 @@ class BankSaid:
     exif_orientation: Annotated[str, Len(1, 200)]
     teacher: Provenance
     factored: FactoredSaid | None = None
+    rounded: bool = False
+
+    def document(self) -> dict[str, Any]:
+        """Return what a file says of itself, in the words of the versions before `rounded` where they do."""
+        said = asdict(self)
+        if not self.rounded:
+            del said["rounded"]
+        return said
 
     @property
     def digest(self) -> str:
-        """The hex sha256 of all that is said, the same for a cache and for a whole copy of its column."""
-        said: dict[str, Any] = {**asdict(self), "teacher": self.teacher.identity()}
-        return canonical_sha256(said)
+        """The hex sha256 of all that is said, the same for a cache and for a copy of the same numbers."""
+        return canonical_sha256({**self.document(), "teacher": self.teacher.identity()})
 
 
 class StoredBank(ABC):
@@ -181,6 +172,11 @@ class CacheBank(StoredBank):
         self._view = manifest.views.index(view)
 
     @property
+    def in_float16(self) -> bool:
+        """Whether float16 holds its numbers as the cache does."""
+        return self._reader.manifest.columns[self.said.column].dtype == "float16"
+
+    @property
     def width(self) -> int:
         """Channels D of a vector."""
         return self._reader.manifest.columns[self.said.column].shape[0]
@@ -242,75 +238,6 @@ class WholeBank(StoredBank):
         return self.values[rows]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Factors:
-    """Rows as coefficients in a basis, row i being C_i·Mᵀ + m (thin SVD S − m = U·Σ·Vᵀ).
-
-    Attributes:
-        mean: m ``[D]``.
-        basis: M = V·√Σ, ``[D, d]``.
-        singular_values: Σ, ``[d]``, descending.
-        coefficients: C = U·√Σ, ``[N, d]``.
-    """
-
-    mean: NDArray[Any]
-    basis: NDArray[Any]
-    singular_values: NDArray[Any]
-    coefficients: NDArray[Any]
-
-    def decoded(self, coefficients: NDArray[Any]) -> NDArray[Any]:
-        """Return the vectors ``[n, D]`` of coefficients ``[n, d]``."""
-        decoded: NDArray[Any] = coefficients @ self.basis.T + self.mean
-        return decoded
-
-    def encoded(self, vectors: NDArray[Any]) -> NDArray[Any]:
-        """Return coefficients ``[n, d]`` of new vectors ``[n, D]``, C = (s − m)·M / Σ.
-
-        Decoded, it is the orthogonal projection onto the basis.
-        """
-        values = self.singular_values
-        # a direction in which no row lies has no coefficient
-        inverse = np.divide(1, values, out=np.zeros_like(values), where=values > _LEAST * values[0])
-        coefficients: NDArray[Any] = (vectors - self.mean) @ self.basis * inverse
-        return coefficients
-
-
-_LEAST = 1e-6
-"""Part of the first singular value below which a direction is rounding."""
-_CHUNK = 16_384
-
-
-def factor(values: NDArray[Any], rank: int) -> Factors:
-    """Return the factors of a bank, in float64.
-
-    V and Σ are of the rows' scatter matrix ``[D, D]``, so that no more than a chunk of rows is in float64.
-
-    Args:
-        values: floats ``[N, D]``.
-        rank: d, from 1 to D.
-    """
-    mean = np.zeros(values.shape[1])
-    for part in _chunks(values):
-        mean += part.sum(axis=0) / len(values)
-    scatter = np.zeros((values.shape[1], values.shape[1]))
-    for part in _chunks(values):
-        centred = part - mean
-        scatter += centred.T @ centred
-    squares, vectors = np.linalg.eigh(scatter)
-    singular = np.sqrt(np.maximum(squares[::-1][:rank], 0))
-    basis = vectors[:, ::-1][:, :rank] * np.sqrt(singular)
-    found = Factors(
-        mean=mean, basis=basis, singular_values=singular, coefficients=np.empty((0, rank), np.float64)
-    )
-    coefficients = np.concatenate([found.encoded(part) for part in _chunks(values)])
-    return replace(found, coefficients=coefficients)
-
-
-def _chunks(values: NDArray[Any]) -> Iterator[NDArray[np.float64]]:
-    for first in range(0, len(values), _CHUNK):
-        yield values[first : first + _CHUNK].astype(np.float64)
-
-
 class FactoredBank(StoredBank):
     """Vectors as coefficients in a basis, decoded as they are asked for.
 
@@ -318,42 +245,26 @@ class FactoredBank(StoredBank):
         said: what it is of.
         rows: the cache's row of each.
         name: for messages.
-        factors: of all rows.
+        basis: of all rows.
+        coefficients: floats ``[N, d]``.
     """
 
-    def __init__(self, said: BankSaid, rows: NDArray[np.int64], name: str, factors: Factors) -> None:
+    def __init__(
+        self,
+        said: BankSaid,
+        rows: NDArray[np.int64],
+        name: str,
+        basis: Basis,
+        coefficients: NDArray[Any],
+    ) -> None:
         super().__init__(said, rows, name)
-        self.factors = factors
+        self.basis = basis
+        self.coefficients = coefficients
 
     @property
     def width(self) -> int:
         """Channels D of a vector."""
-        return len(self.factors.mean)
+        return len(self.basis.mean)
 
     def _vectors(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        return self.factors.decoded(self.factors.coefficients[rows].astype(np.float64))
-
-
-def measured_error(values: NDArray[Any], factors: Factors) -> FactoredSaid:
-    """Measure what factors, as they are stored, change of the rows they are of.
-
-    Args:
-        values: the rows, floats ``[N, D]``.
-        factors: of them.
-    """
-    lost = around = total = 0.0
-    most = 0.0
-    for rows, coefficients in zip(_chunks(values), _chunks(factors.coefficients), strict=True):
-        decoded = factors.decoded(coefficients)
-        lost += float(np.square(rows - decoded).sum())
-        around += float(np.square(rows - factors.mean).sum())
-        norms = np.linalg.norm(rows, axis=1) * np.linalg.norm(decoded, axis=1)
-        cosines = np.divide((rows * decoded).sum(axis=1), norms, out=np.zeros_like(norms), where=norms > 0)
-        total += float((1 - cosines).sum())
-        most = max(most, float((1 - cosines).max()))
-    return FactoredSaid(
-        rank=len(factors.singular_values),
-        relative=(lost / around) ** 0.5 if around else 0.0,
-        cosine_mean=total / len(values),
-        cosine_most=most,
-    )
+        return self.basis.decoded(self.coefficients[rows].astype(np.float64))

@@ -8,127 +8,103 @@ cache is in it; and in its metadata, as ``repa_bank``, what it is of.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from ...data.edge import parse_json, printable
 from ...data.errors import RepaError
 from ...data.format.canonical import canonical_json
 from ...data.storage.files import create_file, make_folder, os_errors, partial_path, publish
-from .bank import (
-    FLAG,
-    VERSION,
-    BankSaid,
-    FactoredBank,
-    Factors,
-    StoredBank,
-    WholeBank,
-    factor,
-    measured_error,
-)
+from .bank import FLAG, VERSION, BankSaid, FactoredBank, WholeBank
+from .bank_factors import Basis, basis_of, coefficients_of
+from .streamed_tensors import StreamedTensor, write_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from .bank import CacheBank, StoredBank
+
 _METADATA = "repa_bank"
 _REMEDY = "build it again with `repa bank build`"
-_CHUNK = 65_536
+SLAB_ROWS = 8_192
+"""Vectors that are in memory at a time; of 768 channels they are 25 MB in float32."""
 
 
-def read_whole(bank: StoredBank, progress: Callable[[int], None]) -> NDArray[np.float16]:
-    """Return all vectors of a bank, float16 ``[N, D]``.
+def rows_read(bank: CacheBank, rank: int | None) -> int:
+    """Return how many rows `write_bank` reads, each once and to factor them once more."""
+    return len(bank) * (1 if rank is None else 2)
 
-    Args:
-        bank: of a cache.
-        progress: called with the number of rows that have been read since the last call.
+
+def _slabs(bank: CacheBank, progress: Callable[[int], None]) -> Iterator[NDArray[np.float32]]:
+    """Yield all vectors of a bank in order, float32 ``[n, D]`` of some rows at a time.
 
     Raises:
         RepaError: a row cannot be read, or has a number that float16 cannot hold.
     """
-    values = np.empty((len(bank), bank.width), np.float16)
-    for first in range(0, len(bank), _CHUNK):
-        positions = torch.arange(first, min(first + _CHUNK, len(bank)))
+    for first in range(0, len(bank), SLAB_ROWS):
+        part = bank.vectors(torch.arange(first, min(first + SLAB_ROWS, len(bank)))).numpy()
         with np.errstate(over="ignore"):
-            part = bank.vectors(positions).numpy().astype(np.float16)
-        if not (finite := np.isfinite(part).all(axis=1)).all():
+            rounded = part.astype(np.float16)
+        if not (finite := np.isfinite(rounded).all(axis=1)).all():
             row = int(bank.rows[first + int(np.flatnonzero(~finite)[0])])
             raise RepaError(
                 f"row {row} of {bank.name} has numbers that are not finite in float16",
                 "look at the cache with `repa cache verify`, or take another --encoder",
                 field=bank.said.column,
             )
-        values[first : first + len(part)] = part
+        yield part
         progress(len(part))
-    return values
 
 
-def write_bank(path: Path, bank: StoredBank, values: NDArray[np.float16], rank: int | None) -> StoredBank:
-    """Write a file of a bank, whole or not at all.
+def write_bank(path: Path, bank: CacheBank, rank: int | None, progress: Callable[[int], None]) -> StoredBank:
+    """Write a file of a bank, whole or not at all, holding `SLAB_ROWS` vectors at a time.
 
     Args:
         path: the file; one that is there is replaced.
-        bank: whose rows the values are.
-        values: all of its vectors.
+        bank: of a cache.
         rank: d of the factored form; None writes the vectors.
+        progress: called with the number of rows that have been read since the last call, see `rows_read`.
 
     Returns:
         The bank that is written.
 
     Raises:
-        RepaError: the disk refuses.
+        RepaError: a row cannot be read or has a number that float16 cannot hold, or the disk refuses.
     """
-    arrays: dict[str, NDArray[Any]]
-    written: StoredBank
+    tensors: list[StreamedTensor] = []
     if rank is None:
-        arrays = {"vectors": values}
-        written = WholeBank(bank.said, bank.rows, str(path), values)
+        said = replace(bank.said, rounded=not bank.in_float16)
+        halves = (slab.astype(np.float16) for slab in _slabs(bank, progress))
+        tensors.append(StreamedTensor("vectors", "float16", (len(bank), bank.width), halves))
     else:
-        factors = stored_factors(factor(values, rank))
-        arrays = {name: np.ascontiguousarray(value) for name, value in vars(factors).items()}
-        said = replace(bank.said, factored=measured_error(values, factors))
-        written = FactoredBank(said, bank.rows, str(path), factors)
-    if len(bank.rows) and not np.array_equal(bank.rows, np.arange(len(bank.rows))):
-        arrays["rows"] = bank.rows
-    metadata = {_METADATA: canonical_json(asdict(written.said)).decode()}
+        read = partial(_slabs, bank, progress)
+        exact = basis_of(read, rank)
+        coefficients, error = coefficients_of(read, exact)
+        said = replace(bank.said, factored=error)
+        arrays = {**vars(exact.stored()), "coefficients": coefficients}
+        tensors += (StreamedTensor.of(name, array) for name, array in arrays.items())
+    if not np.array_equal(bank.rows, np.arange(len(bank.rows))):
+        tensors.append(StreamedTensor.of("rows", bank.rows))
     with os_errors("write", path):
         make_folder(path.parent)
-        partial = partial_path(path)
+        unfinished = partial_path(path)
         try:
-            # made anew first, so that a link that stands there is not followed
-            os.close(create_file(partial))
-            try:
-                save_file(arrays, partial, metadata=metadata)
-            except SafetensorError as error:
-                raise RepaError(
-                    f"cannot write {path} ({printable(error)})", "make room on the disk", field="--out"
-                ) from None
-            descriptor = os.open(partial, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            publish(partial, path, path.parent)
+            with open(create_file(unfinished), "wb") as file:
+                write_tensors(file, tensors, {_METADATA: canonical_json(said.document()).decode()})
+                file.flush()
+                os.fsync(file.fileno())
+            publish(unfinished, path, path.parent)
         finally:
-            partial.unlink(missing_ok=True)
-    return written
-
-
-def stored_factors(exact: Factors) -> Factors:
-    """Return factors rounded as a file stores them."""
-    return Factors(
-        mean=exact.mean.astype(np.float32),
-        basis=exact.basis.astype(np.float32),
-        singular_values=exact.singular_values.astype(np.float32),
-        coefficients=exact.coefficients.astype(np.float16),
-    )
+            unfinished.unlink(missing_ok=True)
+    return read_bank(path)
 
 
 def read_bank(path: Path) -> StoredBank:
@@ -164,7 +140,8 @@ def read_bank(path: Path) -> StoredBank:
     rows = np.arange(said.count) if rows is None else rows
     if said.factored is None:
         return WholeBank(said, rows, str(path), arrays["vectors"])
-    return FactoredBank(said, rows, str(path), Factors(**arrays))
+    coefficients = arrays.pop("coefficients")
+    return FactoredBank(said, rows, str(path), Basis(**arrays), coefficients)
 
 
 def _shapes(arrays: dict[str, NDArray[Any]], said: BankSaid) -> dict[str, tuple[tuple[int, ...], str]]:

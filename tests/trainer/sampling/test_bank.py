@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from repa.data.testing import SYNTHETIC_COLUMNS, synthetic_cache
 from repa.trainer.models.conditioning import ClassTokenConditioner
 from repa.trainer.models.sit import SiT, SiTConfig
 from repa.trainer.objectives.flow import Flow, FlowConfig
-from repa.trainer.sampling.bank import CacheBank, FactoredBank, WholeBank, factor, open_cache_bank
+from repa.trainer.sampling import bank_file
+from repa.trainer.sampling.bank import CacheBank, FactoredBank, WholeBank, open_cache_bank
 from repa.trainer.sampling.bank_draws import MIXTURES, default_alphas, mixed, rows_of_noise
-from repa.trainer.sampling.bank_file import read_bank, read_whole, write_bank
+from repa.trainer.sampling.bank_factors import basis_of
+from repa.trainer.sampling.bank_file import read_bank, rows_read, write_bank
 from repa.trainer.sampling.sampler import sample
 from repa.trainer.sampling.settings import SamplerConfig
 from safetensors.numpy import load_file, save_file
@@ -87,19 +90,23 @@ def test_golden_samples(
 
 
 def test_golden_decomposition(golden: dict[str, torch.Tensor]) -> None:
-    factors = factor(golden["bank"].numpy(), int(golden["svd_rank"]))
+    bank = golden["bank"].numpy()
+    rank = int(golden["svd_rank"])
     close = np.testing.assert_allclose
-    close(factors.singular_values, golden["svd_singular_values"], rtol=0, atol=1e-9)
-    close(factors.decoded(factors.coefficients), golden["svd_decoded"], rtol=0, atol=1e-9)
+    for slab_rows in (len(bank), 3, 1):
+        slabs = [bank[first : first + slab_rows] for first in range(0, len(bank), slab_rows)]
+        basis = basis_of(lambda slabs=slabs: slabs, rank)  # type: ignore[misc]
+        close(basis.singular_values, golden["svd_singular_values"], rtol=0, atol=1e-9)
+        close(basis.decoded(basis.encoded(bank)), golden["svd_decoded"], rtol=0, atol=1e-9)
     new = golden["svd_new"].numpy()[None]
-    close(factors.decoded(factors.encoded(new))[0], golden["svd_new_decoded"], rtol=0, atol=1e-9)
+    close(basis.decoded(basis.encoded(new))[0], golden["svd_new_decoded"], rtol=0, atol=1e-9)
     i, j = golden["interpolate_pair"].tolist()
     # the released bank's alpha is the share of the first
     share = 1 - float(golden["interpolate_alpha"])
-    bank, rows = golden["bank"].numpy(), factors.coefficients
+    rows = basis.encoded(bank)
     close((1 - share) * bank[i] + share * bank[j], golden["interpolated_full"], rtol=0, atol=1e-9)
     mixture = (1 - share) * rows[i] + share * rows[j]
-    close(factors.decoded(mixture[None])[0], golden["interpolated_svd"], rtol=0, atol=1e-9)
+    close(basis.decoded(mixture[None])[0], golden["interpolated_svd"], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
@@ -189,25 +196,62 @@ def test_a_cache_is_a_bank(cached: Path) -> None:
 
 def test_a_whole_file_says_and_holds_what_the_cache_does(cached: Path, tmp_path: Path) -> None:
     bank = open_cache_bank(cached, "")
-    written = write_bank(tmp_path / "a" / "bank.safetensors", bank, read_whole(bank, silent), None)
+    written = write_bank(tmp_path / "a" / "bank.safetensors", bank, None, silent)
     again = read_bank(tmp_path / "a" / "bank.safetensors")
     assert isinstance(again, WholeBank)
     assert again.said == written.said == bank.said
     assert again.said.digest == bank.said.digest
+    assert "rounded" not in bank.said.document()
     every = torch.arange(38)
     assert torch.equal(again.vectors(every), bank.vectors(every))
     assert np.array_equal(again.rows, bank.rows)
     assert [each.name for each in (tmp_path / "a").iterdir()] == ["bank.safetensors"]
 
 
+@pytest.mark.parametrize("rank", [None, 5])
+def test_a_file_is_the_same_however_many_rows_are_in_memory(
+    cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int | None
+) -> None:
+    bank = open_cache_bank(cached, "demo/cls")
+    write_bank(tmp_path / "whole", bank, rank, silent)
+    held, read = [], []
+    vectors = CacheBank.vectors
+
+    def counted(self: CacheBank, rows: torch.Tensor) -> torch.Tensor:
+        held.append(len(rows))
+        return vectors(self, rows)
+
+    monkeypatch.setattr(CacheBank, "vectors", counted)
+    monkeypatch.setattr(bank_file, "SLAB_ROWS", 7)
+    write_bank(tmp_path / "parts", bank, rank, read.append)
+    assert max(held) == 7
+    assert sum(held) == sum(read) == rows_read(bank, rank) == 38 * (1 if rank is None else 2)
+    one, two = (load_file(tmp_path / name) for name in ("whole", "parts"))
+    for name, array in one.items():
+        np.testing.assert_allclose(two[name], array, rtol=1e-3 if name == "coefficients" else 1e-5, atol=1e-6)
+    assert rank is not None or (tmp_path / "whole").read_bytes() == (tmp_path / "parts").read_bytes()
+
+
+def test_a_copy_that_was_rounded_is_another_bank(tmp_path: Path) -> None:
+    spec = ColumnSpec(shape=(4,), dtype="float32")
+    synthetic_cache(tmp_path / "cache", num_rows=6, columns={**SYNTHETIC_COLUMNS, "demo/cls": spec})
+    bank = open_cache_bank(tmp_path / "cache", "demo/cls")
+    write_bank(tmp_path / "bank", bank, None, silent)
+    copy = read_bank(tmp_path / "bank")
+    every = torch.arange(6)
+    assert not torch.equal(copy.vectors(every), bank.vectors(every))
+    assert torch.equal(copy.vectors(every), bank.vectors(every).half().float())
+    assert copy.said == replace(bank.said, rounded=True)
+    assert copy.said.digest != bank.said.digest
+
+
 def test_a_factored_file_says_how_far_it_is(cached: Path, tmp_path: Path) -> None:
     bank = open_cache_bank(cached, "demo/cls")
-    values = read_whole(bank, silent)
     every = torch.arange(38)
     exact = bank.vectors(every).double()
     errors = []
     for rank in (2, 8, 16):
-        write_bank(tmp_path / "bank.safetensors", bank, values, rank)
+        write_bank(tmp_path / "bank.safetensors", bank, rank, silent)
         again = read_bank(tmp_path / "bank.safetensors")
         assert isinstance(again, FactoredBank)
         found = again.vectors(every).double()
@@ -229,9 +273,10 @@ def test_a_factored_file_says_how_far_it_is(cached: Path, tmp_path: Path) -> Non
 def test_a_direction_without_rows_has_no_coefficient() -> None:
     values = np.zeros((5, 3))
     values[:, 0] = range(5)
-    factors = factor(values, 3)
-    assert np.isfinite(factors.coefficients).all()
-    np.testing.assert_allclose(factors.decoded(factors.coefficients), values, atol=1e-12)
+    basis = basis_of(lambda: [values], 3)
+    coefficients = basis.encoded(values)
+    assert np.isfinite(coefficients).all()
+    np.testing.assert_allclose(basis.decoded(coefficients), values, atol=1e-12)
 
 
 def test_a_second_view_is_another_bank(tmp_path: Path) -> None:
@@ -258,7 +303,8 @@ def test_which_column_must_be_said_where_there_are_several(tmp_path: Path) -> No
         open_cache_bank(tmp_path / "two", "third/cls")
 
 
-def test_what_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [None, 2])
+def test_what_float16_cannot_hold_is_refused(tmp_path: Path, rank: int | None) -> None:
     spec = ColumnSpec(shape=(4,), dtype="float32")
     synthetic_cache(tmp_path / "cache", num_rows=6, columns={**SYNTHETIC_COLUMNS, "demo/cls": spec})
     bank = open_cache_bank(tmp_path / "cache", "demo/cls")
@@ -271,15 +317,16 @@ def test_what_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
 
     bank.__class__ = Large
     with pytest.raises(RepaError) as caught:
-        read_whole(bank, silent)
+        write_bank(tmp_path / "out" / "bank", bank, rank, silent)
     assert caught.value.field == "demo/cls"
     assert "row 3" in caught.value.what
+    assert not list((tmp_path / "out").glob("*"))
 
 
 @pytest.fixture
 def written(cached: Path, tmp_path: Path) -> Path:
     bank = open_cache_bank(cached, "demo/cls")
-    write_bank(tmp_path / "bank.safetensors", bank, read_whole(bank, silent), 4)
+    write_bank(tmp_path / "bank.safetensors", bank, 4, silent)
     return tmp_path / "bank.safetensors"
 
 
