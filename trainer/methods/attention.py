@@ -71,7 +71,7 @@ class _Alignment(torch.autograd.Function):
         per_row = queries.new_empty(2, *queries.shape[:3])
         wanted = any(ctx.needs_input_grad)
         gradients = [torch.empty_like(each) for each in (queries, keys)] if wanted else []
-        for some in map_slabs(*queries.shape[:3], queries.device):
+        for some in map_slabs(*per_row.shape[1:], device=queries.device):
             teacher_log = _log_probabilities(teacher_queries[some], teacher_keys[some], teacher_scale)
             teacher = teacher_log.exp()
             student_log = _log_probabilities(queries[some], keys[some], scale)

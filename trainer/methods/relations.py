@@ -105,7 +105,7 @@ class _GramDistance(torch.autograd.Function):
             for side, wanted in zip(sides, ctx.needs_input_grad, strict=True)
         ]
         of_image = student.new_empty(images)
-        for some, _ in map_slabs(images, 1, count, student.device):
+        for some, _ in map_slabs(images, 1, count, device=student.device):
             off = student[some] @ student[some].mT
             off -= teacher[some] @ teacher[some].mT
             for side, sign, gradient in zip(sides, signs, gradients, strict=True):

@@ -19,7 +19,7 @@ MAP_NUMBERS_ON_CPU = 1 << 22
 """The same on a CPU, where larger slabs took longer: every pass over them went to memory."""
 
 
-def map_slabs(images: int, heads: int, tokens: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+def map_slabs(images: int, heads: int, tokens: int, *, device: torch.device) -> Iterator[tuple[slice, slice]]:
     """Yield images and heads whose maps together are no larger than a slab, or are a single one."""
     numbers = MAP_NUMBERS_ON_CPU if device.type == "cpu" else MAP_NUMBERS
     heads_at_once = min(heads, max(1, numbers // tokens**2))
