@@ -108,6 +108,8 @@ class TrainConfig:
         label_dropout: how often a label is replaced by the null class, which guidance needs.
         precision: of Lightning; auto is bf16-mixed on a CUDA device that computes it, else 32-true.
         compile: torch.compile the backbone.
+        activation_checkpointing: off, or N: of every N-th block of the backbone the inputs alone are kept for
+            the backward pass, which computes the block again; 1 saves the most memory.
         holdout: rows of the cache that are never trained on, evenly spaced; the held-out loss is theirs.
         eval_every: steps between held-out losses.
         checkpoint_every: steps between checkpoints.
@@ -173,6 +175,7 @@ class TrainConfig:
     label_dropout: Annotated[float, Ge(0), Le(1)] = DROP_PROBABILITY
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     compile: bool = False
+    activation_checkpointing: Literal["off"] | _Positive = "off"
     holdout: _Count = 0
     eval_every: _Positive = 5_000
     checkpoint_every: _Positive = 2_000

@@ -49,6 +49,7 @@ ON_RESUME: Mapping[str, OnResume] = {
     "label_dropout": "recorded",
     "precision": "bound",
     "compile": "bound",
+    "activation_checkpointing": "free",  # the same numbers from less memory
     "holdout": "bound",
     "eval_every": "free",
     "checkpoint_every": "free",

@@ -111,6 +111,14 @@ def _print_sizes(checked: Checked, config: TrainConfig, console: Console) -> Non
     if choices := choices_of(checked.backbone):
         said = ", ".join(f"{name} {'on' if value else 'off'}" for name, value in choices.items())
         console.print(f"{config.model}: {said}", highlight=False, soft_wrap=True)
+    if (every := config.activation_checkpointing) != "off":
+        depth = checked.backbone.facts.depth
+        console.print(
+            f"activation checkpointing: {depth // every} of {counted(depth, 'block')} computed again in the "
+            "backward pass",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _print_phases(phases: Sequence[Mapping[str, Any]], console: Console) -> None:

@@ -73,6 +73,8 @@ def test_another_method_forgets_the_settings_of_the_first() -> None:
         ("max_steps=4e5", "max_steps", 400_000),
         ("compile=yes", "compile", True),
         ("compile=False", "compile", False),
+        ("activation_checkpointing=2", "activation_checkpointing", 2),
+        ("activation_checkpointing=off", "activation_checkpointing", "off"),
         ("clip=none", "clip", None),
         ("clip=0.5", "clip", 0.5),
         ("betas=0.9,0.95", "betas", (0.9, 0.95)),

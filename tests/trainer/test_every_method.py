@@ -98,7 +98,7 @@ def test_the_flag_names_them() -> None:
 
 @pytest.mark.parametrize(("name", "preset"), PRESETS)
 def test_a_dry_run_names_phases_and_columns(name: str, preset: str, whole: Path, tmp_path: Path) -> None:
-    config = small_config(name, whole, method__preset=preset)
+    config = small_config(name, whole, method__preset=preset, activation_checkpointing=2)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     printed = io.StringIO()
     flags = TrainFlags(config=tmp_path / "config.yaml", run=tmp_path / "run", dry_run=True)
@@ -109,6 +109,8 @@ def test_a_dry_run_names_phases_and_columns(name: str, preset: str, whole: Path,
     if "stop" in vars(config.method):
         assert len(phases) > 1
     table = printed.getvalue()[printed.getvalue().index("run folder") :]
+    depth = check(config).backbone.facts.depth  # type: ignore[union-attr]
+    assert f"{depth // 2} of {depth} blocks" in table
     for phase in phases:
         assert f" {phase.name} " in table
         for column in columns_of_phase(method, phase, ()):
@@ -233,6 +235,22 @@ def test_killed_and_resumed_at_every_boundary_of_phases(
         outcome, _ = run_fit(config, folder)
         assert outcome.resumed_from == boundary
         same_run(undisturbed(config), tmp_path / folder, STEPS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_computed_again_change_no_bit_and_may_be_others_after_a_resume(
+    name: str,
+    whole: Path,
+    undisturbed: Callable[..., Path],
+    run_fit: Fit,
+    killed_fit: Callable[..., None],
+    same_run: Callable[[Path, Path, int], None],
+    tmp_path: Path,
+) -> None:
+    killed_fit(small_config(name, whole, activation_checkpointing=1), "run", moment=STOP + 1)
+    outcome, _ = run_fit(small_config(name, whole, activation_checkpointing=2))
+    assert outcome.resumed_from == STOP
+    same_run(undisturbed(small_config(name, whole)), tmp_path / "run", STEPS)
 
 
 class Pixels:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .capture import NOTHING, BackboneFacts, Capture, Captured
 from .conditioning import Conditioner
@@ -97,7 +98,11 @@ class Backbone(nn.Module, ABC):
         facts: what methods may know.
         y_embedder: the conditioner.
         blocks: the blocks, counted from 1 by all others.
+        recompute_every: of so many blocks one keeps its inputs alone for the backward pass, see `run_block`;
+            0 for none.
     """
+
+    recompute_every: int = 0
 
     config: BackboneConfig
     facts: BackboneFacts
@@ -114,6 +119,23 @@ class Backbone(nn.Module, ABC):
         """
         later = range(stop_after, len(self.blocks))
         return (*(f"blocks.{number}." for number in later), "final_layer.")
+
+    def run_block(self, number: int, *inputs: Any, **named: Any) -> Any:
+        """Return what a block makes of its inputs, for every block of every network.
+
+        What `recompute_every` names is computed again in the backward pass (arXiv 1604.06174), with the
+        random numbers and the autocast of the first time. Its outputs, such as those that are captured, are
+        kept by who uses them.
+
+        Args:
+            number: of the block, counted from 1.
+            inputs: of its forward pass.
+            named: the same by keyword.
+        """
+        block = self.blocks[number - 1]
+        if not self.recompute_every or number % self.recompute_every or not torch.is_grad_enabled():
+            return block(*inputs, **named)
+        return checkpoint(block, *inputs, use_reentrant=False, **named)
 
     def add_tables(self) -> None:
         """Register the buffers that the config decides and no state dict holds, none by default.

@@ -264,8 +264,8 @@ class MMDiT(Backbone):
         tokens = self.x_embedder(x) + self.pos_embed
         text = self.y_embedder(condition)
         embedding = self.t_embedder(t)
-        for number, block in enumerate(self.blocks[:last], start=1):
-            tokens, text, queries, keys = block(tokens, text, embedding)
+        for number in range(1, last + 1):
+            tokens, text, queries, keys = self.run_block(number, tokens, text, embedding)
             if number in capture.hidden:
                 captured.hidden[number] = tokens
                 captured.grids[number] = self.facts.grid

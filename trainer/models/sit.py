@@ -210,8 +210,10 @@ class SiT(Backbone):
         times, label = self.t_embedder(t), self.y_embedder(condition)
         embedding = times + (label if groups is None else label.unsqueeze(1))
         mask = None if groups is None else groups.mask()
-        for number, block in enumerate(self.blocks[:last], start=1):
-            tokens, queries, keys = block(tokens, embedding, self.rotation, groups=groups, mask=mask)
+        for number in range(1, last + 1):
+            tokens, queries, keys = self.run_block(
+                number, tokens, embedding, self.rotation, groups=groups, mask=mask
+            )
             if number in capture.hidden:
                 captured.hidden[number] = tokens[:, ahead:]
                 captured.grids[number] = self.facts.grid

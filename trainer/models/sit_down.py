@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,9 @@ from .layers import (
 )
 from .rotary import axial_rotation
 from .sized import SizedConfig
+
+if TYPE_CHECKING:
+    from .token_groups import TokenGroups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,10 +168,25 @@ class JoiningBlock(Block):
         super().__init__(width, heads, qk_norm=qk_norm, mlp=mlp)
         self.skip_linear = nn.Linear(2 * width, width)
 
-    def join(self, x: Tensor, skip: Tensor) -> Tensor:
-        """Map two times ``[B, T, D]`` to ``[B, T, D]``."""
-        joined: Tensor = self.skip_linear(torch.cat([x, skip], dim=-1))
-        return joined
+    def forward(
+        self,
+        x: Tensor,
+        embedding: Tensor,
+        rotation: Tensor | None = None,
+        groups: TokenGroups | None = None,
+        mask: Tensor | None = None,
+        *,
+        skip: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute one block, of the tokens and those of the earlier block, ``skip`` ``[B, T, D]``.
+
+        Raises:
+            ValueError: those of the earlier block are missing.
+        """
+        if skip is None:
+            raise ValueError("a block that joins wants the tokens of an earlier one")
+        joined = self.skip_linear(torch.cat([x, skip], dim=-1))
+        return super().forward(joined, embedding, rotation, groups, mask)
 
 
 class SiTDown(Backbone):
@@ -260,15 +278,15 @@ class SiTDown(Backbone):
         outer = self.t_embedder(t) + self.y_embedder(condition), self.rotation
         middle = self.mid_t_embedder(t) + self.mid_y_embedder(condition), self.mid_rotation
         skips: list[Tensor] = []
-        for number, block in enumerate(self.blocks[:last], start=1):
+        for number in range(1, last + 1):
             if number == config.outer + 1:
                 tokens = _on_grid(self.down, tokens, config.grid)
             if number == config.outer + config.middle + 1:
                 tokens = _on_grid(self.up, tokens, config.middle_grid)
-            if isinstance(block, JoiningBlock):
-                tokens = block.join(tokens, skips.pop())
-            inside = config.outer < number <= config.outer + config.middle
-            tokens, queries, keys = block(tokens, *(middle if inside else outer))
+            joins = number > config.outer + config.middle
+            inside = config.outer < number and not joins
+            skip = {"skip": skips.pop()} if joins else {}
+            tokens, queries, keys = self.run_block(number, tokens, *(middle if inside else outer), **skip)
             if number <= config.outer:
                 skips.append(tokens)
             if number in capture.hidden:

@@ -43,6 +43,23 @@ def check_prediction(config: TrainConfig, backbone: BackboneConfig, found: Check
         )
 
 
+def check_recomputed(config: TrainConfig, backbone: BackboneConfig, found: Checked) -> None:
+    """Check whether activation checkpointing reaches a block.
+
+    Args:
+        config: of the run.
+        backbone: its architecture.
+        found: takes the problems.
+    """
+    every, depth = config.activation_checkpointing, backbone.facts.depth
+    if every != "off" and every > depth:
+        found.add(
+            f"activation_checkpointing is {every}, and {config.model} has {counted(depth, 'block')}",
+            f"set it to at most {depth}, 1 for every block, or off",
+            field="activation_checkpointing",
+        )
+
+
 def check_denoised(config: TrainConfig, backbone: BackboneConfig, method: Method, found: Checked) -> None:
     """Give the backbone what the method denoises beside the latent, where backbone and objective take it.
 

@@ -31,6 +31,7 @@ from .agreement import (
     check_condition,
     check_denoised,
     check_prediction,
+    check_recomputed,
     check_times,
     check_token_times,
 )
@@ -77,6 +78,7 @@ def check(config: TrainConfig, live: LiveTargets | None = None) -> Checked:
     _check_backbone(config, found.manifest, found)
     if found.backbone is not None:
         check_prediction(config, found.backbone, found)
+        check_recomputed(config, found.backbone, found)
         _check_method(config, found.manifest, found.backbone, found)
     if found.backbone is not None and found.method is not None:
         check_condition(config, found.manifest, found.backbone, found.method, found)

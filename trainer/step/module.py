@@ -78,6 +78,8 @@ class TrainingModule(LightningModule):
         if isinstance(backbone.y_embedder, LabelConditioner):
             backbone.y_embedder.drop_probability = config.label_dropout
         self.ema = copy.deepcopy(backbone).requires_grad_(False)
+        if config.activation_checkpointing != "off":
+            backbone.recompute_every = config.activation_checkpointing
         self.method = method
         self.scale = scale
         self.identity = dict(identity)

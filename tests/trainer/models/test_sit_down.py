@@ -15,6 +15,7 @@ from repa.trainer.models import registry
 from repa.trainer.models.capture import Capture
 from repa.trainer.models.conditioning import LabelConditioner
 from repa.trainer.models.gated_mlp import SwiGlu
+from repa.trainer.models.layers import Block
 from repa.trainer.models.sit import SIT_SIZES
 from repa.trainer.models.sit_down import SIT_DOWN_SIZES, Down, SiTDown, SiTDownConfig, Up
 from safetensors.torch import load_file, save_file
@@ -162,7 +163,8 @@ def test_a_pass_by_its_stages() -> None:
     grown = F.pixel_shuffle(F.conv2d(image(inside, 2), model.up.weight, padding=1), 2)
     tokens = grown.flatten(2).transpose(1, 2)
     for block, skip in ((model.blocks[3], second), (model.blocks[4], first)):
-        tokens = block(block.skip_linear(torch.cat([tokens, skip], -1)), outer, model.rotation)[0]
+        joined = block.skip_linear(torch.cat([tokens, skip], -1))
+        tokens = Block.forward(block, joined, outer, model.rotation)[0]
     captured = model(x, t, y, Capture(hidden=(3, 5)))
     torch.testing.assert_close(captured.hidden[3], inside)
     torch.testing.assert_close(captured.hidden[5], tokens)

@@ -132,6 +132,11 @@ def test_holdout_of_everything(settings: Settings) -> None:
     assert "cannot be held out" in problem.what
 
 
+def test_activation_checkpointing_reaches_a_block(settings: Settings) -> None:
+    assert fields_of(settings(activation_checkpointing=2)) == []
+    assert fields_of(settings(activation_checkpointing=3)) == ["activation_checkpointing"]
+
+
 def test_precision_of_the_device(settings: Settings) -> None:
     (problem,) = check(settings(precision="16-mixed", trainer__accelerator="cpu")).problems
     assert "16-mixed needs a GPU" in problem.what
