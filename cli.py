@@ -21,6 +21,7 @@ from .commands.analyze.flags import AnalyzeFlags
 from .commands.analyze.run import analyze
 from .commands.bank.app import bank_app
 from .commands.bench.measured import METHODS as MEASURED_METHODS
+from .commands.bench.measured import TARGETS as MEASURED_TARGETS
 from .commands.bench.measured import BenchSettings
 from .commands.cache.app import cache_app
 from .commands.compare import CompareFlags, compare
@@ -315,6 +316,9 @@ def _bench(
     methods: Annotated[
         str, typer.Option(metavar="NAME,NAME,…", help="Methods whose training step is measured.")
     ] = MEASURED_METHODS,
+    targets: Annotated[
+        str, typer.Option(metavar="NAME,…", help="Where the targets of that step come from.")
+    ] = ",".join(MEASURED_TARGETS),
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the backbone of the step.")] = False,
     folder: Annotated[
         Path | None, typer.Option(help="Where the temporary caches go: the disk to measure.")
@@ -353,6 +357,7 @@ def _bench(
         steps=steps,
         rounds=rounds,
         methods=methods,
+        targets=targets,
         compile=compiled,
         data=data,
         attention=attention,

@@ -17,8 +17,18 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    Column = Callable[["Measured"], str]
+
 METHODS = "none,repa,haste,irepa,reg,urepa,sra,sra2,erw,gmem"
 DEFAULT_RESOLUTION = 64
+MOST_COLUMNS = 8
+_NAME_WIDTH = 16
+TARGETS: Mapping[str, str] = {
+    "constant": "constant targets",
+    "cached": "cached",
+    "live": "teacher live",
+}
+"""Where the targets of a measured step come from → what its line is called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +45,7 @@ class BenchSettings:
         steps: training steps of a round.
         rounds: rounds; every figure is the median over them.
         methods: names between commas of the methods whose training steps are measured.
+        targets: where the targets of these steps come from, some of `TARGETS` between commas.
         compile: whether their backbones are compiled.
         data: of fidelity: the images, as of `repa preprocess`.
         attention: of fidelity: the teacher's blocks, as of `repa preprocess`; None: HASTE's, scaled to its
@@ -52,6 +63,7 @@ class BenchSettings:
     steps: int = 10
     rounds: int = 5
     methods: str = METHODS
+    targets: str = ",".join(TARGETS)
     compile: bool = False
     data: str | None = None
     attention: str | None = None
@@ -63,11 +75,24 @@ class BenchSettings:
         """Side in pixels of images that nobody gives."""
         return DEFAULT_RESOLUTION if self.resolution is None else self.resolution
 
+    @property
+    def measured_targets(self) -> tuple[str, ...]:
+        """What the lines of the chosen targets are called, each once, in the order of `TARGETS`."""
+        chosen = self.targets.split(",")
+        return tuple(title for name, title in TARGETS.items() if name in chosen)
+
     def __post_init__(self) -> None:
         for name in ("resolution", "batch_size", "images", "rows", "steps", "rounds"):
             value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
             if value is not None and value < 1:
                 raise RepaError(f"{flag} {value} is too small", "give at least 1", field=flag)
+        unknown = [name for name in self.targets.split(",") if name not in TARGETS]
+        if unknown:
+            raise RepaError(
+                f"--targets has {unknown[0]!r}",
+                f"give some of {','.join(TARGETS)}",
+                field="--targets",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +107,12 @@ class Measured:
         baseline: name of the line that it is compared with; empty is the first.
         beside: name of another line that it is compared with as well.
         full: name of the line of a whole step, of one that leaves out blocks.
+        repa: name of the line of REPA's step, of a step of another method that aligns.
+        bare_turns: what a turn of the bare loop took of a turn of this, on the wall and of the CPU; empty
+            without.
+        flops: of an item; 0 if they were not counted.
+        peak_flops: FLOP/s that the maker of the GPU states; 0 if no table has it.
+        products: FLOP/s of a large matrix product, one a round; empty if that was not measured.
         cpu_per_1000: CPU seconds of 1,000 items, one a round; empty if that was not measured.
         fidelity: what storing it changes, see `attention_summary` and `token_fidelity`; empty of what is not
             stored.
@@ -94,6 +125,11 @@ class Measured:
     baseline: str = ""
     beside: str = ""
     full: str = ""
+    repa: str = ""
+    bare_turns: tuple[tuple[float, float], ...] = ()
+    flops: float = 0.0
+    peak_flops: float = 0.0
+    products: tuple[float, ...] = ()
     cpu_per_1000: tuple[float, ...] = ()
     fidelity: Mapping[str, Any] = field(default_factory=dict)
 
@@ -105,6 +141,31 @@ class Measured:
     def ratio(self, reference: Measured) -> float:
         """Median over the rounds of this rate by the reference's in the same round."""
         return statistics.median(a / b for a, b in zip(self.rates, reference.rates, strict=True))
+
+    @property
+    def of_bare(self) -> float:
+        """Median over the turns of this rate by the bare loop's, 0 without."""
+        return statistics.median(wall for wall, _ in self.bare_turns) if self.bare_turns else 0.0
+
+    @property
+    def of_bare_cpu(self) -> float:
+        """Median over the turns of the bare loop's CPU time by this line's, 0 without."""
+        return statistics.median(cpu for _, cpu in self.bare_turns) if self.bare_turns else 0.0
+
+    @property
+    def utilisation(self) -> float:
+        """MFU, the share of the stated peak that the median rate reaches, 0 where it is not known."""
+        return self.median * self.flops / self.peak_flops if self.peak_flops else 0.0
+
+    @property
+    def of_product(self) -> float:
+        """Median over the rounds of the share of the matrix product's FLOP/s, 0 if it was not measured."""
+        if not self.products:
+            return 0.0
+        shares = (
+            rate * self.flops / product for rate, product in zip(self.rates, self.products, strict=True)
+        )
+        return statistics.median(shares)
 
 
 def interleaved(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, tuple[float, ...]]:
@@ -141,29 +202,65 @@ def _processor() -> str:
 
 
 def print_table(console: Console, title: str, unit: str, lines: Sequence[Measured]) -> None:
-    """Print the lines of one table, each beside the first."""
-    from rich.table import Table
+    """Print the lines of one table, each beside the first.
 
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    by_name = {line.name: line for line in lines}
-    baseline = "of the line without a method" if any(line.baseline for line in lines) else "of the first line"
-    columns: dict[str, Callable[[Measured], str]] = {
+    Where that makes too many columns for a terminal the ratios have a table of their own.
+    """
+    rates, ratios = _shown(_rate_columns(unit), lines), _shown(_ratio_columns(lines), lines)
+    if len(rates) + len(ratios) <= MOST_COLUMNS:
+        _print(console, title, {**rates, **ratios}, lines)
+        return
+    _print(console, title, rates, lines)
+    _print(console, "the same, in ratios", ratios, lines)
+
+
+def _rate_columns(unit: str) -> dict[str, Column]:
+    return {
         f"{unit} (median)": lambda line: f"{line.median:,.1f}",
         "lowest": lambda line: f"{min(line.rates):,.1f}",
         "highest": lambda line: f"{max(line.rates):,.1f}",
-        "GB/s": lambda line: f"{line.median * line.bytes_per_item / 1e9:.2f}" if line.bytes_per_item else "",
+        "GB/s": lambda line: _figure(line.median * line.bytes_per_item / 1e9, 2),
         "CPU s / 1,000": lambda line: (
             f"{statistics.median(line.cpu_per_1000):.3f}" if line.cpu_per_1000 else ""
         ),
-        "peak GB": lambda line: f"{line.peak_bytes / 1e9:.2f}" if line.peak_bytes else "",
+        "peak GB": lambda line: _figure(line.peak_bytes / 1e9, 2),
+        "GFLOP an image": lambda line: _figure(line.flops / 1e9, 1),
+        "TFLOP/s": lambda line: _figure(line.median * line.flops / 1e12, 3),
+    }
+
+
+def _ratio_columns(lines: Sequence[Measured]) -> dict[str, Column]:
+    by_name = {line.name: line for line in lines}
+    baseline = "of the line without a method" if any(line.baseline for line in lines) else "of the first line"
+    return {
         baseline: lambda line: f"{line.ratio(by_name[line.baseline or lines[0].name]):.3f}",
         "of constant targets": lambda line: f"{line.ratio(by_name[line.beside]):.3f}" if line.beside else "",
+        "time of a full step": lambda line: f"{by_name[line.full].ratio(line):.3f}" if line.full else "",
+        "time of REPA's step": lambda line: f"{by_name[line.repa].ratio(line):.3f}" if line.repa else "",
+        "of the bare loop": lambda line: _figure(line.of_bare, 3),
+        "the same in CPU time": lambda line: _figure(line.of_bare_cpu, 3),
+        "of a matrix product": lambda line: _figure(line.of_product, 3),
+        "MFU": lambda line: _figure(line.utilisation, 3),
     }
-    columns["time of a full step"] = lambda line: f"{by_name[line.full].ratio(line):.3f}" if line.full else ""
-    shown = {heading: text for heading, text in columns.items() if any(map(text, lines))}
-    for heading in shown:
+
+
+def _figure(value: float, digits: int) -> str:
+    """Return a figure, nothing of one that was not measured."""
+    return f"{value:,.{digits}f}" if value else ""
+
+
+def _shown(columns: Mapping[str, Column], lines: Sequence[Measured]) -> dict[str, Column]:
+    """Return the columns in which some line has a figure."""
+    return {heading: text for heading, text in columns.items() if any(map(text, lines))}
+
+
+def _print(console: Console, title: str, columns: Mapping[str, Column], lines: Sequence[Measured]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("", min_width=min(_NAME_WIDTH, max(len(line.name) for line in lines)))
+    for heading in columns:
         table.add_column(heading, justify="right")
     for line in lines:
-        table.add_row(line.name, *(text(line) for text in shown.values()))
+        table.add_row(line.name, *(text(line) for text in columns.values()))
     console.print(table)

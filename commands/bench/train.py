@@ -2,56 +2,59 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Callback
+from rich.console import Console
 
-from ...data.format.columns import MOMENTS, ColumnSpec, attention_source, column_name, source_of, split_column
+from ...data.format.columns import MOMENTS, ColumnSpec, attention_source, column_name
 from ...data.testing import synthetic_cache
 from ...pipeline.encoders import load_encoder
 from ...trainer.config import build
 from ...trainer.input.online import is_target
 from ...trainer.methods.aligning import PLAIN
 from ...trainer.methods.outside import find_method
+from ...trainer.run.callbacks import Clock, Metrics
 from ...trainer.run.checked import ProblemsError
 from ...trainer.run.checks import attention_blocks, check
 from ...trainer.run.fit import assemble, load_live
 from ...trainer.run.identity import identity_of
-from ...trainer.run.lightning_trainer import make_trainer, quiet_lightning
+from ...trainer.run.lightning_trainer import make_trainer, quiet_lightning, resolve_precision
+from ...trainer.run.loggers import Reports
+from ...trainer.run.utilisation import TERA
 from ..shared.methods import backbone_for, chosen_methods
-from .measured import Measured, interleaved
+from .arithmetic import SIDE, counted_flops, known_peak, product_flops
+from .bare import StepClock, can_be_bare
+from .measured import TARGETS, Measured, interleaved
+from .stand_ins import ConstantTargets, LiveTeacher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    import numpy as np
-    from lightning.pytorch import LightningModule, Trainer
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from ...data.format.manifest import Manifest, Provenance
-    from ...pipeline.encoders.base import Encoder
+    from ...data.format.manifest import Manifest
     from ...trainer.config import TrainConfig
     from ...trainer.input.online import LiveTargets
     from ...trainer.methods.base import Problem
+    from .bare import Seconds
     from .measured import BenchSettings
 
 WARM_UP = 2
 NONE = "none"
-CACHED = "cached"
-CONSTANT = "constant targets"
+REPA = "repa"
+CONSTANT, CACHED, LIVE = TARGETS.values()
+BARE = "bare loop"
+PRODUCT = "matrix product"
 
 
 def bench_train(settings: BenchSettings, room: Path) -> tuple[str, str, list[Measured]]:
     """Measure images per second of whole training steps under Lightning.
 
-    A step is loader, forward and backward pass, optimiser and EMA. Every method stands beside `none` on its
-    own backbone.
+    A step is loader, draws, forward and backward pass, optimiser, EMA, means and the row of metrics. Every
+    method stands beside `none` on its own backbone.
 
     The lines with constant targets compute what the cached ones do, on targets that stay on the device: what
     a cached line has less is what reading its targets costs. A step of a warm-up has lines of its own, with
@@ -59,28 +62,38 @@ def bench_train(settings: BenchSettings, room: Path) -> tuple[str, str, list[Mea
     already decoded, cropped and on the device: its lines have no decoding in them. A method that reads no
     teacher has neither. Cache, backbone and teacher have random values: they do not change the speed.
 
+    The bare loop takes turns with the steps from the cache, see `BareLoop`. The FLOP/s are those of MFU's
+    formula, beside the peak that the GPU's maker states, or else beside those of a large matrix product.
+
     Raises:
         ProblemsError: no method that reads a teacher can run with this model and teacher.
     """
-    bench = _Bench(settings, room / "cache")
+    bench = _Bench(settings, room)
     variants = bench.variants()
-    rates = interleaved({name: variant.measure for name, variant in variants.items()}, settings.rounds)
+    turns = {PRODUCT: bench.product, **{name: variant.measure for name, variant in variants.items()}}
+    rates = interleaved(turns, settings.rounds)
+    products = rates.pop(PRODUCT)
     lines = [
-        Measured(
-            name=name,
-            rates=values,
-            peak_bytes=bench.peaks.get(name, 0),
-            baseline=variants[name].baseline,
-            beside=name.replace(CACHED, CONSTANT) if name.endswith(CACHED) else "",
-            full=variants[name].full,
-        )
-        for name, values in rates.items()
+        line for name, values in rates.items() for line in bench.lines(name, variants[name], values, products)
     ]
+    found = {line.name: line for line in lines}
+    lines = [_compared(line, found) for line in lines]
+    side = SIDE[bench.device.type]
     what = (
         f"{settings.model}, teacher {settings.encoder}, {settings.side}², batch {settings.batch_size}"
-        f"{', compiled' if settings.compile else ''}"
+        f"{', compiled' if settings.compile else ''}; {max(products) / TERA:.3f} TFLOP/s in a product of "
+        f"matrices {side}²"
     )
     return f"training step: {what}{bench.left_out}", "images/s", lines
+
+
+def _compared(line: Measured, found: Mapping[str, Measured]) -> Measured:
+    """Return a line without what it is compared with where that was not measured on its network."""
+
+    def present(name: str) -> str:
+        return name if name in found and found[name].baseline == line.baseline else ""
+
+    return replace(line, beside=present(line.beside), full=present(line.full), repa=present(line.repa))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,27 +111,44 @@ class _Variant:
     full: str = ""
 
 
+@dataclass(kw_only=True)
+class _Seen:
+    """What measuring a line has shown beside its rates.
+
+    Attributes:
+        clocks: of every turn.
+        flops: of an image; 0 where they cannot be counted.
+        peak_bytes: most memory of the GPU.
+    """
+
+    clocks: list[StepClock] = field(default_factory=list)
+    flops: float = 0.0
+    peak_bytes: int = 0
+
+
 class _Bench:
     """A cache, a teacher, and what is measured with them."""
 
-    def __init__(self, settings: BenchSettings, cache: Path) -> None:
+    def __init__(self, settings: BenchSettings, room: Path) -> None:
         self._settings = settings
-        self._cache = cache
+        self._cache, self._run = room / "cache", room / "run"
         self._cuda = torch.cuda.is_available()
-        self.peaks: dict[str, int] = {}
+        self.device = torch.device("cuda" if self._cuda else "cpu")
+        self._seen: dict[str, _Seen] = {}
         self.left_out = ""
         before = torch.cuda.memory_allocated() if self._cuda else 0
         self._teacher = load_encoder(
             settings.encoder,
             resolution=settings.side,
-            device="cuda" if self._cuda else "cpu",
+            device=str(self.device),
             compute_dtype="bfloat16" if self._cuda else "float32",
             random_weights=settings.encoder != "demo",
         )
         self._teacher_bytes = torch.cuda.memory_allocated() - before if self._cuda else 0
         self._manifest = self._write_cache()
-        self._constant = _Constant(self._manifest, settings.batch_size)
-        self._live = _Live(self._manifest, settings, self._teacher)
+        self._precision = resolve_precision(self._config(NONE))
+        self._constant = ConstantTargets(self._manifest, settings.batch_size)
+        self._live = LiveTeacher(self._manifest, settings, self._teacher)
 
     def variants(self) -> Mapping[str, _Variant]:
         """Return each line by name, the first of them without a method on the model that was asked for."""
@@ -134,7 +164,7 @@ class _Bench:
                 continue
             baseline = self._add_baseline(found, backbone_for(kind, self._settings.model))
             self._add(found, name, baseline)
-        if left_out and not any(name.endswith(CACHED) for name in found):
+        if left_out and not any(name.endswith((CONSTANT, CACHED, LIVE)) for name in found):
             raise ProblemsError([problem for each in left_out.values() for problem in each[:1]])
         self.left_out = "".join(f"; no {name}: {each[0].what}" for name, each in left_out.items())
         return found
@@ -143,7 +173,8 @@ class _Bench:
         """Add the line without a method on a backbone, if it is not there, and return its name."""
         name = NONE if model == self._settings.model else f"{NONE}, {model}"
         if name not in found:
-            measure = partial(self._rate, name, self._config(NONE, f"model={model}"), None)
+            config = self._config(NONE, f"model={model}")
+            measure = partial(self._rate, name, config, None, bare=True)
             found[name] = _Variant(measure=measure, baseline=name)
         return name
 
@@ -175,8 +206,10 @@ class _Bench:
             full: title of the lines of whole steps, of those of a warm-up.
         """
 
-        def add(name: str, config: TrainConfig, live: LiveTargets | None = None) -> None:
-            measure = partial(self._rate, name, config, live)
+        def add(
+            name: str, config: TrainConfig, live: LiveTargets | None = None, *, bare: bool = False
+        ) -> None:
+            measure = partial(self._rate, name, config, live, bare=bare)
             whole = name.replace(title, full) if full else ""
             found[name] = _Variant(measure=measure, baseline=baseline, full=whole)
 
@@ -185,12 +218,16 @@ class _Bench:
         assert checked.method is not None, "the checks have passed"
         phases = checked.method.phases()
         if not any(map(is_target, checked.method.columns(phases[0]))):
-            add(title, config)
+            add(title, config, bare=True)
             return
         online = self._config(method, *assignments, targets="online")
-        add(f"{title}, {CONSTANT}", online, self._constant)
-        add(f"{title}, {CACHED}", config)
-        add(f"{title}, teacher live", online, self._live)
+        lines: dict[str, Callable[[str], None]] = {
+            CONSTANT: lambda name: add(name, online, self._constant),
+            CACHED: lambda name: add(name, config, bare=True),
+            LIVE: lambda name: add(name, online, self._live),
+        }
+        for targets in self._settings.measured_targets:
+            lines[targets](f"{title}, {targets}")
         if phases[-1].name == PLAIN:
             add(f"{title} after τ", self._config(method, *assignments, "method.stop=1"))
 
@@ -234,102 +271,84 @@ class _Bench:
             notes={attention_source(teacher.name): notes},
         )
 
-    def _rate(self, name: str, config: TrainConfig, live: LiveTargets | None) -> float:
+    def product(self) -> float:
+        """Measure the FLOP/s of a matrix product."""
+        return product_flops(self.device, self._precision)
+
+    def lines(
+        self, name: str, variant: _Variant, rates: tuple[float, ...], products: tuple[float, ...]
+    ) -> list[Measured]:
+        """Return the line of a variant, and after it that of its bare loop if it has one.
+
+        Args:
+            name: of the variant.
+            variant: as of `variants`.
+            rates: images per second of the rounds.
+            products: FLOP/s of the matrix product in the rounds.
+        """
+        seen, method = self._seen[name], name.removesuffix(f", {CACHED}")
+        clocks = seen.clocks[-len(rates) :]
+        shared: Mapping[str, Any] = {
+            "baseline": variant.baseline,
+            "flops": seen.flops,
+            "peak_flops": known_peak(self.device, self._precision),
+            "products": products,
+        }
+        own = Measured(
+            name=name,
+            rates=rates,
+            cpu_per_1000=tuple(self._cpu_per_1000(clock.own) for clock in clocks),
+            peak_bytes=seen.peak_bytes,
+            beside=name.replace(CACHED, CONSTANT) if name.endswith(CACHED) else "",
+            full=variant.full,
+            repa=f"{REPA}, {CACHED}" if name.endswith(CACHED) and method != REPA else "",
+            bare_turns=tuple(ratio for clock in clocks for ratio in clock.ratios()),
+            **shared,
+        )
+        if not own.bare_turns:
+            return [own]
+        bare = Measured(
+            name=f"{method}, {BARE}",
+            rates=tuple(self._images / sum(clock.bare.wall) for clock in clocks),
+            cpu_per_1000=tuple(self._cpu_per_1000(clock.bare) for clock in clocks),
+            **shared,
+        )
+        return [own, bare]
+
+    @property
+    def _images(self) -> int:
+        """Images of a turn."""
+        return self._settings.steps * self._settings.batch_size
+
+    def _cpu_per_1000(self, seconds: Seconds) -> float:
+        return 1000 * sum(seconds.cpu) / self._images
+
+    def _rate(self, name: str, config: TrainConfig, live: LiveTargets | None, *, bare: bool) -> float:
         before = torch.cuda.memory_allocated() if self._cuda else 0
         checked = check(config, live)
         if checked.problems:
             raise ProblemsError(checked.problems)
         load_live(checked, lambda line: None)
         module, data = assemble(config, checked, identity_of(checked, config))
-        clock = _StepClock()
-        trainer = make_trainer(config, callbacks=[clock])
+        seen, phase = self._seen.setdefault(name, _Seen()), module.method.phase_at(WARM_UP)
+        if not seen.clocks:
+            seen.flops = counted_flops(module, phase)
+        if config.compile:
+            module.backbone.compile()
+        clock = StepClock(warm_up=WARM_UP, bare=bare and can_be_bare(module, phase))
+        seen.clocks.append(clock)
+        run = self._run / f"{len(seen.clocks)} {name}"
+        run.mkdir(parents=True)
+        metrics = Metrics(
+            config, run, Console(file=StringIO()), Clock(), (), Reports(config, lambda line: None)
+        )
+        trainer = make_trainer(config, run=run, callbacks=[metrics, clock])
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
         with quiet_lightning():
             trainer.fit(module, datamodule=data)
         if self._cuda:
             # the teacher always lies there: it counts for the lines that call it
-            teacher = self._teacher_bytes if isinstance(live, _Live) else 0
-            self.peaks[name] = torch.cuda.max_memory_allocated() - before + teacher
-        return self._settings.steps * self._settings.batch_size / clock.elapsed
-
-
-class _StepClock(Callback):
-    """Seconds from the end of the warm-up to the end of the last step."""
-
-    def __init__(self) -> None:
-        self.elapsed = 0.0
-        self._started = 0.0
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        if trainer.global_step not in (WARM_UP, trainer.max_steps):
-            return
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize()
-        if trainer.global_step == WARM_UP:
-            self._started = time.perf_counter()
-        else:
-            self.elapsed = time.perf_counter() - self._started
-
-
-class _Targets:
-    """What the two stand-ins for `LiveTargets` have in common, which is the targets of the cache by name."""
-
-    def __init__(self, manifest: Manifest) -> None:
-        self.columns = {name: spec for name, spec in manifest.columns.items() if is_target(name)}
-        self.sources = {source_of(name): manifest.sources[source_of(name)] for name in self.columns}
-        self.grids = {source: each.grid for source, each in self.sources.items()}
-        self.notes = {source: each.notes for source, each in self.sources.items()}
-        self.record: Mapping[str, Any] = {}
-        self.device = torch.device("cpu")
-
-    def load(self, device: torch.device) -> Mapping[str, Provenance]:
-        self.device = device
-        return self.sources
-
-    def prepare(self, rows: NDArray[np.int64]) -> None:
-        """Do nothing, as there is nothing to decode."""
-
-
-class _Constant(_Targets):
-    """The same targets for every batch, on the device, in the dtype that the cache stores."""
-
-    def __init__(self, manifest: Manifest, batch_size: int) -> None:
-        super().__init__(manifest)
-        generator = torch.Generator().manual_seed(0)
-        self._values = {
-            name: torch.randn((batch_size, *spec.shape), generator=generator).to(torch.float16)
-            for name, spec in self.columns.items()
-        }
-
-    def __call__(
-        self, rows: NDArray[np.int64], names: Sequence[str], views: NDArray[np.int64]
-    ) -> dict[str, Tensor]:
-        del rows, views
-        self._values |= {name: self._values[name].to(self.device) for name in names}
-        return {name: self._values[name] for name in names}
-
-
-class _Live(_Targets):
-    """The teacher on the same images in every batch. They are on the device already."""
-
-    def __init__(self, manifest: Manifest, settings: BenchSettings, teacher: Encoder) -> None:
-        super().__init__(manifest)
-        self.columns = {name: replace(spec, dtype="float32") for name, spec in self.columns.items()}
-        side = settings.side
-        generator = torch.Generator().manual_seed(0)
-        shape = (settings.batch_size, 3, side, side)
-        self._images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
-        self._teacher = teacher
-
-    def __call__(
-        self, rows: NDArray[np.int64], names: Sequence[str], views: NDArray[np.int64]
-    ) -> dict[str, Tensor]:
-        del rows, views
-        self._images = self._images.to(self.device)
-        kinds = {split_column(name)[1]: name for name in names}
-        noted = self.notes.get(attention_source(self._teacher.name), {})
-        blocks = tuple(noted["blocks"]) if "q" in kinds else ()
-        features = self._teacher.encode(self._images, attention=blocks)
-        # clones are not of inference mode, beside whose tensors no gradient may be computed
-        return {name: features[kind].clone() for kind, name in kinds.items()}
+            teacher = self._teacher_bytes if isinstance(live, LiveTeacher) else 0
+            seen.peak_bytes = torch.cuda.max_memory_allocated() - before + teacher
+        return self._images / sum(clock.own.wall)

@@ -86,7 +86,7 @@ def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     # per form: warm 7 lines of ours and the limit, cold 8; and zarr, perhaps tensorstore, in each
     others = 4 * (1 + (find_spec("tensorstore") is not None)) - 2
     results = bench((), settings, folder=tmp_path, console=Console(file=text, width=160))
-    assert [len(results[part]) for part in SPEEDS] == [32 + others, 4, 6, 4, 16]
+    assert [len(results[part]) for part in SPEEDS] == [32 + others, 4, 6, 4, 21]
     for lines in results.values():
         assert lines[0].ratio(lines[0]) == 1.0
         assert all(rate > 0 for line in lines for rate in line.rates)
@@ -95,8 +95,16 @@ def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     # the method beside none on its own backbone, and beside itself on constant targets where it reads some
     assert {name: line.baseline for name, line in train.items() if name.startswith("none")} == {
         "none": "none",
+        "none, bare loop": "none",
         "none, SiT-down-T/1": "none, SiT-down-T/1",
+        "none, SiT-down-T/1, bare loop": "none, SiT-down-T/1",
     }
+    # each turn of these has had one of the bare loop
+    assert {name: len(line.bare_turns) for name, line in train.items() if line.bare_turns} == dict.fromkeys(
+        ("none", "none, SiT-down-T/1", "haste, cached", "urepa, cached", "erw, cached"), 1
+    )
+    assert all(line.flops > 0 and line.of_product > 0 for line in train.values())
+    assert train["haste, cached"].flops == train["haste, bare loop"].flops > train["none"].flops
     assert {name: (line.baseline, line.beside) for name, line in train.items() if "cached" in name} == {
         "haste, cached": ("none", "haste, constant targets"),
         "urepa, cached": ("none, SiT-down-T/1", "urepa, constant targets"),
