@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from .storage.bucket import CachePath
+
 SYNTHETIC_COLUMNS: Mapping[str, ColumnSpec] = {
     MOMENTS: ColumnSpec(shape=(8, 4, 4), dtype="float32"),
     "demo/patch": ColumnSpec(shape=(4, 16), dtype="float16"),
@@ -89,7 +91,7 @@ def expected_labels(num_rows: int, num_classes: int, seed: int = 0) -> NDArray[n
 
 
 def synthetic_cache(
-    path: Path,
+    path: CachePath,
     *,
     num_rows: int,
     columns: Mapping[str, ColumnSpec] = SYNTHETIC_COLUMNS,
@@ -167,7 +169,7 @@ def synthetic_cache(
 
 
 def synthetic_captions(
-    path: Path,
+    path: CachePath,
     *,
     columns: Mapping[str, ColumnSpec] = SYNTHETIC_TEXT,
     captions: Sequence[Sequence[str]] | None = None,
@@ -271,7 +273,9 @@ def synthetic_notes(source: str, columns: Mapping[str, ColumnSpec]) -> dict[str,
     }
 
 
-def _write_source(path: Path, manifest: Manifest, source: str, seed: int, invalid: Mapping[int, str]) -> None:
+def _write_source(
+    path: CachePath, manifest: Manifest, source: str, seed: int, invalid: Mapping[int, str]
+) -> None:
     views = range(len(manifest.views))
     with SourceWriter(path, manifest, source, range(manifest.num_shards)) as writer:
         for number in writer.remaining:

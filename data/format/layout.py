@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..storage.bucket import CachePath, RemotePath
+from ..storage.folder import LOCK_NAME
 from .bounds import MOST_COLUMNS
 from .canonical import canonical_sha256
 from .columns import LABEL, ColumnSpec, split_column
@@ -34,7 +35,7 @@ GROUP_COPY = "zarr.json.copy"
 """The same document again, for the day that it is damaged."""
 
 KEYS_FILE = "keys.txt"
-LOCK_FILE = ".lock"
+LOCK_FILE = LOCK_NAME
 COMMITS_FOLDER = "commits"
 CALIBRATION_FOLDER = "calibration"
 CHUNK_FOLDER = "c"

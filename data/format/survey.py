@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import CacheError
-from ..storage.bucket import CachePath, map_files
+from ..storage.bucket import CachePath, look_again, map_files
 from .commits import CommitRecord, ShardProblem, is_committed, read_commit, record_problem
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 def committed_shards(path: CachePath, manifest: Manifest, source: str) -> list[int]:
     """List the shards of a source that are committed (see `is_committed`), ascending."""
+    look_again(path)
     committed = map_files(
         lambda shard: is_committed(path, manifest, source, shard), range(manifest.num_shards), path
     )
@@ -95,6 +96,7 @@ def survey(path: CachePath, manifest: Manifest) -> Survey:
     Raises:
         RepaError: the operating system refuses.
     """
+    look_again(path)
     records: dict[str, list[CommitRecord]] = {}
     absent: dict[str, list[int]] = {}
     foreign: dict[str, dict[int, ShardProblem]] = {}

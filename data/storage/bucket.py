@@ -1,7 +1,8 @@
-"""Caches in a bucket, ``s3://bucket/path`` or ``gs://bucket/path``, which are read only.
+"""Caches in a bucket, ``s3://bucket/path`` or ``gs://bucket/path``.
 
 A cache lies there as it lies in a folder, file by file. `RemotePath` has as much of `pathlib.Path` as reading
 a cache needs, so the same code reads manifest, records and labels of both; rows are ranges of objects.
+Writing is `bucket_folder`'s.
 The objects are reached by the package ``obstore`` (the Rust crate object_store), which takes credentials,
 region and endpoint from the usual environment variables: ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``,
 ``AWS_REGION``, ``AWS_ENDPOINT_URL``, ``GOOGLE_APPLICATION_CREDENTIALS`` and so on.
@@ -13,7 +14,7 @@ import errno
 import os
 import re
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -22,7 +23,7 @@ from ..errors import CacheError, RepaError
 from .environment import check_environment
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from obstore.store import BackoffConfig
 
@@ -87,7 +88,7 @@ class Bucket:
         return Bucket, (self.url,)
 
     @contextmanager
-    def _requests(self, name: str) -> Iterator[Any]:
+    def requests(self, name: str) -> Iterator[Any]:
         """Lend the store. What goes wrong with it becomes an error of the operating system, as of a file."""
         if self._process != os.getpid():
             # its threads were not forked with it: a request would wait for ever
@@ -121,8 +122,23 @@ class Bucket:
         """
         import obstore
 
-        with self._requests(name) as store:
+        with self.requests(name) as store:
             return bytes(obstore.get(store, name).bytes())
+
+    def read_tagged(self, name: str) -> tuple[bytes, dict[str, str]] | None:
+        """Read the bytes of an object and what tells it from any other, or None where there is none.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        import obstore
+
+        try:
+            with self.requests(name) as store:
+                found = obstore.get(store, name)
+                return bytes(found.bytes()), tag_of(found.meta)
+        except FileNotFoundError:
+            return None
 
     def read_range(self, name: str, start: int, length: int) -> Any:
         """Read some bytes of an object into a buffer. They are fewer where it ends before.
@@ -134,7 +150,7 @@ class Bucket:
         import obstore
         from obstore.exceptions import GenericError
 
-        with self._requests(name) as store:
+        with self.requests(name) as store:
             for left in reversed(range(_ANSWERS)):
                 try:
                     return obstore.get_range(store, name, start=start, length=length)
@@ -151,9 +167,103 @@ class Bucket:
         """
         import obstore
 
-        with self._requests(name) as store:
+        with self.requests(name) as store:
             size: int = obstore.head(store, name)["size"]
             return size
+
+    def describe(self, name: str) -> Mapping[str, Any] | None:
+        """Ask for what the store knows of an object, its ``e_tag`` among it, or None where there is none.
+
+        Raises:
+            OSError: it cannot be told.
+        """
+        import obstore
+
+        try:
+            with self.requests(name) as store:
+                found: Mapping[str, Any] = obstore.head(store, name)
+                return found
+        except FileNotFoundError:
+            return None
+
+    def children(self, name: str) -> tuple[list[str], list[Mapping[str, Any]]]:
+        """List what lies directly under a name, as names of folders and as descriptions of objects.
+
+        Raises:
+            OSError: the bucket cannot be listed.
+        """
+        import obstore
+
+        with self.requests(name) as store:
+            found = obstore.list_with_delimiter(store, name or None)
+            return list(found["common_prefixes"]), list(found["objects"])
+
+    def below(self, name: str) -> list[str]:
+        """List the names of all objects under a name, however deep.
+
+        Raises:
+            OSError: the bucket cannot be listed.
+        """
+        import obstore
+
+        with self.requests(name) as store:
+            return [item["path"] for page in obstore.list(store, name, chunk_size=1000) for item in page]
+
+    def put(self, name: str, data: bytes, mode: Any = "overwrite") -> dict[str, str] | None:
+        """Write an object whole, at once.
+
+        Args:
+            name: of the object.
+            data: all of its bytes.
+            mode: ``overwrite``; ``create``, where there is none; or the tag of the one that is to go.
+
+        Returns:
+            What tells it from any that takes its name later; None where it was not written, as the mode
+            forbids it.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        import obstore
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+        with self.requests(name) as store:
+            try:
+                found = obstore.put(store, name, data, mode=mode, use_multipart=False)
+            except (AlreadyExistsError, PreconditionError):
+                return None
+            except FileNotFoundError:
+                if mode in ("overwrite", "create"):
+                    raise
+                return None  # the one that was to go has gone
+        self.note(name, len(data))
+        return tag_of(found)
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Remove objects, as far as they are there.
+
+        Raises:
+            OSError: one cannot be removed.
+        """
+        import obstore
+
+        for name in names:
+            with suppress(FileNotFoundError), self.requests(name) as store:
+                obstore.delete(store, name)
+            self.note(name, None)
+
+    def look_again(self) -> None:
+        """Forget the listing, as others may have written since."""
+        with self._lock:
+            self._sizes = None
+
+    def note(self, name: str, size: int | None) -> None:
+        """Keep the listing in step with what this process has written, or removed where the size is None."""
+        with self._lock:
+            if self._sizes is not None:
+                self._sizes.pop(name, None)
+                if size is not None:
+                    self._sizes[name] = size
 
     def sizes(self) -> dict[str, int]:
         """Name → size of every object under the prefix, listed once.
@@ -164,7 +274,7 @@ class Bucket:
         import obstore
 
         # outside the lock: a forked process is refused before it could wait for it
-        with self._requests("") as store, self._lock:
+        with self.requests("") as store, self._lock:
             if self._sizes is None:
                 pages = obstore.list(store, chunk_size=1000)
                 self._sizes = {item["path"]: item["size"] for page in pages for item in page}
@@ -202,6 +312,24 @@ class RemotePath:
         """Return a name below this one."""
         parts = (*([self.name_in_bucket] if self.name_in_bucket else []), *names)
         return RemotePath(self.bucket, "/".join(parts))
+
+    @property
+    def name(self) -> str:
+        """The last part of the name."""
+        return str(self).rpartition("/")[2]
+
+    @property
+    def parent(self) -> RemotePath:
+        """The name without its last part; of the prefix itself, itself."""
+        return RemotePath(self.bucket, self.name_in_bucket.rpartition("/")[0])
+
+    def exists(self) -> bool:
+        """Tell whether there is an object of the name.
+
+        Raises:
+            OSError: it cannot be told.
+        """
+        return self.bucket.describe(self.name_in_bucket) is not None
 
     def read_bytes(self) -> bytes:
         """Read the object's bytes.
@@ -300,6 +428,17 @@ def file_bytes(path: CachePath) -> int:
         OSError: it cannot be told.
     """
     return path.file_bytes() if isinstance(path, RemotePath) else path.stat().st_size
+
+
+def look_again(path: CachePath) -> None:
+    """Forget what a bucket was seen to hold. A folder is looked at every time."""
+    if isinstance(path, RemotePath):
+        path.bucket.look_again()
+
+
+def tag_of(found: Mapping[str, Any]) -> dict[str, str]:
+    """Return what tells an object from any that takes its name later."""
+    return {key: found[key] for key in ("e_tag", "version") if found.get(key) is not None}
 
 
 def map_files(action: Callable[[int], T], numbers: Iterable[int], path: CachePath) -> list[T]:

@@ -66,6 +66,8 @@ def os_errors(doing: str, path: CachePath) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = remedy_of(error)
+        if doing == "write" and error.errno == errno.ECONNABORTED:
+            remedy += ", then run the same command again: what is committed stays"
         reason = error.strerror or error
         raise RepaError(f"cannot {doing} {error.filename or path}: {reason}", f"{remedy}") from error
 
@@ -97,7 +99,12 @@ def read_file(path: CachePath, most_bytes: int) -> bytes:
 
 def partial_path(path: Path) -> Path:
     """Return where a file is written before it is renamed, ``.<name>.partial`` beside its final path."""
-    return path.with_name(f".{path.name}.partial")
+    return path.with_name(partial_name(path.name))
+
+
+def partial_name(name: str) -> str:
+    """Return the name under which a file is written before it is renamed."""
+    return f".{name}.partial"
 
 
 def make_folder(folder: Path, root: Path | None = None) -> None:

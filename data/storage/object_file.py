@@ -31,7 +31,7 @@ class Objects(Bucket):
         """
         import obstore
 
-        with self._requests(name) as store:
+        with self.requests(name) as store:
             tag: str | None = obstore.head(store, name)["e_tag"]
             return tag
 
@@ -47,7 +47,7 @@ class Objects(Bucket):
         import obstore
         from obstore.exceptions import PreconditionError
 
-        with self._requests(name) as store:
+        with self.requests(name) as store:
             try:
                 found = obstore.get(store, name, options={"range": (start, start + length), "if_match": tag})
                 return bytes(found.bytes())

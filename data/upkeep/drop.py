@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ..format.manifest import Manifest
+    from ..storage.folder import Seen
 
 
 def drop_source(path: Path, source: str, *, autoencoder: bool = False) -> Manifest:
@@ -70,15 +71,16 @@ def drop_source(path: Path, source: str, *, autoencoder: bool = False) -> Manife
         )
     declared = manifest if source in manifest.sources else None
     if declared is not None:
-        with SourceWriter(path, declared, source, range(declared.num_shards)), cache_lock(path):
-            manifest = _drop(path, source)
+        everything = SourceWriter(path, declared, source, range(declared.num_shards))
+        with everything, cache_lock(path) as group:
+            manifest = _drop(path, source, group)
     else:
-        with cache_lock(path):
-            manifest = _drop(path, source)
+        with cache_lock(path) as group:
+            manifest = _drop(path, source, group)
     return manifest
 
 
-def _drop(path: Path, source: str) -> Manifest:
+def _drop(path: Path, source: str, seen: Seen) -> Manifest:
     """Do it, with the locks held."""
     with os_errors("remove", path):
         manifest = open_manifest(path)
@@ -88,7 +90,7 @@ def _drop(path: Path, source: str) -> Manifest:
                 columns={name: spec for name, spec in manifest.columns.items() if source_of(name) != source},
                 sources={name: each for name, each in manifest.sources.items() if name != source},
             )
-            write_manifest(path, manifest)
+            write_manifest(path, manifest, seen)
         if manifest.format_version > 1:
             for shard in range(manifest.num_shards):
                 settle_valid(path, manifest, shard)

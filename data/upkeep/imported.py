@@ -11,10 +11,10 @@ from ..format.opening import open_manifest
 from ..writing.store import cache_lock, write_manifest
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from ..storage.bucket import CachePath
 
 
-def settle_images(path: Path, fingerprint: str) -> None:
+def settle_images(path: CachePath, fingerprint: str) -> None:
     """Note the fingerprint of the images, where it is not noted yet. Every process may do it, and again.
 
     Args:
@@ -27,8 +27,9 @@ def settle_images(path: Path, fingerprint: str) -> None:
     """
     if open_manifest(path).sources[AUTOENCODER].notes.get(IMAGES_NOTE) == fingerprint:
         return
-    with cache_lock(path):
+    with cache_lock(path) as group:
         manifest = open_manifest(path)
         known = manifest.sources[AUTOENCODER]
         noted = replace(known, notes={**known.notes, IMAGES_NOTE: fingerprint})
-        write_manifest(path, replace(manifest, sources={**manifest.sources, AUTOENCODER: noted}))
+        noting = replace(manifest, sources={**manifest.sources, AUTOENCODER: noted})
+        write_manifest(path, noting, group)

@@ -19,7 +19,7 @@ from ..reading.reader import CacheReader
 from ..writing.store import cache_lock, write_manifest
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from ..storage.bucket import CachePath
 
 MOST_IMAGES = 10_000
 """Images that are measured, evenly spaced; with the positions of a latent they give it to 0.1 %."""
@@ -27,7 +27,7 @@ MOST_IMAGES = 10_000
 _CHUNK = 256
 
 
-def settle_latent_statistics(path: Path) -> bool:
+def settle_latent_statistics(path: CachePath) -> bool:
     """Measure the latents of a cache and note it in the manifest, once all of them are written.
 
     Latents of all views count, as all are trained on. Every process gets the same numbers, so any may do it,
@@ -52,17 +52,18 @@ def settle_latent_statistics(path: Path) -> bool:
     found = _measure(path)
     if found is None:
         return False
-    with cache_lock(path):
+    with cache_lock(path) as group:
         manifest = open_manifest(path)
         noted = replace(
             manifest.sources[AUTOENCODER],
             notes={**manifest.sources[AUTOENCODER].notes, LATENTS_NOTE: found},
         )
-        write_manifest(path, replace(manifest, sources={**manifest.sources, AUTOENCODER: noted}))
+        noting = replace(manifest, sources={**manifest.sources, AUTOENCODER: noted})
+        write_manifest(path, noting, group)
     return True
 
 
-def _measure(path: Path) -> dict[str, Any] | None:
+def _measure(path: CachePath) -> dict[str, Any] | None:
     """Return the note, or None without images or where a channel is constant."""
     with CacheReader(path, (MOMENTS,), direct="off") as reader:
         rows = reader.valid_rows

@@ -8,20 +8,23 @@ from typing import TYPE_CHECKING
 from ..errors import CacheError
 from ..format.captions import SOURCE_KIND, captions_path, has_captions
 from ..format.columns import AUTOENCODER
+from ..format.layout import LOCK_FILE
 from ..format.manifest import LATENTS_NOTE
 from ..format.opening import open_manifest
 from ..format.survey import survey
+from ..storage.bucket import map_files
 from ..storage.files import os_errors
+from ..storage.writable import open_writable
 from ..units import counted
-from ..writing.store import cache_lock
 from ..writing.valid_rows import settle_valid
 from .info import CacheInfo, cache_info
 from .latent_statistics import settle_latent_statistics
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from pathlib import Path
     from typing import Any
+
+    from ..storage.bucket import CachePath
 
 _SHOWN = 8
 
@@ -40,7 +43,7 @@ class Sealed:
     latents: Mapping[str, Any] | None
 
 
-def seal_cache(path: Path) -> Sealed:
+def seal_cache(path: CachePath) -> Sealed:
     """Settle what is known of a cache only when all of it is written. Nothing that is settled changes.
 
     Settled are the statistics of its latents, and the array that tells other Zarr readers the valid rows.
@@ -63,7 +66,7 @@ def seal_cache(path: Path) -> Sealed:
     return Sealed(info=info, latents=None if latents is None else latents.notes.get(LATENTS_NOTE))
 
 
-def _settle_valid(path: Path) -> None:
+def _settle_valid(path: CachePath) -> None:
     """Look for all shards, and have ``valid`` say what their records do.
 
     Raises:
@@ -87,9 +90,14 @@ def _settle_valid(path: Path) -> None:
             field=next(iter(lacking)),
         )
     if manifest.format_version > 1:
-        with cache_lock(path), os_errors("write", path):
-            for shard in range(manifest.num_shards):
+        folder = open_writable(path)
+
+        def settle(shard: int) -> None:
+            with folder.locked(path / LOCK_FILE, shard):
                 settle_valid(path, manifest, shard)
+
+        with os_errors("write", path):
+            map_files(settle, range(manifest.num_shards), path)
 
 
 def _ranges(shards: Iterable[int]) -> str:

@@ -60,7 +60,7 @@ def upgrade_cache(path: Path, progress: Callable[[int, int], None] | None = None
     with ExitStack() as stack:
         for source in manifest.sources:
             stack.enter_context(SourceWriter(path, manifest, source, range(manifest.num_shards)))
-        stack.enter_context(cache_lock(path))
+        group = stack.enter_context(cache_lock(path))
         stack.enter_context(os_errors("write", path))
         manifest = open_manifest(path)
         read_keys(path, manifest)
@@ -76,7 +76,7 @@ def upgrade_cache(path: Path, progress: Callable[[int, int], None] | None = None
         write_file(path / VALID / GROUP_FILE, zarr_documents(upgraded)[f"{VALID}/{GROUP_FILE}"], path)
         for shard in range(manifest.num_shards):
             settle_valid(path, upgraded, shard)
-        write_manifest(path, upgraded)
+        write_manifest(path, upgraded, group)
     return True
 
 

@@ -57,6 +57,7 @@ from ..format.opening import open_manifest, read_keys, read_labels
 from ..format.valid import encode_valid
 from ..storage.bucket import REQUESTS, RemotePath, map_files
 from ..storage.files import os_errors, partial_path, read_file
+from ..storage.leases import is_lease
 from ..storage.local import CHECKSUM_BYTES
 from ..writing.calibrations import check_calibration, read_calibration, recorded_sha256
 from .info import sizes_below
@@ -376,7 +377,7 @@ def _check_strays(path: CachePath, manifest: Manifest, committed: Iterable[tuple
     return [
         Finding(path=path / name, what=f"{path / name} is not the cache's", remedy="delete it")
         for name in present
-        if name not in known
+        if name not in known and not is_lease(name)
     ]
 
 

@@ -8,19 +8,19 @@ of the source's provenance carry their sha256, ``notes["calibration"]["sha256"]`
 from __future__ import annotations
 
 import hashlib
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from ..errors import CacheError
 from ..format.layout import GROUP_FILE, calibration_file, calibration_lock
 from ..format.opening import open_manifest
 from ..format.survey import committed_shards
-from ..storage.files import locked, make_folder, os_errors, read_file, write_file
+from ..storage.files import os_errors, read_file
+from ..storage.writable import open_writable
 from .store import refuse_foreign_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from ..format.manifest import Provenance
     from ..storage.bucket import CachePath
@@ -30,7 +30,11 @@ _MOST_BYTES = 1 << 28
 
 
 def ensure_calibration(
-    path: Path, source: str, compute: Callable[[], bytes], *, usable: Callable[[bytes], bool] | None = None
+    path: CachePath,
+    source: str,
+    compute: Callable[[], bytes],
+    *,
+    usable: Callable[[bytes], bool] | None = None,
 ) -> bytes:
     """Return the calibration of a source, computed and stored if it is not there.
 
@@ -54,9 +58,10 @@ def ensure_calibration(
     """
     file, lock = calibration_file(path, source), calibration_lock(path, source)
     refuse_foreign_folder(path)
-    with os_errors("write", lock):
-        make_folder(lock.parent, path)
-    with locked(lock):
+    folder = open_writable(path)
+    with ExitStack() as stack:
+        with os_errors("write", lock):
+            held = stack.enter_context(folder.locked(lock))
         relied_on = _relied_on(path, source)
         stored = read_calibration(path, source)
         fits = stored is not None and (usable is None or usable(stored))
@@ -77,7 +82,8 @@ def ensure_calibration(
         if relied_on is not None:
             check_calibration(file, computed, relied_on)
         with os_errors("write", file):
-            write_file(file, computed, path)
+            held.check()
+            folder.put(file, computed)
         return computed
 
 
@@ -121,9 +127,9 @@ def check_calibration(file: CachePath, data: bytes, recorded: str) -> None:
         )
 
 
-def _relied_on(path: Path, source: str) -> str | None:
+def _relied_on(path: CachePath, source: str) -> str | None:
     """Return the sha256 of the calibration that committed shards rely on."""
-    if not (path / GROUP_FILE).exists():
+    if not open_writable(path).exists(path / GROUP_FILE):
         return None
     manifest = open_manifest(path)
     if source not in manifest.sources or not committed_shards(path, manifest, source):
@@ -131,10 +137,11 @@ def _relied_on(path: Path, source: str) -> str | None:
     return recorded_sha256(manifest.sources[source])
 
 
-def _leave_nothing(path: Path, lock: Path) -> None:
+def _leave_nothing(path: CachePath, lock: CachePath) -> None:
     """Remove the folders of a cache that was not to be. Another process that waits comes to the same end."""
-    if not (path / GROUP_FILE).exists():
-        with suppress(OSError):
-            lock.unlink()
-            lock.parent.rmdir()
-            path.rmdir()
+    folder = open_writable(path)
+    with suppress(OSError):
+        if not folder.exists(path / GROUP_FILE):
+            folder.remove([lock])
+            folder.remove_if_empty(lock.parent)
+            folder.remove_if_empty(path)

@@ -22,17 +22,19 @@ from ..format.captions import (
 )
 from ..format.layout import KEYS_FILE
 from ..format.opening import open_manifest, read_keys
-from ..storage.files import os_errors, sync_folders, write_file
+from ..storage.files import os_errors
+from ..storage.writable import open_writable
 from .store import cache_lock, encode_keys, ensure_cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
+
+    from ..format.layout import PathT
 
 
 def ensure_captions(
-    path: Path, captions: Sequence[Sequence[str]], record: Mapping[str, Any] | None = None
-) -> Path:
+    path: PathT, captions: Sequence[Sequence[str]], record: Mapping[str, Any] | None = None
+) -> PathT:
     """Give the images of a cache their captions, or check that they have these.
 
     Args:
@@ -69,16 +71,17 @@ def ensure_captions(
             field="--captions",
         ) from error
     files = {KEYS_FILE: encode_keys(caption_keys(texts)), **table_documents(table, record)}
+    folder = open_writable(where)
     with cache_lock(where), os_errors("write", where):
         # the table comes last, so that one that is not there was left by a process that was killed; what is
         # damaged is known to be of these captions, as the fingerprint is theirs
         if not _sound(lambda: read_keys(where, manifest)):
-            write_file(where / KEYS_FILE, files[KEYS_FILE], where)
+            folder.put(where / KEYS_FILE, files[KEYS_FILE])
         if not _sound(lambda: (read_record(path), read_table(path, images, manifest))):
             for name in files.keys() - {KEYS_FILE, TABLE_CHUNK}:
-                write_file(where / name, files[name], where)
-            write_file(where / TABLE_CHUNK, files[TABLE_CHUNK], where)
-            sync_folders(where, path)
+                folder.put(where / name, files[name])
+            folder.put(where / TABLE_CHUNK, files[TABLE_CHUNK])
+            folder.settle()
     read_table(path, images, manifest)
     return where
 

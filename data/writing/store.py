@@ -7,7 +7,6 @@ on ``<cache>/.lock``.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -30,17 +29,19 @@ from ..format.layout import (
 from ..format.notes import TOKENIZER_NOTE
 from ..format.opening import declaration, differences, labels_sha256, open_manifest, read_labels
 from ..format.survey import committed_shards
-from ..storage.files import locked, make_folder, os_errors, partial_path, sync_folders, write_file
+from ..storage.files import os_errors, partial_name
+from ..storage.folder import ChangedError, Seen
+from ..storage.writable import open_writable
 from .writer import SourceWriter
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
     from ..format.columns import ColumnSpec
     from ..format.manifest import Manifest, Provenance
+    from ..storage.bucket import CachePath
 
 
 def keys_sha256(keys: Sequence[str]) -> str:
@@ -52,7 +53,7 @@ def keys_sha256(keys: Sequence[str]) -> str:
     return hashlib.sha256(encode_keys(keys)).hexdigest()
 
 
-def create_cache(path: Path, manifest: Manifest, keys: Sequence[str], labels: NDArray[np.int32]) -> None:
+def create_cache(path: CachePath, manifest: Manifest, keys: Sequence[str], labels: NDArray[np.int32]) -> None:
     """Make a cache without sources. It exists once its ``zarr.json`` does, which comes last.
 
     Args:
@@ -66,13 +67,15 @@ def create_cache(path: Path, manifest: Manifest, keys: Sequence[str], labels: ND
         RepaError: the operating system refuses.
         ValueError: manifest, keys and labels contradict one another.
     """
-    with cache_lock(path):
-        if (path / GROUP_FILE).exists():
+    with cache_lock(path) as group:
+        if _is_there(path):
             raise CacheError(f"{path} is a cache already", "choose another folder with --cache, or delete it")
-        _create(path, manifest, keys, labels)
+        _create(path, manifest, keys, labels, group)
 
 
-def ensure_cache(path: Path, manifest: Manifest, keys: Sequence[str], labels: NDArray[np.int32]) -> Manifest:
+def ensure_cache(
+    path: CachePath, manifest: Manifest, keys: Sequence[str], labels: NDArray[np.int32]
+) -> Manifest:
     """Return the manifest of the cache at ``path``, which is made if it is not there.
 
     Args:
@@ -86,10 +89,10 @@ def ensure_cache(path: Path, manifest: Manifest, keys: Sequence[str], labels: ND
         RepaError: the operating system refuses.
         ValueError: manifest, keys and labels contradict one another.
     """
-    if not (path / GROUP_FILE).exists():
-        with cache_lock(path):
-            if not (path / GROUP_FILE).exists():
-                _create(path, manifest, keys, labels)
+    if not _is_there(path):
+        with cache_lock(path) as group:
+            if not _is_there(path):
+                _create(path, manifest, keys, labels, group)
     present = open_manifest(path)
     different = differences(_fixed(present, present), _fixed(manifest, present))
     if different:
@@ -103,7 +106,7 @@ def ensure_cache(path: Path, manifest: Manifest, keys: Sequence[str], labels: ND
 
 
 def ensure_source(
-    path: Path, source: str, provenance: Provenance, columns: Mapping[str, ColumnSpec]
+    path: CachePath, source: str, provenance: Provenance, columns: Mapping[str, ColumnSpec]
 ) -> Manifest:
     """Declare a source and its columns, or check that it was declared alike. Nothing else changes.
 
@@ -125,25 +128,26 @@ def ensure_source(
             raise ValueError(f"column {column} is not of source {source}")
     manifest = open_manifest(path)
     if source not in manifest.sources:
-        with cache_lock(path):
+        with cache_lock(path) as group:
             manifest = open_manifest(path)
             if source not in manifest.sources:
                 _forget_records(path, source)
                 _forget_rows(path, columns)
-                return _declare(path, manifest.with_source(source, provenance, columns), source)
+                return _declare(path, manifest.with_source(source, provenance, columns), source, group)
     different = differences(
         declaration(manifest.sources[source], manifest.source_columns(source)),
         declaration(provenance, columns),
     )
     if different and not committed_shards(path, manifest, source):
         # all locks are taken, so that no other process is about to commit by the old declaration
-        with SourceWriter(path, manifest, source, range(manifest.num_shards)), cache_lock(path):
+        everything = SourceWriter(path, manifest, source, range(manifest.num_shards))
+        with everything, cache_lock(path) as group:
             if not committed_shards(path, manifest, source):
                 before = manifest.source_columns(source)
                 # rows of another form may lie in folders where those of this one are files
                 _forget_rows(path, before)
                 replaced = open_manifest(path).with_source(source, provenance, columns)
-                declared = _declare(path, replaced, source)
+                declared = _declare(path, replaced, source, group)
                 _forget_columns(path, before.keys() - columns.keys())
                 return declared
     if different:
@@ -156,7 +160,7 @@ def ensure_source(
     return manifest
 
 
-def metadata_documents(path: Path, manifest: Manifest) -> dict[str, bytes]:
+def metadata_documents(path: CachePath, manifest: Manifest) -> dict[str, bytes]:
     """Make every Zarr metadata document of a cache from ``manifest``, relative path → bytes.
 
     Raises:
@@ -168,39 +172,49 @@ def metadata_documents(path: Path, manifest: Manifest) -> dict[str, bytes]:
     return zarr_documents(manifest, attributes=attributes)
 
 
-def refuse_foreign_folder(path: Path) -> None:
+def refuse_foreign_folder(path: CachePath) -> None:
     """Look at the folder of a cache that may not be there yet, before anything is put into it.
 
     Raises:
         CacheError: it holds something else.
         RepaError: the operating system refuses.
     """
+    folder = open_writable(path)
     with os_errors("read", path):
-        left = path.is_dir() and any(each.name != CALIBRATION_FOLDER for each in path.iterdir())
+        left = any(name != CALIBRATION_FOLDER for name in folder.names(path))
         # looked at afterwards: what another process is making begins with its lock
-        if left and not any((path / name).exists() for name in (LOCK_FILE, GROUP_FILE)):
+        if left and not any(folder.exists(path / name) for name in (LOCK_FILE, GROUP_FILE)):
             raise CacheError(f"{path} is not empty and no cache", "choose another folder with --cache")
 
 
 @contextmanager
-def cache_lock(path: Path) -> Iterator[None]:
+def cache_lock(path: CachePath) -> Iterator[Seen]:
     """Hold the cache's lock, which declares sources and changes the manifest one process at a time.
 
     Args:
         path: folder of the cache; made if it is not there.
+
+    Yields:
+        The group's document as it was seen then, which a writer of another is to name.
 
     Raises:
         CacheError: the folder holds something else, and is left as it is.
         RepaError: the operating system refuses.
     """
     refuse_foreign_folder(path)
-    with os_errors("write", path):
-        make_folder(path)
-        with locked(path / LOCK_FILE):
-            yield
+    folder = open_writable(path)
+    with os_errors("write", path), folder.locked(path / LOCK_FILE):
+        yield folder.seen(path / GROUP_FILE)
 
 
-def _create(path: Path, manifest: Manifest, keys: Sequence[str], labels: NDArray[np.int32]) -> None:
+def _is_there(path: CachePath) -> bool:
+    with os_errors("read", path):
+        return open_writable(path).exists(path / GROUP_FILE)
+
+
+def _create(
+    path: CachePath, manifest: Manifest, keys: Sequence[str], labels: NDArray[np.int32], seen: Seen
+) -> None:
     data = encode_keys(keys)
     if not manifest.num_rows == len(keys) == len(labels) or labels.dtype != np.int32:
         raise ValueError(f"{manifest.num_rows} rows, {len(keys)} keys, labels {labels.dtype}[{len(labels)}]")
@@ -210,78 +224,72 @@ def _create(path: Path, manifest: Manifest, keys: Sequence[str], labels: NDArray
         raise ValueError("labels_sha256 of the manifest is not the one of the labels")
     documents = zarr_documents(manifest, labels=labels)
     files = {KEYS_FILE: data, **documents}
-    left = {path / LOCK_FILE, partial_path(path / GROUP_FILE), partial_path(path / KEYS_FILE)}
-    left |= {path / name.split("/")[0] for name in (*files, CALIBRATION_FOLDER)}
-    left |= {path / GROUP_COPY, partial_path(path / GROUP_COPY)}
-    foreign = sorted(str(each) for each in path.iterdir() if each not in left)
+    left = {LOCK_FILE, partial_name(GROUP_FILE), partial_name(KEYS_FILE)}
+    left |= {name.split("/")[0] for name in (*files, CALIBRATION_FOLDER)}
+    left |= {GROUP_COPY, partial_name(GROUP_COPY)}
+    folder = open_writable(path)
+    foreign = [name for name in folder.names(path) if name not in left]
     if foreign:
         raise CacheError(
-            f"{path} holds {foreign[0]}, which is no cache's", "choose another folder with --cache"
+            f"{path} holds {path / foreign[0]}, which is no cache's", "choose another folder with --cache"
         )
     group = files.pop(GROUP_FILE)
     for name, content in files.items():
-        write_file(path / name, content, path)
-    write_group(path, manifest, group)
-    sync_folders(path.parent, path.parent)
+        folder.put(path / name, content)
+    write_group(path, manifest, group, seen)
+    folder.settle()
 
 
-def _forget_records(path: Path, source: str) -> None:
+def _forget_records(path: CachePath, source: str) -> None:
     """Remove records that a drop has left. They stand for what was declared before."""
-    folder = commit_folder(path, source)
-    with os_errors("remove", folder):
-        left = sorted(folder.glob("*.json"))
-        for record in left:
-            record.unlink()
-        if left:
-            sync_folders(folder, path)
+    records, folder = commit_folder(path, source), open_writable(path)
+    with os_errors("remove", records):
+        folder.remove([records / name for name in folder.names(records) if name.endswith(".json")])
 
 
-def _forget_rows(path: Path, columns: Iterable[str]) -> None:
+def _forget_rows(path: CachePath, columns: Iterable[str]) -> None:
     """Remove what has been written of columns of which nothing is committed."""
     for column in columns:
         rows = path / column / CHUNK_FOLDER
         with os_errors("remove", rows):
-            if rows.is_dir() and not rows.is_symlink():
-                shutil.rmtree(rows)
-                sync_folders(rows.parent, path)
+            open_writable(path).remove_all(rows)
 
 
-def _forget_columns(path: Path, columns: Iterable[str]) -> None:
+def _forget_columns(path: CachePath, columns: Iterable[str]) -> None:
     """Remove the folders of columns that are declared no more."""
     for column in columns:
-        folder = path / column
-        with os_errors("remove", folder):
-            if folder.is_dir() and not folder.is_symlink():
-                shutil.rmtree(folder)
-                sync_folders(folder.parent, path)
+        with os_errors("remove", path / column):
+            open_writable(path).remove_all(path / column)
 
 
-def _declare(path: Path, manifest: Manifest, source: str) -> Manifest:
+def _declare(path: CachePath, manifest: Manifest, source: str, seen: Seen) -> Manifest:
     documents = metadata_documents(path, manifest)
     own = {f"{name}/{GROUP_FILE}" for name in manifest.source_columns(source)}
     model = f"{model_of(source)}/{GROUP_FILE}"
+    folder = open_writable(path)
     for name, content in documents.items():
-        if name in own or (name == model and not (path / name).exists()):
-            write_file(path / name, content, path)
-    write_group(path, manifest, documents[GROUP_FILE])
+        if name in own or (name == model and not folder.exists(path / name)):
+            folder.put(path / name, content)
+    write_group(path, manifest, documents[GROUP_FILE], seen)
     return manifest
 
 
-def write_manifest(path: Path, manifest: Manifest) -> None:
+def write_manifest(path: CachePath, manifest: Manifest, seen: Seen) -> None:
     """Put another manifest into the group of a cache, whose lock the caller holds.
 
     Args:
         path: folder of the cache.
         manifest: the manifest.
+        seen: the group's document, as `cache_lock` gave it.
 
     Raises:
         CacheError: the group's document, whose other attributes are kept, is damaged.
         OSError: the operating system refuses.
     """
-    write_group(path, manifest, metadata_documents(path, manifest)[GROUP_FILE])
+    write_group(path, manifest, metadata_documents(path, manifest)[GROUP_FILE], seen)
 
 
-def write_group(path: Path, manifest: Manifest, document: bytes) -> None:
+def write_group(path: CachePath, manifest: Manifest, document: bytes, seen: Seen) -> None:
     """Write both documents of a cache's group, the one that counts last.
 
     Killed in between, the second document may know of a source that nobody has written anything of.
@@ -290,13 +298,21 @@ def write_group(path: Path, manifest: Manifest, document: bytes) -> None:
         path: folder of the cache, whose lock the caller holds.
         manifest: in the document; of format version 1, there is one document.
         document: its bytes.
+        seen: the document that counts, as `cache_lock` gave it.
 
     Raises:
+        CacheError: another process has written it meanwhile.
         OSError: the operating system refuses.
     """
+    folder = open_writable(path)
     if manifest.format_version > 1:
-        write_file(path / GROUP_COPY, document, path)
-    write_file(path / GROUP_FILE, document, path)
+        folder.put(path / GROUP_COPY, document)
+    try:
+        folder.put_if(path / GROUP_FILE, document, seen)
+    except ChangedError as error:
+        raise CacheError(
+            f"another process has written {path / GROUP_FILE} meanwhile", "run the same command again"
+        ) from error
 
 
 def encode_keys(keys: Sequence[str]) -> bytes:

@@ -9,22 +9,23 @@ from ..errors import CacheError
 from ..format.commits import read_commit
 from ..format.layout import valid_chunk
 from ..format.valid import encode_valid
-from ..storage.files import sync_folders, write_file
+from ..storage.writable import open_writable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from ..format.commits import CommitRecord
     from ..format.manifest import Manifest
+    from ..storage.bucket import CachePath
 
 _NO_RECORDS: Mapping[str, CommitRecord] = {}
 
 
 def settle_valid(
-    path: Path, manifest: Manifest, shard: int, about: Mapping[str, CommitRecord] = _NO_RECORDS
+    path: CachePath, manifest: Manifest, shard: int, about: Mapping[str, CommitRecord] = _NO_RECORDS
 ) -> None:
-    """Have the chunk of a shard say what its records say. The caller holds the cache's lock.
+    """Have the chunk of a shard say what its records say. The caller holds the cache's lock,
+    or the part of it that is the shard's.
 
     Args:
         path: folder of the cache.
@@ -45,9 +46,7 @@ def settle_valid(
                     records[source] = record
     file = valid_chunk(path, shard)
     if not records:
-        with suppress(FileNotFoundError):
-            file.unlink()
-            sync_folders(file.parent, path)
+        open_writable(path).remove([file])
         return
     invalid = {row for record in records.values() for row in record.invalid}
     data = encode_valid(manifest, shard, invalid.intersection(manifest.shard_range(shard)))
@@ -56,4 +55,4 @@ def settle_valid(
     except FileNotFoundError:
         same = False
     if not same:
-        write_file(file, data, path)
+        open_writable(path).put(file, data)

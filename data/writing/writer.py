@@ -7,12 +7,8 @@ come, in the thread that appends them.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
-import os
-import threading
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -23,38 +19,24 @@ from ..format.commits import ColumnRecord, CommitRecord, is_committed
 from ..format.compression import chunk_codec
 from ..format.layout import LOCK_FILE, commit_file, commit_folder, shard_file
 from ..format.opening import open_manifest
-from ..format.shard_index import MISSING, encode_index
-from ..storage.files import (
-    create_file,
-    locked,
-    make_folder,
-    open_lock,
-    os_errors,
-    partial_path,
-    publish,
-    sync_folders,
-    write_file,
-)
+from ..format.shard_index import MISSING, encode_index, index_bytes
+from ..storage.bucket import look_again, map_files
+from ..storage.files import os_errors
+from ..storage.folder import ChangedError, Seen, TakenError
 from ..storage.local import CHECKSUM_BYTES
+from ..storage.writable import open_writable
 from .valid_rows import settle_valid
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
     from numpy.typing import NDArray
 
     from ..format.columns import ColumnSpec
     from ..format.manifest import Manifest
-
-# POSIX locks do not exclude writers of one process, and closing one descriptor drops the locks of all others
-_writing: set[str] = set()
-_writing_guard = threading.Lock()
-
-# bytes of a file after which the disk is set to work on them, so that the last sync has little left to do
-_FLUSH_BYTES = 8 << 20
-_CAN_FLUSH = hasattr(os, "posix_fadvise")
+    from ..storage.bucket import CachePath
+    from ..storage.folder import Claim, FileInMaking, Folder
 
 
 class ShardTakenError(CacheError):
@@ -64,9 +46,9 @@ class ShardTakenError(CacheError):
 class SourceWriter:
     """The one writer of some shards of a source. As a context manager it holds their locks.
 
-    A lock is one byte per shard of ``commits/<source>/.lock``, so processes that own different shards coexist
-    and no two can own the same. Locks end with the process, however it ends. A process has one writer of a
-    source.
+    On a disk a lock is one byte per shard of ``commits/<source>/.lock``, so processes that own different
+    shards coexist and no two can own the same. Locks end with the process, however it ends; in a bucket, if
+    it was killed on another machine, a minute later (`leases`). A process has one writer of a source.
 
     Args:
         path: folder of the cache.
@@ -79,7 +61,7 @@ class SourceWriter:
         ValueError: a shard outside the cache.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, source: str, shards: Iterable[int]) -> None:
+    def __init__(self, path: CachePath, manifest: Manifest, source: str, shards: Iterable[int]) -> None:
         self.path = path
         self.manifest = manifest
         self.source = source
@@ -88,59 +70,40 @@ class SourceWriter:
             raise CacheError(f"cache {path} has no source {source}", "declare it before writing it")
         if self.shards and not 0 <= self.shards[0] <= self.shards[-1] < manifest.num_shards:
             raise ValueError(f"shards {self.shards[0]} to {self.shards[-1]} of {manifest.num_shards}")
-        self._descriptor: int | None = None
-        self._key = str(commit_folder(path, source).resolve())
+        self._claim: Claim | None = None
 
     def __enter__(self) -> Self:
-        lock = commit_folder(self.path, self.source) / LOCK_FILE
-        with _writing_guard:
-            if self._key in _writing:
-                raise CacheError(
-                    f"this process is already writing {self.source} in {self.path}", "wait until it is done"
-                )
-            _writing.add(self._key)
-        try:
-            with os_errors("write", lock):
-                make_folder(lock.parent, self.path)
-                self._descriptor = open_lock(lock)
-                # all or none: a writer that gets one shard and not another lets go of both
-                for shard in self.shards:
-                    self._lock(self._descriptor, shard)
-        except BaseException:
-            self._release()
-            raise
+        folder = commit_folder(self.path, self.source)
+        with os_errors("write", folder / LOCK_FILE):
+            try:
+                self._claim = open_writable(self.path).claim(folder, self.shards)
+            except TakenError as error:
+                if error.number is None:
+                    raise CacheError(
+                        f"this process is already writing {self.source} in {self.path}",
+                        "wait until it is done",
+                    ) from error
+                raise ShardTakenError(
+                    f"another process is writing shard {error.number} of {self.source} in {self.path}",
+                    "wait until it has finished, or stop it",
+                ) from error
         return self
-
-    def _lock(self, descriptor: int, shard: int) -> None:
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, shard)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            raise ShardTakenError(
-                f"another process is writing shard {shard} of {self.source} in {self.path}",
-                "wait until it has finished, or stop it",
-            ) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._release()
-
-    def _release(self) -> None:
-        if self._descriptor is not None:
-            # closing the file lets go of its locks
-            os.close(self._descriptor)
-            self._descriptor = None
-        with _writing_guard:
-            _writing.discard(self._key)
+        claim, self._claim = self._claim, None
+        if claim is not None:
+            claim.release()
 
     @property
     def remaining(self) -> list[int]:
         """The owned shards that are not committed, ascending."""
-        return [
-            shard for shard in self.shards if not is_committed(self.path, self.manifest, self.source, shard)
-        ]
+        look_again(self.path)
+        committed = map_files(
+            lambda shard: is_committed(self.path, self.manifest, self.source, shard), self.shards, self.path
+        )
+        return [shard for shard, found in zip(self.shards, committed, strict=True) if not found]
 
     def shard(self, shard: int) -> ShardWriter:
         """Make a writer of one owned shard. One that is committed is written anew.
@@ -148,9 +111,9 @@ class SourceWriter:
         Raises:
             ValueError: the shard is not owned, or the locks are not held.
         """
-        if self._descriptor is None or shard not in self.shards:
+        if self._claim is None or shard not in self.shards:
             raise ValueError(f"shard {shard} of {self.source} is not owned by this writer")
-        return ShardWriter(self.path, self.manifest, self.source, shard)
+        return ShardWriter(self.path, self.manifest, self.source, shard, self._claim.check)
 
 
 class ShardWriter:
@@ -161,10 +124,15 @@ class ShardWriter:
         manifest: its manifest.
         source: name of the source.
         shard: index of the shard, whose lock the caller holds (`SourceWriter.shard`).
+        check: looks whether it is held still.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, source: str, shard: int) -> None:
+    def __init__(
+        self, path: CachePath, manifest: Manifest, source: str, shard: int, check: Callable[[], None]
+    ) -> None:
         self.path = path
+        self._folder = open_writable(path)
+        self._check = check
         self.source = source
         self.number = shard
         self.rows = manifest.shard_range(shard)
@@ -183,7 +151,7 @@ class ShardWriter:
             for column, spec in self._specs.items():
                 path = shard_file(self.path, column, spec, self.number)
                 with os_errors("write", path):
-                    self._files[column] = _ColumnFile(path, self.path, spec, *self._layout)
+                    self._files[column] = _ColumnFile(path, self._folder, spec, *self._layout)
         except BaseException:
             self._abandon()
             raise
@@ -242,13 +210,12 @@ class ShardWriter:
             with os_errors("write", file.path):
                 columns[column] = file.finish(with_table=bool(self._whose))
         record_file = commit_file(self.path, self.source, self.number)
+        self._check()
         with os_errors("write", record_file):
-            if record_file.exists():
-                # a record must never stand beside files it was not made from, not even after a crash
-                record_file.unlink()
-                sync_folders(record_file.parent, self.path)
+            # a record must never stand beside files it was not made from, not even after a crash
+            self._folder.remove([record_file])
             for file in self._files.values():
-                publish(file.partial, file.path, self.path)
+                file.publish()
             record = CommitRecord(
                 shard=self.number,
                 rows=(self.rows.start, self.rows.stop),
@@ -258,15 +225,25 @@ class ShardWriter:
             )
             self._publish(record_file, record)
 
-    def _publish(self, file: Path, record: CommitRecord) -> None:
+    def _publish(self, file: CachePath, record: CommitRecord) -> None:
         """Write the record, and before it what Zarr readers are told of its rows."""
         if record.format_version == 1:
-            write_file(file, record.encode(), self.path)
+            self._write_record(file, record)
             return
         # another source's record of these rows must not come in between
-        with locked(self.path / LOCK_FILE):
+        with self._folder.locked(self.path / LOCK_FILE, self.number):
             settle_valid(self.path, open_manifest(self.path), self.number, {self.source: record})
-            write_file(file, record.encode(), self.path)
+            self._write_record(file, record)
+
+    def _write_record(self, file: CachePath, record: CommitRecord) -> None:
+        self._check()
+        try:
+            self._folder.put_if(file, record.encode(), Seen(None))
+        except ChangedError as error:
+            raise ShardTakenError(
+                f"another process has written shard {self.number} of {self.source} in {self.path} meanwhile",
+                "run the same command again, which looks at it",
+            ) from error
 
     def _abandon(self) -> None:
         with ExitStack() as stack:
@@ -275,11 +252,11 @@ class ShardWriter:
 
 
 class _ColumnFile:
-    """A shard file in the making, beside its final path.
+    """A shard file in the making, in the layout of its rows and index.
 
     Args:
         path: where it belongs.
-        root: folder of the cache.
+        folder: what writes the cache.
         spec: the column's.
         first_row: of the shard.
         shard_rows: rows of a full shard.
@@ -287,21 +264,19 @@ class _ColumnFile:
     """
 
     def __init__(
-        self, path: Path, root: Path, spec: ColumnSpec, first_row: int, shard_rows: int, views: int
+        self, path: CachePath, folder: Folder, spec: ColumnSpec, first_row: int, shard_rows: int, views: int
     ) -> None:
         self.path = path
-        self.partial = partial_path(path)
         self._shape = (views, *spec.shape)
         self._dtype = spec.numpy_dtype
         self._codec = chunk_codec(spec)
         self._first_row = first_row
         self._next_row = first_row
         self._offset = 0
-        self._flushed = 0
         self._index = np.full((shard_rows, views, 2), MISSING, dtype=np.uint64)
         self._checksums = np.zeros((shard_rows, views), dtype="<u4")
-        make_folder(path.parent, root)
-        self._descriptor: int | None = create_file(self.partial)
+        most = shard_rows * views * (spec.row_bytes + CHECKSUM_BYTES) + index_bytes(shard_rows, views)
+        self._file: FileInMaking = folder.begin(path, most)
 
     def has(self, row: int) -> bool:
         return bool(self._index[row - self._first_row, 0, 0] != MISSING)
@@ -323,13 +298,8 @@ class _ColumnFile:
             self._index[row - self._first_row, view] = (self._offset, len(data) + CHECKSUM_BYTES)
             self._checksums[row - self._first_row, view] = checksum
             self._offset += len(data) + CHECKSUM_BYTES
-        descriptor = self._write(pieces)
+        self._file.append(pieces)
         self._next_row = row + 1
-        if _CAN_FLUSH and self._offset - self._flushed >= _FLUSH_BYTES:
-            # Linux begins to write dirty pages that are said not to be needed, and keeps them
-            length = self._offset - self._flushed
-            os.posix_fadvise(descriptor, self._flushed, length, os.POSIX_FADV_DONTNEED)
-            self._flushed = self._offset
 
     def _stored_bytes(self, values: NDArray[np.generic]) -> memoryview | bytes:
         if self._codec is not None:
@@ -339,8 +309,8 @@ class _ColumnFile:
     def finish(self, *, with_table: bool) -> ColumnRecord:
         # the index goes last, so its offsets are known, and one fsync covers rows and index
         index = encode_index(self._index)
-        os.fsync(self._write([index]))
-        self._close()
+        self._file.append([index])
+        self._file.finish()
         return ColumnRecord(
             file_bytes=self._offset + len(index),
             chunks_sha256=hashlib.sha256(self._checksums.tobytes()).hexdigest(),
@@ -348,35 +318,8 @@ class _ColumnFile:
             index_crc32c=int.from_bytes(index[-CHECKSUM_BYTES:], "little") if with_table else None,
         )
 
+    def publish(self) -> None:
+        self._file.publish()
+
     def abandon(self) -> None:
-        # what cannot be removed now is removed by the next writer of the shard
-        with suppress(OSError):
-            self._close()
-        with suppress(OSError):
-            self.partial.unlink(missing_ok=True)
-
-    def _write(self, pieces: Sequence[memoryview | bytes]) -> int:
-        """Append to the file without a buffer of our own, which would copy every row once more.
-
-        Returns:
-            The file's descriptor.
-        """
-        if self._descriptor is None:
-            raise ValueError(f"{self.path} has been finished, or a write to it has failed")
-        try:
-            written = os.writev(self._descriptor, pieces)
-            if written < sum(map(len, pieces)):
-                # a disk that fills up takes some of it before it refuses the rest
-                rest = memoryview(b"".join(pieces))[written:]
-                while rest:
-                    rest = rest[os.write(self._descriptor, rest) :]
-        except OSError:
-            # half a row may be there, and a row after it would stand at another offset than the index says
-            self._close()
-            raise
-        return self._descriptor
-
-    def _close(self) -> None:
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
+        self._file.abandon()

@@ -57,6 +57,23 @@ def lead_to(patch: pytest.MonkeyPatch, address: str) -> None:
     patch.setenv("AWS_ALLOW_HTTP", "true")
 
 
+def unfinished_uploads(address: str, root: object) -> list[str]:
+    """The names of objects below an address whose uploads are neither completed nor aborted."""
+    import boto3
+
+    prefix = str(root).removeprefix("s3://bucket/")
+    client = boto3.client("s3", endpoint_url=address, region_name="us-east-1")
+    found = client.list_multipart_uploads(Bucket="bucket").get("Uploads", [])
+    return [each["Key"] for each in found if each["Key"].startswith(prefix)]
+
+
+def objects_of(url: str) -> dict[str, bytes]:
+    """Name → bytes of every object of a prefix."""
+    store = obstore.store.from_url(url)
+    names = [each["path"] for page in obstore.list(store) for each in page]
+    return {name: bytes(obstore.get(store, name).bytes()) for name in names}
+
+
 def upload(path: Path, url: str) -> Any:
     """Copy a folder into a bucket, file by file; the store of its prefix."""
     store = obstore.store.from_url(url)

@@ -21,6 +21,7 @@ from repa.data.format.manifest import Manifest
 from repa.data.format.opening import labels_sha256, open_manifest, read_keys, read_labels
 from repa.data.format.shard_index import MISSING
 from repa.data.format.survey import committed_shards, invalid_reasons, invalid_rows
+from repa.data.storage import local_folder
 from repa.data.testing import (
     SYNTHETIC_COLUMNS,
     expected_labels,
@@ -30,7 +31,6 @@ from repa.data.testing import (
     synthetic_provenance,
 )
 from repa.data.upkeep.info import cache_info
-from repa.data.writing import writer
 from repa.data.writing.store import (
     create_cache,
     ensure_cache,
@@ -151,7 +151,7 @@ def test_the_disk_is_set_to_work_while_a_shard_is_written(
         flushed.append((start, length))
 
     monkeypatch.setattr(os, "posix_fadvise", fadvise)
-    monkeypatch.setattr(writer, "_FLUSH_BYTES", 1500)
+    monkeypatch.setattr(local_folder, "_FLUSH_BYTES", 1500)
     columns = {MOMENTS: SYNTHETIC_COLUMNS[MOMENTS]}
     synthetic_cache(tmp_path / "flushed", num_rows=20, shard_rows=20, columns=columns)
     # 512 + 4 bytes a row: every third row

@@ -14,11 +14,11 @@ from repa.data.errors import CacheError, RepaError
 from repa.data.format.commits import read_commit
 from repa.data.format.layout import shard_file
 from repa.data.format.opening import open_manifest, read_labels
+from repa.data.storage import local_folder
 from repa.data.storage.files import os_errors
 from repa.data.testing import expected_row, folder_contents, synthetic_cache
 from repa.data.upkeep.info import cache_info
 from repa.data.upkeep.verify import verify_cache
-from repa.data.writing import writer as writer_module
 from repa.data.writing.writer import SourceWriter
 
 if TYPE_CHECKING:
@@ -62,12 +62,12 @@ def test_a_folder_of_the_system_refuses() -> None:
 
 def full_disk_for(patch: pytest.MonkeyPatch, partial: Path) -> None:
     """Have a file be made on a full disk: every write to /dev/full fails as there."""
-    make = writer_module.create_file
+    make = local_folder.create_file
 
     def create(path: Path) -> int:
         return os.open("/dev/full", os.O_WRONLY) if path == partial else make(path)
 
-    patch.setattr(writer_module, "create_file", create)
+    patch.setattr(local_folder, "create_file", create)
 
 
 def test_a_full_disk_leaves_the_shard_uncommitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
