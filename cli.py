@@ -311,6 +311,9 @@ def _bench(
         int, typer.Option(help="Images that preprocess encodes in a round, or fidelity takes its own from.")
     ] = 256,
     rows: Annotated[int, typer.Option(help="Rows of the cache that is read or written.")] = 2048,
+    processes: Annotated[
+        int, typer.Option(help="Of loader: processes that read together, as the ranks of a training.")
+    ] = 1,
     steps: Annotated[int, typer.Option(help="Training steps of a round.")] = 10,
     rounds: Annotated[int, typer.Option(help="Rounds; figures are medians over them.")] = 5,
     methods: Annotated[
@@ -354,6 +357,7 @@ def _bench(
         batch_size=batch_size,
         images=images,
         rows=rows,
+        processes=processes,
         steps=steps,
         rounds=rounds,
         methods=methods,

@@ -8,6 +8,7 @@ import shutil
 import time
 from functools import partial
 from importlib.util import find_spec
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -73,6 +74,8 @@ class LoaderBench:
         cache: its folder.
         columns: of the cache, name → spec.
         row_bytes: of all columns.
+        shards: files of the cache's rows.
+        plain: the rows again, in one file of uint8 ``[rows, row_bytes]``.
     """
 
     def __init__(
@@ -88,15 +91,13 @@ class LoaderBench:
         manifest = synthetic_cache(
             self.cache, num_rows=rows, columns=columns, shard_rows=SHARD_ROWS, notes=notes or {}
         )
-        self._shards = [
+        self.shards = [
             shard_file(self.cache, column, spec, shard)
             for column, spec in columns.items()
             for shard in range(manifest.num_shards)
         ]
-        self._plain = room / "rows.npy"
-        plain = np.lib.format.open_memmap(
-            self._plain, mode="w+", dtype=np.uint8, shape=(rows, self.row_bytes)
-        )
+        self.plain = room / "rows.npy"
+        plain = np.lib.format.open_memmap(self.plain, mode="w+", dtype=np.uint8, shape=(rows, self.row_bytes))
         # written for real: pages of a hole in a sparse file would all be one page in memory
         for start in range(0, rows, BATCH_SIZE):
             plain[start : start + BATCH_SIZE] = np.arange(self.row_bytes, dtype=np.uint8)
@@ -127,7 +128,7 @@ class LoaderBench:
         variants: dict[str, Callable[[], Pass]] = {"copy from a memory map (limit)": self.copy}
         for threads in THREADS:
             for check_crc in (False, True):
-                name = f"repa, {_threads(threads)}, crc32c {'on' if check_crc else 'off'}"
+                name = f"repa, {thread_count(threads)}, crc32c {'on' if check_crc else 'off'}"
                 variants[name] = partial(self.load, threads, "off", check_crc=check_crc, warm_up=True)
         return {**variants, **self._others()}
 
@@ -137,7 +138,7 @@ class LoaderBench:
         for threads in THREADS:
             for direct in ("on", "off"):
                 way = "O_DIRECT" if direct == "on" else "page cache"
-                variants[f"repa, {_threads(threads)}, {way}"] = partial(self.load, threads, direct)
+                variants[f"repa, {thread_count(threads)}, {way}"] = partial(self.load, threads, direct)
         variants = {**variants, "copy from a memory map": self.copy, **self._others()}
         return {name: partial(self._dropped, action) for name, action in variants.items()}
 
@@ -146,9 +147,9 @@ class LoaderBench:
 
         A byte of each is looked for in it.
         """
-        self._drop()
+        self.drop()
         buffer = bytearray(1)
-        for path in self._shards:
+        for path in self.shards:
             with open(path, "rb", buffering=0) as file:
                 try:
                     # one byte only, as asking for it makes the kernel fetch what follows
@@ -161,18 +162,19 @@ class LoaderBench:
         return True
 
     def _dropped(self, action: Callable[[], Pass]) -> Pass:
-        self._drop()
+        self.drop()
         return action()
 
-    def _drop(self) -> None:
-        for path in (*self._shards, self._plain):
+    def drop(self) -> None:
+        """Have the page cache let go of all files, as far as it does."""
+        for path in (*self.shards, self.plain):
             with open(path, "rb", buffering=0) as file:
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def copy(self) -> Pass:
         """Copy rows from a memory map into one reused batch buffer."""
-        plain = np.load(self._plain, mmap_mode="r")
+        plain = np.load(self.plain, mmap_mode="r")
         order = permutation(0, 0, len(plain))
         buffer = np.ones((BATCH_SIZE, self.row_bytes), dtype=np.uint8)
         with Timer() as timer:
@@ -182,18 +184,8 @@ class LoaderBench:
         return timer.result(len(order))
 
     def _sequential(self) -> Pass:
-        memory = mmap.mmap(-1, _BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        total = 0
         with Timer() as timer:
-            for path in self._shards:
-                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-                try:
-                    offset = 0
-                    while more := os.preadv(descriptor, [memory], offset):
-                        offset += more
-                    total += offset
-                finally:
-                    os.close(descriptor)
+            total = sum(map(read_whole, self.shards))
         return timer.result(total // self.row_bytes)
 
     def load(self, threads: int, direct: str, *, check_crc: bool = True, warm_up: bool = False) -> Pass:
@@ -207,14 +199,15 @@ class LoaderBench:
                 batch_size=BATCH_SIZE,
                 threads=threads,
                 columns_at=lambda step: columns,
-                last_image=(1 + warm_up) * count,
+                # warm, it goes on reading ahead: else the last batches would be there, and none begun
+                last_image=None if warm_up else count,
             )
             batches = iter(loader)
             # warm: an epoch to open shards and settle buffers, as in a long run; then one that counts
             for _ in range(count // BATCH_SIZE if warm_up else 0):
                 next(batches)
             with Timer() as timer:
-                seen = sum(len(batch.rows) for batch in batches)
+                seen = sum(len(batch.rows) for batch in islice(batches, count // BATCH_SIZE))
             loader.close()
         return timer.result(seen)
 
@@ -288,5 +281,19 @@ class Timer:
         return Pass(rows, self._seconds, self._cpu)
 
 
-def _threads(count: int) -> str:
+def thread_count(count: int) -> str:
+    """Write a number of threads, in the singular where it is one."""
     return f"{count} thread{'s' * (count > 1)}"
+
+
+def read_whole(path: Path) -> int:
+    """Read a file in sequence past the page cache, to nowhere, and return its bytes."""
+    memory = mmap.mmap(-1, _BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        offset = 0
+        while more := os.preadv(descriptor, [memory], offset):
+            offset += more
+    finally:
+        os.close(descriptor)
+    return offset

@@ -42,6 +42,8 @@ class BenchSettings:
         batch_size: images of a training step and of a forward pass.
         images: images that preprocess encodes in a round; those that fidelity takes its own from.
         rows: rows of the cache that is read or written.
+        processes: of loader: processes that read at the same time, as ranks of a training; 1 measures one
+            process in more ways.
         steps: training steps of a round.
         rounds: rounds; every figure is the median over them.
         methods: names between commas of the methods whose training steps are measured.
@@ -60,6 +62,7 @@ class BenchSettings:
     batch_size: int = 32
     images: int = 256
     rows: int = 2048
+    processes: int = 1
     steps: int = 10
     rounds: int = 5
     methods: str = METHODS
@@ -82,7 +85,7 @@ class BenchSettings:
         return tuple(title for name, title in TARGETS.items() if name in chosen)
 
     def __post_init__(self) -> None:
-        for name in ("resolution", "batch_size", "images", "rows", "steps", "rounds"):
+        for name in ("resolution", "batch_size", "images", "rows", "processes", "steps", "rounds"):
             value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
             if value is not None and value < 1:
                 raise RepaError(f"{flag} {value} is too small", "give at least 1", field=flag)
@@ -113,6 +116,9 @@ class Measured:
         flops: of an item; 0 if they were not counted.
         peak_flops: FLOP/s that the maker of the GPU states; 0 if no table has it.
         products: FLOP/s of a large matrix product, one a round; empty if that was not measured.
+        own_bytes: most memory of its own that one of several processes took; 0 if that was not measured.
+        open_files: most descriptors that one of several processes held; 0 likewise.
+        opening_seconds: longest that one of several processes took before it could read; 0 likewise.
         cpu_per_1000: CPU seconds of 1,000 items, one a round; empty if that was not measured.
         fidelity: what storing it changes, see `attention_summary` and `token_fidelity`; empty of what is not
             stored.
@@ -130,6 +136,9 @@ class Measured:
     flops: float = 0.0
     peak_flops: float = 0.0
     products: tuple[float, ...] = ()
+    own_bytes: int = 0
+    open_files: int = 0
+    opening_seconds: float = 0.0
     cpu_per_1000: tuple[float, ...] = ()
     fidelity: Mapping[str, Any] = field(default_factory=dict)
 
@@ -224,6 +233,9 @@ def _rate_columns(unit: str) -> dict[str, Column]:
             f"{statistics.median(line.cpu_per_1000):.3f}" if line.cpu_per_1000 else ""
         ),
         "peak GB": lambda line: _figure(line.peak_bytes / 1e9, 2),
+        "MB each": lambda line: _figure(line.own_bytes / 1e6, 0),
+        "files each": lambda line: _figure(line.open_files, 0),
+        "opening s": lambda line: _figure(line.opening_seconds, 2),
         "GFLOP an image": lambda line: _figure(line.flops / 1e9, 1),
         "TFLOP/s": lambda line: _figure(line.median * line.flops / 1e12, 3),
     }

@@ -48,12 +48,19 @@ def bench(
         raise RepaError(f"bench has no part {', '.join(unknown)}", f"the parts are {', '.join(PARTS)}")
     if FIDELITY not in parts:
         _refuse_unused(settings)
+    if settings.processes > 1 and "loader" not in (parts or SPEEDS):
+        raise RepaError(
+            f"--processes {settings.processes} is for loader: the other parts measure one process",
+            "name the part loader, or leave --processes out",
+            field="--processes",
+        )
     from ...pipeline.encoders import find_teacher
     from ..shared.terminal import PlainConsole
     from .attention import bench_attention
     from .fidelity import bench_fidelity, print_fidelity
     from .loader import bench_loader
     from .preprocess import bench_preprocess
+    from .ranks import bench_ranks
     from .train import bench_train
     from .writer import bench_writer
 
@@ -64,7 +71,7 @@ def bench(
     console.print(describe_machine(), highlight=False)
     results: dict[str, list[Measured]] = {}
     jobs: dict[str, Callable[[BenchSettings, Path], Iterable[tuple[str, str, list[Measured]]]]] = {
-        "loader": bench_loader,
+        "loader": bench_loader if settings.processes == 1 else bench_ranks,
         "attention": bench_attention,
         "writer": bench_writer,
         "preprocess": lambda *given: [bench_preprocess(*given)],
