@@ -9,6 +9,7 @@ import multiprocessing
 import time
 import traceback
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from threading import BrokenBarrierError
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -32,7 +33,8 @@ class Meeting(Protocol):
         ...
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """One of the processes.
 
     Attributes:
