@@ -66,7 +66,9 @@ class EncodingFlags:
     resolution: Annotated[
         int | None,
         typer.Option(
-            parser=square_side, metavar="<int>", help="Side of the crop in pixels; 256, of the demo 64."
+            parser=square_side,
+            metavar="<int>",
+            help="Side of the crop in pixels; 256, of the demo 64, of imported latents theirs.",
         ),
     ] = None
     views: Annotated[
@@ -234,10 +236,13 @@ def make_config(flags: EncodingFlags) -> PreprocessConfig:
     from ..data.format.manifest import COMPUTE_DTYPES, VIEWS
     from ..pipeline.config import PreprocessConfig
     from ..pipeline.encoders.registry import file_of, find_teacher
+    from ..pipeline.plan import imported_resolution
 
     demo = flags.data == DEMO_DATA
     default = DEMO_RESOLUTION if demo else DEFAULT_RESOLUTION
-    side = default if flags.resolution is None else flags.resolution
+    side = flags.resolution
+    if side is None:
+        side = imported_resolution(flags.cache) or default
     _check_choice("--feature-dtype", flags.feature_dtype, ROUNDED_DTYPES)
     _check_choice("--compute-dtype", flags.compute_dtype, COMPUTE_DTYPES)
     if flags.compress is not None:

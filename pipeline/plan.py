@@ -225,6 +225,16 @@ def present_manifest(cache: Path) -> Manifest | None:
     return open_manifest(cache) if (cache / "zarr.json").exists() else None
 
 
+def imported_resolution(cache: Path | None) -> int | None:
+    """Return the side of the images whose latents were imported into a cache, None of any other.
+
+    Raises:
+        CacheError: a file stands there, or a cache that cannot be read.
+    """
+    present = None if cache is None else present_manifest(cache)
+    return present.resolution if present is not None and foreign_note(present) is not None else None
+
+
 def _resolve(config: PreprocessConfig, present: Manifest | None) -> PreprocessConfig:
     """Fill in what was left open, as the cache has it, else by the default."""
     recorded = present.sources if present is not None else {}

@@ -72,6 +72,9 @@ LATENTS_NOTE = "latent_statistics"
 FOREIGN_NOTE = "foreign"
 """Note of latents that another program wrote, see `notes.ForeignNote`."""
 
+MIRRORED_AT_RANDOM = "at random"
+"""What that note says of images of which some were mirrored, and nothing says which."""
+
 IMAGES_NOTE = "images"
 """Note of imported latents, the fingerprint of the images that teachers were added from."""
 
@@ -313,6 +316,12 @@ class Manifest:
         for name in columns:
             if name != LABEL:
                 check_column(name, self.columns[name], where=where)
+
+
+def takes_teachers(notes: Mapping[str, Any]) -> bool:
+    """Return whether images can be matched with the rows of a cache whose latents have these notes."""
+    foreign = notes.get(FOREIGN_NOTE)
+    return not isinstance(foreign, dict) or foreign.get("mirrored") != MIRRORED_AT_RANDOM
 
 
 def _check_known(source: str, provenance: Provenance, where: str) -> None:

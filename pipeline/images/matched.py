@@ -13,7 +13,7 @@ import numpy as np
 from ...data.errors import CacheError
 from ...data.format.columns import AUTOENCODER
 from ...data.format.foreign import foreign_note
-from ...data.format.manifest import IMAGES_NOTE
+from ...data.format.manifest import IMAGES_NOTE, MIRRORED_AT_RANDOM
 from ...data.format.opening import read_keys, read_labels
 from ...data.format.survey import committed_shards
 from ...data.units import counted
@@ -47,7 +47,7 @@ class MatchedImages:
 
     def __init__(self, images: ImageSource, cache: CachePath, manifest: Manifest) -> None:
         note = foreign_note(manifest)
-        if note is not None and note.mirrored == "at random":
+        if note is not None and note.mirrored == MIRRORED_AT_RANDOM:
             raise CacheError(
                 f"the images of cache {cache} were mirrored at random by {note.layout}, and nothing says "
                 "which, so no image fits its rows",

@@ -14,6 +14,7 @@ from ...data.format.factor_layout import attention_axes
 from ...data.units import counted
 from .alignment import teachers_with
 from .base import Problem, Requirement
+from .remedies import teacher_added
 from .settings_needs import (
     AlignsFirst,
     Deeper,
@@ -72,7 +73,7 @@ class NeedsColumn(Requirement):
             yield Problem(
                 what=f"the cache has no teacher with a {' and a '.join(self._kinds)} column (it has "
                 f"{', '.join(method.specs) or 'none'})",
-                remedy="add one with `repa preprocess --encoder dinov2-b` on this cache",
+                remedy=teacher_added("one", "--encoder dinov2-b", method.notes),
                 field=field,
             )
         elif not asked and len(present) > 1:
@@ -87,7 +88,7 @@ class NeedsColumn(Requirement):
                     yield Problem(
                         what=f"the cache has no column {column} (teachers it has: "
                         f"{', '.join(present) or 'none'})",
-                        remedy=f"add it with `repa preprocess --encoder {name}` on this cache",
+                        remedy=teacher_added("it", f"--encoder {name}", method.notes),
                         field=field,
                     )
         if len(set(asked)) < len(asked):
@@ -279,8 +280,7 @@ class StoredAttention(Requirement):
                 blocks = listed(blocks_of(method, self._blocks), ",") or "haste"
                 yield Problem(
                     what=f"the cache has no attention targets of {teacher} ({', '.join(missing)})",
-                    remedy=f"add them with `repa preprocess --encoder {teacher} --attention {blocks}` on "
-                    "this cache",
+                    remedy=teacher_added("them", f"--encoder {teacher} --attention {blocks}", method.notes),
                     field=missing[0],
                 )
                 continue

@@ -78,7 +78,7 @@ def test_what_is_imported_trains(layout: str, here: Path, capsys: pytest.Capture
 
 def test_a_teacher_is_added_to_an_imported_cache(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("cache import repa --format repa --cache cache --vae demo --shard-rows 5")
-    add = "preprocess --cache cache --encoder demo --resolution 64 --batch-size 4 --data"
+    add = "preprocess --cache cache --encoder demo --batch-size 4 --data"
     assert "images lacks 12 images" in error_of(f"{add} images", capsys)
     run(f"{add} repa/images --dry-run")
     assert "foreign" in capsys.readouterr().out
@@ -119,7 +119,7 @@ def test_a_teacher_sees_both_views_of_imported_latents(
     layout: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(f"cache import {layout.split(maxsplit=1)[0]} --format {layout} --cache cache --resolution 64")
-    run("preprocess --cache cache --encoder demo --resolution 64 --batch-size 4 --data images")
+    run("preprocess --cache cache --encoder demo --batch-size 4 --data images")
     manifest = open_manifest(here / "cache")
     assert manifest.views == ("original", "mirrored")
     with CacheReader(here / "cache", ("demo/cls",)) as reader:
@@ -139,6 +139,9 @@ def test_latents_alone_cannot_be_encoded_again(here: Path, capsys: pytest.Captur
     run("cache import fast-dit --format fast-dit --cache other")
     said = error_of(f"{add.replace('cache cache', 'cache other')} images", capsys)
     assert "mirrored at random" in said
+    with pytest.raises(SystemExit):
+        main(f"train --cache other --method repa {TRAIN} {SMALL} --run run".split())
+    assert "--cache FOLDER" in capsys.readouterr().err
 
 
 def test_flags_that_say_nothing_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from repa.data.format.columns import ColumnSpec
+from repa.data.format.columns import AUTOENCODER, ColumnSpec
 from repa.trainer.methods.base import Method, MethodConfig, Problem, Requirement, Step, Term, filled
 from repa.trainer.methods.requirements import (
     AlignsFirst,
@@ -45,7 +45,10 @@ class Settings(MethodConfig):
 
 
 def problems_of(
-    *needs: Requirement, presets: dict[str, Settings] | None = None, **settings: Any
+    *needs: Requirement,
+    presets: dict[str, Settings] | None = None,
+    notes: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> list[Problem]:
     class Bare(Method):
         config_class = Settings
@@ -55,7 +58,21 @@ def problems_of(
             return {}
 
     Bare.presets = presets or {}
-    return Bare(Settings(**settings), FACTS, SPECS, {}).problems()
+    return Bare(Settings(**settings), FACTS, SPECS, {}, notes).problems()
+
+
+@pytest.mark.parametrize(
+    ("mirrored", "into"), [(None, "this"), ("no", "this"), ("second view", "this"), ("at random", "other")]
+)
+def test_a_teacher_is_added_where_the_cache_takes_one(mirrored: str | None, into: str) -> None:
+    """Imported images that were mirrored at random fit no image, and `repa preprocess` refuses them."""
+    notes = {AUTOENCODER: {} if mirrored is None else {"foreign": {"mirrored": mirrored}}}
+    [named] = problems_of(NeedsColumn("patch"), encoders=("c",), notes=notes)
+    [unnamed] = problems_of(NeedsColumn("states"), notes=notes)
+    for problem in (named, unnamed):
+        assert problem.field == "method.encoders"
+        assert "repa preprocess --encoder" in problem.remedy
+        assert ("--cache" in problem.remedy) == (into == "other")
 
 
 def fields_of(*needs: Requirement, **settings: Any) -> list[str]:
