@@ -148,9 +148,21 @@ class SampleFlags:
         int, typer.Option(help="Processes, one a GPU, or sharing the CPU's cores; the images stay the same.")
     ] = 1
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema"
-    vae: Annotated[str | None, typer.Option(help="AutoencoderKL; default the one the latents came from.")] = (
-        None
-    )
+    vae: Annotated[
+        str | None,
+        typer.Option(
+            help="AutoencoderKL, or of a model of tokens AutoencoderRAE; default the one the latents came "
+            "from, or the run's decoder."
+        ),
+    ] = None
+    teacher_weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Of a model of tokens: weights of the teacher, whose final norm is undone.",
+            show_default="the hub's",
+        ),
+    ] = None
     replace: Annotated[
         bool, typer.Option("--replace", help="Remove another sampling that is in the folder.")
     ] = False
@@ -311,6 +323,7 @@ def _jobs(flags: SampleFlags, prepared: Prepared, missing: Sequence[int], out: P
         SamplingJob(
             checkpoint=model.origin,
             random_autoencoder=prepared.random_autoencoder,
+            teacher_weights=prepared.teacher_weights,
             record=prepared.record,
             condition=prepared.condition,
             batches=tuple(missing[number :: flags.devices]),

@@ -16,14 +16,14 @@ from .shared.flags import local_folder
 from .shared.live import LiveData, LiveEncoders, LiveRandom, LiveWeights, flags_given, live_teachers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from rich.console import Console
 
     from ..pipeline.replay.live import LiveTeachers
     from ..trainer.config import TrainConfig
     from ..trainer.run.evaluations import Evaluator
-    from .shared.decoder import Decoder
+    from .shared.decoder import AnyDecoder
 
 RUNS = Path("runs")
 STOPPED_STATUS = 130
@@ -164,7 +164,7 @@ def train(flags: TrainFlags, *, console: Console | None = None) -> None:
             folder,
             console=console,
             live=teachers,
-            decoder=_decoder(settings),
+            decoder=_decoder(settings, flags.weights or ()),
             evaluator=_evaluator(settings, flags),
             command=sys.argv,
             from_step=flags.from_step,
@@ -193,7 +193,7 @@ def _live(config: TrainConfig, flags: TrainFlags, folder: Path) -> LiveTeachers 
     """
     if config.targets != "online":
         # evaluations have encoders of their own
-        of_evaluations = ("--weights",) if config.evaluate_every else ()
+        of_evaluations = ("--weights",) if config.evaluate_every or config.decoder else ()
         if needless := [flag for flag in flags_given(flags) if flag not in of_evaluations]:
             raise RepaError(
                 f"{', '.join(needless)} choose live teachers",
@@ -276,18 +276,28 @@ def _cache_of_run(folder: Path) -> str | None:
     return build(load_yaml(file)).cache if file.exists() else None
 
 
-def _decoder(config: TrainConfig) -> Decoder | None:
-    """Make the autoencoder that made the cache, for previews.
+def _decoder(config: TrainConfig, weights: Sequence[str]) -> AnyDecoder | None:
+    """Make the autoencoder that made the cache, or the decoder of the run's tokens, for previews.
 
-    It is None without a cache, which the checks report, and where latents were imported by no named one.
+    It is None without a cache, which the checks report, where latents were imported by no named one, and of
+    tokens that nothing decodes.
+
+    Args:
+        config: of the run.
+        weights: texts ``NAME=FILE``, of teachers.
+
+    Raises:
+        RepaError: a text is not of that form.
     """
     import torch
 
-    from ..data.format.columns import AUTOENCODER
+    from ..data.format.columns import AUTOENCODER, MOMENTS
     from ..data.format.foreign import autoencoder_of
     from ..data.tars.cache import manifest_of
     from .shared.decoder import Decoder
 
+    if config.latents != MOMENTS:
+        return _decoder_of_tokens(config, weights)
     try:
         provenance = manifest_of(config.cache).sources.get(AUTOENCODER)
     except RepaError:
@@ -299,6 +309,26 @@ def _decoder(config: TrainConfig) -> Decoder | None:
         return None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Decoder(name, device, random_weights=provenance.random_weights)
+
+
+def _decoder_of_tokens(config: TrainConfig, weights: Sequence[str]) -> AnyDecoder | None:
+    """Make the decoder of a run's tokens, None where the run names none or the checks will refuse it."""
+    import torch
+
+    from ..data.tars.cache import manifest_of
+    from ..trainer.run.checked import Checked
+    from ..trainer.run.latent_checks import check_latents
+    from .shared.decoder import DecoderOfTokens
+    from .shared.encoders import parse_weights
+
+    files, found = parse_weights(weights), Checked()
+    manifest = found.attempt(lambda: manifest_of(config.cache))
+    if manifest is not None:
+        check_latents(config, manifest, found)
+    if not config.decoder or found.tokens is None:
+        return None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return DecoderOfTokens(config.decoder, found.tokens, device, weights=files.get(found.tokens.teacher))
 
 
 def _evaluator(config: TrainConfig, flags: TrainFlags) -> Evaluator | None:
@@ -329,7 +359,9 @@ def _evaluator(config: TrainConfig, flags: TrainFlags) -> Evaluator | None:
     names = {each.network for each in asked}
     # of an online run others are of its teachers
     files = [
-        each for each in flags.weights or () if config.targets != "online" or each.partition("=")[0] in names
+        each
+        for each in flags.weights or ()
+        if (config.targets != "online" and not config.decoder) or each.partition("=")[0] in names
     ]
     specs = network_specs(asked, reference, reference.resolution, None, files)
     for spec in specs.values():

@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from ..data.edge import shortened
 from ..data.errors import RepaError
-from ..data.format.columns import LABEL
+from ..data.format.columns import LABEL, MOMENTS
 from ..data.tars.names import command_in
 from .added_callbacks import SETTING as CALLBACKS
 from .added_callbacks import find_callback
@@ -85,6 +85,10 @@ class TrainConfig:
         rms_norm: RMSNorm with gain in place of LayerNorm; none takes the backbone's own choice.
         swiglu: gated MLP of two thirds of the width; none takes the backbone's own choice.
         adaln_zero: of MM-DiT, first weights with gates and output at zero; none takes the released code's.
+        latents: column that the network learns to make: the autoencoder's moments, or a teacher's patch
+            tokens, each position and channel standardised.
+        decoder: of such tokens, AutoencoderRAE of diffusers, a folder or a name on the hub; makes images for
+            previews, evaluations and `repa sample`.
         latent_norm: what latents are normalised by: autoencoder, what its configuration says; channel, mean
             and standard deviation of each channel of the cache; sd, the one factor of Stable Diffusion.
         latent_scale: what latents are multiplied by; none takes the factor of latent_norm, which is 1 for
@@ -156,6 +160,8 @@ class TrainConfig:
     swiglu: bool | None = None
     adaln_zero: bool | None = None
     objective: ObjectiveConfig = field(default_factory=FlowConfig)
+    latents: str = MOMENTS
+    decoder: str = ""
     latent_norm: Literal["autoencoder", "channel", "sd"] = "autoencoder"
     latent_scale: Annotated[float, Gt(0)] | None = None
     latent_shift: float | None = None

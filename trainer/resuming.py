@@ -30,6 +30,8 @@ ON_RESUME: Mapping[str, OnResume] = {
     "swiglu": "bound",
     "adaln_zero": "bound",
     "objective": "bound",
+    "latents": "bound",
+    "decoder": "free",
     "latent_norm": "bound",
     "latent_scale": "bound",
     "latent_shift": "bound",

@@ -19,7 +19,7 @@ from ...data.tars.names import names_tars
 from ...trainer.evaluation.blocks import BlockFeatures, block_features
 from ...trainer.evaluation.probe import linear_probe
 from ...trainer.evaluation.similarity import cka, cknna
-from ...trainer.methods.alignment import target
+from ...trainer.methods.alignment import stored_columns, target
 from ...trainer.run.folder import CONFIG_FILE
 from ...trainer.run.trained_beside import beside_of
 from ...trainer.sampling.generate import model_of_file, newest_checkpoint
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
+    from ...data.format.manifest import Manifest
+    from ...trainer.sampling.generate import TrainedModel
     from .flags import AnalyzeFlags
 
 _FITTED = 0.75
@@ -70,10 +72,13 @@ def analyze_run(flags: AnalyzeFlags, run: Path, times: Sequence[float], console:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.backbone.to(device)
     beside = beside_of(checkpoint, model.backbone, manifest, where=where)
-    needed = tuple(dict.fromkeys((MOMENTS, *model.backbone.y_embedder.columns, *beside.columns)))
+    latents = (MOMENTS,) if model.tokens is None else model.tokens.columns
+    if model.tokens is not None:
+        _check_has(manifest, latents, where)
+    needed = tuple(dict.fromkeys((*latents, *model.backbone.y_embedder.columns, *beside.columns)))
     columns = dict.fromkeys((*needed, *columns_of(manifest, teachers, "patch")))
     with CacheReader(path, tuple(columns)) as reader:
-        _check_fits(reader, model.latent_shape, where)
+        _check_fits(reader, model, where)
         rows = chosen_rows(reader, flags.num, flags.seed)
         if flags.k >= len(rows):
             raise RepaError(
@@ -147,16 +152,37 @@ def _cache_of(run: Path) -> str:
     return cache
 
 
-def _check_fits(reader: CacheReader, shape: tuple[int, int, int], where: str) -> None:
+def _check_has(manifest: Manifest, columns: Sequence[str], where: str) -> None:
+    """Refuse a cache without the tokens that a run learned to make, or that stores them in another form.
+
+    Raises:
+        RepaError: it is such a cache.
+    """
+    found = stored_columns(columns[0], manifest.columns)
+    if columns[0] not in manifest.columns or found != tuple(columns):
+        raise RepaError(
+            f"cache {where} has no {' and '.join(columns)}, which the run learned to make",
+            "give the cache that the run was trained on with --cache",
+            field="--cache",
+        )
+
+
+def _check_fits(reader: CacheReader, model: TrainedModel, where: str) -> None:
     """Refuse a cache of other latents.
 
     Raises:
         RepaError: their shape is another.
     """
-    moments = reader.manifest.columns[MOMENTS].shape
-    if (moments[0] // 2, *moments[1:]) != shape:
+    columns, shape = reader.manifest.columns, model.latent_shape
+    if model.tokens is None:
+        moments = columns[MOMENTS].shape
+        there = (moments[0] // 2, *moments[1:])
+    else:
+        column, grid = model.tokens.columns[0], reader.manifest.sources[model.tokens.teacher].grid
+        there = (columns[column].shape[-1], *grid)
+    if there != shape:
         raise RepaError(
-            f"cache {where} has latents of {[moments[0] // 2, *moments[1:]]}, the run of {list(shape)}",
+            f"cache {where} has latents of {list(there)}, the run of {list(shape)}",
             "give the cache that the run was trained on with --cache",
             field="--cache",
         )

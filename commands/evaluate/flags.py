@@ -125,9 +125,21 @@ class EvaluateFlags:
     ] = None
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema"
-    vae: Annotated[str | None, typer.Option(help="AutoencoderKL; default the one the latents came from.")] = (
-        None
-    )
+    vae: Annotated[
+        str | None,
+        typer.Option(
+            help="AutoencoderKL, or of a model of tokens AutoencoderRAE; default the one the latents came "
+            "from, or the run's decoder."
+        ),
+    ] = None
+    teacher_weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Of a model of tokens: weights of the teacher, whose final norm is undone.",
+            show_default="the hub's",
+        ),
+    ] = None
     devices: Annotated[
         int, typer.Option(help="Processes, one a GPU, or sharing the CPU's cores; figures stay the same.")
     ] = 1

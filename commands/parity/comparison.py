@@ -114,7 +114,8 @@ class Comparison:
     def _names(self, side: str, step: int) -> tuple[str, ...]:
         """List the columns that a side's method takes at a step."""
         method = self._methods[side]
-        return columns_of_phase(method, method.phase_at(step), self._module.backbone.y_embedder.columns)
+        condition, latents = self._module.backbone.y_embedder.columns, self._module.latents.columns
+        return columns_of_phase(method, method.phase_at(step), condition, latents)
 
     def _compare(self, cached: Batch, live: Batch) -> None:
         terms = {"cached": self._terms("cached", cached), "live": self._terms("live", live)}

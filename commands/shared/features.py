@@ -149,12 +149,14 @@ class GeneratedImages:
         record: of the sampling.
         condition: of each image, ``[N, …]``.
         random_autoencoder: whether the autoencoder's weights are drawn.
+        teacher_weights: file of the teacher of a model of tokens; None takes the hub's.
     """
 
     checkpoint: Path
     record: SamplingRecord
     condition: NDArray[Any]
     random_autoencoder: bool
+    teacher_weights: Path | None = None
 
     def open(self, device: str) -> Batches:
         """Load model and autoencoder, and return what samples and decodes.
@@ -163,12 +165,18 @@ class GeneratedImages:
             RepaError: either cannot be had.
         """
         from ...trainer.sampling.generate import generate, model_of_file, with_scale
-        from .decoder import Decoder
+        from .decoder import decoder_for
         from .sampling import settings_of
 
         model = model_of_file(self.checkpoint, weights=self.record.weights, family=self.record.family)
         model.backbone.to(device)
-        decoder = Decoder(self.record.autoencoder, device, random_weights=self.random_autoencoder)
+        decoder = decoder_for(
+            model,
+            self.record.autoencoder,
+            device,
+            random_weights=self.random_autoencoder,
+            teacher_weights=self.teacher_weights,
+        )
         model = with_scale(model, decoder)
         condition, settings = torch.from_numpy(self.condition), settings_of(self.record)
 

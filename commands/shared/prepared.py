@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ...trainer.sampling.record import SamplingRecord
     from ...trainer.sampling.settings import SamplerConfig
     from .banks import BankAsked
-    from .decoder import Decoder
+    from .decoder import AnyDecoder
     from .texts import TextAsked
 
 BALANCED, RANDOM = "balanced", "random"
@@ -75,6 +75,10 @@ class SamplingFlags(Protocol):
     def vae(self) -> str | None:
         """Name of the autoencoder, None for the one the latents came from."""
 
+    @property
+    def teacher_weights(self) -> Path | None:
+        """File of the teacher whose tokens a model makes, None for the hub's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
@@ -86,13 +90,15 @@ class Prepared:
         condition: of each image ``[N, …]``; for labels int64 ``[N]``.
         decoder: latents to images.
         random_autoencoder: whether the decoder's weights are drawn.
+        teacher_weights: file of the teacher of a model of tokens; None takes the hub's.
     """
 
     model: TrainedModel
     record: SamplingRecord
     condition: NDArray[Any]
-    decoder: Decoder
+    decoder: AnyDecoder
     random_autoencoder: bool
+    teacher_weights: Path | None = None
 
     @property
     def told(self) -> NDArray[Any]:
@@ -160,7 +166,7 @@ def prepare_sampling(
         model, bank, text, flags, num, labels=labels, balanced=label_mode == BALANCED, run=run, device=device
     )
     # before the sampling, which may take hours: without an autoencoder it would be for nothing
-    decoder = decoder_of(model, flags.vae, device, say)
+    decoder = decoder_of(model, flags.vae, device, say, teacher_weights=flags.teacher_weights)
     model = with_scale(model, decoder)
     record = SamplingRecord(
         **_said_of(checkpoint, flags, model, settings),
@@ -179,6 +185,7 @@ def prepare_sampling(
         condition=condition,
         decoder=decoder,
         random_autoencoder=flags.vae is None and model.autoencoder_random,
+        teacher_weights=flags.teacher_weights,
     )
 
 
@@ -369,8 +376,15 @@ def _check_guidance(flags: SamplingFlags, model: TrainedModel, say: Callable[[st
         )
 
 
-def decoder_of(model: TrainedModel, vae: str | None, device: str, say: Callable[[str], None]) -> Decoder:
-    """Load the autoencoder.
+def decoder_of(
+    model: TrainedModel,
+    vae: str | None,
+    device: str,
+    say: Callable[[str], None],
+    *,
+    teacher_weights: Path | None = None,
+) -> AnyDecoder:
+    """Load what makes images of a model's samples.
 
     Raises:
         RepaError: it cannot be had, or has latents of other channels.
@@ -378,6 +392,14 @@ def decoder_of(model: TrainedModel, vae: str | None, device: str, say: Callable[
     from ...pipeline.encoders.vae import DEFAULT_VAE, STABLE_DIFFUSION
     from .decoder import Decoder
 
+    if model.tokens is not None:
+        return _decoder_of_tokens(model, vae, device, teacher_weights)
+    if teacher_weights is not None:
+        raise RepaError(
+            f"--teacher-weights is of a model of tokens, and {model.origin} makes latents",
+            "leave it out",
+            field="--teacher-weights",
+        )
     name = vae or model.autoencoder or DEFAULT_VAE
     channels = model.latent_shape[0]
     if vae is None and model.autoencoder is None:
@@ -399,4 +421,27 @@ def decoder_of(model: TrainedModel, vae: str | None, device: str, say: Callable[
         )
     if model.autoencoder_sha256 is not None and decoder.weights_sha256 != model.autoencoder_sha256:
         say(f"note: {name} has other weights than the autoencoder that {model.origin} was trained with")
+    return decoder
+
+
+def _decoder_of_tokens(
+    model: TrainedModel, name: str | None, device: str, teacher_weights: Path | None
+) -> AnyDecoder:
+    """Load the decoder of the tokens that a model makes.
+
+    Raises:
+        RepaError: nothing says which, or it cannot be had or is of other tokens.
+    """
+    from .decoder import DecoderOfTokens
+
+    assert model.tokens is not None, "of a model of tokens"
+    chosen = name or model.autoencoder
+    if not chosen:
+        raise RepaError(
+            f"{model.origin} makes tokens of {model.tokens.teacher}, and nothing says what decodes them",
+            "give --vae a folder or hub name of an AutoencoderRAE of diffusers for this teacher",
+            field="--vae",
+        )
+    decoder = DecoderOfTokens(chosen, model.tokens, device, weights=teacher_weights)
+    decoder.load()
     return decoder

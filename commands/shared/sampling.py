@@ -35,6 +35,7 @@ class SamplingJob:
     Attributes:
         checkpoint: the file of the weights.
         random_autoencoder: whether the autoencoder's weights are drawn.
+        teacher_weights: file of the teacher of a model of tokens; None takes the hub's.
         record: of the whole sampling.
         condition: of each image of the whole sampling, ``[N, …]``; for labels int64 ``[N]``.
         batches: first image of each batch to make.
@@ -51,6 +52,7 @@ class SamplingJob:
     folder: Path
     device: str
     threads: int | None = None
+    teacher_weights: Path | None = None
 
 
 def settings_of(record: SamplingRecord) -> SamplerConfig:
@@ -116,11 +118,17 @@ def sample_in_process(job: SamplingJob, report: Callable[[int], None]) -> None:
     import torch
 
     from ...trainer.sampling.generate import model_of_file, with_scale
-    from .decoder import Decoder
+    from .decoder import decoder_for
 
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     model = model_of_file(job.checkpoint, weights=job.record.weights, family=job.record.family)
     model.backbone.to(job.device)
-    decoder = Decoder(job.record.autoencoder, job.device, random_weights=job.random_autoencoder)
+    decoder = decoder_for(
+        model,
+        job.record.autoencoder,
+        job.device,
+        random_weights=job.random_autoencoder,
+        teacher_weights=job.teacher_weights,
+    )
     sample_batches(job, with_scale(model, decoder), decoder, report)

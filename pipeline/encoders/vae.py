@@ -151,10 +151,10 @@ class Autoencoder:
         Raises:
             RepaError: a latent or its image has a number that is not finite, which would be shown as black.
         """
-        _check_finite(latents, "latent")
+        check_finite(latents, "latent")
         with forward_pass(self.compute_dtype, self.device):
             images = self._model.decode(latents.to(self.device, torch.float32)).sample
-        _check_finite(images, "image of a latent")
+        check_finite(images, "image of a latent")
         return to_pixels(images)
 
     def in_float32(self) -> Autoencoder:
@@ -232,7 +232,12 @@ def _scale(config: Mapping[str, Any], where: str) -> LatentScale:
     )
 
 
-def _check_finite(values: Tensor, what: str) -> None:
+def check_finite(values: Tensor, what: str) -> None:
+    """Refuse numbers that are not finite, which would be shown as black.
+
+    Raises:
+        RepaError: there is one.
+    """
     if not torch.isfinite(values).all():
         raise RepaError(
             f"a {what} has numbers that are not finite",

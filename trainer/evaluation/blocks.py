@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...data.format.columns import LABEL, MOMENTS
-from ...data.reading.latents import sample_posterior, scale_latent
+from ...data.format.columns import LABEL
 from ..models.capture import Capture
-from ..sampling.generate import known_scale
+from ..sampling.generate import known_latents
 from ..step.randomness import generator_for
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def block_features(
 
     Args:
         model: the network with its objective and scale.
-        batches: moments ``[B, 2C, h, w]``, the conditioner's column and those of `beside`, by name.
+        batches: the columns of the latents, the conditioner's column and those of `beside`, by name.
         time: t in [0, 1], data at 0.
         beside: what the network denoises beside the latent, noised to the same time.
         seed: of the draws.
@@ -67,22 +66,19 @@ def block_features(
     depth = backbone.facts.depth
     capture = Capture(hidden=tuple(range(1, depth + 1)), stop_after=depth)
     found = {block: BlockFeatures() for block in capture.hidden}
-    conditioner = backbone.y_embedder
+    conditioner, latents = backbone.y_embedder, known_latents(model)
     first = 0
     for columns in batches:
-        moments = columns[MOMENTS].float()
-        shape = (2, moments.shape[1] // 2, *moments.shape[2:])
+        count, *shape = latents.shape(columns)
         # of each image by itself, so that the batch size changes nothing
         draws = [
-            torch.randn(shape, generator=generator_for(seed, "analysis", first + i))
-            for i in range(len(moments))
+            torch.randn((2, *shape), generator=generator_for(seed, "analysis", first + i))
+            for i in range(count)
         ]
         posterior, noise = torch.stack(draws, dim=1)
-        noises = {
-            name: _vectors(seed, name, first, (len(moments), width)) for name, width in beside.widths.items()
-        }
-        first += len(moments)
-        x0 = scale_latent(sample_posterior(moments, posterior), *known_scale(model)).to(device)
+        noises = {name: _vectors(seed, name, first, (count, width)) for name, width in beside.widths.items()}
+        first += count
+        x0 = latents.x0(columns, posterior).to(device)
         t = torch.full((len(x0),), time, device=device)
         noised = model.objective.noised(x0, noise.to(device), t)
         vectors = beside.noised(

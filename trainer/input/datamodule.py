@@ -27,16 +27,19 @@ if TYPE_CHECKING:
     from .online import LiveTargets
 
 
-def columns_of_phase(method: Method, phase: Phase, condition: Sequence[str]) -> tuple[str, ...]:
+def columns_of_phase(
+    method: Method, phase: Phase, condition: Sequence[str], latents: Sequence[str] = (MOMENTS,)
+) -> tuple[str, ...]:
     """List the columns that a phase reads, without the label.
 
     Args:
         method: the method.
         phase: one of its phases.
         condition: columns of the conditioner.
+        latents: columns that latents are made of.
     """
     beside = (each.column for each in method.denoised())
-    names = (MOMENTS, *condition, *method.columns(phase), *beside)
+    names = (*latents, *condition, *method.columns(phase), *beside)
     return tuple(dict.fromkeys(name for name in names if name != LABEL))
 
 

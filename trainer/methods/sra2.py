@@ -81,7 +81,7 @@ class Sra2(Aligning):
         width = backbone.width if block is None else backbone.width_of(block)
         self._grid = backbone.grid if block is None else backbone.grid_of(block)
         self._patch = backbone.patch_size * backbone.grid[0] // self._grid[0]
-        channels = columns[MOMENTS].shape[0] // 2 if MOMENTS in columns else 1
+        channels = backbone.channels or (columns[MOMENTS].shape[0] // 2 if MOMENTS in columns else 1)
         hidden = config.head_width or 2 * width
         widths = [width, *[hidden] * (config.layers - 1), channels * self._patch**2]
         self.head = nn.Sequential()

@@ -46,6 +46,7 @@ class BackboneFacts:
         token_times: whether tokens may have times of their own, in groups (see `Backbone`).
         resolution: side in pixels of the images that it is trained on, as their cache records it; None where
             that is not known.
+        channels: of the latent; None where that is not known.
         stepped_time: whether the network's time is one of the thousand steps of `timesteps`, not continuous.
     """
 
@@ -61,6 +62,7 @@ class BackboneFacts:
     token_times: bool = False
     resolution: int | None = None
     stepped_time: bool = False
+    channels: int | None = None
 
     def has_block(self, block: int) -> bool:
         """Return whether the block, counted from 1, exists."""

@@ -83,6 +83,7 @@ class MMDiTConfig(SizedConfig):
     def facts(self) -> BackboneFacts:
         """What methods may know. Grid and tokens are the image stream's."""
         return BackboneFacts(
+            channels=self.in_channels,
             depth=self.depth,
             width=self.width,
             heads=self.heads,

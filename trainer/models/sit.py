@@ -92,6 +92,7 @@ class SiTConfig(SizedConfig):
     def facts(self) -> BackboneFacts:
         """What methods may know."""
         return BackboneFacts(
+            channels=self.in_channels,
             depth=self.depth,
             width=self.width,
             heads=self.heads,

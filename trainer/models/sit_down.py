@@ -118,6 +118,7 @@ class SiTDownConfig(SizedConfig):
         middle = BlockFacts(width=self.width, heads=self.heads, grid=self.middle_grid)
         blocks = (outer,) * self.outer + (middle,) * self.middle + (outer,) * self.outer
         return BackboneFacts(
+            channels=self.in_channels,
             depth=len(blocks),
             width=self.width,
             heads=self.heads,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from ...data.errors import RepaError
+from ...data.format.columns import MOMENTS
 from ...data.units import counted
 from ..methods.base import Problem
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from ..methods.base import Method
     from ..models.base import BackboneConfig
     from ..models.conditioning import ConditionColumn
+    from ..step.latents import TokenSource
 
 T = TypeVar("T")
 
@@ -64,7 +66,9 @@ class Checked:
         condition: what the conditioner is built from; None where a method's own does not say.
         condition_columns: the columns that it embeds, without the label.
         method: the method, freshly initialised from the seed.
-        scale: of the latents.
+        scale: of the latents, where they are the autoencoder's.
+        tokens: whose tokens are in their place; None of a run on latents of the autoencoder.
+        latent_columns: the columns that latents are made of.
         reader: of every column that some phase reads.
         live: computes the targets of an online run.
         live_sources: what its columns come from, once it is loaded.
@@ -82,6 +86,8 @@ class Checked:
     condition_columns: tuple[str, ...] = ()
     method: Method | None = None
     scale: LatentScale | None = None
+    tokens: TokenSource | None = None
+    latent_columns: tuple[str, ...] = (MOMENTS,)
     reader: CacheReader | TarCache | None = None
     live: LiveTargets | None = None
     live_sources: Mapping[str, Provenance] = field(default_factory=dict)

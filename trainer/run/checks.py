@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...data.errors import RepaError
-from ...data.format.columns import KINDS, MOMENTS, source_of
+from ...data.format.columns import source_of
 from ...data.format.foreign import foreign_lines
-from ...data.reading.latents import chosen_scale
 from ...data.reading.order import split_holdout
 from ...data.reading.reader import CacheReader
 from ...data.tars.cache import TarCache, manifest_of
@@ -38,6 +37,7 @@ from .agreement import (
 from .checked import RANDOM_WEIGHTS, Checked
 from .first_steps import check_first_steps
 from .gradient_angle import angle_problems
+from .latent_checks import check_latents, check_targets, check_width
 from .lightning_trainer import make_trainer
 from .loggers import logger_problems
 
@@ -79,10 +79,12 @@ def check(config: TrainConfig, live: LiveTargets | None = None) -> Checked:
     if found.backbone is not None:
         check_prediction(config, found.backbone, found)
         check_recomputed(config, found.backbone, found)
+        check_width(config, found.backbone, found)
         _check_method(config, found.manifest, found.backbone, found)
     if found.backbone is not None and found.method is not None:
         check_condition(config, found.manifest, found.backbone, found.method, found)
     if found.method is not None:
+        check_targets(config, found.method, found)
         check_first_steps(config, found.method, found)
         _check_columns(config, found.manifest, found.method, found)
     if isinstance(found.reader, TarCache):
@@ -176,30 +178,16 @@ def _check_backbone(config: TrainConfig, manifest: Manifest, found: Checked) -> 
         found.add(
             f"cache {config.cache} has no classes", "write it again with `repa preprocess`", field="--cache"
         )
-    found.attempt(lambda: manifest.require((MOMENTS,), where=config.cache))
-    found.scale = found.attempt(
-        lambda: chosen_scale(manifest, config.latent_norm, where=config.cache).replaced(
-            config.latent_scale, config.latent_shift
-        )
-    )
-    moments = manifest.columns.get(MOMENTS)
-    if moments is None or not KINDS["moments"].fits(moments.shape, moments.dtype):
-        return
-    shape = moments.shape
-    if shape[1] != shape[2]:
-        found.add(
-            f"column {MOMENTS} has latents of {shape[1]}×{shape[2]}, and the backbones take square ones",
-            "write the cache again with `repa preprocess`",
-            field=MOMENTS,
-        )
+    shape = check_latents(config, manifest, found)
+    if shape is None:
         return
     if found.attempt(lambda: backbones.family_of(config.model)) is None:
         return
     found.backbone = found.attempt(
         lambda: backbones.config_of(
             config.model,
-            input_size=shape[1],
-            in_channels=shape[0] // 2,
+            input_size=shape.side,
+            in_channels=shape.channels,
             num_classes=max(classes, 1),
             **{name: getattr(config, name) for name in backbones.SETTINGS},
         )
@@ -228,7 +216,7 @@ def _check_columns(config: TrainConfig, manifest: Manifest, method: Method, foun
     needed = dict.fromkeys(
         column
         for phase in method.phases()
-        for column in columns_of_phase(method, phase, found.condition_columns)
+        for column in columns_of_phase(method, phase, found.condition_columns, found.latent_columns)
     )
     if found.live is not None and not live_columns(needed, found.live) and not found.problems:
         found.add(
@@ -291,6 +279,12 @@ def _check_tars(config: TrainConfig, cache: TarCache, found: Checked) -> None:
             "sequence",
             f"leave method.standardise out, or {import_them}",
             field="method.standardise",
+        )
+    if found.tokens is not None:
+        found.add(
+            f"latents={config.latents} are standardised by statistics of rows, and tars are read in sequence",
+            import_them,
+            field="latents",
         )
     if config.holdout:
         found.add(

@@ -112,7 +112,8 @@ class Evaluations:
         model = TrainedModel(
             backbone=module.ema,
             objective=module.objective,
-            scale=module.scale,
+            scale=None,
+            latents=module.latents,
             autoencoder=None,
             autoencoder_sha256=None,
             autoencoder_random=False,

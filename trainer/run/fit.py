@@ -6,17 +6,20 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ...data.errors import RepaError
 from ...data.reading.reader import CacheReader
 from ...data.units import counted
 from ..added_callbacks import make_callbacks
 from ..input.datamodule import CacheData
-from ..input.statistics import column_statistics
+from ..input.statistics import column_statistics, token_statistics
 from ..models.conditioning import ClassTokenConditioner
 from ..models.text_conditioning import TextConditioner
 from ..sampling.bank import CacheBank
 from ..sampling.caption_bank import CaptionBank
 from ..step.checkpoints import checkpoint_path, checkpoints_of
+from ..step.latents import MomentLatents, TokenLatents
 from ..step.module import TrainingModule, build_backbone
 from .callbacks import Clock, Metrics
 from .checked import RANDOM_WEIGHTS, Checked, ProblemsError
@@ -61,6 +64,7 @@ if TYPE_CHECKING:
     from ..methods.base import Method
     from ..resuming import Change
     from ..step.beside import Statistics
+    from ..step.latents import Latents
     from .evaluations import Evaluator
 
 
@@ -190,7 +194,7 @@ def _train(
 ) -> Outcome:
     leader = is_leader()
     say = _printer(console, leader=leader)
-    module, data = assemble(config, checked, identity)
+    module, data = assemble(config, checked, identity, restored=bool(resumed))
     if initial is not None:
         initial.load_into(module)
         for line in (f"begins with the weights of {initial.record['file']}", *initial.notes):
@@ -292,20 +296,28 @@ def _say_stopped(
 
 
 def assemble(
-    config: TrainConfig, checked: Checked, identity: Mapping[str, Any]
+    config: TrainConfig, checked: Checked, identity: Mapping[str, Any], *, restored: bool = False
 ) -> tuple[TrainingModule, CacheData]:
-    """Build the module and the data of a run that passed the checks."""
+    """Build the module and the data of a run that passed the checks.
+
+    Args:
+        config: of the run.
+        checked: its checks.
+        identity: see `identity_of`.
+        restored: whether a checkpoint is going to be loaded, which has the statistics of tokens.
+    """
     if (
         checked.backbone is None
         or checked.method is None
-        or checked.scale is None
+        or (checked.scale is None and checked.tokens is None)
         or checked.reader is None
         or checked.train_rows is None
     ):
         raise RuntimeError("the checks have not passed")
     backbone = build_backbone(checked.backbone, checked.method, config.seed, checked.condition)
     statistics = _statistics(checked.method, checked.reader, checked.train_rows)
-    module = TrainingModule(config, backbone, checked.method, checked.scale, identity, statistics)
+    latents = _latents(checked, checked.reader, checked.train_rows, restored=restored)
+    module = TrainingModule(config, backbone, checked.method, latents, identity, statistics)
     _open_bank(module, checked.reader)
     return module, CacheData(config, checked.reader, checked.train_rows, module.columns_at, checked.live)
 
@@ -323,6 +335,20 @@ def _open_bank(module: TrainingModule, reader: CacheReader | TarCache) -> None:
             conditioner.bank = captions
         if isinstance(conditioner, ClassTokenConditioner) and isinstance(reader, CacheReader):
             conditioner.bank = CacheBank(reader, conditioner.column)
+
+
+def _latents(
+    checked: Checked, reader: CacheReader | TarCache, rows: NDArray[np.int64], *, restored: bool
+) -> Latents:
+    """Return what the backbone learns to make, with the statistics of tokens, which tars do not give."""
+    if checked.tokens is None or not isinstance(reader, CacheReader):
+        assert checked.scale is not None, "the checks have passed"
+        return MomentLatents(checked.scale)
+    columns, grid = checked.tokens.columns, checked.tokens.grid
+    if restored:
+        nothing = torch.zeros(checked.tokens.width, *grid)
+        return TokenLatents(columns, nothing, torch.ones_like(nothing))
+    return TokenLatents(columns, *token_statistics(reader, columns, grid, rows))
 
 
 def _statistics(

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.format.columns import LABEL, MOMENTS
-from ...data.reading.latents import LatentScale, sample_posterior, scale_latent
+from ...data.format.columns import LABEL
 from ..models.capture import NOTHING
 from ..step.beside import Beside
 from ..step.randomness import generator_for
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from ...data.reading.reader import CacheReader
     from ..models.base import Backbone
     from ..objectives.base import Objective
+    from ..step.latents import Latents
 
 CHUNK = 64
 _GOLDEN = (5**0.5 - 1) / 2
@@ -39,7 +39,7 @@ class HeldOutBatch:
 
     Attributes:
         first: number of its first row among the held-out rows.
-        columns: moments ``[B, 2C, h, w]`` and the conditioner's column, as stored.
+        columns: those of the latents and the conditioner's, as stored.
         label: int64 ``[B]``.
     """
 
@@ -88,7 +88,7 @@ def held_out_sums(
     batches: Iterator[HeldOutBatch],
     *,
     objective: Objective,
-    scale: LatentScale,
+    latents: Latents,
     seed: int,
     device: torch.device,
     beside: Beside | None = None,
@@ -100,7 +100,7 @@ def held_out_sums(
         networks: name → network; the condition is each row's own, never dropped.
         batches: the held-out rows.
         objective: what the networks predict.
-        scale: from the autoencoder's latent to the network's.
+        latents: what the networks learn to make, and of which shape.
         seed: of the draws.
         device: of the networks.
         beside: what the networks denoise beside the latent, whose columns the batches have; None for nothing.
@@ -114,14 +114,13 @@ def held_out_sums(
     sums = dict.fromkeys((*networks, *(f"{name}_{each}" for name in networks for each in beside.widths)), 0.0)
     rows = 0
     for batch in batches:
-        moments = batch.columns[MOMENTS].float()
+        shape = latents.shape(batch.columns)
         generator = generator_for(seed, "held out", batch.first)
         # on the CPU, so that every device sees the same numbers
-        shape = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
-        posterior = torch.randn(shape, generator=generator)
+        posterior = torch.randn(shape, generator=generator) if latents.drawn else None
         noise = torch.randn(shape, generator=generator).to(device)
-        t = held_out_times(batch.first, len(moments)).to(device)
-        x0 = scale_latent(sample_posterior(moments, posterior), *scale).to(device)
+        t = held_out_times(batch.first, shape[0]).to(device)
+        x0 = latents.x0(batch.columns, posterior).to(device)
         noised = objective.noised(x0, noise, t)
         columns = {name: batch.columns[name].to(device) for name in beside.columns}
         # draws of their own, so that those of the latent are the same for every method
@@ -142,7 +141,7 @@ def held_out_sums(
             sums[name] += _sum(objective.losses(captured, noised))
             for each, losses in beside.losses(captured, vectors, objective).items():
                 sums[f"{name}_{each}"] += _sum(losses)
-        rows += len(moments)
+        rows += shape[0]
     return sums, rows
 
 

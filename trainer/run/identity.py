@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from ...data.errors import CacheError, RepaError
 from ...data.format.columns import AUTOENCODER, LABEL, source_of
 from ...data.format.foreign import autoencoder_of
+from ...data.reading.latents import LatentScale
 from ...data.reading.reader import CacheReader
 from ..models import registry as backbones
 from ..objectives import registry as objectives
 from ..step.checkpoints import load_checkpoint, objective_said
+from ..step.latents import TOKENS
 from ..step.module import CHECKPOINT_KEY
 
 if TYPE_CHECKING:
@@ -35,11 +37,10 @@ def identity_of(checked: Checked, config: TrainConfig) -> dict[str, Any]:
     Raises:
         RuntimeError: the checks have not passed.
     """
-    reader, backbone, scale = checked.reader, checked.backbone, checked.scale
-    if reader is None or backbone is None or scale is None:
+    reader, backbone = checked.reader, checked.backbone
+    if reader is None or backbone is None:
         raise RuntimeError("the checks have not passed")
     manifest = reader.manifest
-    autoencoder = manifest.sources[AUTOENCODER]
     used = dict.fromkeys(source_of(column) for column in reader.columns if column != LABEL)
 
     def digest(provenance: Provenance) -> str:
@@ -52,12 +53,7 @@ def identity_of(checked: Checked, config: TrainConfig) -> dict[str, Any]:
         **_condition_of(checked, manifest),
         "settings": config.to_dict(),
         "class_names": list(manifest.class_names),
-        "latent": {
-            **scale.notes(),
-            "autoencoder": autoencoder_of(autoencoder),
-            "weights_sha256": autoencoder.weights_sha256 or None,
-            "random_weights": autoencoder.random_weights,
-        },
+        **_latents_of(checked, config, manifest),
         "cache": {
             "source": manifest.source_fingerprint,
             "keys": manifest.keys_sha256,
@@ -80,6 +76,28 @@ def _order_of(checked: Checked, config: TrainConfig) -> dict[str, str]:
         return {}
     kind = "blocks" if isinstance(reader, CacheReader) else "tars"
     return {"order": f"{kind} of {reader.manifest.shard_rows} rows"}
+
+
+def _latents_of(checked: Checked, config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
+    """Return what sampling needs to make images of latents."""
+    if checked.tokens is not None:
+        latent = {
+            **LatentScale(1.0).notes(),
+            "autoencoder": config.decoder or None,
+            "weights_sha256": None,
+            "random_weights": False,
+        }
+        return {"latent": latent, TOKENS: asdict(checked.tokens)}
+    if checked.scale is None:
+        raise RuntimeError("the checks have not passed")
+    autoencoder = manifest.sources[AUTOENCODER]
+    latent = {
+        **checked.scale.notes(),
+        "autoencoder": autoencoder_of(autoencoder),
+        "weights_sha256": autoencoder.weights_sha256 or None,
+        "random_weights": autoencoder.random_weights,
+    }
+    return {"latent": latent}
 
 
 def _condition_of(checked: Checked, manifest: Manifest) -> dict[str, Any]:

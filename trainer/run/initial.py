@@ -12,6 +12,7 @@ from ...data.reading.latents import scale_of
 from ..models import registry as backbones
 from ..models.published import FAMILY
 from ..step.checkpoints import checkpoints_of, load_checkpoint, objective_said
+from ..step.latents import TOKENS
 from ..step.module import CHECKPOINT_KEY
 from .divergence import largest
 
@@ -127,8 +128,11 @@ def _own(file: Path, checkpoint: Mapping[str, Any], checked: Checked) -> tuple[I
         return {key.removeprefix(name): each for key, each in weights.items() if key.startswith(name)}
 
     scale = scale_of(said["latent"], where=str(file), remedy="take another file", error=RepaError)
+    was = tuple((said.get(TOKENS) or {}).get("columns", ()))
     notes = []
-    if scale != checked.scale:
+    if was != (() if checked.tokens is None else checked.tokens.columns):
+        notes.append("they were trained on other latents than this run's")
+    elif not was and scale != checked.scale:
         notes.append("they were trained on latents of another scale than this run's")
     if not said.get("predicts", True):
         notes.append("they are of a warm-up: blocks that it leaves out are as they were drawn")

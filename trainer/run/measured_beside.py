@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...data.format.columns import MOMENTS
 from ...data.reading.reader import CacheReader
 from .evaluations import Evaluations, Evaluator
 from .held_out import held_out_batches, held_out_sums
@@ -61,13 +60,13 @@ def _held_out_evaluation(
         return None
 
     def evaluate(trainer: Trainer, module: TrainingModule) -> dict[str, float]:
-        names = (MOMENTS, *module.backbone.y_embedder.columns, *module.beside.columns)
+        names = (*module.latents.columns, *module.backbone.y_embedder.columns, *module.beside.columns)
         columns = tuple(dict.fromkeys(names))
         sums, count = held_out_sums(
             {"held_out_ema": module.ema, "held_out": module.backbone},
             held_out_batches(reader, rows, columns, rank=trainer.global_rank, world=trainer.world_size),
             objective=module.objective,
-            scale=module.scale,
+            latents=module.latents,
             seed=config.seed,
             device=module.device,
             beside=module.beside,

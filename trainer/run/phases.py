@@ -29,7 +29,7 @@ def describe_phases(checked: Checked, config: TrainConfig) -> list[Mapping[str, 
     buffers = 0 if isinstance(checked.reader, TarCache) else PREFETCH + HELD
     rows: list[Mapping[str, Any]] = []
     for phase in checked.method.phases():
-        needed = columns_of_phase(checked.method, phase, checked.condition_columns)
+        needed = columns_of_phase(checked.method, phase, checked.condition_columns, checked.latent_columns)
         columns = read_columns(needed, checked.live)
         specs = checked.manifest.columns
         row_bytes = sum(specs[name].row_bytes for name in columns if name in specs)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from ...data.errors import RepaError
-from ...data.reading.latents import unscale_latent
 from ..sampling.pictures import make_grid, save_png
 from ..sampling.sampler import sample, state_noises
 from ..sampling.settings import SamplerConfig
@@ -110,4 +109,4 @@ class Previews(StepCallback):
                     guidance=self.config.preview_guidance,
                 ),
             )
-        return unscale_latent(latents.float(), *module.scale)
+        return module.latents.unscaled(latents.float())

@@ -9,7 +9,7 @@ import torch
 
 from ...data.edge import printable
 from ...data.errors import RepaError
-from ...data.reading.latents import LatentScale, scale_of, unscale_latent
+from ...data.reading.latents import LatentScale, scale_of
 from ..models import registry as backbones
 from ..models.conditioning import ConditionColumn, LabelConditioner, balanced_labels
 from ..models.conditions import build_conditioner
@@ -17,6 +17,7 @@ from ..models.published import FAMILY
 from ..models.published_file import WEIGHTS
 from ..objectives import registry as objectives
 from ..step.checkpoints import SOFTREPA_FILE, checkpoints_of, load_checkpoint, objective_said
+from ..step.latents import NAME, TOKENS, MomentLatents, TokenLatents, TokenSource
 from ..step.module import CHECKPOINT_KEY
 from ..step.randomness import generator_for
 from ..typed import from_mapping
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ..models.base import Backbone
     from ..models.conditioning import Conditioner
     from ..objectives.base import Objective
+    from ..step.latents import Latents
     from .settings import SamplerConfig
 
 
@@ -42,7 +44,8 @@ class TrainedModel:
     Attributes:
         backbone: the network, in eval mode.
         objective: what it was trained to predict.
-        scale: from the autoencoder's latent to the backbone's; None if the file does not say.
+        scale: from the autoencoder's latent to the backbone's; None if the file does not say, or if it makes
+            no latents of an autoencoder.
         autoencoder: name or folder of the autoencoder that made the latents; None if the file does not say.
         autoencoder_sha256: hash of its weights; None if the file does not say.
         autoencoder_random: whether its weights were drawn.
@@ -55,6 +58,8 @@ class TrainedModel:
         condition_weights_sha256: of the encoder whose vectors or states it is conditioned on; None for
             labels, or if the file does not say.
         condition_random_weights: whether that encoder's weights were drawn.
+        latents: what it makes, where that is known without `scale`.
+        tokens: whose tokens it makes; None of one that makes latents of an autoencoder.
     """
 
     backbone: Backbone
@@ -71,6 +76,8 @@ class TrainedModel:
     predicts: bool = True
     condition_weights_sha256: str | None = None
     condition_random_weights: bool = False
+    latents: Latents | None = None
+    tokens: TokenSource | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -153,12 +160,14 @@ def model_of_file(file: Path, *, weights: str = "ema", family: str | None = None
     )
 
 
-def known_scale(model: TrainedModel) -> LatentScale:
-    """Return the map from the autoencoder's latent to the backbone's.
+def known_latents(model: TrainedModel) -> Latents:
+    """Return what a model makes.
 
     Raises:
         RepaError: the model's file does not say it.
     """
+    if model.latents is not None:
+        return model.latents
     if model.scale is None:
         raise RepaError(
             f"the latents of {model.origin} are normalised by mean and standard deviation of each channel, "
@@ -166,7 +175,7 @@ def known_scale(model: TrainedModel) -> LatentScale:
             "give --vae a folder whose config.json has latents_mean and latents_std",
             field="--vae",
         )
-    return model.scale
+    return MomentLatents(model.scale)
 
 
 class Scaled(Protocol):
@@ -188,11 +197,11 @@ def with_scale(model: TrainedModel, autoencoder: Scaled) -> TrainedModel:
     Raises:
         RepaError: the autoencoder does not say the statistics of each channel either.
     """
-    if model.scale is not None:
+    if model.scale is not None or model.latents is not None:
         return model
     scale = autoencoder.scale
     known = replace(model, scale=scale if scale.mean else None)
-    known_scale(known)
+    known_latents(known)
     return known
 
 
@@ -249,7 +258,7 @@ def generate(
         RepaError: the scale of the latents is not known, or a latent has a number that is not finite, which
             an image would show as black.
     """
-    scale = known_scale(model)
+    made = known_latents(model)
     device = next(model.backbone.parameters()).device
     for first in range(0, len(condition), batch_size) if batches is None else batches:
         part = condition[first : first + batch_size]
@@ -263,7 +272,7 @@ def generate(
             noises=noises,
             progress=progress,
         )
-        unscaled = unscale_latent(latents.float(), *scale)
+        unscaled = made.unscaled(latents.float())
         finite = torch.isfinite(unscaled).flatten(1).all(dim=1).tolist()
         if not all(finite):
             raise RepaError(
@@ -291,6 +300,23 @@ def _trained_without(said: Mapping[str, Any], conditioner: Conditioner) -> bool:
     return conditioner.drop_probability > 0
 
 
+def _tokens_of(
+    said: Mapping[str, Any], weights: Mapping[str, Tensor], shape: tuple[int, int, int]
+) -> tuple[TokenLatents | None, TokenSource | None]:
+    """Return the tokens that a run learned to make, and whose they are, None of a run on latents.
+
+    Raises:
+        RepaError: their statistics are missing, or of another shape than the network's latent.
+    """
+    if said.get(TOKENS) is None:
+        return None, None
+    found = from_mapping(TokenSource, said[TOKENS], prefix=f"{TOKENS}.")
+    mean, std = (weights.get(f"{NAME}.{each}") for each in ("mean", "std"))
+    if mean is None or std is None or any(tuple(each.shape) != shape for each in (mean, std)):
+        raise RepaError("the statistics of its tokens are missing, or do not fit", field="--ckpt")
+    return TokenLatents(found.columns, mean.float(), std.float()), found
+
+
 def _model_of(checkpoint: Mapping[str, Any], file: Path, weights: str) -> TrainedModel:
     said = checkpoint[CHECKPOINT_KEY]
     where, remedy = f"checkpoint {file}", "it cannot be sampled, name another with --ckpt"
@@ -308,6 +334,7 @@ def _model_of(checkpoint: Mapping[str, Any], file: Path, weights: str) -> Traine
         conditioner = None if said_of is None else build_conditioner(said_of)
         backbone = backbones.load(backbones.from_plain(said["backbone"]), state, conditioner)
         objective = objectives.from_plain(objective_said(said))
+        made, tokens = _tokens_of(said, checkpoint["state_dict"], backbone.config.latent_shape)
     except RepaError as error:
         raise RepaError(f"{where}: {error.what}", error.remedy or remedy, field=error.field) from error
     # of a file that others wrote: a size of 0, a text for a number, a tensor of another shape
@@ -319,9 +346,13 @@ def _model_of(checkpoint: Mapping[str, Any], file: Path, weights: str) -> Traine
     return TrainedModel(
         backbone=backbone.eval().requires_grad_(False),
         objective=objective,
-        scale=scale_of(
+        scale=None
+        if made is not None
+        else scale_of(
             latent, where=where, remedy=remedy, channels=backbone.config.latent_shape[0], error=RepaError
         ),
+        latents=made,
+        tokens=tokens,
         autoencoder=latent["autoencoder"],
         autoencoder_sha256=latent["weights_sha256"],
         autoencoder_random=latent["random_weights"],

@@ -83,6 +83,7 @@ class _Said:
     predicts: bool = True
     condition_weights_sha256: str | None = None
     condition_random_weights: bool = False
+    tokens: dict[str, Any] | None = None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Draws:
     """Random quantities of B images.
 
     Attributes:
-        posterior: noise of the autoencoder's posterior ``[B, C, h, w]``.
+        posterior: noise of the autoencoder's posterior ``[B, C, h, w]``; None of latents that are no draws.
         noise: ε of the path ``[B, C, h, w]``.
         t: times ``[B]``, or of the groups of tokens ``[B, G]``.
         dropped: which images lose their condition, bool ``[B]``.
@@ -39,7 +39,7 @@ class Draws:
         groups: group of each token, int64 ``[B, T]``; None where an image has one time.
     """
 
-    posterior: Tensor
+    posterior: Tensor | None
     noise: Tensor
     t: Tensor
     dropped: Tensor
@@ -51,7 +51,7 @@ class Draws:
         """Return the share of micro-batch `index` of `size` images."""
         share = slice(index * size, (index + 1) * size)
         return Draws(
-            posterior=self.posterior[share],
+            posterior=None if self.posterior is None else self.posterior[share],
             noise=self.noise[share],
             t=self.t[share],
             dropped=self.dropped[share],
@@ -92,6 +92,8 @@ class StepDraws:
         beside: Mapping[str, int] | None = None,
         own: Own | None = None,
         token_times: tuple[TokenTimes, int] | None = None,
+        *,
+        posterior: bool = True,
     ) -> Draws:
         """Return the draws of a step.
 
@@ -104,6 +106,7 @@ class StepDraws:
             beside: name → channels of what is denoised beside the latent.
             own: (number of samples, generator) → what the method draws for its losses; None draws nothing.
             token_times: which times the tokens of an image have, and how many tokens; None for one time.
+            posterior: whether latents are draws.
         """
         if self._draws is None or self._step != step:
             if token_times is None:
@@ -112,7 +115,7 @@ class StepDraws:
                 law, tokens = token_times
                 t, groups = law.draw(count, tokens, times, lambda name: self.stream(name, step))
             self._draws = Draws(
-                posterior=self._normal("posterior", step, (count, *shape)),
+                posterior=self._normal("posterior", step, (count, *shape)) if posterior else None,
                 noise=self._normal("noise", step, (count, *shape)),
                 t=t,
                 dropped=conditioner.dropped(count, self.stream("drop", step)),

@@ -12,8 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ...data.format.columns import LABEL, MOMENTS
-from ...data.reading.latents import LatentScale, sample_posterior, scale_latent
+from ...data.format.columns import LABEL
 from ..input.datamodule import columns_of_phase
 from ..methods.base import Method, Phase, Step, Term
 from ..models import registry as backbones
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from ..models.capture import Captured
     from ..models.conditioning import ConditionColumn
     from ..objectives.base import Noised
+    from .latents import Latents
 
 CHECKPOINT_KEY = "repa"
 
@@ -55,7 +55,7 @@ class TrainingModule(LightningModule):
         config: of the run.
         backbone: the network to train.
         method: adds the terms beside the objective's own.
-        scale: from the autoencoder's latent to the backbone's.
+        latents: what the backbone learns to make.
         identity: plain values that a checkpoint must share with the run that resumes it.
         statistics: name → mean and deviation of what is standardised before it is denoised beside the latent.
 
@@ -68,7 +68,7 @@ class TrainingModule(LightningModule):
         config: TrainConfig,
         backbone: Backbone,
         method: Method,
-        scale: LatentScale,
+        latents: Latents,
         identity: Mapping[str, Any],
         statistics: Mapping[str, Statistics] | None = None,
     ) -> None:
@@ -81,7 +81,7 @@ class TrainingModule(LightningModule):
         if config.activation_checkpointing != "off":
             backbone.recompute_every = config.activation_checkpointing
         self.method = method
-        self.scale = scale
+        self.latents = latents
         self.identity = dict(identity)
         self.objective = make_objective(config.objective)
         self.beside = Beside(method.denoised(), statistics or {})
@@ -118,7 +118,8 @@ class TrainingModule(LightningModule):
 
     def columns_at(self, step: int) -> tuple[str, ...]:
         """Name the columns of the cache that a step reads, without the label."""
-        return columns_of_phase(self.method, self.method.phase_at(step), self.backbone.y_embedder.columns)
+        phase, condition = self.method.phase_at(step), self.backbone.y_embedder.columns
+        return columns_of_phase(self.method, phase, condition, self.latents.columns)
 
     def on_train_start(self) -> None:
         """Give the optimiser the configuration's settings, in place of those that a checkpoint brings."""
@@ -160,8 +161,7 @@ class TrainingModule(LightningModule):
         phase = self.method.phase_at(batch.step)
         flags = self.method.flags(phase)
         draws = draws or self._draw(batch, phase)
-        moments = batch.columns[MOMENTS].float()
-        x0 = scale_latent(sample_posterior(moments, draws.posterior), *self.scale)
+        x0 = self.latents.x0(batch.columns, draws.posterior)
         groups = self._groups(phase, draws)
         noised = self.objective.noised(x0, draws.noise, self._on_latent(draws.t, groups))
         beside = self.beside.noised(batch.columns, draws.beside, draws.t, self.objective)
@@ -315,6 +315,7 @@ class TrainingModule(LightningModule):
             self.beside.widths,
             partial(self.method.draws, phase),
             None if token_times is None else (token_times, math.prod(self.backbone.facts.grid)),
+            posterior=self.latents.drawn,
         )
         return draws.micro_batch(batch.micro, size)
 

@@ -30,6 +30,7 @@ from repa.trainer.run.held_out import held_out_batches, held_out_sums, held_out_
 from repa.trainer.run.identity import identity_of
 from repa.trainer.run.metrics import read_metrics
 from repa.trainer.sampling.generate import model_of_run
+from repa.trainer.step.latents import MomentLatents
 from repa.trainer.step.randomness import generator_for
 from rich.console import Console
 
@@ -186,7 +187,7 @@ def test_held_out_loss_against_a_loop(whole: Path) -> None:
             {"a": model},
             held_out_batches(reader, rows, (MOMENTS,)),
             objective=objective,
-            scale=scale,
+            latents=MomentLatents(scale),
             seed=5,
             device=torch.device("cpu"),
         )

@@ -368,7 +368,9 @@ def rank_loss(module: Any, checked: Any, rank: int) -> float:
     loader.close()
     made = StepDraws(seed=0, rank=rank, device=torch.device("cpu"))
     draws = made.of_step(0, 4, (4, 4, 4), module.objective.times, module.backbone.y_embedder)
-    x0 = scale_latent(sample_posterior(batch.columns["sd-vae/moments"], draws.posterior), *module.scale)
+    x0 = scale_latent(
+        sample_posterior(batch.columns["sd-vae/moments"], draws.posterior), *module.latents.scale
+    )
     x_t = module.objective.interpolate(x0, draws.noise, draws.t)
     condition = module.backbone.y_embedder.condition(batch.label, draws.dropped)
     velocity = module.backbone(x_t, draws.t, condition).prediction

@@ -13,6 +13,7 @@ from repa.data.reading.reader import CacheReader
 from repa.trainer.models.sit import SiT, SiTConfig
 from repa.trainer.objectives.flow import Flow, FlowConfig
 from repa.trainer.run.held_out import CHUNK, held_out_batches, held_out_sums, held_out_times
+from repa.trainer.step.latents import MomentLatents
 from repa.trainer.step.randomness import generator_for
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def test_held_out_loss_against_a_loop(cache: Path) -> None:
             networks,
             held_out_batches(reader, rows, (MOMENTS,)),
             objective=Flow(FlowConfig(path="cosine")),
-            scale=scale,
+            latents=MomentLatents(scale),
             seed=5,
             device=torch.device("cpu"),
         )
@@ -81,7 +82,7 @@ def test_ranks_share_the_chunks(cache: Path, monkeypatch: pytest.MonkeyPatch) ->
                 model,
                 held_out_batches(reader, rows, (MOMENTS,), rank=rank, world=world),
                 objective=Flow(FlowConfig()),
-                scale=LatentScale(1.0),
+                latents=MomentLatents(LatentScale(1.0)),
                 seed=0,
                 device=torch.device("cpu"),
             )
