@@ -166,7 +166,7 @@ def prepare_sampling(
         model, bank, text, flags, num, labels=labels, balanced=label_mode == BALANCED, run=run, device=device
     )
     # before the sampling, which may take hours: without an autoencoder it would be for nothing
-    decoder = decoder_of(model, flags.vae, device, say, teacher_weights=flags.teacher_weights)
+    decoder = decoder_of(model, flags.vae, device, say, flags.teacher_weights)
     model = with_scale(model, decoder)
     record = SamplingRecord(
         **_said_of(checkpoint, flags, model, settings),
@@ -381,7 +381,6 @@ def decoder_of(
     vae: str | None,
     device: str,
     say: Callable[[str], None],
-    *,
     teacher_weights: Path | None = None,
 ) -> AnyDecoder:
     """Load what makes images of a model's samples.
