@@ -102,7 +102,8 @@ class PatchEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return tokens ``[B, T, D]``, row-major."""
         tokens: Tensor = self.proj(x)
-        return tokens.flatten(2).transpose(1, 2)
+        # the sums of a residual stream take the strides of their first term: all blocks would copy and stride
+        return tokens.flatten(2).transpose(1, 2).contiguous()
 
 
 class TimestepEmbedding(nn.Module):
@@ -179,8 +180,7 @@ class Attention(nn.Module):
             scale.
         """
         B, T, D = x.shape
-        qkv = self.qkv(x).reshape(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        queries, keys, values = qkv.unbind(0)
+        queries, keys, values = split_heads(self.qkv(x), self.heads)
         queries, keys = self.q_norm(queries), self.k_norm(keys)
         if rotation is not None:
             queries, keys = rotate(queries, rotation), rotate(keys, rotation)
@@ -190,6 +190,14 @@ class Attention(nn.Module):
         )
         output: Tensor = self.proj(attended.transpose(1, 2).reshape(B, T, D))
         return output, queries, keys
+
+
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values ``[B, H, T, D / H]`` of one linear map's output ``[B, T, 3 · D]``."""
+    B, T, D = qkv.shape
+    # unbound before it is transposed: the backward pass then writes their gradients once, where they belong
+    queries, keys, values = qkv.view(B, T, 3, heads, D // (3 * heads)).unbind(2)
+    return queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
 
 
 def _head_norm(channels: int, normalise: bool, rms: bool) -> nn.Module:

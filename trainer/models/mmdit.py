@@ -24,6 +24,7 @@ from .layers import (
     initialise_transformer,
     modulate,
     position_table,
+    split_heads,
     unpatchify,
 )
 from .sized import SizedConfig
@@ -115,9 +116,7 @@ class StreamAttention(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values ``[B, H, T, D / H]`` of tokens ``[B, T, D]``."""
-        B, T, D = x.shape
-        qkv = self.qkv(x).reshape(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        queries, keys, values = qkv.unbind(0)
+        queries, keys, values = split_heads(self.qkv(x), self.heads)
         return self.q_norm(queries), self.k_norm(keys), values
 
 

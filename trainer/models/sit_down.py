@@ -305,4 +305,4 @@ def _on_grid(convolution: Down | Up, tokens: Tensor, grid: tuple[int, int]) -> T
     """Apply a convolution to tokens ``[B, T, D]`` that lie on a grid."""
     image = tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
     output: Tensor = convolution(image)
-    return output.flatten(2).transpose(1, 2)
+    return output.flatten(2).transpose(1, 2).contiguous()
