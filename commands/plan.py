@@ -109,7 +109,7 @@ def plan(flags: PlanFlags, *, console: Console | None = None) -> None:
     Raises:
         RepaError: as of `repa preprocess`; figures that are not above zero.
     """
-    from ..data.storage.files import nearest_folder
+    from ..data.storage.writable import measurable_folder
     from ..data.units import human_bytes
     from ..pipeline.captions.plan import make_caption_plan
     from ..pipeline.captions.run import show_captions
@@ -136,13 +136,16 @@ def plan(flags: PlanFlags, *, console: Console | None = None) -> None:
         show_captions(captions, console)
         say(
             console,
-            f"        {human_bytes(found.bytes + captions.bytes)} to write with the images, "
-            f"{human_bytes(found.free_bytes)} free",
+            f"        {human_bytes(found.bytes + captions.bytes)} to write with the images"
+            + ("" if found.free_bytes is None else f", {human_bytes(found.free_bytes)} free"),
         )
     row_bytes = training_bytes(found, captions)
-    folder = nearest_folder(found.config.cache)
-    disk = measure_disk(folder, row_bytes=row_bytes) if os.access(folder, os.W_OK) else None
-    if disk is None:
+    folder = measurable_folder(found.config.cache)
+    may_write = folder is not None and os.access(folder, os.W_OK)
+    disk = measure_disk(folder, row_bytes=row_bytes) if folder is not None and may_write else None
+    if folder is None:
+        say(console, "disk    none: the cache is in a bucket, whose speed is not measured")
+    elif disk is None:
         say(console, f"disk    {folder} cannot be measured: it is full or read-only", style="yellow")
     else:
         say(

@@ -15,7 +15,7 @@ from ..pipeline.images.base import AUTO_LABELS
 from ..pipeline.images.names import DEFAULT_DATA, DEFAULT_RESOLUTION, DEMO_DATA, DEMO_RESOLUTION, cache_for
 from .shared.attention import attention_blocks
 from .shared.encoders import DEFAULT_ENCODER, parse_weights
-from .shared.flags import local_folder, square_side
+from .shared.flags import square_side
 from .shared.ray_pool import ray_pool
 
 if TYPE_CHECKING:
@@ -44,11 +44,11 @@ class EncodingFlags:
         ),
     ] = DEFAULT_DATA
     cache: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            parser=local_folder,
             metavar="<path>",
-            help="Folder of the cache; default caches/<images>-<resolution>.",
+            help="Folder of the cache, or its address in a bucket, s3://… or gs://…; default "
+            "caches/<images>-<resolution>.",
         ),
     ] = None
     encoders: Annotated[
@@ -234,22 +234,24 @@ def make_config(flags: EncodingFlags) -> PreprocessConfig:
     """
     from ..data.format.columns import COMPRESSORS, ROUNDED_DTYPES
     from ..data.format.manifest import COMPUTE_DTYPES, VIEWS
+    from ..data.storage.bucket import cache_path
     from ..pipeline.config import PreprocessConfig
     from ..pipeline.encoders.registry import file_of, find_teacher
     from ..pipeline.plan import imported_resolution
 
     demo = flags.data == DEMO_DATA
     default = DEMO_RESOLUTION if demo else DEFAULT_RESOLUTION
+    given = None if flags.cache is None else cache_path(flags.cache)
     side = flags.resolution
     if side is None:
-        side = imported_resolution(flags.cache) or default
+        side = imported_resolution(given) or default
     _check_choice("--feature-dtype", flags.feature_dtype, ROUNDED_DTYPES)
     _check_choice("--compute-dtype", flags.compute_dtype, COMPUTE_DTYPES)
     if flags.compress is not None:
         _check_choice("--compress", flags.compress, COMPRESSORS)
     if flags.views is not None:
         _check_choice("--views", flags.views, tuple(VIEWS))
-    cache = flags.cache or cache_for(flags.data, side)
+    cache = given or cache_for(flags.data, side)
     asked = _encoders(flags.encoders or (), demo)
     if flags.text_encoders and not flags.encoders:
         from ..pipeline.captions.plan import unfinished_encoders

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..data.errors import RepaError
 from ..data.format.columns import AUTOENCODER, attention_source
+from ..data.storage.bucket import CachePath  # noqa: TC001 — dataclasses read it
 from .columns.specs import INT8, AttentionSettings
 from .encoders.registry import find_teacher
 from .images.base import AUTO_LABELS
@@ -38,7 +39,7 @@ class PreprocessConfig:
         data: image folder or ZIP file; WebDataset tars, as ``shards/train-{0000..0146}.tar``; a Hugging Face
             data set, ``hf:NAME[:SPLIT]`` or ``hf:FOLDER`` of `save_to_disk`; images from outside, see
             `open_source`; ``demo`` names the drawn images.
-        cache: folder of the cache.
+        cache: folder of the cache, or its prefix in a bucket.
         encoders: teachers to run, by name; none writes latents only.
         vae: hub name or folder of an ``AutoencoderKL``, or ``demo``; None: the one the cache was made with,
             else ``stabilityai/sd-vae-ft-mse``, of the demo ``demo``.
@@ -80,7 +81,7 @@ class PreprocessConfig:
     """
 
     data: str
-    cache: Path
+    cache: CachePath
     encoders: tuple[str, ...]
     vae: str | None = None
     resolution: int = 256

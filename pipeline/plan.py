@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..data.errors import CacheError, RepaError
 from ..data.format.columns import AUTOENCODER, ColumnSpec, attention_source
 from ..data.format.foreign import autoencoder_of, foreign_note
+from ..data.format.layout import GROUP_FILE
 from ..data.format.manifest import DEFAULT_SHARD_ROWS, ORIGINAL_VIEW, Manifest, Provenance
 from ..data.format.opening import labels_sha256, open_manifest
-from ..data.storage.files import nearest_folder
+from ..data.storage.files import os_errors
+from ..data.storage.writable import file_in_the_way, free_bytes, refusing_folder
 from ..data.units import human_bytes
 from ..data.writing.store import ensure_cache, keys_sha256, refuse_foreign_folder
 from .columns.specs import recorded_rank
@@ -23,8 +23,8 @@ from .source_plan import LEAST_RATIO, SourcePlan, missing_shards, plan_source, u
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
+    from ..data.storage.bucket import CachePath
     from .config import PreprocessConfig
     from .images.base import ImageSource
 
@@ -41,7 +41,7 @@ class Plan:
         manifest: what the cache is to be, sources left out.
         share: shards of this job.
         sources: what is left of each, of those shards.
-        free_bytes: free on the disk of the cache.
+        free_bytes: free on the disk of the cache; None: a bucket, which does not say.
     """
 
     config: PreprocessConfig
@@ -49,7 +49,7 @@ class Plan:
     manifest: Manifest
     share: range
     sources: tuple[SourcePlan, ...]
-    free_bytes: int
+    free_bytes: int | None
 
     @property
     def bytes(self) -> int:
@@ -64,30 +64,36 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the disk may have room for it."""
-        return sum(source.least_bytes for source in self.sources) <= self.free_bytes
+        """Whether there may be room for it."""
+        least = sum(source.least_bytes for source in self.sources)
+        return self.free_bytes is None or least <= self.free_bytes
 
     def require_room(self, beside: int = 0) -> None:
-        """Refuse a disk that is too small or read-only, before a model is loaded or a byte written.
+        """Refuse a disk that is too small or read-only, before a model is loaded or a row written.
+
+        Of a bucket it is tried whether it takes an object.
 
         Args:
             beside: bytes that are to be written of captions.
 
         Raises:
             RepaError: which of the two, and what to do.
+            CacheError: the store of a bucket cannot keep writers apart.
         """
-        folder = nearest_folder(self.config.cache)
-        if not os.access(folder, os.W_OK | os.X_OK):
+        with os_errors("write", self.config.cache):
+            folder = refusing_folder(self.config.cache)
+        if folder is not None:
             raise RepaError(
                 f"cannot write cache {self.config.cache}: folder {folder} is read-only for you",
                 "name another folder with --cache",
             )
-        if sum(source.least_bytes for source in self.sources) + beside > self.free_bytes:
+        least = sum(source.least_bytes for source in self.sources) + beside
+        if self.free_bytes is not None and least > self.free_bytes:
             raise _too_small(self.config.cache, self.bytes + beside, self.free_bytes)
 
 
 def require_room_for(
-    cache: Path, manifest: Manifest, columns: Mapping[str, Mapping[str, ColumnSpec]], compressed: bool
+    cache: CachePath, manifest: Manifest, columns: Mapping[str, Mapping[str, ColumnSpec]], compressed: bool
 ) -> None:
     """Refuse a disk that is too small for what is left of some sources, now that their columns are known.
 
@@ -105,12 +111,12 @@ def require_room_for(
     for source, specs in columns.items():
         missing = missing_shards(cache, present, source, range(manifest.num_shards))
         needed += uncompressed_bytes(manifest, missing, specs)
-    free = shutil.disk_usage(nearest_folder(cache)).free
-    if needed * (LEAST_RATIO if compressed else 1) > free:
+    free = free_bytes(cache)
+    if free is not None and needed * (LEAST_RATIO if compressed else 1) > free:
         raise _too_small(cache, needed, free)
 
 
-def _too_small(cache: Path, needed: int, free: int) -> RepaError:
+def _too_small(cache: CachePath, needed: int, free: int) -> RepaError:
     return RepaError(
         f"{human_bytes(needed)} are to be written to {cache}, its disk has {human_bytes(free)} free",
         "free some, name another disk with --cache, or take fewer images with --limit",
@@ -173,9 +179,13 @@ def make_plan(config: PreprocessConfig) -> Plan:
         ensure_cache(config.cache, manifest, images.keys, images.labels)
     share = job_shards(config.shards, manifest.num_shards)
     sources = tuple(plan_source(config, manifest, present, source, share) for source in config.sources)
-    free = shutil.disk_usage(nearest_folder(config.cache)).free
     return Plan(
-        config=config, images=images, manifest=manifest, share=share, sources=sources, free_bytes=free
+        config=config,
+        images=images,
+        manifest=manifest,
+        share=share,
+        sources=sources,
+        free_bytes=free_bytes(config.cache),
     )
 
 
@@ -213,19 +223,20 @@ def _class_names(images: ImageSource, present: Manifest | None) -> tuple[str, ..
     return names
 
 
-def present_manifest(cache: Path) -> Manifest | None:
+def present_manifest(cache: CachePath) -> Manifest | None:
     """Read the manifest of the cache, or None when nothing is there yet.
 
     Raises:
         CacheError: a file stands there or in its way, or a cache that cannot be read.
     """
-    for each in (cache, *cache.parents):
-        if each.exists() and not each.is_dir():
-            raise CacheError(f"{each} is a file, not a folder", "choose another folder with --cache")
-    return open_manifest(cache) if (cache / "zarr.json").exists() else None
+    if (file := file_in_the_way(cache)) is not None:
+        raise CacheError(f"{file} is a file, not a folder", "choose another folder with --cache")
+    with os_errors("read", cache):
+        there = (cache / GROUP_FILE).exists()
+    return open_manifest(cache) if there else None
 
 
-def imported_resolution(cache: Path | None) -> int | None:
+def imported_resolution(cache: CachePath | None) -> int | None:
     """Return the side of the images whose latents were imported into a cache, None of any other.
 
     Raises:

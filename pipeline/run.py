@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from ..data.storage.bucket import CachePath
     from .captions.plan import CaptionPlan
     from .config import PreprocessConfig
     from .plan import Plan
@@ -121,7 +122,7 @@ def _nothing_to_do(plan: Plan) -> str:
     return f"{counted(len(plan.share), 'shard')} of {plan.config.cache} are this job's: nothing to do"
 
 
-def _settle_what_a_kill_left(cache: Path) -> None:
+def _settle_what_a_kill_left(cache: CachePath) -> None:
     """Note the statistics of latents whose last shard was committed just before a kill.
 
     Caches from before there were statistics stay as they are: `repa cache upgrade` is for them.

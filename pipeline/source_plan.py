@@ -10,15 +10,16 @@ from ..data.format.columns import AUTOENCODER, MOMENTS, ColumnSpec, column_name,
 from ..data.format.commits import is_committed
 from ..data.format.factor_layout import FactorLayout
 from ..data.format.shard_index import index_bytes
+from ..data.storage.bucket import look_again, map_files
 from ..data.storage.local import CHECKSUM_BYTES
 from .columns.specs import attention_columns, describe_attention, factored_columns, token_columns
 from .images.names import DEMO_DATA
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from pathlib import Path
 
     from ..data.format.manifest import Manifest, Provenance
+    from ..data.storage.bucket import CachePath
     from .columns.specs import AttentionSettings
     from .config import PreprocessConfig
 
@@ -54,7 +55,7 @@ class SourcePlan:
 
 
 def missing_shards(
-    cache: Path, present: Manifest | None, source: str, shards: Iterable[int]
+    cache: CachePath, present: Manifest | None, source: str, shards: Iterable[int]
 ) -> tuple[int, ...]:
     """List those of ``shards`` that a source has not committed. They are all when the cache does not know it.
 
@@ -66,7 +67,9 @@ def missing_shards(
     """
     if present is None or source not in present.sources:
         return tuple(shards)
-    return tuple(shard for shard in shards if not is_committed(cache, present, source, shard))
+    look_again(cache)
+    committed = map_files(lambda shard: is_committed(cache, present, source, shard), shards, cache)
+    return tuple(shard for shard, found in zip(shards, committed, strict=True) if not found)
 
 
 def plan_source(

@@ -79,14 +79,20 @@ def show_plan(plan: Plan, rank: Rank, console: Console) -> None:
             f"{_most(source)}{human_bytes(source.bytes)}",
         )
     console.print(table)
-    fits = "fits" if plan.bytes <= plan.free_bytes else "may not fit" if plan.fits else "does not fit"
     most = "at most " if any(source.at_most for source in plan.sources) else ""
     packed = " before compression" if config.compress else ""
     say(
         console,
-        f"{most}{human_bytes(plan.bytes)} to write{packed}, {human_bytes(plan.free_bytes)} free on the disk "
-        f"of {config.cache}: {fits}",
+        f"{most}{human_bytes(plan.bytes)} to write{packed}, {_room(plan)}",
     )
+
+
+def _room(plan: Plan) -> str:
+    """Say how much room there is, as far as that is known."""
+    if plan.free_bytes is None:
+        return f"straight into {plan.config.cache}"
+    fits = "fits" if plan.bytes <= plan.free_bytes else "may not fit" if plan.fits else "does not fit"
+    return f"{human_bytes(plan.free_bytes)} free on the disk of {plan.config.cache}: {fits}"
 
 
 def _column(source: SourcePlan, name: str, views: int) -> str:

@@ -260,7 +260,7 @@ def _config_of(settings: BenchSettings, room: Path) -> PreprocessConfig:
     return make_config(
         EncodingFlags(
             data=settings.data or (DEMO_DATA if demo else DEFAULT_DATA),
-            cache=room / "unused",
+            cache=str(room / "unused"),
             encoders=[settings.encoder],
             resolution=settings.resolution,
             limit=settings.images,

@@ -141,7 +141,7 @@ def _cache_upgrade(cache: CacheArgument = None) -> None:
 
 
 @cache_app.command("seal")
-def _cache_seal(cache: CacheArgument = None) -> None:
+def _cache_seal(cache: PlaceArgument = None) -> None:
     """Finish a cache that several jobs wrote. Nothing may be missing; it is counted and measured."""
     from .seal import seal
 

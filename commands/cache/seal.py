@@ -9,20 +9,19 @@ from ...pipeline.images.names import default_cache
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from rich.console import Console
 
 _SHOWN = 10
 
 
-def seal(*, cache: Path | None = None, console: Console | None = None) -> None:
+def seal(*, cache: str | None = None, console: Console | None = None) -> None:
     """Check that nothing is missing, settle what only a whole cache can, and print its counts and statistics.
 
     The same command again changes nothing and prints the same.
 
     Args:
-        cache: folder of the cache; by default the only one under ``caches/``.
+        cache: folder of the cache, or its address in a bucket; by default the only one under ``caches/``.
         console: where to print; standard output by default.
 
     Raises:
@@ -32,12 +31,13 @@ def seal(*, cache: Path | None = None, console: Console | None = None) -> None:
     from rich.text import Text
 
     from ...data.edge import printable
+    from ...data.storage.bucket import cache_path
     from ...data.units import counted, human_bytes
     from ...data.upkeep.seal import seal_cache
     from ..shared.terminal import PlainConsole
 
     console = console or PlainConsole()
-    path = cache or default_cache()
+    path = cache_path(cache or default_cache())
     sealed = seal_cache(path)
     info = sealed.info
     lines = [

@@ -55,9 +55,8 @@ def local_folder(path: str) -> Path:
     """
     if is_remote(path):
         raise RepaError(
-            f"{path} is in a bucket, where caches are only read, by `repa train`, `repa parity` and `repa "
-            "cache info`, `verify` and `export`",
-            "name a folder",
+            f"{path} is in a bucket, where only `repa preprocess` and `repa cache seal` write",
+            "name a folder; a cache of a bucket can be copied to one and back",
         )
     return Path(path)
 

@@ -43,9 +43,9 @@ def read_group(path: CachePath, name: str = GROUP_FILE) -> dict[str, Any]:
                 raise CacheError(
                     f"{file} is missing, which says what is in cache {path}", _remedy(path, name)
                 ) from error
-            local = isinstance(path, Path)
-            remedy = f"make one with `repa preprocess --cache {path}`" if local else "copy one there"
-            raise CacheError(f"there is no cache at {path}", f"{remedy}") from error
+            raise CacheError(
+                f"there is no cache at {path}", f"make one with `repa preprocess --cache {path}`"
+            ) from error
     try:
         group = read_json(data, str(file))
         attributes = group["attributes"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import CacheError, RepaError
-from ..storage.bucket import CachePath, RemoteFiles, RemotePath
+from ..storage.bucket import CachePath, RemotePath
 from ..storage.direct import (
     PROBE_ROWS,
     PROBES,
@@ -18,6 +18,7 @@ from ..storage.direct import (
     supports_direct,
 )
 from ..storage.local import BufferedFiles
+from ..storage.remote_files import RemoteFiles
 from .column_reader import places_of
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """The shard files of a folder as the reader needs them, a few open at a time and read at any offset.
 
-`BufferedFiles` are local files by way of the page cache, `direct.DirectFiles` past it, `bucket.RemoteFiles`
-objects of a bucket. Threads share them.
+`BufferedFiles` are local files by way of the page cache, `direct.DirectFiles` past it, and
+`remote_files.RemoteFiles` objects of a bucket. Threads share them.
 """
 
 from __future__ import annotations

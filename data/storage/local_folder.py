@@ -17,6 +17,7 @@ from .files import (
     open_lock,
     partial_path,
     publish,
+    refuse_links,
     sync_folders,
     write_file,
 )
@@ -74,6 +75,7 @@ class LocalFolder:
         """Remove files, as far as they are there."""
         folders: dict[Path, None] = {}
         for path in paths:
+            refuse_links(path.parent, self._root)
             with suppress(FileNotFoundError):
                 path.unlink()
                 folders[path.parent] = None

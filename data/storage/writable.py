@@ -26,6 +26,11 @@ def free_bytes(path: CachePath) -> int | None:
     return shutil.disk_usage(nearest_folder(path)).free if isinstance(path, Path) else None
 
 
+def measurable_folder(path: CachePath) -> Path | None:
+    """Return the folder nearest to a path, whose disk can be measured. A bucket has none: it is None."""
+    return nearest_folder(path) if isinstance(path, Path) else None
+
+
 def file_in_the_way(path: CachePath) -> Path | None:
     """Return the file that stands where a folder is to be, or a folder above it, or None."""
     if isinstance(path, Path):

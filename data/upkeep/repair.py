@@ -27,7 +27,6 @@ from ..format.columns import LABEL
 from ..format.commits import CommitRecord, record_misfit
 from ..format.group import has_sound_copy
 from ..format.layout import (
-    CALIBRATION_FOLDER,
     COMMITS_FOLDER,
     GROUP_COPY,
     GROUP_FILE,
@@ -43,6 +42,7 @@ from ..format.layout import (
 )
 from ..format.opening import labels_sha256, open_manifest, read_keys, read_labels
 from ..storage.files import locked, os_errors, partial_path, read_file, refuse_links, sync_folders, write_file
+from ..storage.writable import open_writable
 from ..writing.store import encode_keys, keys_sha256, metadata_documents
 from ..writing.valid_rows import settle_valid
 from ..writing.writer import SourceWriter
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..format.manifest import Manifest
+    from ..storage.bucket import CachePath
     from .verify import Finding
 
 
@@ -347,7 +348,7 @@ def withdraw(path: Path, manifest: Manifest, shards: Mapping[str, Iterable[int]]
                             settle_valid(path, manifest, number)
 
 
-def withdraw_calibration(path: Path, source: str) -> None:
+def withdraw_calibration(path: CachePath, source: str) -> None:
     """Remove a calibration that is damaged, so that the next writer of its source fits it again.
 
     Raises:
@@ -355,7 +356,4 @@ def withdraw_calibration(path: Path, source: str) -> None:
     """
     file = calibration_file(path, source)
     with os_errors("write", file):
-        refuse_links(file.parent, path)
-        file.unlink(missing_ok=True)
-        if (path / CALIBRATION_FOLDER).is_dir():
-            sync_folders(path / CALIBRATION_FOLDER, path)
+        open_writable(path).remove([file])

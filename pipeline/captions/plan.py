@@ -17,10 +17,10 @@ from .open import open_captions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from ...data.format.columns import ColumnSpec
     from ...data.format.manifest import Manifest
+    from ...data.storage.bucket import CachePath
     from ..config import PreprocessConfig
     from ..plan import Plan
     from .base import ImageCaptions
@@ -54,7 +54,7 @@ class CaptionPlan:
     batch_sizes: Mapping[str, int]
 
     @property
-    def path(self) -> Path:
+    def path(self) -> CachePath:
         """Where the captions lie."""
         return captions_path(self.config.cache)
 
@@ -152,7 +152,7 @@ def _batch_size(config: PreprocessConfig, present: Manifest | None, name: str) -
 
 def _plan_source(
     config: PreprocessConfig,
-    path: Path,
+    path: CachePath,
     manifest: Manifest,
     present: Manifest | None,
     name: str,
@@ -202,7 +202,7 @@ def _check_declared(config: PreprocessConfig, present: Manifest, name: str, draw
         )
 
 
-def unfinished_encoders(cache: Path) -> tuple[str, ...] | None:
+def unfinished_encoders(cache: CachePath) -> tuple[str, ...] | None:
     """Return the teachers of a cache that are not wholly written.
 
     Args:

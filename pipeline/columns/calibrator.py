@@ -21,9 +21,9 @@ from .forms import TokenForm, attention_form
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
 
     from ...data.format.manifest import Provenance
+    from ...data.storage.bucket import CachePath
     from ..encoders.base import Encoder
     from ..images.base import ImageSource
     from .fitting import Pixels
@@ -47,7 +47,7 @@ class Calibrator:
 
     def __init__(
         self,
-        cache: Path,
+        cache: CachePath,
         images: ImageSource,
         *,
         resolution: int,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ...data.format.manifest import Manifest
+    from ...data.storage.bucket import CachePath
     from ..columns.models import SourceModel
     from ..images.base import ImageSource
     from ..shard_loop.worker import Job
@@ -159,7 +160,7 @@ def recorded_model(job: Job, manifest: Manifest, source: str, images: ImageSourc
     return model
 
 
-def _drop_damaged_calibration(cache: Path, manifest: Manifest, source: str) -> None:
+def _drop_damaged_calibration(cache: CachePath, manifest: Manifest, source: str) -> None:
     recorded, stored = recorded_sha256(manifest.sources[source]), read_calibration(cache, source)
     if recorded is None or stored is None:
         return

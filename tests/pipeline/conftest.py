@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 from attention_forms import teacher_features, write_forms
-from PIL import Image
-from repa.commands.preprocess import PreprocessFlags, preprocess
+from demo_pictures import draw_pictures, flags_for
+from repa.commands.preprocess import preprocess
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -17,34 +16,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-
-SIDE = 16
-CLASSES, EACH = 3, 4
-
-
-def draw_pictures(folder: Path) -> Path:
-    """Twelve PNG files of 16×16 noise in three class folders."""
-    generator = np.random.default_rng(0)
-    for label in range(CLASSES):
-        (folder / f"class{label}").mkdir(parents=True)
-        for number in range(EACH):
-            pixels = generator.integers(0, 256, (SIDE, SIDE, 3), np.uint8)
-            Image.fromarray(pixels).save(folder / f"class{label}" / f"{number}.png")
-    return folder
-
-
-def flags_for(data: Path, cache: Path, /, **changes: Any) -> PreprocessFlags:
-    """`repa preprocess` by the demo's models, an image a batch and four a shard."""
-    flags: dict[str, Any] = {
-        "data": str(data),
-        "cache": cache,
-        "encoders": ["demo"],
-        "vae": "demo",
-        "resolution": SIDE,
-        "batch_size": 1,
-        "shard_rows": 4,
-    }
-    return PreprocessFlags(**{**flags, **changes})
 
 
 @pytest.fixture

@@ -159,7 +159,7 @@ def test_corrupt_bytes_are_named(server: str, local: Path) -> None:
 
 def test_missing_places_are_one_line(server: str) -> None:
     for url in ("s3://bucket/nothing", "s3://no-such-bucket/cache"):
-        with pytest.raises(CacheError, match=f"there is no cache at {url}; copy one there"):
+        with pytest.raises(CacheError, match=f"there is no cache at {url}; make one"):
             CacheReader(url, [])
 
 
