@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
@@ -17,7 +17,8 @@ from ..data.format.columns import LABEL, MOMENTS
 from ..data.tars.names import command_in
 from .added_callbacks import SETTING as CALLBACKS
 from .added_callbacks import find_callback
-from .methods.base import MethodConfig  # noqa: TC001 - annotations are read when settings are typed
+from .compiling import Compile
+from .methods.base import MethodConfig  # noqa: TC001 - as of Compile
 from .methods.named_presets import with_preset
 from .methods.outside import find_method
 from .methods.repa import RepaConfig
@@ -111,7 +112,11 @@ class TrainConfig:
         clip: largest norm of the gradient; none leaves it.
         label_dropout: how often a label is replaced by the null class, which guidance needs.
         precision: of Lightning; auto is bf16-mixed on a CUDA device that computes it, else 32-true.
-        compile: torch.compile the backbone.
+        matmul_precision: of products of float32 on CUDA, convolutions too: highest, float32; high, TF32;
+            auto, highest where all is float32 (32-true), high for what mixed precision leaves in float32.
+        compile: what torch.compile compiles: blocks, each block of the backbone by itself; whole, the
+            backbone in one piece; off, nothing; auto, blocks on a CUDA device that can, else nothing. The
+            method's losses go along.
         activation_checkpointing: off, or N: of every N-th block of the backbone the inputs alone are kept for
             the backward pass, which computes the block again; 1 saves the most memory.
         holdout: rows of the cache that are never trained on, evenly spaced; the held-out loss is theirs.
@@ -180,7 +185,8 @@ class TrainConfig:
     clip: Annotated[float, Gt(0)] | None = 1.0
     label_dropout: Annotated[float, Ge(0), Le(1)] = DROP_PROBABILITY
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
-    compile: bool = False
+    matmul_precision: Literal["auto", "high", "highest"] = "auto"
+    compile: Compile = "auto"
     activation_checkpointing: Literal["off"] | _Positive = "off"
     holdout: _Count = 0
     eval_every: _Positive = 5_000
@@ -311,15 +317,31 @@ def _objective_of(model: str) -> str:
 
 
 def normalised(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy in which ``method: repa`` is ``method: {name: repa}`` and ``path`` in ``objective``."""
+    """Return a copy in which settings stand as they do now.
+
+    ``method: repa`` becomes ``method: {name: repa}``, ``path`` goes to ``objective``, and ``compile`` was
+    true or false before there was a choice.
+    """
     copy = {str(key): dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
     for section in NAMED_SECTIONS:
         if isinstance(copy.get(section), str):
             copy[section] = {"name": copy[section]}
+    if "compile" in copy:
+        copy["compile"] = _compiled(copy["compile"])
     for key in _OF_OBJECTIVE:
         if key in copy and isinstance(copy.get("objective", {}), Mapping):
             copy.setdefault("objective", {}).setdefault(key, copy.pop(key))
     return copy
+
+
+def _compiled(value: Any) -> Any:
+    """Return what ``compile`` means today where it is true, which was the whole backbone, or false."""
+    if value in get_args(Compile):
+        return value
+    try:
+        return "whole" if coerce(value, bool, "compile") else "off"
+    except RepaError:
+        return value  # refused with the choices that there are
 
 
 def _refuse_command(cache: Any) -> None:
@@ -347,7 +369,7 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
     if not dot:
         if key == "trainer":
             raise _not_a_section("trainer", value)
-        values[key] = value
+        values[key] = _compiled(value) if key == "compile" else value
         return
     if section not in SECTIONS:
         raise unknown_setting(key, (*_annotations(), *_dotted()))

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from ..data.edge import shortened
 from ..data.errors import RepaError
-from .config import TrainConfig
+from .config import TrainConfig, normalised
 
 OnResume: TypeAlias = Literal["free", "recorded", "bound"]
 
@@ -50,7 +50,8 @@ ON_RESUME: Mapping[str, OnResume] = {
     "clip": "recorded",
     "label_dropout": "recorded",
     "precision": "bound",
-    "compile": "bound",
+    "matmul_precision": "recorded",
+    "compile": "recorded",
     "activation_checkpointing": "free",  # the same numbers from less memory
     "holdout": "bound",
     "eval_every": "free",
@@ -107,7 +108,7 @@ def changes(before: Mapping[str, Any], now: TrainConfig) -> list[Change]:
         RepaError: a setting that the run is bound to differs; ``field`` is the first one's key.
     """
     defaults = flat(TrainConfig(method_name=now.method_name, method=type(now.method)()).to_dict())
-    old, new = flat(before), flat(now.to_dict())
+    old, new = flat(normalised(before)), flat(now.to_dict())
     found = [
         Change(key=key, before=then, now=new.get(key))
         for key in dict.fromkeys((*old, *new))

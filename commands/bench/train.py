@@ -18,6 +18,7 @@ from ...trainer.input.online import is_target
 from ...trainer.methods.aligning import PLAIN
 from ...trainer.methods.outside import find_method
 from ...trainer.run.callbacks import Clock, Metrics
+from ...trainer.run.arithmetic import float32_products
 from ...trainer.run.checked import ProblemsError
 from ...trainer.run.checks import attention_blocks, check
 from ...trainer.run.fit import assemble, load_live
@@ -333,8 +334,6 @@ class _Bench:
         seen, phase = self._seen.setdefault(name, _Seen()), module.method.phase_at(WARM_UP)
         if not seen.clocks:
             seen.flops = counted_flops(module, phase)
-        if config.compile:
-            module.backbone.compile()
         clock = StepClock(warm_up=WARM_UP, bare=bare and can_be_bare(module, phase))
         seen.clocks.append(clock)
         run = self._run / f"{len(seen.clocks)} {name}"
@@ -345,7 +344,7 @@ class _Bench:
         trainer = make_trainer(config, run=run, callbacks=[metrics, clock])
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
-        with quiet_lightning():
+        with quiet_lightning(), float32_products(config):
             trainer.fit(module, datamodule=data)
         if self._cuda:
             # the teacher always lies there: it counts for the lines that call it

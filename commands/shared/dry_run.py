@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...data.units import counted
@@ -31,19 +30,20 @@ def print_plan(config: TrainConfig, folder: Path, console: Console, live: LiveTe
         ProblemsError: after printing, when the run could not start.
         RepaError: after printing, when another run's first steps are not this one's.
     """
+    from ...trainer.run.arithmetic import describe, resolved
     from ...trainer.run.checked import ProblemsError
     from ...trainer.run.checks import check
     from ...trainer.run.first_steps import read_first_steps
     from ...trainer.run.identity import identity_of
-    from ...trainer.run.lightning_trainer import resolve_precision
     from ...trainer.run.phases import describe_phases
     from ...trainer.step.checkpoints import checkpoints_of
 
-    config = replace(config, precision=resolve_precision(config))
+    arithmetic, config = describe(config), resolved(config)
     checked = check(config, live)
     console.print(config.to_yaml(), highlight=False, markup=False, soft_wrap=True, end="")
     console.print()
     console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+    console.print(f"arithmetic: {arithmetic}", highlight=False, soft_wrap=True)
     _print_sizes(checked, config, console)
     _print_phases(describe_phases(checked, config), console)
     for warning in checked.warnings:

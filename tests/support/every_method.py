@@ -67,6 +67,7 @@ def small_config(method: str, cache: Path, *, model: str = "", **changes: Any) -
         "max_steps": STEPS,
         "batch_size": 8,
         "precision": "32-true",
+        "compile": "off",
         "log_every": 1,
         "checkpoint_every": 1,
         "keep_last": 9,

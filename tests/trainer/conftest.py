@@ -99,6 +99,7 @@ def settings(tiny: str, cache: Path) -> Callable[..., TrainConfig]:
             "max_steps": 4,
             "batch_size": 8,
             "precision": "32-true",
+            "compile": "off",
             "log_every": 1,
             "checkpoint_every": 4,
             "preview_every": 0,

@@ -19,13 +19,13 @@ from repa.cli import app
 from repa.commands.sample import SampleFlags, sample
 from repa.commands.train import TrainFlags, train
 from repa.data.errors import RepaError
+from repa.trainer import compiling
 from repa.trainer.config import TrainConfig
 from repa.trainer.input.datamodule import columns_of_phase
 from repa.trainer.input.online import is_target
 from repa.trainer.methods import METHODS
 from repa.trainer.methods.aligning import PLAIN, Aligning
 from repa.trainer.methods.named_presets import unusable_presets
-from repa.trainer.models.base import Backbone
 from repa.trainer.models.sit import SIT_SIZES
 from repa.trainer.models.sit_down import SIT_DOWN_SIZES
 from repa.trainer.run.checked import ProblemsError
@@ -326,18 +326,14 @@ def test_compiled_is_plain_within_rounding(
     name: str, whole: Path, run_fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the ``eager`` backend, which keeps what dynamo captures and waits for no compiler."""
-    compiled = []
-
-    def compile_eagerly(self: Backbone, **options: Any) -> None:
-        compiled.append(self)
-        torch.nn.Module.compile(self, backend="eager", **options)
-
+    graphs = []
     torch._dynamo.reset()
+    monkeypatch.setattr(compiling, "BACKEND", lambda graph, _: (graphs.append(1), graph.forward)[1])
     config = small_config(name, whole, max_steps=2)
-    monkeypatch.setattr(type(build_run(config)[0].backbone), "compile", compile_eagerly)
     run_fit(config, "plain")
-    run_fit(small_config(name, whole, max_steps=2, compile=True), "compiled")
-    assert compiled
+    assert not graphs
+    run_fit(small_config(name, whole, max_steps=2, compile="whole"), "compiled")
+    assert graphs
     assert_equal_but_for_rounding(tmp_path / "plain", tmp_path / "compiled")
 
 
@@ -347,7 +343,7 @@ def test_compiled_for_this_machine_is_plain_within_rounding(
     name: str, whole: Path, undisturbed: Callable[..., Path], run_fit: Fit, tmp_path: Path
 ) -> None:
     torch._dynamo.reset()
-    run_fit(small_config(name, whole, compile=True))
+    run_fit(small_config(name, whole, compile="blocks"))
     assert_equal_but_for_rounding(undisturbed(small_config(name, whole)), tmp_path / "run")
 
 

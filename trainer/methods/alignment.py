@@ -12,6 +12,7 @@ from ...data.format.columns import PACKED, ColumnSpec, column_name, scale_column
 from ...data.format.factor_layout import FactorLayout
 from ...data.format.factors import unpack
 from ...data.format.int8 import dequantise
+from ..compiling import fused
 from ..models.layers import initialise_linear
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class GridConvolution(nn.Module):
         return convolved.flatten(-2).mT
 
 
+@fused
 def normalise_in_space(tokens: Tensor, gamma: float) -> Tensor:
     """Return (z − γ·mean z) / (std z + 1e-6), mean and std over the tokens of each image and channel.
 
@@ -83,6 +85,7 @@ def normalise_in_space(tokens: Tensor, gamma: float) -> Tensor:
     return (tokens - gamma * mean) / (std.maximum(STD_FLOOR * mean.abs()) + 1e-6)
 
 
+@fused
 def cosine_similarity(tokens: Tensor, targets: Tensor) -> Tensor:
     """Return the cosine of each token with its target, in float32 or better whatever comes in.
 
@@ -111,6 +114,7 @@ def cosine_similarity(tokens: Tensor, targets: Tensor) -> Tensor:
     return torch.where(directed, product, 0) / torch.where(directed, norms, 1)
 
 
+@fused
 def smooth_l1(tokens: Tensor, targets: Tensor) -> Tensor:
     """Return the mean of d²/(2β) where |d| < β and |d| − β/2 elsewhere, in float32 or better.
 

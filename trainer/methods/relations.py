@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from ..compiling import fused
 from .alignment import NORM_FLOOR
 from .slabs import map_slabs
 
@@ -18,6 +19,7 @@ Pairs: TypeAlias = Literal["image", "batch"]
 """Which tokens are paired, those of one image or those of all images that a device sees at once."""
 
 
+@fused
 def directions(tokens: Tensor) -> Tensor:
     """Return the tokens at length 1, in float32 or better.
 
@@ -121,6 +123,7 @@ class _GramDistance(torch.autograd.Function):
         return tuple(None if each is None else upstream * each for each in ctx.saved_tensors)
 
 
+@fused
 def mean_pair_cosine(tokens: Tensor) -> Tensor:
     """Return the mean cosine of two different tokens of an image, near 1 where all tokens became one.
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor, nn
 
+from ..compiling import fused
 from ..models.capture import NOTHING, BackboneFacts, Capture, Captured
 from ..models.layers import initialise_linear
 from ..models.timesteps import STEPS, time_of
@@ -247,6 +248,7 @@ class Sra(Aligning):
         return (t - offset).clamp(earliest, latest)
 
 
+@fused
 def _norm(tokens: Tensor) -> Tensor:
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     norms: Tensor = torch.linalg.vector_norm(tokens, dim=-1, dtype=dtype)

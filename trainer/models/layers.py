@@ -261,7 +261,9 @@ class Block(nn.Module):
         rotation: Tensor | None = None,
         groups: TokenGroups | None = None,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        *,
+        look: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Compute one block.
 
         Args:
@@ -270,9 +272,10 @@ class Block(nn.Module):
             rotation: rotary positions ``[2, T, D / H / 2]``; None for none.
             groups: of the tokens; None where an image has one embedding.
             mask: of `TokenGroups.mask`.
+            look: whether queries and keys are wanted.
 
         Returns:
-            Tokens ``[B, T, D]``; queries and keys ``[B, H, T, D / H]``.
+            Tokens ``[B, T, D]``; queries and keys ``[B, H, T, D / H]`` if they are wanted, else nothing.
         """
         # adaLN of G embeddings, and only then one for each token
         chunks = (_per_token(each, groups) for each in self.adaLN_modulation(embedding).chunk(6, dim=-1))
@@ -280,7 +283,8 @@ class Block(nn.Module):
         attended, queries, keys = self.attn(modulate(self.norm1(x), shift_msa, scale_msa), rotation, mask)
         x = x + gate_msa * attended
         x = x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
-        return x, queries, keys
+        # a block that is compiled by itself would have to write out what it returns, and its gradient
+        return x, (queries, keys) if look else ()
 
 
 class FinalLayer(nn.Module):

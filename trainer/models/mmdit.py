@@ -175,17 +175,20 @@ class JointBlock(nn.Module):
         self.context_block = Stream(width, heads, qk_norm=qk_norm, answers=not last)
         self.x_block = Stream(width, heads, qk_norm=qk_norm, answers=True)
 
-    def forward(self, x: Tensor, text: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, text: Tensor, embedding: Tensor, *, look: bool = False
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Compute one block.
 
         Args:
             x: tokens of the image ``[B, T, D]``.
             text: tokens of the text ``[B, S, D]``.
             embedding: of the time, ``[B, D]``.
+            look: whether the image's queries and keys are wanted.
 
         Returns:
             Tokens of the image ``[B, T, D]`` and of the text ``[B, S, D]``; the image's queries and keys
-            ``[B, H, T, D / H]``.
+            ``[B, H, T, D / H]`` if they are wanted, else nothing.
         """
         of_text, of_image = self.context_block.chunks(embedding), self.x_block.chunks(embedding)
         asked_text, asked_image = self.context_block.ask(text, of_text), self.x_block.ask(x, of_image)
@@ -196,7 +199,7 @@ class JointBlock(nn.Module):
         for_text, for_image = joint[:, : text.shape[1]], joint[:, text.shape[1] :]
         if self.context_block.answers:
             text = self.context_block.answer(text, for_text, of_text)
-        return self.x_block.answer(x, for_image, of_image), text, asked_image[0], asked_image[1]
+        return self.x_block.answer(x, for_image, of_image), text, asked_image[:2] if look else ()
 
 
 class MMDiT(Backbone):
@@ -265,12 +268,13 @@ class MMDiT(Backbone):
         text = self.y_embedder(condition)
         embedding = self.t_embedder(t)
         for number in range(1, last + 1):
-            tokens, text, queries, keys = self.run_block(number, tokens, text, embedding)
+            look = number in capture.attention
+            tokens, text, looked = self.run_block(number, tokens, text, embedding, look=look)
             if number in capture.hidden:
                 captured.hidden[number] = tokens
                 captured.grids[number] = self.facts.grid
-            if number in capture.attention:
-                captured.queries[number], captured.keys[number] = queries, keys
+            if looked:
+                captured.queries[number], captured.keys[number] = looked
         if capture.stop_after is None:
             patches = self.final_layer(tokens, embedding)
             captured.prediction = unpatchify(patches, self.facts.grid, self.config.patch_size)

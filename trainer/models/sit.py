@@ -212,16 +212,17 @@ class SiT(Backbone):
         embedding = times + (label if groups is None else label.unsqueeze(1))
         mask = None if groups is None else groups.mask()
         for number in range(1, last + 1):
-            tokens, queries, keys = self.run_block(
-                number, tokens, embedding, self.rotation, groups=groups, mask=mask
+            look = number in capture.attention
+            tokens, looked = self.run_block(
+                number, tokens, embedding, self.rotation, groups=groups, mask=mask, look=look
             )
             if number in capture.hidden:
                 captured.hidden[number] = tokens[:, ahead:]
                 captured.grids[number] = self.facts.grid
                 if ahead:
                     captured.leading[number] = tokens[:, :ahead]
-            if number in capture.attention:
-                captured.queries[number], captured.keys[number] = queries[:, :, ahead:], keys[:, :, ahead:]
+            if looked:
+                captured.queries[number], captured.keys[number] = (each[:, :, ahead:] for each in looked)
         if capture.stop_after is None:
             final = self.final_layer.modulated(tokens, embedding, groups)
             patches = self.final_layer.linear(final[:, ahead:])

@@ -178,7 +178,8 @@ class JoiningBlock(Block):
         mask: Tensor | None = None,
         *,
         skip: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        look: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Compute one block, of the tokens and those of the earlier block, ``skip`` ``[B, T, D]``.
 
         Raises:
@@ -187,7 +188,7 @@ class JoiningBlock(Block):
         if skip is None:
             raise ValueError("a block that joins wants the tokens of an earlier one")
         joined = self.skip_linear(torch.cat([x, skip], dim=-1))
-        return super().forward(joined, embedding, rotation, groups, mask)
+        return super().forward(joined, embedding, rotation, groups, mask, look=look)
 
 
 class SiTDown(Backbone):
@@ -287,14 +288,20 @@ class SiTDown(Backbone):
             joins = number > config.outer + config.middle
             inside = config.outer < number and not joins
             skip = {"skip": skips.pop()} if joins else {}
-            tokens, queries, keys = self.run_block(number, tokens, *(middle if inside else outer), **skip)
+            tokens, looked = self.run_block(
+                number,
+                tokens,
+                *(middle if inside else outer),
+                look=number in capture.attention,
+                **skip,
+            )
             if number <= config.outer:
                 skips.append(tokens)
             if number in capture.hidden:
                 captured.hidden[number] = tokens
                 captured.grids[number] = self.facts.grid_of(number)
-            if number in capture.attention:
-                captured.queries[number], captured.keys[number] = queries, keys
+            if looked:
+                captured.queries[number], captured.keys[number] = looked
         if capture.stop_after is None:
             patches = self.final_layer(tokens, outer[0])
             captured.prediction = unpatchify(patches, config.grid, config.patch_size)

@@ -18,6 +18,7 @@ from ...data.tars.names import names_tars
 from ...data.tars.order import steps_of_epoch
 from ...data.units import counted
 from ..added_callbacks import find_callback
+from ..compiling import missing
 from ..input.datamodule import columns_of_phase
 from ..input.online import live_columns, offer, read_columns
 from ..input.tar_stream import GUARANTEES
@@ -153,6 +154,12 @@ def _check_devices(config: TrainConfig, found: Checked) -> None:
         return
     found.world_size = trainer.world_size
     found.device = trainer.strategy.root_device
+    if config.compile in ("blocks", "whole") and (lacks := missing(found.device.type)):
+        found.add(
+            f"compile={config.compile} needs {lacks}, and there is none",
+            "install it, or --set compile=off",
+            field="compile",
+        )
     ranks, accumulate = trainer.world_size, config.accumulate
     if config.batch_size % (ranks * accumulate):
         found.add(

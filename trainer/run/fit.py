@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ from ..sampling.caption_bank import CaptionBank
 from ..step.checkpoints import checkpoint_path, checkpoints_of
 from ..step.latents import MomentLatents, TokenLatents
 from ..step.module import TrainingModule, build_backbone
+from .arithmetic import float32_products, resolved
 from .callbacks import Clock, Metrics
 from .checked import RANDOM_WEIGHTS, Checked, ProblemsError
 from .checkpointing import Checkpoints
@@ -39,7 +40,6 @@ from .lightning_trainer import (
     make_trainer,
     other_ranks,
     quiet_lightning,
-    resolve_precision,
     restoring,
 )
 from .loggers import Reports, logger_ids, make_loggers
@@ -123,7 +123,7 @@ def fit(
     refuse_foreign_folder(run)
     # its time runs from here: the teachers' loading is part of what a scheduler counts
     stop = Stop(config)
-    config = replace(config, precision=resolve_precision(config))
+    config = resolved(config)
     leader = is_leader()
     say = _printer(console, leader=leader)
     checked = check(config, live)
@@ -234,13 +234,9 @@ def _train(
         _record_start(config, run, start, from_step, say)
     if resumed:
         say(f"resuming {run} at step {resumed:,}")
-    if config.compile:
-        # in place, so that the state dict's keys stay as they are
-        module.backbone.compile()
-        if any(module.method.flags(phase).ema_forward for phase in module.method.phases()):
-            module.ema.compile()
     checkpoint = checkpoint_path(run, resumed) if resumed else None
     with (
+        float32_products(config),
         reports.begun(loggers if leader else ()),
         quiet_lightning(),
         other_ranks(),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...data.format.columns import LABEL
+from ..compiling import uncompiled
 from ..models.capture import NOTHING
 from ..step.beside import Beside
 from ..step.randomness import generator_for
@@ -135,9 +136,9 @@ def held_out_sums(
             conditioner = network.y_embedder
             named = {each: batch.columns[each].to(device) for each in conditioner.columns}
             condition = conditioner.whole(conditioner.values(named, batch.label.to(device)))
-            with context():
-                # not through __call__: a compiled network would compile again for this batch size
-                captured = network.forward(noised.x_t, noised.t, condition, *tokens)
+            # a compiled network would compile again for this batch size
+            with context(), uncompiled():
+                captured = network(noised.x_t, noised.t, condition, *tokens)
             sums[name] += _sum(objective.losses(captured, noised))
             for each, losses in beside.losses(captured, vectors, objective).items():
                 sums[f"{name}_{each}"] += _sum(losses)

@@ -42,10 +42,10 @@ def resolve_precision(config: TrainConfig) -> Literal["32-true", "bf16-mixed", "
     """
     if config.precision != "auto":
         return config.precision
-    return "bf16-mixed" if _device_kind(config) == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
+    return "bf16-mixed" if device_kind(config) == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
 
 
-def _device_kind(config: TrainConfig) -> str:
+def device_kind(config: TrainConfig) -> str:
     """Tell where Lightning will put the run, ``cuda``, ``mps`` or ``cpu``."""
     accelerator = config.trainer.get("accelerator", "auto")
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
@@ -118,7 +118,7 @@ def begin_at(trainer: Trainer, step: int) -> None:
 
 
 def _check_precision(config: TrainConfig) -> None:
-    device = _device_kind(config)
+    device = device_kind(config)
     if config.precision == "16-mixed" and device == "cpu":
         raise RepaError(
             "precision 16-mixed needs a GPU and the run is on the CPU",

@@ -18,6 +18,7 @@ from ...data.errors import RepaError
 from ...data.storage.files import os_errors, write_file
 from ..methods.outside import origin_of
 from ..methods.registry import METHODS
+from .arithmetic import products_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -104,6 +105,8 @@ def describe_start(
         "cache": config.cache,
         "cache_source": None if manifest is None else manifest.source_fingerprint,
         "live": None if checked.live is None else dict(checked.live.record),
+        "compile": config.compile,
+        "tf32": device.type == "cuda" and products_of(config) == "high",
         "devices": trainer.world_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpus": os.cpu_count(),

@@ -22,6 +22,8 @@ import torch
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from .arithmetic import products_of
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -124,7 +126,7 @@ def utilisation_of(
     """
     if device.type != "cuda":
         return None
-    tf32 = torch.get_float32_matmul_precision() != "highest"
+    tf32 = products_of(config) == "high"
     peak = peak_flops(torch.cuda.get_device_name(device), config.precision, tf32=tf32)
     if peak is None:
         return None

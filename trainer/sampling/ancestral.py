@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..compiling import uncompiled
 from ..models.timesteps import time_of
 from ..objectives.base import require_prediction
 from ..objectives.chain import even_steps
@@ -105,8 +106,9 @@ def _predict(
     state = torch.cat([x, x]) if guided else x
     times = torch.full((len(state),), time, dtype=x.dtype, device=x.device)
     conditions = torch.cat([condition, null]) if guided else condition
-    # not through __call__: a teacher's compiled average would compile again for this batch size
-    captured = backbone.forward(state.to(dtype), times, conditions)
+    # a teacher's compiled average would compile again for this batch size
+    with uncompiled():
+        captured = backbone(state.to(dtype), times, conditions)
     noise, variance = objective.split(require_prediction(captured).double())
     if not guided:
         return noise, variance

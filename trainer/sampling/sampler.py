@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..compiling import uncompiled
 from ..models.capture import NOTHING
 from ..objectives.base import require_prediction
 from ..objectives.ddpm import Ddpm
@@ -65,8 +66,9 @@ def model_velocity(backbone: Backbone, objective: PathObjective) -> Velocity:
     def velocity(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         latents, beside = shape.unpack(x)
         vectors = (NOTHING, tuple(each.to(dtype) for each in beside)) if beside else ()
-        # not through __call__: a teacher's compiled average would compile again for this batch size
-        captured: Captured = backbone.forward(latents.to(dtype), t.to(dtype), condition, *vectors)
+        # a teacher's compiled average would compile again for this batch size
+        with uncompiled():
+            captured: Captured = backbone(latents.to(dtype), t.to(dtype), condition, *vectors)
         predictions = (require_prediction(captured), *captured.tokens)
         found, *others = (
             objective.velocity(prediction.double(), part, t)

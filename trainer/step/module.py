@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ...data.format.columns import LABEL
+from ..compiling import chosen, compile_backbone, compile_children, compiled_losses
 from ..input.datamodule import columns_of_phase
 from ..methods.base import Method, Phase, Step, Term
 from ..models import registry as backbones
@@ -90,6 +91,7 @@ class TrainingModule(LightningModule):
         self.means = Means()
         self._average = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
         self._averaged: tuple[list[nn.Parameter], list[nn.Parameter]] | None = None
+        self._compiled = False
         self._draws: StepDraws | None = None
         self._method_generator: torch.Generator | None = None
         self._idle_parameters: dict[tuple[str, ...], list[nn.Parameter]] = {(): []}
@@ -120,6 +122,17 @@ class TrainingModule(LightningModule):
         """Name the columns of the cache that a step reads, without the label."""
         phase, condition = self.method.phase_at(step), self.backbone.y_embedder.columns
         return columns_of_phase(self.method, phase, condition, self.latents.columns)
+
+    def on_fit_start(self) -> None:
+        """Compile what the settings say, and the averaged weights where they teach."""
+        how = chosen(self.config.compile, self.trainer.strategy.root_device.type)
+        self._compiled = how != "off"
+        if not self._compiled:
+            return
+        teaches = any(self.method.flags(phase).ema_forward for phase in self.method.phases())
+        for network in (self.backbone, self.ema) if teaches else (self.backbone,):
+            compile_backbone(network, network.blocks, how)
+        compile_children(self.method)
 
     def on_train_start(self) -> None:
         """Give the optimiser the configuration's settings, in place of those that a checkpoint brings."""
@@ -197,7 +210,8 @@ class TrainingModule(LightningModule):
             beside=beside,
             ema_forward=self._ema_forward(condition, beside, groups) if flags.ema_forward else None,
         )
-        return terms | self.method.losses(step)
+        with compiled_losses(self._compiled):
+            return terms | self.method.losses(step)
 
     def _total(self, terms: Mapping[str, Term]) -> Tensor:
         """Sum weight · value. The sum, every value and every weight but the objective's are recorded."""

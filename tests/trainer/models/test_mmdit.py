@@ -144,7 +144,7 @@ def test_block_by_its_equations() -> None:
     mods = image.adaLN_modulation[1](F.silu(c)).split(32, dim=1)
     text_mods = words.adaLN_modulation[1](F.silu(c)).split(32, dim=1)
     assert (len(mods), len(text_mods)) == (6, 2)
-    found, same, queries, keys = block(x, text, c)
+    found, same, (queries, keys) = block(x, text, c, look=True)
     assert torch.equal(same, text)
     for b in range(2):
         normed = F.layer_norm(x[b], (32,), eps=1e-6) * (1 + mods[1][b]) + mods[0][b]

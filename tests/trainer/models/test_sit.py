@@ -209,7 +209,7 @@ def test_capture_returns_what_was_asked_and_changes_nothing() -> None:
     assert set(captured.queries) == set(captured.keys) == {2}
     # recomputed from the hidden state before block 2
     embedding = model.t_embedder(t) + model.y_embedder(y)
-    _, queries, keys = model.blocks[1](captured.hidden[1], embedding)
+    _, (queries, keys) = model.blocks[1](captured.hidden[1], embedding, look=True)
     assert torch.equal(captured.queries[2], queries)
     assert torch.equal(captured.keys[2], keys)
     assert queries.shape == (2, 2, 16, 16)

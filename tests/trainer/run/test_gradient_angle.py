@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from repa.trainer import compiling
 from repa.trainer.config import TrainConfig
 from repa.trainer.methods import METHODS
 from repa.trainer.methods.base import Method, MethodConfig, Step, Term
 from repa.trainer.models.capture import Capture
-from repa.trainer.models.sit import SiT
 from repa.trainer.run.checks import check
 from repa.trainer.run.fit import assemble
 from repa.trainer.run.gradient_angle import gradient_angle
@@ -148,16 +148,19 @@ def test_nothing_is_left_behind(haste: Settings) -> None:
 def test_compiled(haste: Settings, run_fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With ahead-of-time autograd, whose graphs can be walked back once; no graph more than without."""
     graphs: list[int] = []
-    plain_compile = SiT.compile
 
     def count(graph: Any, inputs: Any) -> Any:
         graphs.append(1)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     torch._dynamo.reset()
-    monkeypatch.setattr(SiT, "compile", lambda self: plain_compile(self, backend=count))
-    run_fit(haste(max_steps=4, compile=True, gradient_angle_every=2), "compiled")
-    assert len(graphs) == 1
+    monkeypatch.setattr(compiling, "BACKEND", count)
+    run_fit(haste(max_steps=4, compile="blocks", gradient_angle_every=2), "compiled")
+    aligned = list(graphs)
+    torch._dynamo.reset()
+    graphs.clear()
+    run_fit(haste(max_steps=4, compile="blocks"), "without")
+    assert aligned == graphs
     run_fit(haste(max_steps=4, gradient_angle_every=2), "plain")
     rows = [read_metrics(tmp_path / name / "metrics.csv") for name in ("compiled", "plain")]
     for first, second in zip(*rows, strict=True):

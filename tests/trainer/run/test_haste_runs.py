@@ -6,6 +6,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from repa.data.format.columns import MOMENTS, ColumnSpec
 from repa.data.format.int8 import dequantise
 from repa.data.reading.loader import Batch
 from repa.data.testing import SYNTHETIC_COLUMNS, expected_row, synthetic_cache
+from repa.trainer import compiling
 from repa.trainer.config import TrainConfig
-from repa.trainer.models.sit import SiT
 from repa.trainer.run.checked import Checked
 from repa.trainer.run.checks import check
 from repa.trainer.run.fit import assemble
 from repa.trainer.run.identity import identity_of
 from repa.trainer.run.lightning_trainer import make_trainer, quiet_lightning
 from repa.trainer.run.metrics import read_metrics
+from repa.trainer.step import module
 from repa.trainer.step.checkpoints import checkpoints_of
 from repa.trainer.step.module import TrainingModule
 from warmed import Warmed
@@ -149,14 +151,16 @@ def graphs_of(run_fit: Fit, config: TrainConfig, name: str, monkeypatch: pytest.
     """The code of every graph that dynamo captures in a run."""
     codes: list[str] = []
 
+    # losses and projector have graphs of their own
     def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
         codes.append(graph.code)
         return graph.forward
 
     torch._dynamo.reset()
-    plain_compile = SiT.compile
     with monkeypatch.context() as patch:
-        patch.setattr(SiT, "compile", lambda self: plain_compile(self, backend=keep))
+        patch.setattr(compiling, "BACKEND", keep)
+        patch.setattr(module, "compile_children", lambda method: None)
+        patch.setattr(module, "compiled_losses", lambda wanted: nullcontext())
         run_fit(config, name)
     return codes
 

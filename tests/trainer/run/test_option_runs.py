@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from repa.data.errors import RepaError
+from repa.trainer import compiling
 from repa.trainer.config import TrainConfig
 from repa.trainer.methods.haste import Haste
 from repa.trainer.models.registry import choices_of
-from repa.trainer.models.sit import SiT
 from repa.trainer.run.checks import check
 from repa.trainer.run.metrics import read_metrics
 from repa.trainer.sampling.generate import model_of_run
@@ -71,9 +71,9 @@ def test_compiled(
     settings: Settings, run_fit: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.compiler.reset()
-    monkeypatch.setattr(SiT, "compile", lambda self: torch.nn.Module.compile(self, backend="eager"))
-    for name, compiled in (("plain", False), ("compiled", True)):
-        run_fit(settings(**OPTIONS, max_steps=2, lr=1e-2, compile=compiled), name)
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    for name, how in (("plain", "off"), ("compiled", "whole")):
+        run_fit(settings(**OPTIONS, max_steps=2, lr=1e-2, compile=how), name)
     plain, compiled = (read_metrics(tmp_path / name / "metrics.csv") for name in ("plain", "compiled"))
     assert [row["velocity"] for row in compiled] == pytest.approx(
         [row["velocity"] for row in plain], rel=1e-5

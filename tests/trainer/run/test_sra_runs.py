@@ -12,12 +12,14 @@ import pytest
 import torch
 from repa.data.format.columns import MOMENTS
 from repa.data.testing import SYNTHETIC_COLUMNS, synthetic_cache
+from repa.trainer import compiling
 from repa.trainer.config import TrainConfig
-from repa.trainer.models.sit import SiT, SiTConfig
+from repa.trainer.models.sit import SiTConfig
 from repa.trainer.objectives.flow import Flow
 from repa.trainer.run.checks import check
 from repa.trainer.run.metrics import read_metrics
 from repa.trainer.run.phases import describe_phases
+from repa.trainer.step import module
 from warmed import Warmed
 
 Settings = Callable[..., TrainConfig]
@@ -144,19 +146,19 @@ def test_one_batch_of_eight_is_two_of_four(sra: Settings, run_fit: Fit, tmp_path
         assert once == pytest.approx(twice, rel=2e-5)
 
 
+@pytest.mark.parametrize("how", ["blocks", "whole"])
 @pytest.mark.parametrize("sra", ["dts_as"], indirect=True)
 def test_compiled_is_plain_within_rounding(
-    sra: Settings, run_fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sra: Settings, how: str, run_fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the ``eager`` backend, which leaves what dynamo captures, of student and teacher."""
     compiled = []
-
-    def compile_eagerly(self: SiT, **options: Any) -> None:
-        compiled.append(self)
-        torch.nn.Module.compile(self, backend="eager", **options)
-
-    monkeypatch.setattr(SiT, "compile", compile_eagerly)
-    run_fit(sra(compile=True, max_steps=2), "compiled")
+    compile_backbone = module.compile_backbone
+    monkeypatch.setattr(
+        module, "compile_backbone", lambda *given: (compiled.append(1), compile_backbone(*given))
+    )
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    run_fit(sra(compile=how, max_steps=2), "compiled")
     assert len(compiled) == 2
     run_fit(sra(max_steps=2), "plain")
     rows = [read_metrics(tmp_path / name / "metrics.csv") for name in ("compiled", "plain")]
