@@ -17,8 +17,8 @@ from ...trainer.config import build
 from ...trainer.input.online import is_target
 from ...trainer.methods.aligning import PLAIN
 from ...trainer.methods.outside import find_method
-from ...trainer.run.callbacks import Clock, Metrics
 from ...trainer.run.arithmetic import float32_products
+from ...trainer.run.callbacks import Clock, Metrics
 from ...trainer.run.checked import ProblemsError
 from ...trainer.run.checks import attention_blocks, check
 from ...trainer.run.fit import assemble, load_live
