@@ -17,13 +17,13 @@ from ...trainer.config import build
 from ...trainer.input.online import is_target
 from ...trainer.methods.aligning import PLAIN
 from ...trainer.methods.outside import find_method
-from ...trainer.run.arithmetic import float32_products
+from ...trainer.run.arithmetic import float32_products, resolve_precision
 from ...trainer.run.callbacks import Clock, Metrics
 from ...trainer.run.checked import ProblemsError
 from ...trainer.run.checks import attention_blocks, check
 from ...trainer.run.fit import assemble, load_live
 from ...trainer.run.identity import identity_of
-from ...trainer.run.lightning_trainer import make_trainer, quiet_lightning, resolve_precision
+from ...trainer.run.lightning_trainer import make_trainer, quiet_lightning
 from ...trainer.run.loggers import Reports
 from ...trainer.run.utilisation import TERA
 from ..shared.methods import backbone_for, chosen_methods

@@ -38,7 +38,7 @@ def parity(flags: ParityFlags, *, console: Console | None = None) -> dict[str, P
         RepaError: a mistake the user can mend.
     """
     from ...trainer.config import build
-    from ...trainer.run.lightning_trainer import resolve_precision
+    from ...trainer.run.arithmetic import resolve_precision
     from ..shared.terminal import PlainConsole
     from .comparison import Comparison, checked_run
 

@@ -9,12 +9,31 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from ..compiling import chosen, missing
-from .lightning_trainer import device_kind, resolve_precision
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ..config import TrainConfig
+
+
+def resolve_precision(config: TrainConfig) -> Literal["32-true", "bf16-mixed", "16-mixed"]:
+    """Return what ``auto`` means on this machine.
+
+    bf16-mixed where a CUDA device computes it, since it needs no loss scaling; else 32-true.
+    """
+    if config.precision != "auto":
+        return config.precision
+    return "bf16-mixed" if device_kind(config) == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def device_kind(config: TrainConfig) -> str:
+    """Tell where Lightning will put the run, ``cuda``, ``mps`` or ``cpu``."""
+    accelerator = config.trainer.get("accelerator", "auto")
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "cuda"
+    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
 
 
 def resolved(config: TrainConfig) -> TrainConfig:

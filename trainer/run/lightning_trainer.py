@@ -7,7 +7,7 @@ import re
 import signal
 import warnings
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,6 +17,7 @@ from ...data.edge import printable
 from ...data.errors import RepaError
 from ...data.launchers import launched_world
 from ..step.checkpoints import FOLDER, AtomicCheckpointIO
+from .arithmetic import device_kind, resolve_precision
 from .launch import environments, launched_devices
 
 if TYPE_CHECKING:
@@ -33,26 +34,6 @@ _LOGGERS = ("lightning.pytorch", "lightning.fabric")
 _SHOWN = 200  # characters of a library's reason
 # what gloo and NCCL say when the process at the other end is gone
 _GONE = re.compile(r"Connection \w+ by peer|remote process exited")
-
-
-def resolve_precision(config: TrainConfig) -> Literal["32-true", "bf16-mixed", "16-mixed"]:
-    """Return what ``auto`` means on this machine.
-
-    bf16-mixed where a CUDA device computes it, since it needs no loss scaling; else 32-true.
-    """
-    if config.precision != "auto":
-        return config.precision
-    return "bf16-mixed" if device_kind(config) == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
-
-
-def device_kind(config: TrainConfig) -> str:
-    """Tell where Lightning will put the run, ``cuda``, ``mps`` or ``cpu``."""
-    accelerator = config.trainer.get("accelerator", "auto")
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "cuda"
-    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
-        return "mps"
-    return "cpu"
 
 
 def make_trainer(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from repa.trainer.run import arithmetic, lightning_trainer
+from repa.trainer.run import arithmetic
 from repa.trainer.run.arithmetic import describe, float32_products, products_of, resolved
 from repa.trainer.run.starts import read_starts
 
@@ -67,8 +67,7 @@ def test_auto_is_what_fits_the_machine(settings: Settings, monkeypatch: pytest.M
     config = settings(precision="auto", compile="auto", trainer__accelerator="cpu")
     assert (resolved(config).precision, resolved(config).compile) == ("32-true", "off")
     assert "TF32" not in describe(config)
-    for module in (arithmetic, lightning_trainer):
-        monkeypatch.setattr(module, "device_kind", lambda config: "cuda")
+    monkeypatch.setattr(arithmetic, "device_kind", lambda config: "cuda")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(arithmetic, "missing", lambda kind: "the package triton")
     monkeypatch.setattr("repa.trainer.compiling.missing", lambda kind: "the package triton")
