@@ -44,6 +44,7 @@ from .commands.softrepa.app import softrepa_app
 from .commands.train import TrainFlags, train
 from .data.edge import printable
 from .data.errors import RepaError
+from .data.machine import allow_open_files
 from .data.storage.files import remedy_of
 
 # of files, processes and memory, wherever one more is asked for
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     # torch's idle threads otherwise spin: on a CPU, one other busy process then slows a step fivefold
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    allow_open_files()
     _prepare_streams()
     try:
         try:

@@ -142,7 +142,8 @@ class TrainConfig:
         log_every: steps between rows of metrics.csv, each the mean over the steps since the last.
         loggers: of Lightning's, which get metrics, previews and the configuration beside metrics.csv, which
             is always written; tensorboard, wandb and trackio are packages of their own.
-        threads: reading threads of the loader.
+        threads: reading threads of a rank; none takes two, or one where the ranks of a machine have a core
+            or less each.
         check_crc: compare every row read with its checksum.
         direct: read past the page cache (on), through it (off), or as is faster on that disk (auto).
         trainer: passed on to ``lightning.Trainer``: devices, num_nodes, strategy, accelerator, …;
@@ -207,7 +208,7 @@ class TrainConfig:
     gradient_angle_block: int | None = None
     log_every: _Positive = 50
     loggers: tuple[Literal["csv", "tensorboard", "wandb", "trackio"], ...] = ()
-    threads: Annotated[int, Ge(1), Le(1024)] = 2
+    threads: Annotated[int, Ge(1), Le(1024)] | None = None
     check_crc: bool = True
     direct: Literal["auto", "on", "off"] = "auto"
     trainer: Mapping[str, Any] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...data.errors import RepaError
+from ...data.machine import usable_cores
 from ...data.units import counted
 from ...pipeline.columns.calibration import choose_images
 from ...pipeline.columns.choice import choose_form
@@ -24,7 +25,7 @@ from ...pipeline.encoders import load_encoder
 from ...pipeline.images.names import DEFAULT_DATA, DEMO_DATA
 from ...pipeline.images.open import open_source
 from ...pipeline.lanes.batches import Batch
-from ...pipeline.lanes.lanes import Task, open_lanes, usable_cores
+from ...pipeline.lanes.lanes import Task, open_lanes
 from ...pipeline.shard_loop.devices import MAX_LANES
 from ..preprocess import EncodingFlags, make_config
 from ..shared.attention import scaled_blocks

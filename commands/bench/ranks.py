@@ -142,7 +142,10 @@ def _sharing(bench: LoaderBench, started: Processes) -> str:
 
 
 def cached_bytes() -> int:
-    """Return the bytes of files in the page cache of this machine; 0 where none says so."""
+    """Return the bytes of files in the page cache of this machine.
+
+    Zero where nothing says how many.
+    """
     with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("Cached:")).split()[1])

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...data.errors import RepaError
+from ...data.machine import usable_cores
 from ...data.storage.files import make_folder, os_errors
 from ...data.units import counted
 from ...pipeline.encoders.clip_similarity import ClipSimilarity
-from ...pipeline.lanes.lanes import usable_cores
 from ...pipeline.shard_loop.ranks import detect_rank
 from ...trainer.evaluation.feature_shards import IMAGE, FeatureShards, repeated
 from ...trainer.evaluation.measuring import (

@@ -226,7 +226,10 @@ class Stopwatch:
 
 
 def own_memory() -> int:
-    """Return the bytes that this process holds alone, files mapped into it left out; 0 where none says so."""
+    """Return the bytes that this process holds alone, files mapped into it left out.
+
+    Zero where nothing says how many.
+    """
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("RssAnon:")).split()[1])
@@ -234,7 +237,10 @@ def own_memory() -> int:
 
 
 def open_descriptors() -> int:
-    """Count the descriptors of this process; 0 where none says so."""
+    """Count the descriptors of this process.
+
+    Zero where nothing lists them.
+    """
     with suppress(OSError):
         return len(list(Path("/proc/self/fd").iterdir())) - 1  # the look itself takes one
     return 0

@@ -45,7 +45,7 @@ def print_plan(config: TrainConfig, folder: Path, console: Console, live: LiveTe
     console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
     console.print(f"arithmetic: {arithmetic}", highlight=False, soft_wrap=True)
     _print_sizes(checked, config, console)
-    _print_phases(describe_phases(checked, config), console)
+    _print_phases(describe_phases(checked, config), checked.threads, console)
     for warning in checked.warnings:
         console.print(f"note: {warning}", highlight=False, soft_wrap=True)
     if checked.problems:
@@ -121,7 +121,7 @@ def _print_sizes(checked: Checked, config: TrainConfig, console: Console) -> Non
         )
 
 
-def _print_phases(phases: Sequence[Mapping[str, Any]], console: Console) -> None:
+def _print_phases(phases: Sequence[Mapping[str, Any]], threads: int | None, console: Console) -> None:
     from rich.table import Table
 
     from ...data.units import human_bytes
@@ -142,9 +142,10 @@ def _print_phases(phases: Sequence[Mapping[str, Any]], console: Console) -> None
         )
     console.print(table)
     if most := max(phase["loader_bytes"] for phase in phases):
+        by = f" by {counted(threads, 'thread')}" if threads else ""
         console.print(
             f"memory of the loader: {human_bytes(most)} a device, for the micro-batch trained on, the next "
-            "and those being read",
+            f"and those being read{by}",
             highlight=False,
             soft_wrap=True,
         )

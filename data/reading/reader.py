@@ -165,6 +165,11 @@ class CacheReader:
         return options, (self.path, self.columns)
 
     @property
+    def is_local(self) -> bool:
+        """Whether its shards are files of this machine, or of one that it has mounted."""
+        return not isinstance(self.path, RemotePath)
+
+    @property
     def bytes_read(self) -> dict[str, int]:
         """Bytes of rows read so far, without checksums, by column."""
         with self._lock:

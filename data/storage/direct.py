@@ -13,13 +13,12 @@ import mmap
 import os
 import threading
 import time
-from contextlib import suppress
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..machine import available_memory
 from .descriptors import DescriptorCache
 from .local import BufferedFiles
 
@@ -106,11 +105,8 @@ def supports_direct(path: str) -> bool:
 
 def fits_in_memory(total_bytes: int) -> bool:
     """Tell whether the page cache would keep so many bytes. It may take half of what is available now."""
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        line = next(line for line in lines if line.startswith("MemAvailable:"))
-        return total_bytes <= 1024 * int(line.split()[1]) // 2
-    return False
+    available = available_memory()
+    return available is not None and total_bytes <= available // 2
 
 
 def direct_is_faster(read_buffered: Callable[[int], None], read_direct: Callable[[int], None]) -> bool:

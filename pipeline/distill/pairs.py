@@ -11,11 +11,11 @@ import torch
 
 from ...data.errors import CacheError
 from ...data.format.columns import column_name, scale_column
+from ...data.machine import usable_cores
 from ...data.reading.reader import CacheReader
 from ..columns.forms import restore
 from ..images.views import check_views, in_view
 from ..images.workers import decode_row
-from ..lanes.lanes import usable_cores
 from ..replay.live import MAX_DECODERS, images_of
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ On a GPU kernels and copies are queued some batches ahead; time is measured ther
 
 from __future__ import annotations
 
-import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -63,13 +62,6 @@ class Lanes(Protocol):
             RepaError: the device has too little memory for it.
         """
         ...
-
-
-def usable_cores() -> int:
-    """Count the cores this process may run on (a scheduler's or a container's binding counts)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _stack(batch: Batch) -> torch.Tensor:

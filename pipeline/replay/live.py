@@ -27,6 +27,7 @@ from ...data.format.columns import (
 from ...data.format.foreign import foreign_note
 from ...data.format.manifest import LOADED_NOTE
 from ...data.format.opening import as_recorded, open_manifest
+from ...data.machine import usable_cores
 from ...data.reading.reader import CacheReader
 from ...data.units import counted
 from ...data.writing.store import keys_sha256
@@ -38,7 +39,6 @@ from ..images.matched import MatchedImages
 from ..images.open import open_source
 from ..images.views import check_views, in_view
 from ..images.workers import decode_row
-from ..lanes.lanes import usable_cores
 from ..lanes.threads import one_thread_lanes
 from ..plan import default_batch_size
 from .placement import Pass, Placement

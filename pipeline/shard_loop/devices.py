@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...data.errors import RepaError
+from ...data.machine import cores_of_each, usable_cores
 from ...data.units import counted
 
 if TYPE_CHECKING:
@@ -57,15 +57,11 @@ def device_shares(
     import torch
 
     from ..encoders.precision import require_arithmetic
-    from ..lanes.lanes import usable_cores
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     here = config.devices if rank.world == 1 else rank.local_world
-    cores = usable_cores()
-    _check_devices(config.devices if rank.world == 1 else rank.local_rank + 1, gpus, cores)
-    if rank.launcher != "SLURM" or cores == os.cpu_count():
-        # SLURM usually binds each task to cores of its own; others share the machine's
-        cores = max(1, cores // here)
+    _check_devices(config.devices if rank.world == 1 else rank.local_rank + 1, gpus, usable_cores())
+    cores = cores_of_each(here, rank.launcher)
     if not gpus:
         # of a GPU each process asks for itself, as asking takes memory of the GPU
         require_arithmetic(config.compute_dtype, torch.device("cpu"))

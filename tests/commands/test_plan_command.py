@@ -18,8 +18,8 @@ from repa.commands.measure.disk import DiskSpeed, measure_disk
 from repa.commands.plan import PlanFlags, break_even, plan, training_bytes
 from repa.commands.preprocess import EncodingFlags, PreprocessFlags, make_config, preprocess
 from repa.data.errors import RepaError
+from repa.data.machine import usable_cores
 from repa.pipeline.estimate import EncodingSpeed, live_models
-from repa.pipeline.lanes.lanes import usable_cores
 from repa.pipeline.plan import make_plan
 from repa.pipeline.shard_loop.devices import MAX_LANES
 from rich.console import Console

@@ -11,9 +11,9 @@ import pytest
 from repa.data.errors import RepaError
 from repa.data.format.columns import MOMENTS, ColumnSpec
 from repa.data.format.layout import shard_file
+from repa.data.machine import usable_cores
 from repa.pipeline.config import PreprocessConfig
 from repa.pipeline.encoders.vae import DEFAULT_VAE
-from repa.pipeline.lanes.lanes import usable_cores
 from repa.pipeline.plan import Plan, make_plan
 from repa.pipeline.run import saved, share_out
 from repa.pipeline.shard_loop.ranks import Rank
@@ -146,7 +146,7 @@ def test_more_devices_than_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_more_processes_than_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("repa.pipeline.lanes.lanes.usable_cores", lambda: 1)
+    monkeypatch.setattr("repa.pipeline.shard_loop.devices.usable_cores", lambda: 1)
     # three shards: a fourth process would have nothing to do
     jobs = share_out(make_plan(config(tmp_path, devices=4)), Rank())
     assert [(job.rank, job.world) for job in jobs] == [(0, 4), (1, 4), (2, 4)]

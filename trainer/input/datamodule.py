@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningDataModule
 
 from ...data.format.columns import LABEL, MOMENTS
+from ...data.machine import reading_threads
 from ...data.reading.loader import Batch, CacheLoader
 from ...data.tars.cache import TarCache
 from .online import live_columns, read_columns, with_targets
@@ -122,7 +123,7 @@ class CacheData(LightningDataModule):
             order=self._config.order,
             images_seen=self._images_seen,
             columns_at=lambda step: read_columns(self._columns_at(step), self._live),
-            threads=self._config.threads,
+            threads=reading_threads(self._config.threads, trainer.num_devices),
             pin_memory=pin_memory,
         )
 

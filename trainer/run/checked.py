@@ -76,6 +76,7 @@ class Checked:
         held_out_rows: rows that are not.
         world_size: processes of the run.
         device: training device of this process.
+        threads: that read for it.
     """
 
     problems: list[Problem] = field(default_factory=list)
@@ -95,6 +96,7 @@ class Checked:
     held_out_rows: NDArray[np.int64] | None = None
     world_size: int | None = None
     device: torch.device | None = None
+    threads: int | None = None
 
     def add(self, what: str, remedy: str, *, field: str = "") -> None:
         """Add a problem, once."""

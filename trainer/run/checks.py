@@ -11,6 +11,7 @@ import torch
 from ...data.errors import RepaError
 from ...data.format.columns import source_of
 from ...data.format.foreign import foreign_lines
+from ...data.machine import reading_threads
 from ...data.reading.order import split_holdout
 from ...data.reading.reader import CacheReader
 from ...data.tars.cache import TarCache, manifest_of
@@ -41,6 +42,7 @@ from .gradient_angle import angle_problems
 from .latent_checks import check_latents, check_targets, check_width
 from .lightning_trainer import make_trainer
 from .loggers import logger_problems
+from .open_files import check_open_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,6 +94,7 @@ def check(config: TrainConfig, live: LiveTargets | None = None) -> Checked:
         _check_tars(config, found.reader, found)
     elif found.reader is not None:
         _check_rows(config, found.reader, found)
+    check_open_files(found)
     return found
 
 
@@ -160,6 +163,7 @@ def _check_devices(config: TrainConfig, found: Checked) -> None:
             "install it, or --set compile=off",
             field="compile",
         )
+    found.threads = reading_threads(config.threads, trainer.num_devices)
     ranks, accumulate = trainer.world_size, config.accumulate
     if config.batch_size % (ranks * accumulate):
         found.add(

@@ -85,7 +85,7 @@ class SoftConfig:
         keep_last: newest checkpoints that are kept.
         keep_every: checkpoints of multiples of this step are kept for good; 0 keeps none of them.
         log_every: steps between rows of metrics.csv.
-        threads: reading threads of the loader.
+        threads: reading threads; none takes two, or one of a single core.
         check_crc: compare every row read with its checksum.
         direct: read past the page cache (on), through it (off), or as is faster on that disk (auto).
         accelerator: where to train, of Lightning: auto, cpu, gpu.
@@ -120,7 +120,7 @@ class SoftConfig:
     keep_last: _Positive = 2
     keep_every: _Natural = 0
     log_every: _Positive = 50
-    threads: Annotated[int, Ge(1), Le(1024)] = 2
+    threads: Annotated[int, Ge(1), Le(1024)] | None = None
     check_crc: bool = True
     direct: Literal["auto", "on", "off"] = "auto"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
