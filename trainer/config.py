@@ -127,6 +127,7 @@ class TrainConfig:
         preview_every: steps between sample grids; 0 makes none.
         preview_count: images of a grid.
         preview_steps: Heun steps of a preview, of a DiT steps of DDIM.
+        preview_shift: shift of the times of a preview, as ``repa sample --shift``.
         preview_guidance: guidance scale of a preview.
         evaluate_every: steps between evaluations of samples of the averaged weights, as by `repa evaluate`; 0
             makes none.
@@ -135,6 +136,7 @@ class TrainConfig:
         evaluate_metrics: names between commas, as of ``repa evaluate --metrics``, against the run's cache.
         evaluate_solver: solver of those samples; where it is left out, `build` takes the objective's first.
         evaluate_steps: steps of that solver.
+        evaluate_shift: shift of the times of that solver.
         evaluate_guidance: guidance scale of those samples.
         gradient_angle_every: steps between values of ``gradient_angle``, the cosine of the gradients of
             alignment and of the objective; 0 makes none.
@@ -197,12 +199,14 @@ class TrainConfig:
     preview_every: _Count = 10_000
     preview_count: Annotated[int, Ge(1), Le(4096)] = 16
     preview_steps: _Positive = 25
+    preview_shift: Annotated[float, Gt(0)] = 1.0
     preview_guidance: float = 1.0
     evaluate_every: _Count = 0
     evaluate_num: Annotated[int, Ge(2), Le(_MOST)] = 5_000
     evaluate_metrics: str = "fd"
     evaluate_solver: Literal["euler", "heun", "sde", "sde-heun", "ddpm", "ddim"] = "euler"
     evaluate_steps: _Positive = 50
+    evaluate_shift: Annotated[float, Gt(0)] = 1.0
     evaluate_guidance: Annotated[float, Ge(0)] = 1.0
     gradient_angle_every: _Count = 0
     gradient_angle_block: int | None = None

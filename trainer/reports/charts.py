@@ -29,7 +29,14 @@ _FIRST = ("loss", *HELD_OUT)
 _LOSSES = "Each method's loss is a sum of terms of its own: compare a run with itself alone."
 # of figures that training computed, whose names end in the number of samples; the reference is the cache
 _EVALUATED = re.compile(r".+@[0-9]+")
-_OF_EVALUATED = ("cache", "condition", "evaluate_solver", "evaluate_steps", "evaluate_guidance")
+_OF_EVALUATED = (
+    "cache",
+    "condition",
+    "evaluate_solver",
+    "evaluate_steps",
+    "evaluate_shift",
+    "evaluate_guidance",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

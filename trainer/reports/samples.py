@@ -31,7 +31,16 @@ _LOSSLESS_BYTES = 256 << 10
 _QUALITY = 90  # of JPEG, beyond which files grow and pictures do not change to the eye
 
 # what two grids must share for each picture of one to be of the noise and label of the other's
-_OF_PREVIEW = ("seed", "preview_count", "preview_steps", "preview_guidance", "condition", "cache")
+_OF_PREVIEW = (
+    "seed",
+    "preview_count",
+    "preview_steps",
+    "preview_shift",
+    "preview_guidance",
+    "condition",
+    "cache",
+    "latents",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +127,7 @@ def _said(run: RunRead) -> str:
     values: dict[str, Any] = {key: setting_text(run.settings.get(key)) for key in _OF_PREVIEW}
     return (
         f"seed {values['seed']}, {values['preview_count']} images, {values['preview_steps']} Heun steps, "
-        f"guidance {values['preview_guidance']}, averaged weights"
+        f"guidance {values['preview_guidance']}, shift {values['preview_shift']}, averaged weights"
     )
 
 

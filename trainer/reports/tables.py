@@ -23,7 +23,7 @@ _LONGEST_VALUE = 200
 _MOST_DIFFERING = 200
 HELD_OUT = ("held_out_ema", "held_out")
 # what two held-out losses must share, lest they be of other rows or units
-OF_HELD_OUT = ("cache", "holdout", "condition", "latent_scale", "latent_shift")
+OF_HELD_OUT = ("cache", "holdout", "condition", "latents", "latent_norm", "latent_scale", "latent_shift")
 
 
 @dataclass(frozen=True, kw_only=True)

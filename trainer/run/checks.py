@@ -138,14 +138,15 @@ def _check_model_name(config: TrainConfig, found: Checked) -> None:
 def _check_sampling(config: TrainConfig, found: Checked) -> None:
     """Check whether previews and evaluations can be sampled as they are to be."""
     objective = make_objective(config.objective)
-    for name, every, solver, steps in (
-        ("preview", config.preview_every, objective.preview_solver, config.preview_steps),
-        ("evaluate", config.evaluate_every, config.evaluate_solver, config.evaluate_steps),
+    for name, every, solver in (
+        ("preview", config.preview_every, objective.preview_solver),
+        ("evaluate", config.evaluate_every, config.evaluate_solver),
     ):
         if not every:
             continue
         try:
-            SamplerConfig(solver=solver, steps=steps).of(objective)
+            steps, shift = (getattr(config, f"{name}_{each}") for each in ("steps", "shift"))
+            SamplerConfig(solver=solver, steps=steps, shift=shift).of(objective)
         except RepaError as error:
             field = f"{name}_{error.field.removeprefix('--')}"
             found.add(error.what, f"{error.remedy}, with `--set {field}=…`", field=field)

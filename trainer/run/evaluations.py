@@ -121,7 +121,10 @@ class Evaluations:
             origin=self._run,
         )
         settings = SamplerConfig(
-            solver=config.evaluate_solver, steps=config.evaluate_steps, guidance=config.evaluate_guidance
+            solver=config.evaluate_solver,
+            steps=config.evaluate_steps,
+            shift=config.evaluate_shift,
+            guidance=config.evaluate_guidance,
         )
         num = config.evaluate_num
         arrays: Arrays = {

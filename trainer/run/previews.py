@@ -106,6 +106,7 @@ class Previews(StepCallback):
                 SamplerConfig(
                     solver=module.objective.preview_solver,
                     steps=self.config.preview_steps,
+                    shift=self.config.preview_shift,
                     guidance=self.config.preview_guidance,
                 ),
             )

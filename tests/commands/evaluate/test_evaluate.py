@@ -438,9 +438,12 @@ def trained(run: Path, folder: Path, *settings: str, weights: list[str] | None =
 
 
 def test_the_same_figure_while_training(run: Path, tmp_path: Path) -> None:
-    rows = trained(run, tmp_path / "run", "evaluate_num=34", "evaluate_guidance=1.5")
+    settings = ("evaluate_num=34", "evaluate_guidance=1.5", "evaluate_shift=0.5")
+    rows = trained(run, tmp_path / "run", *settings)
     assert "fd/demo@34" not in rows[0]
-    found, _ = evaluated(tmp_path / "out", run=tmp_path / "run", **{**QUICK, "num": 34, "seed": 0})
+    found, _ = evaluated(
+        tmp_path / "out", run=tmp_path / "run", **{**QUICK, "num": 34, "seed": 0, "shift": 0.5}
+    )
     assert rows[1]["fd/demo@34"] == pytest.approx(found["fd/demo"], rel=1e-8)  # nine digits are kept
 
 
@@ -450,6 +453,7 @@ def test_evaluations_that_cannot_be_are_refused_before_a_step(run: Path, tmp_pat
         (("evaluate_metrics=fd/mae-l",), "evaluate_metrics"),
         (("evaluate_metrics=kid", "evaluate_num=10"), "evaluate_metrics"),
         (("evaluate_num=1",), "evaluate_num"),
+        (("evaluate_shift=0.5", "evaluate_solver=sde", "evaluate_steps=2"), "evaluate_shift"),
     ):
         with pytest.raises(RepaError) as caught:
             trained(run, tmp_path / "run", *settings)

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -207,6 +208,9 @@ def test_previews_are_of_the_same_noise_and_the_averaged_weights(
     again = FlatDecoder()
     run_fit(config, "again", decoder=again)
     assert torch.equal(decoder.latents[1], again.latents[1])
+    shifted = FlatDecoder()
+    run_fit(replace(config, preview_shift=0.5), "shifted", decoder=shifted)
+    assert not torch.equal(decoder.latents[1], shifted.latents[1])
 
 
 def test_previews_change_nothing_else(settings: Settings, run_fit: Fit, tmp_path: Path) -> None:
