@@ -23,7 +23,7 @@ from repa.data.format.opening import open_manifest, read_keys, read_labels
 from repa.data.format.survey import committed_shards
 from repa.data.reading.reader import CacheReader
 from repa.data.testing import folder_contents, synthetic_cache
-from repa.data.writing.store import write_manifest
+from repa.data.writing.store import cache_lock, write_manifest
 from repa.pipeline import loading
 from repa.pipeline.demo.shapes import DemoImages
 from repa.pipeline.encoders import load_encoder
@@ -161,7 +161,8 @@ def test_a_kill_before_the_latents_were_measured_leaves_nothing_out(
     # what an earlier version wrote does not name repa among the libraries, and stays as it is
     names = {name: value for name, value in latents.libraries.items() if not (from_before and name == "repa")}
     bare = replace(latents, notes=notes, libraries=names)
-    write_manifest(cache, replace(manifest, sources={**manifest.sources, AUTOENCODER: bare}))
+    with cache_lock(cache) as seen:
+        write_manifest(cache, replace(manifest, sources={**manifest.sources, AUTOENCODER: bare}), seen)
     killed = folder_contents(cache)
     assert "is complete: nothing to do" in demo(cache, encoders=["none"], limit=3)
     assert folder_contents(cache) == (killed if from_before else undisturbed)

@@ -21,7 +21,6 @@ from repa.data.format.opening import open_manifest
 from repa.data.format.survey import committed_shards, invalid_reasons
 from repa.data.reading.reader import CacheReader
 from repa.data.testing import folder_contents
-from repa.pipeline import plan as plan_module
 from repa.pipeline.demo import TEACHER_WEIGHTS
 from repa.pipeline.images import folder as folder_module
 from safetensors.torch import load_file, save_file
@@ -99,7 +98,7 @@ def unreadable_file(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def small_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 10**4, 10**4))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 10**4, 10**4))
 
 
 def write(path: Path, text: str = "x") -> Path:

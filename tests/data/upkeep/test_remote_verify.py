@@ -302,8 +302,8 @@ def test_export_from_a_bucket_is_that_of_the_folder(
         "cache merge LOCAL LOCAL --cache s3://bucket/out",
         "cache import x.tar --cache s3://bucket/out",
         "cache export LOCAL --out s3://bucket/out",
-        "preprocess --data images --cache s3://bucket/out",
-        "plan --data images --cache s3://bucket/out",
+        "cache upgrade s3://bucket/whole",
+        "cache drop demo s3://bucket/whole",
         "train --cache LOCAL --run s3://bucket/run",
         "sample --run s3://bucket/run",
         "sample --ckpt none.pt --out s3://bucket/out",
@@ -320,7 +320,7 @@ def test_what_writes_or_needs_a_folder_refuses_in_one_line(
     assert run(*words.replace("LOCAL", str(local)).split()) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: s3://bucket/")
-    assert "is in a bucket, where caches are only read" in error
+    assert "is in a bucket, where only" in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []  # no folder `s3:`
 
