@@ -453,7 +453,6 @@ def test_evaluations_that_cannot_be_are_refused_before_a_step(run: Path, tmp_pat
         (("evaluate_metrics=fd/mae-l",), "evaluate_metrics"),
         (("evaluate_metrics=kid", "evaluate_num=10"), "evaluate_metrics"),
         (("evaluate_num=1",), "evaluate_num"),
-        (("evaluate_shift=0.5", "evaluate_solver=sde", "evaluate_steps=2"), "evaluate_shift"),
     ):
         with pytest.raises(RepaError) as caught:
             trained(run, tmp_path / "run", *settings)

@@ -220,6 +220,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "of a teacher that is not there": ({"latents": "dinov2-b-reg/patch"}, "latents"),
     "a norm of latents": ({"latent_norm": "channel"}, "latent_norm"),
     "a factor": ({"latent_scale": 0.5}, "latent_scale"),
+    "a shift that a solver does not take": (
+        {"evaluate_every": 1, "evaluate_shift": 0.5, "evaluate_solver": "sde"},
+        "evaluate_shift",
+    ),
     "a decoder of tokens for latents": ({"latents": "sd-vae/moments", "decoder": "rae"}, "decoder"),
 }
 
