@@ -238,7 +238,7 @@ class OpenedCache:
         world: int | None = None,
         accumulate: int = 1,
         order: str = "full",
-        threads: int = 2,
+        threads: int | None = None,
         pin_memory: bool = False,
     ) -> BatchLoader:
         """Return the batches that `repa train` would have, from any step on.
@@ -258,13 +258,15 @@ class OpenedCache:
             world: how many processes there are; by default as for `rank`.
             accumulate: micro-batches of a step, which are handed out one by one.
             order: ``full``; or ``blocks``, a few shards at a time, for slow disks.
-            threads: threads that read.
+            threads: threads that read; by default two, or one where the processes that torchrun or SLURM
+                started on this machine have a core or less each.
             pin_memory: read into page-locked memory, if there is CUDA.
 
         Raises:
             CacheError: a column or view is not there, or a column not wholly written.
             RepaError: the batch does not divide among ranks and micro-batches, or is larger than the set.
         """
+        from .data.machine import reading_threads
         from .data.reading.batches import BatchLoader, process_of
         from .data.reading.loader import CacheLoader
 
@@ -287,7 +289,7 @@ class OpenedCache:
                 images_seen=start_step * batch_size,
                 last_image=None if steps is None else steps * batch_size,
                 columns_at=lambda step: names,
-                threads=threads,
+                threads=reading_threads(threads),
                 pin_memory=pin_memory,
             )
         )

@@ -19,6 +19,7 @@ from .preprocess import EncodingFlags, make_config
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
     from rich.console import Console
 
@@ -161,7 +162,43 @@ def plan(flags: PlanFlags, *, console: Console | None = None) -> None:
         with _busy(f"measuring steps of {flags.model}", console):
             rate, how = _training_rate(found, flags.model, flags.train_batch_size)
     say(console, f"train   {_reading(row_bytes, rate, how, disk)}")
+    if folder is not None and disk is not None:
+        _say_feeding(found, captions, folder, disk, rate, console)
     _say_break_even(found, speed, disk, rate, console)
+
+
+def _say_feeding(
+    plan: Plan,
+    captions: CaptionPlan | None,
+    folder: Path,
+    disk: DiskSpeed,
+    rate: float | None,
+    console: Console,
+) -> None:
+    """Say whether the page cache of this machine, or its disk, feeds the training."""
+    from ..data.machine import available_memory
+    from ..pipeline.summary import say
+    from .measure.feeding import Feeding, measure_page_cache, verdict
+
+    row_bytes, ranks = training_bytes(plan, captions), plan.config.devices
+    with _busy("measuring the page cache", console):
+        cached = measure_page_cache(folder, row_bytes=row_bytes, ranks=ranks)
+    if cached is None:
+        return
+    texts = 0 if captions is None else captions.manifest.num_rows
+    of_image = training_bytes(plan)
+    feeding = Feeding(
+        images=len(plan.images),
+        bytes=len(plan.images) * len(plan.manifest.views) * of_image + texts * (row_bytes - of_image),
+        row_bytes=row_bytes,
+        memory=available_memory(),
+        cached=cached,
+        disk=disk.read,
+        needed=rate,
+        ranks=ranks,
+        as_float=plan.config.feature_dtype != "int8" and bool(plan.config.encoders),
+    )
+    say(console, f"memory  {verdict(feeding)}", style="yellow" if feeding.suffices is False else "")
 
 
 def _busy(doing: str, console: Console) -> AbstractContextManager[object]:

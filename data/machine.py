@@ -45,16 +45,18 @@ def cores_of_each(processes: int, launcher: str | None) -> int:
     return usable_cores() if own else max(1, usable_cores() // processes)
 
 
-def reading_threads(threads: int | None, processes: int) -> int:
+def reading_threads(threads: int | None, processes: int | None = None) -> int:
     """Return how many threads read for a rank, as asked, or two, or one where ranks have a core or less each.
 
     Args:
         threads: as asked; None leaves it open.
-        processes: ranks of this machine.
+        processes: ranks of this machine; by default as many as a launcher started.
     """
     if threads is not None:
         return threads
     world = launched_world()
+    if processes is None:
+        processes = 1 if world is None else world.local_size
     cores = cores_of_each(processes, None if world is None else world.launcher)
     return max(1, min(MOST_READING_THREADS, cores))
 

@@ -55,7 +55,7 @@ def measure_disk(folder: Path, *, row_bytes: int, scratch_bytes: int = _SCRATCH_
         RepaError: the operating system refuses.
     """
     with os_errors("write", folder):
-        total = min(scratch_bytes, int(shutil.disk_usage(folder).free * _SHARE)) // _PIECE * _PIECE
+        total = scratch_bytes_of(folder, scratch_bytes)
         if not total:
             return None
         path = folder / SCRATCH_NAME
@@ -70,6 +70,16 @@ def measure_disk(folder: Path, *, row_bytes: int, scratch_bytes: int = _SCRATCH_
             with suppress(OSError):
                 path.unlink()
     return DiskSpeed(bytes=total, write=written, read=read)
+
+
+def scratch_bytes_of(folder: Path, most: int = _SCRATCH_BYTES) -> int:
+    """Return the bytes of a scratch file, at most a twentieth of what is free.
+
+    Args:
+        folder: that it goes into.
+        most: bytes.
+    """
+    return min(most, int(shutil.disk_usage(folder).free * _SHARE)) // _PIECE * _PIECE
 
 
 def _write(descriptor: int, total: int) -> float:

@@ -33,6 +33,13 @@ class Meeting(Protocol):
         ...
 
 
+class Alone:
+    """The meeting of one process."""
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
 @dataclass(frozen=True)
 class Place:
     """One of the processes.

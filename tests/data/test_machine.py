@@ -66,10 +66,14 @@ def test_ranks_share_the_cores_unless_slurm_bound_each(monkeypatch: pytest.Monke
     assert cores_of_each(8, "SLURM") == 16
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     assert cores_of_each(8, "SLURM") == 2
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "GROUP_RANK"):
         monkeypatch.delenv(name, raising=False)
     assert [reading_threads(None, ranks) for ranks in (1, 4, 8, 9, 16)] == [2, 2, 2, 1, 1]
     assert reading_threads(5, 16) == 5
+    assert reading_threads(None) == 2
+    for name, value in {"RANK": 0, "WORLD_SIZE": 16, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 16}.items():
+        monkeypatch.setenv(name, str(value))
+    assert reading_threads(None) == 1
 
 
 def test_memory_is_what_is_free_and_what_every_group_around_leaves(tmp_path: Path) -> None:

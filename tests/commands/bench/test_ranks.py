@@ -13,7 +13,7 @@ from repa.commands.bench.loader import BATCH_SIZE
 from repa.commands.bench.measured import BenchSettings
 from repa.commands.bench.ranks import EPOCHS, Copying, InSequence, Reading, bench_ranks
 from repa.commands.bench.run import bench
-from repa.commands.measure.together import Place, Processes, Share, Stopwatch, Together, processes
+from repa.commands.measure.together import Alone, Place, Processes, Share, Stopwatch, Together, processes
 from repa.data.errors import RepaError
 from repa.data.testing import synthetic_cache
 
@@ -27,13 +27,6 @@ COUNT = 2
 def started() -> Iterator[Processes]:
     with processes(COUNT, preload=["repa.commands.bench.ranks"]) as found:
         yield found
-
-
-class Alone:
-    """The meeting of one process."""
-
-    def wait(self) -> None:
-        """Return at once."""
 
 
 @dataclass(frozen=True)
