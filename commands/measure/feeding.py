@@ -179,7 +179,7 @@ class PageCacheReading:
         try:
             with ThreadPoolExecutor(threads) as pool:
                 # written to once: a page that was never touched is made when it is
-                buffers = [memoryview(np.ones(_HELD * self.row_bytes, np.uint8)) for _ in range(threads)]
+                buffers = [np.ones(_HELD * self.row_bytes, np.uint8).data for _ in range(threads)]
                 shares = [share.tolist() for share in np.array_split(order, threads)]
                 with Stopwatch(place) as watch:
                     list(pool.map(read, shares, buffers))
