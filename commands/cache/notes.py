@@ -75,6 +75,9 @@ def print_notes(found: CacheInfo, console: Console) -> None:
         fidelity = notes.get("fidelity")
         if source == AUTOENCODER:
             continue
+        if "distilled" in notes:
+            line = f"{source}: {_copy(notes['distilled'])}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         if "blocks" in notes:
             console.print(f"{source}: {_attention_form(notes)}", highlight=False)
         if fidelity is None:
@@ -88,6 +91,18 @@ def print_notes(found: CacheInfo, console: Console) -> None:
     if views > 1 and any("fidelity" in each.notes for each in found.manifest.sources.values()):
         line = f"where it says per image, fitted or measured: each of an image's {views} views counts as one"
         console.print(line, highlight=False, soft_wrap=True, style="dim")
+
+
+def _copy(distilled: Mapping[str, Any]) -> str:
+    """Describe what `repa distill` wrote of a copy."""
+    fidelity, speed = distilled["fidelity"], distilled["speed"]
+    return (
+        f"a copy of {distilled['teacher']} (weights {distilled['teacher_sha256'][:12]}) with "
+        f"{distilled['idle']:.0%} of its hidden channels idle, another teacher: patch tokens at cosine "
+        f"{fidelity['patch_cosine_mean']:.3f} to it, those of another image at "
+        f"{fidelity['shuffled_cosine']:.3f}, on {counted(fidelity['images'], 'held-out image')}; "
+        f"×{speed['ratio']:.2f} its speed on {speed['device']}"
+    )
 
 
 def _attention_form(notes: Mapping[str, Any]) -> str:

@@ -1,12 +1,12 @@
 """The closed-form start, in which each block of the student is fitted to what the teacher's block gave.
 
 Block after block, the student's tokens after its own attention are x. Of the teacher's hidden channels those
-stay active whose activation is furthest from a line over the fitted images, weighted by what the second layer
-makes of them. They are copied; the second layer's weights for them and the linear path are the ridge
-regression, together, of the teacher's output of that block less x. The path is laid through the idle channels
-where they are enough for any path; where they are fewer, they are the teacher's and their weights are fitted.
-Errors of earlier blocks are so mended by
-later ones. Nothing is differentiated.
+stay active that no linear path replaces, see `channels`. They are copied; the second layer's weights for them
+and the linear path are one ridge regression. What it is of lies between the teacher's tokens after that block
+less x, which mends errors of earlier blocks and learns those of the fitted images by heart, and what the
+teacher's network makes of x, which mends nothing. The path is laid through the idle channels where they are
+enough for any path; where they are fewer, they are the teacher's and their weights are fitted. Nothing is
+differentiated.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ...data.errors import CacheError
 from ..encoders.idle_blocks import layer_scale
 from ..encoders.precision import forward_pass
 from ..encoders.weights import INITIALISATION_SEED
+from .channels import ChannelChoice
 from .least_squares import LeastSquares
 
 if TYPE_CHECKING:
@@ -31,7 +32,14 @@ if TYPE_CHECKING:
     from .pairs import Pairs
 
 PENALTY = 1e-4
-"""Of the regressions, relative to the variance of each feature. Ours."""
+"""Of the first layer after a BatchNorm, relative to the variance of each feature. Ours."""
+IMITATION = 0.7
+"""Share in what is fitted of what the teacher's network makes of the student's tokens. Ours, as measured:
+0 and 1 are both worse on held-out images, see ``docs/distill.md``."""
+FITTED_PENALTY = 1e-3
+"""Of the second layer and the linear path. Ours, measured with it."""
+CHOICE_TOKENS = 4
+"""At most, evenly spaced, for each channel in and within the network, of those it is chosen by. Ours."""
 LEAST_COSINE = 0.98
 """Mean cosine of an image's cached tokens to those of the teacher at hand. Ours, far below what int8, half
 precision or another device change, and far above what another image or crop gives."""
@@ -134,23 +142,18 @@ class _BlockFit:
 
     def _order(self) -> Tensor:
         """Return the teacher's hidden channels, those that stay active first, ``[H]``."""
-        sums: Tensor | None = None
-        count = 0
+        network = self._network
+        width, hidden = network.fc1.in_features, network.fc1.out_features
+        choice = ChannelChoice(width, hidden, self._device)
+        tokens = sum(x.shape[0] * x.shape[1] for x in self._states)
+        step = -(-tokens // (CHOICE_TOKENS * (width + hidden)))
+        seen = 0
         for x in self._each(self._states):
-            h = self._teacher_hidden(x)
-            g = self._teacher.mlp.act(h).double()
-            h = h.double()
-            found = torch.stack([each.sum(dim=0) for each in (h, g, h * h, h * g, g * g)])
-            sums, count = found if sums is None else sums + found, count + len(h)
-        assert sums is not None, "there are images"
-        h, g, hh, hg, gg = sums / count
-        across, along = hg - h * g, hh - h * h
-        residual = gg - g * g - across.square() / along.clamp_min(torch.finfo(along.dtype).tiny)
-        weights = (self._scale.unsqueeze(-1) * self._teacher.mlp.fc2.weight).double()
-        score = residual.clamp_min(0) * weights.square().sum(dim=0)
-        best = score.argsort(descending=True, stable=True)
-        active = self._network.active
-        return torch.cat([best[:active].sort().values, best[active:].sort().values])
+            some = x.flatten(0, 1)[-seen % step :: step]
+            seen += x.shape[0] * x.shape[1]
+            z = self._teacher.norm2(some)
+            choice.add(z, self._teacher.mlp.act(self._teacher.mlp.fc1(z)))
+        return choice.order(self._scale.unsqueeze(-1) * self._teacher.mlp.fc2.weight, network.active)
 
     def _set_first_layer(self, order: Tensor) -> None:
         """Copy the teacher's first layer, or fit one that gives the same after a BatchNorm."""
@@ -171,13 +174,15 @@ class _BlockFit:
         free = hidden - active >= width
         linear = width if free else hidden - active
         fit = LeastSquares(active + linear, width, self._device)
+        teacher = self._teacher
         scale = torch.where(self._scale == 0, 1.0, self._scale)
         for x, wanted in zip(self._each(self._states), self._each(self._wanted), strict=True):
             z = self._inputs(x)
             h = network.fc1(z)
             features = torch.cat([network.act(h[:, :active]), z if free else h[:, active:]], dim=1)
-            fit.add(features, ((wanted - x) / scale).flatten(0, 1))
-        weights, bias = fit.solve(PENALTY)
+            target = torch.lerp((wanted - x) / scale, teacher.mlp(teacher.norm2(x)), IMITATION)
+            fit.add(features, target.flatten(0, 1))
+        weights, bias = fit.solve(FITTED_PENALTY)
         idle = weights[:, active:]
         if free:
             # orthonormal columns lose nothing to rounding, as the teacher's would

@@ -6,6 +6,7 @@ import io
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from repa.commands.cache.info import info
 from repa.commands.distill.flags import DistillFlags
 from repa.commands.distill.run import distill
 from repa.commands.preprocess import PreprocessFlags, preprocess
@@ -53,6 +54,10 @@ def test_it_writes_where_preprocess_looks(
     )
     preprocess(flags, console=Console(file=output, width=200))
     assert "demo-idle75/patch" in output.getvalue()
+    output = io.StringIO()
+    info(cache=tmp_path / "new", console=Console(file=output, width=200))
+    assert found.teacher_sha256[:12] in output.getvalue()
+    assert f"{found.fidelity['patch_cosine_mean']:.3f}" in output.getvalue()
 
 
 @pytest.mark.parametrize(

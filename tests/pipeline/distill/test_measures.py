@@ -63,6 +63,20 @@ def test_a_teacher_is_its_own_copy() -> None:
     assert found["relative_l2"] == found["gram_error"] == found["repa_loss_change"] == 0
 
 
+def test_change_of_the_loss_in_closed_form() -> None:
+    # a prediction at cosine 0.5 to the token is at −0.5 to its opposite
+    patch, cls = torch.randn(3, 4, 6), torch.randn(3, 6)
+    assert measured(patch, cls, -patch, cls, 2)["repa_loss_change"] == pytest.approx(1, abs=1e-6)
+    assert measured(patch, cls, 3 * patch, cls, 2)["repa_loss_change"] == pytest.approx(0, abs=1e-6)
+    # in the plane it is 60° on one side of the token or the other
+    angle = torch.tensor(0.3, dtype=torch.float64)
+    token = torch.tensor([[[1.0, 0.0]]]).expand(2, 1, 2)
+    turned = torch.stack([angle.cos(), angle.sin()]).float().expand(2, 1, 2)
+    found = measured(token, token[:, 0], turned, turned[:, 0], 1)["repa_loss_change"]
+    sides = [abs(0.5 - np.cos(np.pi / 3 + side * 0.3)) for side in (-1, 1)]
+    assert min(abs(found - each) for each in sides) < 1e-6
+
+
 def test_neighbours_in_common() -> None:
     angles = torch.tensor([0.0, 0.1, 1.0, 1.1])
     moved = torch.tensor([0.0, 0.9, 0.1, 1.0])
