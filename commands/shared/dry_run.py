@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ...data.units import counted
+from ...data.units import counted, human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -79,6 +79,7 @@ def _print_sizes(checked: Checked, config: TrainConfig, console: Console) -> Non
     from ...trainer.models.conditions import build_conditioner
     from ...trainer.models.registry import build, choices_of
     from ...trainer.objectives.registry import make_objective, name_of
+    from ...trainer.run.sharded_strategy import NAME as FSDP
 
     if checked.train_rows is not None and checked.held_out_rows is not None:
         images = config.max_steps * config.batch_size
@@ -99,8 +100,17 @@ def _print_sizes(checked: Checked, config: TrainConfig, console: Console) -> Non
             return  # the problems say so
         network = build(checked.backbone, conditioner)
         backbone = sum(each.numel() for each in network.parameters())
+        trained = sum(each.numel() for each in network.parameters() if each.requires_grad)
     method = sum(each.numel() for each in checked.method.parameters())
     console.print(f"parameters: backbone {backbone:,}, method {method:,}", highlight=False, soft_wrap=True)
+    parts = checked.world_size if config.trainer.get("strategy") == FSDP and checked.world_size else 1
+    # weight, gradient and two moments of what trains, and one average of the backbone, in float32
+    held = 4 * (4 * (trained + method) + backbone) / parts
+    console.print(
+        f"memory of weights: {human_bytes(held)} a device, with gradients, moments and averaged weights",
+        highlight=False,
+        soft_wrap=True,
+    )
     objective = make_objective(config.objective)
     console.print(
         f"objective: {name_of(config.objective)} ({' + '.join(objective.terms)}), the network predicts "
@@ -123,8 +133,6 @@ def _print_sizes(checked: Checked, config: TrainConfig, console: Console) -> Non
 
 def _print_phases(phases: Sequence[Mapping[str, Any]], threads: int | None, console: Console) -> None:
     from rich.table import Table
-
-    from ...data.units import human_bytes
 
     if not phases:
         return

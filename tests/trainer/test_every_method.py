@@ -84,6 +84,13 @@ def assert_equal_but_for_rounding(first: Path, second: Path) -> None:
     assert state_of(first, last).keys() == state_of(second, last).keys()
 
 
+def assert_close_checkpoints(first: Path, second: Path, step: int) -> None:
+    """Compare weights and moments, by the same names and numbers."""
+    one, two = (torch.load(checkpoints_of(run)[step], weights_only=True) for run in (first, second))
+    for kept in ("state_dict", "optimizer_states"):
+        torch.testing.assert_close(one[kept], two[kept], rtol=1e-4, atol=1e-6)
+
+
 def build_run(config: TrainConfig) -> tuple[TrainingModule, Any]:
     checked = check(config)
     assert checked.problems == []
@@ -378,15 +385,21 @@ if __name__ == "__main__":
 def test_two_ranks_are_one_that_accumulates(
     whole: Path, run_fit: Fit, tmp_path: Path, warmed: Warmed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All in one process group: micro-batch k with the draws of rank k gives what two ranks give."""
+    """All in one process group: micro-batch k with the draws of rank k gives what two ranks give.
+
+    They give it with weights that are cut over both, too, to the last moment of the optimiser.
+    """
     runs = tmp_path / "runs"
     runs.mkdir()
     asked = {name: (name, few(name)) for name in NAMES}
     asked["LightningDiT"] = ("repa", few("repa") | {"model": "LightningDiT-T/2"})
     asked["DiT"] = ("sra", few("sra") | {"model": "DiT-T/2"})
+    devices = {"trainer__devices": 2, "trainer__accelerator": "cpu"}
     for name, (method, changes) in asked.items():
-        two = small_config(method, whole, **changes, trainer__devices=2, trainer__accelerator="cpu")
+        two = small_config(method, whole, **changes, **devices)
         (runs / f"{name}.yaml").write_text(two.to_yaml())
+        cut = small_config(method, whole, **changes, **devices, trainer__strategy="fsdp")
+        (runs / f"{name}-cut.yaml").write_text(cut.to_yaml())
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
     ended = warmed.run(script, Path(__file__).parents[1] / "support", runs, ranks=2)
@@ -409,3 +422,5 @@ def test_two_ranks_are_one_that_accumulates(
     for name, (method, changes) in asked.items():
         run_fit(small_config(method, whole, **changes, accumulate=2), name)
         assert_equal_but_for_rounding(tmp_path / name, runs / name)
+        assert_equal_but_for_rounding(runs / name, runs / f"{name}-cut")
+        assert_close_checkpoints(runs / name, runs / f"{name}-cut", 2)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..added_callbacks import check_state
 from ..step.checkpoints import FOLDER, checkpoint_path, checkpoints_of
+from ..step.sharding import own_part
 from .callbacks import Clock, StepCallback
 from .divergence import refuse_divergence, refuse_weights
 
@@ -53,7 +54,7 @@ class Checkpoints(StepCallback):
         with self._clock.paused():
             module.fetch_means()
             refuse_divergence(module.means.state_dict()["sums"], step, self._run)
-            refuse_weights(module.parameters(), step, self._run, module.over_ranks)
+            refuse_weights(map(own_part, module.parameters()), step, self._run, module.over_ranks)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 check_state(type(callback).__name__, callback.state_dict())
             self._before()

@@ -43,6 +43,7 @@ from .latent_checks import check_latents, check_targets, check_width
 from .lightning_trainer import make_trainer
 from .loggers import logger_problems
 from .open_files import check_open_files
+from .sharded_strategy import sharding_problems
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -210,7 +211,11 @@ def _check_method(config: TrainConfig, manifest: Manifest, backbone: BackboneCon
     found.method = found.attempt(lambda: make_method(config, backbone.facts, manifest, found.live))
     if found.method is None:
         return
-    for problem in (*found.method.problems(), *angle_problems(config, found.method, backbone.facts)):
+    for problem in (
+        *found.method.problems(),
+        *angle_problems(config, found.method, backbone.facts),
+        *sharding_problems(config, found.method),
+    ):
         found.add(problem.what, problem.remedy, field=problem.field)
     check_times(config, found.method, found)
     check_token_times(config, backbone, found.method, found)

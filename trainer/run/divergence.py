@@ -85,7 +85,9 @@ def _is_good(path: Path) -> bool:
 
 def largest(weights: Iterable[Tensor]) -> Tensor:
     """Return the largest magnitude among weights, not a number if one is none, as one device value."""
-    return nn.utils.get_total_norm([each.detach() for each in weights], norm_type=math.inf)
+    # a rank may have no part of a weight that is cut
+    some = [each.detach() for each in weights if each.numel()]
+    return nn.utils.get_total_norm(some, norm_type=math.inf)
 
 
 def way_on(run: Path) -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..evaluation.measuring import Asked
     from ..evaluation.networks import FeatureNetwork
     from ..evaluation.references import Reference
+    from ..models.base import Backbone
     from ..step.module import TrainingModule
     from .previews import LatentDecoder
 
@@ -85,8 +86,8 @@ class Evaluations:
         problem: RepaError | None = None
         arrays: Arrays = {}
         try:
-            with _one_thread(module.device):
-                arrays = self._features(trainer, module)
+            with _one_thread(module.device), module.shards.whole(module.ema) as backbone:
+                arrays = self._features(trainer, module, backbone)
         except RepaError as error:
             problem = error
         if module.sum_over_ranks(float(problem is not None)):
@@ -104,13 +105,13 @@ class Evaluations:
             self._say(f"no figures at step {trainer.global_step:,}: {error}")
             return {}
 
-    def _features(self, trainer: Trainer, module: TrainingModule) -> Arrays:
+    def _features(self, trainer: Trainer, module: TrainingModule, backbone: Backbone) -> Arrays:
         """Return this rank's features by network and name, each ``[N, D]`` with zeros for other ranks'."""
         config = self._config
         if self._networks is None:
             self._networks = self._evaluator.load(module.device)
         model = TrainedModel(
-            backbone=module.ema,
+            backbone=backbone,
             objective=module.objective,
             scale=None,
             latents=module.latents,
@@ -135,7 +136,7 @@ class Evaluations:
             for name, network in self._networks.items()
         }
         batches = range(trainer.global_rank * BATCH, num, trainer.world_size * BATCH)
-        condition = conditions(module.ema.y_embedder, num, seed=config.seed)
+        condition = conditions(backbone.y_embedder, num, seed=config.seed)
         latents = generate(model, condition, settings, seed=config.seed, batch_size=BATCH, batches=batches)
         for first, part in zip(batches, latents, strict=True):
             images = self._decoder.decode(part).permute(0, 2, 3, 1).cpu().numpy()

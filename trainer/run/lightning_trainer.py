@@ -19,6 +19,8 @@ from ...data.launchers import launched_world
 from ..step.checkpoints import FOLDER, AtomicCheckpointIO
 from .arithmetic import device_kind, resolve_precision
 from .launch import environments, launched_devices
+from .sharded_strategy import NAME as FSDP
+from .sharded_strategy import ShardedStrategy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -57,6 +59,8 @@ def make_trainer(
     # `Stop` minds the time: Lightning's timer asks all ranks in every step, and saves nothing
     settings.pop("max_time", None)
     _check_precision(config)
+    if settings.get("strategy") == FSDP:
+        settings["strategy"] = ShardedStrategy()
     try:
         with quiet_lightning():
             trainer = Trainer(
@@ -125,6 +129,8 @@ def quiet_lightning() -> Iterator[None]:
                 r"The `srun` command is available on your system but is not used",
                 # the timer's of a run by a version that left the time to Lightning
                 r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
+                # queries and keys that a block returns are views, which nobody changes in place
+                r"FSDP2-wrapped module",
                 # Lightning's own use of torch's pytree
                 r"`isinstance\(treespec, LeafSpec\)` is deprecated",
             ):

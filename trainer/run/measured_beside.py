@@ -62,16 +62,17 @@ def _held_out_evaluation(
     def evaluate(trainer: Trainer, module: TrainingModule) -> dict[str, float]:
         names = (*module.latents.columns, *module.backbone.y_embedder.columns, *module.beside.columns)
         columns = tuple(dict.fromkeys(names))
-        sums, count = held_out_sums(
-            {"held_out_ema": module.ema, "held_out": module.backbone},
-            held_out_batches(reader, rows, columns, rank=trainer.global_rank, world=trainer.world_size),
-            objective=module.objective,
-            latents=module.latents,
-            seed=config.seed,
-            device=module.device,
-            beside=module.beside,
-            context=trainer.precision_plugin.forward_context,
-        )
+        with module.shards.whole(module.ema) as averaged, module.shards.whole(module.backbone) as backbone:
+            sums, count = held_out_sums(
+                {"held_out_ema": averaged, "held_out": backbone},
+                held_out_batches(reader, rows, columns, rank=trainer.global_rank, world=trainer.world_size),
+                objective=module.objective,
+                latents=module.latents,
+                seed=config.seed,
+                device=module.device,
+                beside=module.beside,
+                context=trainer.precision_plugin.forward_context,
+            )
         totals = [*sums.values(), float(count)]
         if trainer.world_size > 1:
             vector = torch.tensor(totals, dtype=torch.float64, device=module.device)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..config import TrainConfig
+    from ..models.base import Backbone
     from ..step.module import TrainingModule
     from .loggers import Reports
 
@@ -70,25 +71,32 @@ class Previews(StepCallback):
 
     def on_step(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
         """Sample and write a grid if one is due. Without a decoder it says so, once."""
-        if (
-            not trainer.is_global_zero
-            or self._decoder is None
-            or not self.is_due(step, self.config.preview_every)
-            or not module.predicts_after(step)
-        ):
+        if not self.is_due(step, self.config.preview_every) or not module.predicts_after(step):
             return
-        with self._clock.paused():
-            try:
-                images = self._decoder.decode(self._latents(trainer, module))
-            except RepaError as error:
-                self._say(f"no previews: {error}")
-                self._decoder = None
-                return
-            grid = make_grid(images.permute(0, 2, 3, 1).cpu().numpy())
-            save_png(grid, self._run / FOLDER / f"step-{step:08d}.png", self._run)
-            self._reports.picture(FOLDER, np.asarray(grid), step)
+        # every rank: weights that are cut are gathered from all
+        with self._clock.paused(), module.shards.whole(module.ema) as network:
+            if trainer.is_global_zero and self._decoder is not None:
+                self._write(trainer, module, network, self._decoder, step)
 
-    def _latents(self, trainer: Trainer, module: TrainingModule) -> Tensor:
+    def _write(
+        self,
+        trainer: Trainer,
+        module: TrainingModule,
+        network: Backbone,
+        decoder: LatentDecoder,
+        step: int,
+    ) -> None:
+        try:
+            images = decoder.decode(self._latents(trainer, module, network))
+        except RepaError as error:
+            self._say(f"no previews: {error}")
+            self._decoder = None
+            return
+        grid = make_grid(images.permute(0, 2, 3, 1).cpu().numpy())
+        save_png(grid, self._run / FOLDER / f"step-{step:08d}.png", self._run)
+        self._reports.picture(FOLDER, np.asarray(grid), step)
+
+    def _latents(self, trainer: Trainer, module: TrainingModule, network: Backbone) -> Tensor:
         """Sample unscaled latents ``[B, C, h, w]`` of the averaged weights.
 
         Noise and conditions are fixed.
@@ -96,10 +104,10 @@ class Previews(StepCallback):
         count = self.config.preview_count
         noise = next(state_noises(self.config.seed, range(count), state_of(module.backbone.config)))
         draws = generator_for(self.config.seed, "preview condition")
-        condition = module.ema.y_embedder.previewed(count, draws)
+        condition = network.y_embedder.previewed(count, draws)
         with trainer.precision_plugin.forward_context():
             latents = sample(
-                module.ema,
+                network,
                 module.objective,
                 noise.to(module.device),
                 condition.to(module.device),

@@ -26,10 +26,12 @@ from .draws import Draws, StepDraws
 from .means import Means
 from .randomness import derived_seed
 from .schedule import is_constant, learning_rate
+from .sharding import Shards, own_part, whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
     from ...data.reading.loader import Batch
@@ -89,8 +91,9 @@ class TrainingModule(LightningModule):
         if self.beside.vectors and any(method.token_times(phase) for phase in method.phases()):
             raise ValueError("a vector beside the latent is in no group of tokens")
         self.means = Means()
+        self.shards = Shards()
         self._average = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
-        self._averaged: tuple[list[nn.Parameter], list[nn.Parameter]] | None = None
+        self._averaged: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None
         self._compiled = False
         self._draws: StepDraws | None = None
         self._method_generator: torch.Generator | None = None
@@ -134,6 +137,16 @@ class TrainingModule(LightningModule):
             compile_backbone(network, network.blocks, how)
         compile_children(self.method)
 
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Cut every parameter over the devices, see `sharding`.
+
+        Args:
+            mesh: the devices, one axis.
+        """
+        self.shards.cut(self, (self.backbone, self.ema), mesh)
+        # parameters that are cut are other ones
+        self._averaged, self._idle_parameters = None, {(): []}
+
     def on_train_start(self) -> None:
         """Give the optimiser the configuration's settings, in place of those that a checkpoint brings."""
         for optimizer in self.trainer.optimizers:
@@ -155,7 +168,7 @@ class TrainingModule(LightningModule):
         """Compute the loss of a micro-batch from the objective's, if the phase has it, and the method's."""
         del batch_idx
         total = self._total(self.terms(batch))
-        if self.trainer.world_size == 1:
+        if self.trainer.world_size == 1 or self.shards.cut_up:
             return total
         return total + self._idle_sum(self.method.phase_at(batch.step))
 
@@ -248,10 +261,9 @@ class TrainingModule(LightningModule):
             # the zeros that kept DDP's buckets whole must not let AdamW's momentum or decay move it
             parameter.grad = None
         parameters = [each for group in optimizer.param_groups for each in group["params"]]
-        if self.config.clip is None:
-            norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
-        else:
-            norm = nn.utils.clip_grad_norm_(parameters, self.config.clip)
+        norm = whole(nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None]))
+        if self.config.clip is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.clip, norm)
         self.means.add("gradient_norm", norm)
 
     def optimizer_step(
@@ -276,7 +288,10 @@ class TrainingModule(LightningModule):
         if self._averaged is None:
             # walking the modules costs more than a small network's average
             self._averaged = list(self.ema.parameters()), list(self.backbone.parameters())
-        self._average(*self._averaged, 1)
+        averaged, weights = self._averaged
+        if self.shards.cut_up:
+            averaged, weights = ([own_part(each) for each in some] for some in (averaged, weights))
+        self._average(averaged, weights, 1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the run is, and the means since the last row."""
