@@ -324,7 +324,14 @@ def _bench(
     targets: Annotated[
         str, typer.Option(metavar="NAME,…", help="Where the targets of that step come from.")
     ] = ",".join(MEASURED_TARGETS),
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile the backbone of the step.")] = False,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile the whole backbone, or nothing, of the step.",
+            show_default="as of compile=auto",
+        ),
+    ] = None,
     folder: Annotated[
         Path | None, typer.Option(help="Where the temporary caches go: the disk to measure.")
     ] = None,
@@ -364,7 +371,7 @@ def _bench(
         rounds=rounds,
         methods=methods,
         targets=targets,
-        compile=compiled,
+        compile="auto" if compiled is None else "whole" if compiled else "off",
         data=data,
         attention=attention,
         weights=tuple(weights or ()),

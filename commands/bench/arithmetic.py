@@ -7,14 +7,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...trainer.run.arithmetic import float32_products, products_of, resolve_precision
 from ...trainer.run.utilisation import image_flops, peak_flops
 
 if TYPE_CHECKING:
+    from ...trainer.config import TrainConfig
     from ...trainer.methods.base import Phase
     from ...trainer.step.module import TrainingModule
 
 SIDE = {"cpu": 2048, "cuda": 8192}
 """Kind of device → side of the square matrices whose product is timed."""
+HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""Precision of a run → the dtype that it multiplies in, where that is not float32."""
 _PRODUCTS = 3
 
 
@@ -31,20 +35,21 @@ def counted_flops(module: TrainingModule, phase: Phase) -> float:
         return 0.0
 
 
-def known_peak(device: torch.device, precision: str) -> float:
+def known_peak(device: torch.device, config: TrainConfig) -> float:
     """Return the peak FLOP/s of a device as its maker states it, 0 where no table has it.
 
     Args:
         device: that trains.
-        precision: of the run, as of the setting, none of them ``auto``.
+        config: of the run.
     """
     if device.type != "cuda":
         return 0.0
-    tf32 = torch.get_float32_matmul_precision() != "highest"
-    return peak_flops(torch.cuda.get_device_name(device), precision, tf32=tf32) or 0.0
+    tf32 = products_of(config) == "high"
+    name = torch.cuda.get_device_name(device)
+    return peak_flops(name, resolve_precision(config), tf32=tf32) or 0.0
 
 
-def product_flops(device: torch.device, precision: str) -> float:
+def product_flops(device: torch.device, config: TrainConfig) -> float:
     """Measure the FLOP/s of a large matrix product, the most that a step could reach.
 
     The product is of two square matrices of normal numbers, in the dtype that a step multiplies in, by as
@@ -52,15 +57,16 @@ def product_flops(device: torch.device, precision: str) -> float:
 
     Args:
         device: that trains.
-        precision: of the run, none of them ``auto``.
+        config: of the run.
     """
+    with float32_products(config):
+        return _product_flops(device, HALVES.get(resolve_precision(config), torch.float32))
+
+
+def _product_flops(device: torch.device, dtype: torch.dtype) -> float:
     side = SIDE.get(device.type, SIDE["cpu"])
-    halves = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
     generator = torch.Generator(device).manual_seed(0)
-    left, right = (
-        torch.randn(side, side, generator=generator, device=device).to(halves.get(precision, torch.float32))
-        for _ in range(2)
-    )
+    left, right = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
     torch.mm(left, right)
     seconds = []
     for _ in range(_PRODUCTS):

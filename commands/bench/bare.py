@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 
+from ...trainer.compiling import chosen, compiled_losses
 from ...trainer.methods.base import Step
 from ...trainer.objectives.base import require_prediction
 
@@ -49,8 +50,9 @@ class BareLoop:
     """Steps of forward pass, backward pass and AdamW, as anybody would write them, on tensors that stay.
 
     Nothing of a run is in them: no loader, posterior, draws, norm of the gradient, averaged weights, means,
-    metrics or Lightning. The network, the method's projector and losses, and AdamW with its state are the
-    run's own, so that both loops compute on the same memory and a large network is there once.
+    metrics or Lightning. The network, the method's projector and losses, all compiled if they are there, and
+    AdamW with its state are the run's own, so that both loops compute on the same memory and a large network
+    is there once.
 
     Args:
         module: of the run, on its device.
@@ -75,6 +77,7 @@ class BareLoop:
         phase = module.method.phase_at(batch.step)
         if not can_be_bare(module, phase):
             raise ValueError(f"phase {phase.name} is more than a forward and a backward pass")
+        self._compiled = chosen(module.config.compile, module.device.type) != "off"
         self._capture = module.method.capture(phase)
         self._index = batch.step
         self._columns = batch.columns
@@ -115,7 +118,9 @@ class BareLoop:
             generator=self._generator,
             batch_size=self._module.config.batch_size,
         )
-        for term in self._module.method.losses(step).values():
+        with compiled_losses(self._compiled):
+            terms = self._module.method.losses(step)
+        for term in terms.values():
             if term.weight is not None:
                 loss = loss + term.weight * term.value
         return loss

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from ...trainer.compiling import Compile
+
     Column = Callable[["Measured"], str]
 
 METHODS = "none,repa,haste,irepa,reg,urepa,sra,sra2,erw,gmem"
@@ -48,7 +50,7 @@ class BenchSettings:
         rounds: rounds; every figure is the median over them.
         methods: names between commas of the methods whose training steps are measured.
         targets: where the targets of these steps come from, some of `TARGETS` between commas.
-        compile: whether their backbones are compiled.
+        compile: what is compiled of them, as of the setting.
         data: of fidelity: the images, as of `repa preprocess`.
         attention: of fidelity: the teacher's blocks, as of `repa preprocess`; None: HASTE's, scaled to its
             depth.
@@ -67,7 +69,7 @@ class BenchSettings:
     rounds: int = 5
     methods: str = METHODS
     targets: str = ",".join(TARGETS)
-    compile: bool = False
+    compile: Compile = "auto"
     data: str | None = None
     attention: str | None = None
     weights: tuple[str, ...] = ()

@@ -13,11 +13,12 @@ from rich.console import Console
 from ...data.format.columns import MOMENTS, ColumnSpec, attention_source, column_name
 from ...data.testing import synthetic_cache
 from ...pipeline.encoders import load_encoder
+from ...trainer.compiling import chosen
 from ...trainer.config import build
 from ...trainer.input.online import is_target
 from ...trainer.methods.aligning import PLAIN
 from ...trainer.methods.outside import find_method
-from ...trainer.run.arithmetic import float32_products, resolve_precision
+from ...trainer.run.arithmetic import float32_products
 from ...trainer.run.callbacks import Clock, Metrics
 from ...trainer.run.checked import ProblemsError
 from ...trainer.run.checks import attention_blocks, check
@@ -82,7 +83,7 @@ def bench_train(settings: BenchSettings, room: Path) -> tuple[str, str, list[Mea
     side = SIDE[bench.device.type]
     what = (
         f"{settings.model}, teacher {settings.encoder}, {settings.side}², batch {settings.batch_size}"
-        f"{', compiled' if settings.compile else ''}; {max(products) / TERA:.3f} TFLOP/s in a product of "
+        f", compile {bench.compiled}; {max(products) / TERA:.3f} TFLOP/s in a product of "
         f"matrices {side}²"
     )
     return f"training step: {what}{bench.left_out}", "images/s", lines
@@ -147,7 +148,7 @@ class _Bench:
         )
         self._teacher_bytes = torch.cuda.memory_allocated() - before if self._cuda else 0
         self._manifest = self._write_cache()
-        self._precision = resolve_precision(self._config(NONE))
+        self._plain = self._config(NONE)
         self._constant = ConstantTargets(self._manifest, settings.batch_size)
         self._live = LiveTeacher(self._manifest, settings, self._teacher)
 
@@ -274,7 +275,12 @@ class _Bench:
 
     def product(self) -> float:
         """Measure the FLOP/s of a matrix product."""
-        return product_flops(self.device, self._precision)
+        return product_flops(self.device, self._plain)
+
+    @property
+    def compiled(self) -> str:
+        """What is compiled, ``off`` for nothing."""
+        return chosen(self._plain.compile, self.device.type)
 
     def lines(
         self, name: str, variant: _Variant, rates: tuple[float, ...], products: tuple[float, ...]
@@ -292,7 +298,7 @@ class _Bench:
         shared: Mapping[str, Any] = {
             "baseline": variant.baseline,
             "flops": seen.flops,
-            "peak_flops": known_peak(self.device, self._precision),
+            "peak_flops": known_peak(self.device, self._plain),
             "products": products,
         }
         own = Measured(

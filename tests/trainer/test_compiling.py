@@ -86,14 +86,13 @@ def results(network: Backbone, capture: Capture, given: Any, **more: Any) -> lis
 
 
 ROTARY = {"qk_norm": True, "rope": True, "rms_norm": True, "swiglu": True}
-# kinds of blocks: of SiT↓ outer, inner and joining ones, of which the first is given tokens in the order that
-# a convolution left them; of MM-DiT the last is another
+# kinds of blocks: of SiT↓ outer, inner and joining ones; of MM-DiT the last is another
 FAMILIES = [
     ("SiT-T/2", {}, 1),
     ("SiT-T/2", ROTARY, 1),
     ("DiT-T/2", {}, 1),
     ("LightningDiT-T/2", {}, 1),
-    ("SiT-down-T/2", {"qk_norm": True}, 4),
+    ("SiT-down-T/2", {"qk_norm": True}, 3),
     ("MMDiT-6/2", {"qk_norm": True}, 2),
 ]
 

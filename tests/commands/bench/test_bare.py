@@ -15,6 +15,7 @@ from repa.commands.bench.arithmetic import known_peak, product_flops
 from repa.commands.bench.bare import BareLoop, StepClock, can_be_bare
 from repa.commands.bench.measured import BenchSettings, Measured
 from repa.data.errors import RepaError
+from repa.trainer.config import TrainConfig
 from repa.trainer.methods import METHODS
 from repa.trainer.models.sit import SIT_SIZES
 from repa.trainer.models.sit_down import SIT_DOWN_SIZES
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from repa.data.reading.loader import Batch
-    from repa.trainer.config import TrainConfig
     from repa.trainer.input.datamodule import CacheData
     from repa.trainer.step.module import TrainingModule
 
@@ -156,11 +156,11 @@ def test_flops_of_a_product_are_of_the_fastest(monkeypatch: pytest.MonkeyPatch) 
     # three products of 4, 2 and 3 seconds
     times = iter([0.0, 4.0, 10.0, 12.0, 20.0, 23.0])
     monkeypatch.setattr(arithmetic.time, "perf_counter", lambda: next(times))
-    assert product_flops(torch.device("cpu"), "32-true") == 2 * 10**3 / 2
+    assert product_flops(torch.device("cpu"), TrainConfig()) == 2 * 10**3 / 2
 
 
 def test_no_peak_is_stated_of_a_cpu() -> None:
-    assert known_peak(torch.device("cpu"), "32-true") == 0.0
+    assert known_peak(torch.device("cpu"), TrainConfig()) == 0.0
 
 
 def test_targets_are_chosen_by_name() -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from repa.data.format.columns import MOMENTS
+from repa.trainer import compiling
 from repa.trainer.methods import METHODS
 from repa.trainer.methods.base import Flags, Method, MethodConfig, Phase, Step, Term
 from repa.trainer.models.capture import Capture
 from repa.trainer.models.conditioning import LabelConditioner
-from repa.trainer.models.sit import SiT
 from repa.trainer.objectives.flow import Flow, FlowConfig
 from repa.trainer.run.checks import check
 from repa.trainer.run.fit import assemble
@@ -208,9 +207,8 @@ def test_compile_changes_no_key_and_no_loss(
     settings: Settings, run_fit: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the ``eager`` backend: what dynamo captures, without waiting for a compiler."""
-    plain_compile = SiT.compile
-    monkeypatch.setattr(SiT, "compile", partial_method(plain_compile, backend="eager"))
-    run_fit(settings(compile=True), "compiled")
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    run_fit(settings(compile="whole"), "compiled")
     run_fit(settings(), "plain")
     rows = [read_metrics(tmp_path / name / "metrics.csv") for name in ("compiled", "plain")]
     for first, second in zip(*rows, strict=True):
@@ -220,10 +218,6 @@ def test_compile_changes_no_key_and_no_loss(
         for name in ("compiled", "plain")
     ]
     assert states[0].keys() == states[1].keys()
-
-
-def partial_method(function: Callable[..., Any], **keywords: Any) -> Callable[..., Any]:
-    return lambda self: partial(function, self, **keywords)()
 
 
 @dataclass(frozen=True, kw_only=True)
