@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,27 @@ from repa.data.errors import RepaError
 from repa.data.format.opening import open_manifest
 from repa.trainer.evaluation.results import read_evaluations
 from repa.trainer.methods import METHODS
+from repa.trainer.models.sit import SIT_SIZES
+from repa.trainer.models.sit_down import SIT_DOWN_SIZES
 from repa.trainer.run.metrics import read_metrics
 
 
 @pytest.fixture
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(typed, "HOLDOUT", 24)
-    monkeypatch.setattr(demo_module, "SAMPLES", 20)
+    monkeypatch.setattr(demo_module, "SAMPLES", 10)
     monkeypatch.setattr(typed, "BATCH_SIZE", 8)
-    monkeypatch.setattr(typed, "SOLVER_STEPS", 3)
+    monkeypatch.setattr(typed, "SOLVER_STEPS", 1)
+    # as deep as they are, which presets name blocks of, and narrow
+    monkeypatch.setitem(SIT_SIZES, "T", replace(SIT_SIZES["T"], width=32))
+    monkeypatch.setitem(SIT_DOWN_SIZES, "T", replace(SIT_DOWN_SIZES["T"], width=32, mlp_width=64))
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_small")
 def test_demo_from_images_to_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
-    demo(run_command, out=out, steps=3, images=64)
+    demo(run_command, out=out, steps=2, images=64)
     printed = capsys.readouterr().out
     for method in ("none", "repa", "haste"):
         assert f"$ repa train --method {method} --model SiT-T/1" in printed
@@ -54,24 +60,24 @@ def test_demo_from_images_to_picture(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert row["frechet_distance"] > numbers["frechet_distance_of_unseen_images"] > 0
         assert row["images_per_second"] > 0
     with np.load(out / "samples" / "repa" / "samples.npz") as arrays:
-        assert arrays["arr_0"].shape == (20, 64, 64, 3)
+        assert arrays["arr_0"].shape == (10, 64, 64, 3)
         assert arrays["arr_0"].dtype == np.uint8
-        assert np.bincount(arrays["arr_1"]).tolist() == [2] * 10
+        assert np.bincount(arrays["arr_1"]).tolist() == [1] * 10
     with Image.open(out / "demo.png") as picture:
         assert picture.width > 1000
 
     page = (out / "compare.html").read_text()
-    assert page.count("<img ") == 3 * 3  # of three runs, the previews of three steps
+    assert page.count("<img ") == 3 * 2  # of three runs, the previews of two steps
     assert 'id="notes"' not in page
 
     written = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.ckpt")}
-    demo(run_command, out=out, steps=3, images=64)
+    demo(run_command, out=out, steps=2, images=64)
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.ckpt")} == written
     assert json.loads((out / "demo.json").read_text()) == numbers
     assert (out / "compare.html").read_text() == page
 
     # by run and by file `repa evaluate` has the demo's own number
-    settings = ("--num", "20", "--solver", "heun", "--steps", "3", "--guidance", "2")
+    settings = ("--num", "10", "--solver", "heun", "--steps", "1", "--guidance", "2")
     folder, samples = out / "runs" / "repa", out / "samples" / "repa"
     run_command(["evaluate", "--run", str(folder), *settings])
     run_command(
@@ -79,13 +85,13 @@ def test_demo_from_images_to_picture(tmp_path: Path, capsys: pytest.CaptureFixtu
     )
     for place in (folder, samples):
         (figure,) = read_evaluations(place)[-1].figures
-        assert (figure.metric, figure.n, figure.m) == ("fd/demo", 20, 64)
+        assert (figure.metric, figure.n, figure.m) == ("fd/demo", 10, 64)
         assert figure.value == pytest.approx(rows["repa"]["frechet_distance"], rel=1e-6)
 
     # others on the same cache, one with a backbone of its own and one without a teacher: the report is of
     # those that were asked for
     others = ["urepa", "sra"]
-    demo(run_command, out=out, steps=3, images=64, methods=",".join(["none", *others]))
+    demo(run_command, out=out, steps=2, images=64, methods=",".join(["none", *others]))
     assert (
         written.items() <= {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.ckpt")}.items()
     )
@@ -99,7 +105,7 @@ def test_demo_from_images_to_picture(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.thorough
 @pytest.mark.usefixtures("_small")
 def test_demo_of_every_method(tmp_path: Path) -> None:
-    demo(run_command, out=tmp_path, steps=3, images=64, methods=",".join(METHODS))
+    demo(run_command, out=tmp_path, steps=2, images=64, methods=",".join(METHODS))
     rows = json.loads((tmp_path / "demo.json").read_text())["rows"]
     assert [row["method"] for row in rows] == list(METHODS)
     assert all(row["velocity_loss"] > 0 for row in rows)
