@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 METHODS = "none,repa,haste,irepa,reg,urepa,sra,sra2,erw,gmem"
 DEFAULT_RESOLUTION = 64
 MOST_COLUMNS = 8
+UNCOUNTED = 1
+"""Turns before those that count, for what is done once only."""
 _NAME_WIDTH = 16
 TARGETS: Mapping[str, str] = {
     "constant": "constant targets",
@@ -180,13 +182,13 @@ class Measured:
 
 
 def interleaved(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, tuple[float, ...]]:
-    """Measure the rates of every variant in turn A B C, A B C …, after one uncounted turn."""
+    """Measure the rates of every variant in turn A B C, A B C …, after uncounted turns."""
     rates: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(rounds + 1):
+    for number in range(-UNCOUNTED, rounds):
         for name, measure in variants.items():
             gc.collect()  # Lightning's trainers and modules refer to one another: gigabytes would pile up
             rate = measure()
-            if number:
+            if number >= 0:
                 rates[name].append(rate)
     return {name: tuple(values) for name, values in rates.items()}
 

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from narrow import make_narrow
+from repa.commands.bench import measured
+from repa.commands.bench.arithmetic import SIDE
 from repa.commands.bench.attention import ATTENTION_FORMS
 from repa.commands.bench.forms import FORMS
 from repa.commands.bench.measured import BenchSettings, Measured, interleaved
@@ -79,8 +82,11 @@ def test_every_part_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setitem(FORMS, form, small(columns))
     for form in list(ATTENTION_FORMS)[:-1]:
         monkeypatch.delitem(ATTENTION_FORMS, form)
+    monkeypatch.setitem(SIDE, "cpu", 64)
+    monkeypatch.setattr(measured, "UNCOUNTED", 0)
+    make_narrow(monkeypatch)
     settings = BenchSettings(
-        batch_size=4, images=8, rows=128, steps=1, rounds=1, methods="haste,urepa,sra,erw"
+        batch_size=4, images=8, rows=64, steps=1, rounds=1, methods="haste,urepa,sra,erw"
     )
     text = StringIO()
     # per form: warm 7 lines of ours and the limit, cold 8; and zarr, perhaps tensorstore, in each

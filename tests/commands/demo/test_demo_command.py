@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from narrow import make_narrow
 from PIL import Image
 from repa.cli import run_command
 from repa.commands.demo import run as demo_module
@@ -18,8 +18,6 @@ from repa.data.errors import RepaError
 from repa.data.format.opening import open_manifest
 from repa.trainer.evaluation.results import read_evaluations
 from repa.trainer.methods import METHODS
-from repa.trainer.models.sit import SIT_SIZES
-from repa.trainer.models.sit_down import SIT_DOWN_SIZES
 from repa.trainer.run.metrics import read_metrics
 
 
@@ -29,9 +27,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_module, "SAMPLES", 10)
     monkeypatch.setattr(typed, "BATCH_SIZE", 8)
     monkeypatch.setattr(typed, "SOLVER_STEPS", 1)
-    # as deep as they are, which presets name blocks of, and narrow
-    monkeypatch.setitem(SIT_SIZES, "T", replace(SIT_SIZES["T"], width=32))
-    monkeypatch.setitem(SIT_DOWN_SIZES, "T", replace(SIT_DOWN_SIZES["T"], width=32, mlp_width=64))
+    make_narrow(monkeypatch)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from narrow import make_narrow
 from PIL import Image
 from repa.cli import run_command
 from repa.commands.demo import text as text_module
@@ -27,6 +28,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(typed, "BATCH_SIZE", 4)
     monkeypatch.setattr(typed, "SOLVER_STEPS", 1)
     monkeypatch.setattr(text_module, "NOISES", 1)
+    make_narrow(monkeypatch)
 
 
 @pytest.mark.slow

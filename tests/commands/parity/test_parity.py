@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from narrow import make_narrow
 from repa import cli
 from repa.commands.parity.flags import ParityFlags
 from repa.commands.parity.found import Parity
@@ -26,6 +27,11 @@ from rich.console import Console
 IMAGES = 40
 SMALL = ("method.projector_width=32",)
 SHORT = (*SMALL, "preview_every=0", "log_every=1", "checkpoint_every=2", "precision=32-true")
+
+
+@pytest.fixture(autouse=True)
+def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_narrow(monkeypatch)
 
 
 def quiet() -> Console:

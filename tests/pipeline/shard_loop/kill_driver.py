@@ -1,12 +1,14 @@
 """Kills `repa preprocess` again and again and starts it again, until the cache is complete; prints JSON.
 
-Run as a script with the image folder, the cache, the number of processes, kills wanted and a seed. PyTorch is
-imported and the models are loaded once, then every attempt is a fork of this process: a new interpreter would
-spend its life importing. The processes of an attempt find their ranks as under torchrun.
+Run as a script with the image folder, a folder for the caches, kills wanted, a seed and numbers of processes.
+PyTorch is imported and the models are loaded once, then every attempt is a fork of this process, which
+imports what the first attempt did: a new interpreter would spend its life importing. The processes of an
+attempt find their ranks as under torchrun.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import itertools
 import json
@@ -18,8 +20,9 @@ import sys
 import time
 import traceback
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import repa.pipeline.loading
 import torch
@@ -40,8 +43,11 @@ TOLERANCE = 0.01
 STAGES = ("calibrating", "committing")
 
 
-def attempt(data: Path, cache: Path, world: int) -> list[int]:
-    """Start the command in ``world`` forks; returns their process ids."""
+def attempt(data: Path, cache: Path, world: int, imported: Path | None = None) -> list[int]:
+    """Start the command in ``world`` forks; returns their process ids.
+
+    The first writes to ``imported`` which modules it has in the end.
+    """
     children = []
     for rank in range(world):
         child = os.fork()
@@ -65,6 +71,8 @@ def attempt(data: Path, cache: Path, world: int) -> list[int]:
                 attention_kl=TOLERANCE,
             )
             preprocess(flags, console=Console(file=io.StringIO()))
+            if imported is not None and rank == 0:
+                imported.write_text("\n".join(sys.modules))
             status = 0
         except BaseException:
             traceback.print_exc()
@@ -157,16 +165,34 @@ def load_once(data: Path) -> None:
     repa.pipeline.loading.load_models = loaded
 
 
-def main(data: Path, cache: Path, world: int, wanted: int, seed: int) -> None:
+def main(data: Path, folder: Path, wanted: int, seed: int, *worlds: int) -> None:
+    """Kill as often with each number of processes; the caches are in ``folder / number``."""
+    load_once(data)
+    reports = {}
+    for world in worlds:
+        (folder / str(world)).mkdir(parents=True)
+        reports[world] = kill_again_and_again(
+            data, folder / str(world) / "killed", world, wanted, seed + world
+        )
+    print(json.dumps(reports))
+
+
+def kill_again_and_again(data: Path, cache: Path, world: int, wanted: int, seed: int) -> dict[str, Any]:
     """Kill ``wanted`` times at least, over as many caches as that takes; the last one is complete.
 
     And until a kill has come in each of `STAGES`: that is waited for, however fast or slow the machine is.
     Each attempt is told on standard error.
     """
-    load_once(data)
     draw = random.Random(seed)
+    imported = cache.with_name("imported")
+    finish(attempt(data, cache.with_name("undisturbed"), world, imported), None)
+    for name in imported.read_text().split("\n"):
+        # what is in no file, as a namespace made by hand, is made again by what made it
+        with suppress(ImportError):
+            importlib.import_module(name)
+    # timed without imports, as are the attempts to come
     started = time.monotonic()
-    finish(attempt(data, cache.with_name("undisturbed"), world), None)
+    finish(attempt(data, cache, world), None)
     whole = time.monotonic() - started
     say(f"undisturbed: {whole:.2f} s")
     kills: Counter[str] = Counter()
@@ -181,7 +207,7 @@ def main(data: Path, cache: Path, world: int, wanted: int, seed: int) -> None:
             if killed:
                 kills[stage_of(cache)] += 1
             say(f"{aim} + {delay:.3f} s: {'killed' if killed else 'complete'}, {commits_of(cache)} commits")
-    print(json.dumps({"kills": kills.total(), "stages": kills, "seconds": time.monotonic() - started}))
+    return {"kills": kills.total(), "stages": kills, "seconds": time.monotonic() - started}
 
 
 def say(what: str) -> None:

@@ -64,13 +64,11 @@ def driven(*arguments: object) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def caches(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Number of processes → folder with an ``undisturbed`` cache and one that was ``killed``."""
-    folders = {}
-    for world in (1, 3):
-        folders[world] = tmp_path_factory.mktemp(f"processes{world}")
-        report = driven(images, folders[world] / "killed", world, KILLS, world)
+    folder = tmp_path_factory.mktemp("processes")
+    for report in driven(images, folder, KILLS, 0, 1, 3).values():
         assert report["kills"] >= KILLS
         assert {"calibrating", "committing"} <= set(report["stages"])
-    return folders
+    return {world: folder / str(world) for world in (1, 3)}
 
 
 @pytest.mark.slow
@@ -83,9 +81,10 @@ def test_killed_and_resumed_is_the_undisturbed_cache(world: int, caches: dict[in
 @pytest.mark.thorough
 @pytest.mark.parametrize("world", [1, 3])
 def test_of_many_kills_none_leaves_a_trace(world: int, images: Path, tmp_path: Path) -> None:
-    report = driven(images, tmp_path / "killed", world, MANY_KILLS, 100 + world)
+    [report] = driven(images, tmp_path, MANY_KILLS, 100, world).values()
     assert report["kills"] >= MANY_KILLS
-    assert folder_contents(tmp_path / "killed") == folder_contents(tmp_path / "undisturbed")
+    folder = tmp_path / str(world)
+    assert folder_contents(folder / "killed") == folder_contents(folder / "undisturbed")
 
 
 @pytest.mark.slow
