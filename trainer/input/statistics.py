@@ -57,8 +57,9 @@ def token_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each position and channel of tokens, over all views.
 
-    Of more than `MOST_TOKEN_ROWS` rows that many are read, evenly spaced. What never varies has deviation 1.
-    Rows are read a few at a time, and summed in float64 about the first ones' mean.
+    Of more than `MOST_TOKEN_ROWS` rows that many are read, evenly spaced. What never varies has deviation 1,
+    which the distance from a row finds exactly.
+    Rows are read a few at a time, and their distances from the first one summed in float64.
 
     Args:
         reader: of the columns.
@@ -79,13 +80,13 @@ def token_statistics(
         found = read_all_views(reader, chosen[first : first + _TOKEN_CHUNK], columns)
         values, *scale = (torch.from_numpy(found[name]).flatten(0, 1) for name in columns)
         tokens = dequantise(values, *scale) if scale else values
-        tokens = tokens.double()
+        tokens = tokens.float()
         if not count:
-            origin = tokens.mean(0)
-            total, squares = torch.zeros_like(origin), torch.zeros_like(origin)
-        tokens -= origin
-        total += tokens.sum(0)
-        squares += tokens.square_().sum(0)
+            origin = tokens[0].clone()
+            total, squares = (torch.zeros_like(origin, dtype=torch.float64) for _ in range(2))
+        tokens = tokens - origin
+        total += tokens.sum(0, dtype=torch.float64)
+        squares += tokens.square_().sum(0, dtype=torch.float64)
         count += len(tokens)
     shift = total / count
     std = (squares / count - shift.square()).clamp_min_(0).sqrt_()

@@ -13,7 +13,7 @@ from ...data.reading.reader import CacheReader
 from ...data.units import counted
 from ..added_callbacks import make_callbacks
 from ..input.datamodule import CacheData
-from ..input.statistics import column_statistics, token_statistics
+from ..input.statistics import MOST_TOKEN_ROWS, column_statistics, token_statistics
 from ..models.conditioning import ClassTokenConditioner
 from ..models.text_conditioning import TextConditioner
 from ..sampling.bank import CacheBank
@@ -194,6 +194,9 @@ def _train(
 ) -> Outcome:
     leader = is_leader()
     say = _printer(console, leader=leader)
+    if checked.tokens is not None and checked.train_rows is not None and not resumed:
+        images = min(len(checked.train_rows), MOST_TOKEN_ROWS)
+        say(f"measures {config.latents} of {counted(images, 'image', ',')}")
     module, data = assemble(config, checked, identity, restored=bool(resumed))
     if initial is not None:
         initial.load_into(module)

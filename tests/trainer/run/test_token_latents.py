@@ -18,6 +18,7 @@ from repa.data.format.int8 import quantise
 from repa.data.reading.reader import CacheReader
 from repa.data.testing import SYNTHETIC_COLUMNS, expected_row, synthetic_cache
 from repa.trainer.config import TrainConfig
+from repa.trainer.input import statistics
 from repa.trainer.input.statistics import token_statistics
 from repa.trainer.methods.registry import METHODS
 from repa.trainer.models.sit import SIT_SIZES
@@ -113,11 +114,18 @@ def test_both_views_and_the_scales_of_int8_count(two_views: Path) -> None:
     assert float(first[7, 3, 1, 0]) == pytest.approx(expected, rel=1e-4)
 
 
-def test_what_never_varies_is_centred_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synthetic_cache(tmp_path / "cache", num_rows=3, shard_rows=1)
-    with CacheReader(tmp_path / "cache", (TOKENS,)) as reader:
-        _, std = token_statistics(reader, (TOKENS,), (2, 2), np.array([1]))
+def test_what_never_varies_is_centred_and_no_more(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = np.float32(1 / 3) * np.arange(1, 65, dtype=np.float32).reshape(4, 16)
+    monkeypatch.setattr(
+        statistics,
+        "read_all_views",
+        lambda reader, rows, names: {TOKENS: np.broadcast_to(row, (len(rows), 1, 4, 16)).copy()},
+    )
+    with CacheReader(cache, (TOKENS,)) as reader:
+        mean, std = token_statistics(reader, (TOKENS,), (2, 2), np.arange(39))
     assert torch.equal(std, torch.ones(16, 2, 2))
+    x0 = TokenLatents((TOKENS,), mean, std).x0({TOKENS: torch.from_numpy(row)[None]})
+    assert torch.equal(x0, torch.zeros(1, 16, 2, 2))
 
 
 @given(gain=st.floats(0.01, 100), ratio=st.floats(-10, 10), mirrored=st.booleans(), seed=st.integers(0, 9))
