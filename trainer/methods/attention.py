@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compiling import fused
 from .slabs import map_slabs
 
 
@@ -72,16 +73,12 @@ class _Alignment(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad)
         gradients = [torch.empty_like(each) for each in (queries, keys)] if wanted else []
         for some in map_slabs(*per_row.shape[1:], device=queries.device):
-            teacher_log = _log_probabilities(teacher_queries[some], teacher_keys[some], teacher_scale)
-            teacher = teacher_log.exp()
-            student_log = _log_probabilities(queries[some], keys[some], scale)
-            per_row[0][some] = (teacher * student_log).sum(-1)
-            # not as a difference of two entropies, which would round to a little less than 0 near the minimum
-            per_row[1][some] = teacher_log.sub_(student_log).mul_(teacher).sum(-1)
-            if wanted:
-                gradient = student_log.exp_().sub_(teacher).mul_(scale / per_row[0].numel())
-                gradients[0][some] = gradient @ keys[some]
-                gradients[1][some] = gradient.mT @ queries[some]
+            sides = [each[some] for each in (queries, keys, teacher_queries, teacher_keys)]
+            per_row[0][some], per_row[1][some], *found = _compare(
+                *sides, scale, teacher_scale, scale / per_row[0].numel() if wanted else None
+            )
+            for gradient, part in zip(gradients, found, strict=True):
+                gradient[some] = part
         ctx.save_for_backward(*gradients)
         cross_entropy, excess = -per_row[0].mean(), per_row[1].mean()
         ctx.mark_non_differentiable(excess)
@@ -92,6 +89,39 @@ class _Alignment(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         for_queries, for_keys = ctx.saved_tensors
         return upstream * for_queries, upstream * for_keys, None, None, None, None
+
+
+@fused
+def _compare(
+    queries: Tensor,
+    keys: Tensor,
+    teacher_queries: Tensor,
+    teacher_keys: Tensor,
+    scale: float,
+    teacher_scale: float,
+    factor: float | None,
+) -> tuple[Tensor, ...]:
+    """Return of each row of a slab's maps −H(P_T, P_S) and the excess, ``[B, H, T]``, and the gradients.
+
+    Args:
+        queries: of the student, as are the next, see `attention_alignment`.
+        keys: of the student.
+        teacher_queries: of the teacher.
+        teacher_keys: of the teacher.
+        scale: of the student's logits.
+        teacher_scale: of the teacher's.
+        factor: of P_S − P_T in the gradients of queries and keys; None for no gradients.
+    """
+    teacher_log = _log_probabilities(teacher_queries, teacher_keys, teacher_scale)
+    teacher = teacher_log.exp()
+    student_log = _log_probabilities(queries, keys, scale)
+    cross = (teacher * student_log).sum(-1)
+    # not as a difference of two entropies, which would round to a little less than 0 near the minimum
+    excess = teacher_log.sub_(student_log).mul_(teacher).sum(-1)
+    if factor is None:
+        return cross, excess
+    gradient = student_log.exp_().sub_(teacher).mul_(factor)
+    return cross, excess, gradient @ keys, gradient.mT @ queries
 
 
 def _log_probabilities(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
