@@ -73,9 +73,14 @@ class _Alignment(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad)
         gradients = [torch.empty_like(each) for each in (queries, keys)] if wanted else []
         for some in map_slabs(*per_row.shape[1:], device=queries.device):
-            sides = [each[some] for each in (queries, keys, teacher_queries, teacher_keys)]
             per_row[0][some], per_row[1][some], *found = _compare(
-                *sides, scale, teacher_scale, scale / per_row[0].numel() if wanted else None
+                queries[some],
+                keys[some],
+                teacher_queries[some],
+                teacher_keys[some],
+                scale=scale,
+                teacher_scale=teacher_scale,
+                factor=scale / per_row[0].numel() if wanted else None,
             )
             for gradient, part in zip(gradients, found, strict=True):
                 gradient[some] = part
@@ -97,6 +102,7 @@ def _compare(
     keys: Tensor,
     teacher_queries: Tensor,
     teacher_keys: Tensor,
+    *,
     scale: float,
     teacher_scale: float,
     factor: float | None,
