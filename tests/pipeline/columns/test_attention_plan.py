@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,6 @@ import pytest
 from repa.commands.shared.attention import attention_blocks
 from repa.data.errors import RepaError
 from repa.data.format.columns import MOMENTS, ColumnSpec
-from repa.pipeline import plan as plan_module
 from repa.pipeline.config import PreprocessConfig
 from repa.pipeline.plan import Plan, make_plan, require_room_for
 from repa.trainer.config import TrainConfig
@@ -100,7 +100,7 @@ def test_what_is_to_be_reached_leaves_the_components_open(
     others = made.bytes - attention.bytes
     usage = namedtuple("usage", "total used free")
     free = others + sum(bytes_of) // 2
-    monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda path: usage(free, 0, free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free, 0, free))
     tight = plan(tmp_path, ("dinov2-b",), "haste", **asked)
     assert tight.fits
     tight.require_room()
