@@ -136,7 +136,8 @@ class Bucket:
         try:
             with self.requests(name) as store:
                 found = obstore.get(store, name)
-                return bytes(found.bytes()), tag_of(found.meta)
+                tag = tag_of(found.meta)  # earlier versions of the package forget it with the bytes
+                return bytes(found.bytes()), tag
         except FileNotFoundError:
             return None
 
