@@ -18,7 +18,9 @@ from ...data.reading.reader import CacheReader
 from ...data.storage.bucket import cache_path
 from ...data.storage.files import os_errors, write_file
 from ...data.units import counted
-from ...trainer.models.stable_diffusion import load_denoiser, read_denoiser, take_soft_tokens
+from ...trainer.models.denoiser_facts import read_denoiser
+from ...trainer.models.soft_inputs import take_soft_tokens
+from ...trainer.models.stable_diffusion import load_denoiser
 from ...trainer.sampling.pictures import save_png
 from ...trainer.softrepa.checks import text_columns
 from ...trainer.softrepa.file import read_soft_tokens

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from repa.trainer.models.stable_diffusion import Denoiser, read_denoiser
+from repa.trainer.models.denoiser_facts import read_denoiser
+from repa.trainer.models.stable_diffusion import Denoiser
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

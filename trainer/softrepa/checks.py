@@ -22,7 +22,7 @@ from ...data.reading.order import split_holdout
 from ...data.reading.reader import CacheReader
 from ...data.tars.cache import manifest_of
 from ...data.tars.names import names_tars
-from ..models.stable_diffusion import SD3, DenoiserFacts, read_denoiser
+from ..models.denoiser_facts import SD3, DenoiserFacts, read_denoiser
 from ..run.checked import RANDOM_WEIGHTS, Checked
 from ..run.lightning_trainer import make_trainer
 from .tokens import MOST_NUMBERS, numbers_of

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ...data.edge import shortened
 from ...data.errors import RepaError
-from ..models.stable_diffusion import SD3, arguments_with, kind_of, take_soft_tokens
+from ..models.denoiser_facts import SD3, kind_of
+from ..models.soft_inputs import arguments_with, take_soft_tokens
 from .file import read_soft_tokens
 
 if TYPE_CHECKING:

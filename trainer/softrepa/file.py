@@ -13,7 +13,7 @@ from safetensors import safe_open
 from ...data.edge import parse, printable
 from ...data.errors import RepaError
 from ...data.storage.files import os_errors, write_file
-from ..models.stable_diffusion import SD3
+from ..models.denoiser_facts import SD3
 from .tokens import BINS, SoftTokens
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from ...data.reading.reader import CacheReader
 from ...data.storage.files import os_errors, write_file
 from ...data.units import counted
 from ..input.datamodule import CacheData
-from ..models.stable_diffusion import load_denoiser, take_soft_tokens
+from ..models.soft_inputs import take_soft_tokens
+from ..models.stable_diffusion import load_denoiser
 from ..run.callbacks import Clock, Metrics
 from ..run.checked import ProblemsError
 from ..run.checkpointing import Checkpoints

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..models.stable_diffusion import SD3, SD15, SDXL, make_scheduler
+from ..models.denoiser_facts import SD3, SD15, SDXL
+from ..models.stable_diffusion import make_scheduler
 from ..step.randomness import generator_for
 
 if TYPE_CHECKING:

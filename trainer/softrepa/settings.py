@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from ...data.errors import RepaError
 from ..config import TrainConfig
 from ..methods.base import MethodConfig
-from ..models.stable_diffusion import SD3, SD15, SDXL
+from ..models.denoiser_facts import SD3, SD15, SDXL
 from ..typed import check_fields, from_mapping, parse_assignment, plain
 from .tokens import Count, Start, TimeStart  # noqa: TC001 - as above
 

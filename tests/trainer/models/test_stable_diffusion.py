@@ -13,15 +13,9 @@ import pytest
 import torch
 from repa.data.errors import RepaError
 from repa.trainer.models import stable_diffusion
-from repa.trainer.models.stable_diffusion import (
-    KINDS,
-    Denoiser,
-    alphas_cumprod,
-    load_denoiser,
-    make_scheduler,
-    read_denoiser,
-    take_soft_tokens,
-)
+from repa.trainer.models.denoiser_facts import KINDS, read_denoiser
+from repa.trainer.models.soft_inputs import take_soft_tokens
+from repa.trainer.models.stable_diffusion import Denoiser, alphas_cumprod, load_denoiser, make_scheduler
 from small_diffusion import denoiser_of, save_model, small_model
 
 

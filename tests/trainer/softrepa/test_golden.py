@@ -8,12 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from repa.trainer.models.stable_diffusion import (
-    Denoiser,
-    alphas_cumprod,
-    read_denoiser,
-    take_soft_tokens,
-)
+from repa.trainer.models.denoiser_facts import read_denoiser
+from repa.trainer.models.soft_inputs import take_soft_tokens
+from repa.trainer.models.stable_diffusion import Denoiser, alphas_cumprod
 from repa.trainer.softrepa.contrast import contrastive_loss, found, pair_logits, rows_of_pairs
 from repa.trainer.softrepa.tokens import SoftTokens, bins_of
 from safetensors.torch import load_file
