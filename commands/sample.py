@@ -181,7 +181,8 @@ def sample(flags: SampleFlags, *, console: Console | None = None) -> None:
     Raises:
         RepaError: a mistake the user can mend.
     """
-    from .shared.prepared import check_devices, check_numbers, prepare_sampling
+    from .shared.prepared import prepare_sampling
+    from .shared.sampling_checks import check_devices, check_numbers
     from .shared.terminal import PlainConsole, progress
 
     console = console or PlainConsole()

@@ -25,7 +25,7 @@ def evaluate(flags: EvaluateFlags, *, console: Console | None = None) -> None:
     Raises:
         RepaError: a mistake the user can mend.
     """
-    from ..shared.prepared import check_numbers
+    from ..shared.sampling_checks import check_numbers
     from ..shared.terminal import PlainConsole
 
     check_numbers(flags, ("--num", flags.num or 2, 2, 10**9), ("--devices", flags.devices, 1, 1024))

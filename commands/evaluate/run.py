@@ -35,9 +35,9 @@ from ..shared.features import (
     SourceImages,
     compute_features,
 )
-from ..shared.prepared import check_devices
 from ..shared.processes import in_processes
 from ..shared.references import network_specs, open_reference
+from ..shared.sampling_checks import check_devices
 from ..shared.terminal import progress
 from .printed import print_evaluation
 from .samples import FOLDER, SHOWN_DIGITS, folder_of, reference_for, samples_of, short_sha256
