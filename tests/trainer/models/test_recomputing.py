@@ -178,7 +178,9 @@ def test_without_gradient_nothing_is_prepared_to_be_computed_again(
         network(*inputs(network))
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["blocks", "whole"])
+@pytest.mark.parametrize(
+    "whole", [pytest.param(False, id="blocks"), pytest.param(True, id="whole", marks=pytest.mark.thorough)]
+)
 def test_compiled_it_keeps_as_little(whole: bool) -> None:
     """Compiled blocks are checkpointed from outside, a compiled network checkpoints inside; none breaks."""
     torch._dynamo.reset()

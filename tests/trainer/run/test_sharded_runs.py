@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,9 @@ from repa.trainer.step.checkpoints import checkpoints_of
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from warmed import Warmed
 
-    Fit = Callable[..., Any]
+Fit = Callable[..., Any]
 
 CUT = {"trainer__devices": 2, "trainer__accelerator": "cpu", "trainer__strategy": "fsdp"}
 
@@ -86,62 +85,81 @@ def same(one: Path, two: Path, step: int, **tolerance: float) -> None:
     assert first["CacheData"] == second["CacheData"]
 
 
-@pytest.mark.slow
-def test_runs_go_on_with_other_devices(rows: Path, run_fit: Fit, tmp_path: Path, warmed: Warmed) -> None:
-    """HASTE over τ, with held-out rows for one rank alone and previews, of two devices as of one.
+Train = Callable[..., list[str]]
 
-    A run that is cut is the same to the bit when it is stopped and resumed, to rounding with compiled blocks
-    and blocks that are computed again.
+
+@pytest.fixture
+def on_two(tmp_path: Path, warmed: Warmed) -> Train:
+    """Train by configurations, one after another on the same two processes; what rank 0 printed."""
+
+    def train(*asked: tuple[str, TrainConfig]) -> list[str]:
+        runs, script = tmp_path / "runs", tmp_path / "rank.py"
+        runs.mkdir(exist_ok=True)
+        script.write_text(RANK)
+        for number, (name, config) in enumerate(asked):
+            (runs / f"{number}-{name}.yaml").write_text(config.to_yaml())
+        ended = warmed.run(script, Path(__file__).parents[2] / "support", runs, ranks=2)
+        assert [each.returncode for each in ended] == [0, 0], ended
+        assert ended[0].stdout == ended[1].stdout
+        return ended[0].stdout.splitlines()
+
+    return train
+
+
+@pytest.mark.slow
+def test_runs_go_on_with_other_devices(rows: Path, run_fit: Fit, on_two: Train, tmp_path: Path) -> None:
+    """HASTE over τ, with held-out rows for one rank alone and previews.
+
+    A run that is cut is the same to the bit when it is stopped and resumed, also with blocks that are
+    computed again, and that of DDP to rounding.
     """
     runs = tmp_path / "runs"
-    runs.mkdir()
-    values = {"preview_every": 2, "preview_steps": 2, "preview_count": 3, "label_dropout": 0.0}
 
     def config(**changes: Any) -> TrainConfig:
-        return small_config("haste", rows, **{**values, **changes})
-
-    def ask(number: int, name: str, **changes: Any) -> None:
-        (runs / f"{number}-{name}.yaml").write_text(config(**{**CUT, **changes}).to_yaml())
+        previews = {"preview_every": 2, "preview_steps": 2, "preview_count": 3}
+        return small_config("haste", rows, **previews, **changes)
 
     run_fit(config(max_steps=2), "runs/one-then-two")
-    ask(1, "whole")
-    ask(2, "resumed", max_steps=2)
-    ask(3, "resumed")
-    ask(4, "one-then-two")
-    ask(5, "two-then-one", max_steps=2)
-    ask(6, "again", activation_checkpointing=1, compile="blocks")
-    ask(7, "uncut", trainer__strategy="ddp")
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    ended = warmed.run(script, Path(__file__).parents[2] / "support", runs, ranks=2)
-    assert [each.returncode for each in ended] == [0, 0], ended
-    assert ended[0].stdout == ended[1].stdout
-    assert "resumed 2 4" in ended[0].stdout
-    assert "one-then-two 2 4" in ended[0].stdout
-
+    said = on_two(
+        ("whole", config(**CUT)),
+        ("resumed", config(**CUT, max_steps=2)),
+        ("resumed", config(**CUT, activation_checkpointing=1)),
+        ("one-then-two", config(**CUT)),
+        ("uncut", config(**{**CUT, "trainer__strategy": "ddp"})),
+    )
+    assert said[:5] == ["whole 0 4", "resumed 0 2", "resumed 2 4", "one-then-two 2 4", "uncut 0 4"]
     same(runs / "whole", runs / "resumed", 4, rtol=0, atol=0)
     assert (runs / "whole" / "metrics.csv").read_bytes() == (runs / "resumed" / "metrics.csv").read_bytes()
-    same(runs / "whole", runs / "again", 4, rtol=1e-4, atol=1e-6)
     same(runs / "whole", runs / "uncut", 4, rtol=1e-4, atol=1e-6)
-    for one, two in zip(
-        *(read_metrics(runs / each / "metrics.csv") for each in ("whole", "uncut")), strict=True
-    ):
+    tables = (read_metrics(runs / each / "metrics.csv") for each in ("whole", "uncut"))
+    for one, two in zip(*tables, strict=True):
         assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
     pictures = [sorted((runs / each / "samples").iterdir()) for each in ("whole", "uncut")]
     assert [len(each) for each in pictures] == [2, 2]
     assert [each.read_bytes() for each in pictures[0]] == [each.read_bytes() for each in pictures[1]]
 
-    shutil.copytree(runs / "two-then-one", tmp_path / "back")
+    back = tmp_path / "back"
+    shutil.copytree(runs / "whole", back)
+    for step in (3, 4):
+        checkpoints_of(back)[step].unlink()
     outcome, _ = run_fit(config(), "back")
     assert (outcome.resumed_from, outcome.step) == (2, 4)
-    # one device draws other noise than two, and the same rows
-    assert checkpoint_of(tmp_path / "back", 4).keys() == checkpoint_of(runs / "whole", 4).keys()
-    before, after = checkpoint_of(runs / "two-then-one", 2), checkpoint_of(tmp_path / "back", 4)
-    assert after["CacheData"] == checkpoint_of(runs / "whole", 4)["CacheData"]
-    moved = [
-        key for key, value in after["state_dict"].items() if not torch.equal(value, before["state_dict"][key])
-    ]
-    assert "backbone.blocks.0.attn.qkv.weight" in moved
+    # one device draws other noise than two, for the same rows
+    before, after, whole = (checkpoint_of(*each) for each in ((back, 2), (back, 4), (runs / "whole", 4)))
+    assert after.keys() == whole.keys()
+    assert after["CacheData"] == whole["CacheData"]
+    assert list(after["optimizer_states"][0]["state"]) == list(whole["optimizer_states"][0]["state"])
+    name = "backbone.blocks.0.attn.qkv.weight"
+    assert not torch.equal(after["state_dict"][name], before["state_dict"][name])
+
+
+@pytest.mark.thorough
+def test_blocks_are_compiled_and_computed_again(rows: Path, on_two: Train, tmp_path: Path) -> None:
+    """One graph for the blocks whose attention is looked at, one for the others, projector and loss."""
+    compiled = small_config("haste", rows, **CUT, compile="blocks", activation_checkpointing=1)
+    said = on_two(("compiled", compiled), ("plain", small_config("haste", rows, **CUT)))
+    assert said[-1] == "graphs 4 breaks 0"
+    same(tmp_path / "runs" / "plain", tmp_path / "runs" / "compiled", 4, rtol=1e-4, atol=1e-6)
 
 
 def fields_of(config: TrainConfig) -> list[str]:
