@@ -202,3 +202,14 @@ def test_a_network_learns_what_the_scale_makes_of_latents(
         )
         run_fit(settings(**NONE, max_steps=1, **changes), name)
     torch.testing.assert_close(seen["half"], seen["own"] / 2)
+
+
+@pytest.mark.parametrize(("before", "now"), [(False, "off"), (True, "whole")])
+def test_compile_of_before_there_was_a_choice(
+    settings: Callable[..., TrainConfig], before: bool, now: str
+) -> None:
+    values = settings(compile=now).to_dict() | {"compile": before}
+    del values["matmul_precision"]
+    assert resuming.changes(values, settings(compile=now)) == []
+    (changed,) = resuming.changes(values, settings(compile="blocks"))
+    assert (changed.key, changed.before, changed.now) == ("compile", now, "blocks")
