@@ -67,7 +67,7 @@ class Feeding:
 
     @property
     def suffices(self) -> bool | None:
-        """Whether that is as many as the training needs; None where its need is not known."""
+        """Whether that is as many as the training needs, None where its need is not known."""
         return None if self.needed is None else self.given >= self.needed
 
 

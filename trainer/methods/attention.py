@@ -107,7 +107,7 @@ def _compare(
     teacher_scale: float,
     factor: float | None,
 ) -> tuple[Tensor, ...]:
-    """Return of each row of a slab's maps −H(P_T, P_S) and the excess, ``[B, H, T]``, and the gradients.
+    """Compute −H(P_T, P_S) and the excess of each row of a slab, ``[B, H, T]``, and the gradients.
 
     Args:
         queries: of the student, as are the next, see `attention_alignment`.
