@@ -357,7 +357,7 @@ def test_batches_dealt_to_several_are_the_same_images(
             dealt.append(job.batches)
             sample_batches(job, model_of_file(job.checkpoint), LatentPixels(), report)
 
-    monkeypatch.setattr("repa.commands.shared.prepared.check_devices", lambda *_: None)
+    monkeypatch.setattr("repa.commands.shared.sampling_checks.check_devices", lambda *_: None)
     monkeypatch.setattr("repa.commands.shared.prepared.decoder_of", lambda *_: LatentPixels())
     monkeypatch.setattr("repa.commands.shared.processes.in_processes", in_turn)
     for name, devices in (("one", 1), ("three", 3)):
@@ -372,7 +372,7 @@ def test_batches_dealt_to_several_are_the_same_images(
 
 @pytest.mark.thorough
 def test_processes_make_the_same_images(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("repa.commands.shared.prepared.check_devices", lambda *_: None)
+    monkeypatch.setattr("repa.commands.shared.sampling_checks.check_devices", lambda *_: None)
     torch.set_num_threads(1)
     for name, devices in (("one", 1), ("two", 2)):
         # the run's network is not among the sizes, its checkpoint alone says what it is
