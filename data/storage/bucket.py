@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from obstore.store import BackoffConfig
 
+E = TypeVar("E")
 T = TypeVar("T")
 
 # a request takes tens of milliseconds, most of them waiting
@@ -394,8 +395,8 @@ def tag_of(found: Mapping[str, Any]) -> dict[str, str]:
     return {key: found[key] for key in ("e_tag", "version") if found.get(key) is not None}
 
 
-def map_files(action: Callable[[int], T], numbers: Iterable[int], path: CachePath) -> list[T]:
-    """Apply an action that reads a file to each number. Many run at once where a file is a request."""
+def map_files(action: Callable[[E], T], numbers: Iterable[E], path: CachePath) -> list[T]:
+    """Apply an action of a file to each number. Many run at once where it is a request."""
     if isinstance(path, Path):
         return [action(number) for number in numbers]
     from concurrent.futures import ThreadPoolExecutor

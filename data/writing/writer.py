@@ -214,8 +214,7 @@ class ShardWriter:
         with os_errors("write", record_file):
             # a record must never stand beside files it was not made from, not even after a crash
             self._folder.remove([record_file])
-            for file in self._files.values():
-                file.publish()
+            map_files(_ColumnFile.publish, self._files.values(), self.path)
             record = CommitRecord(
                 shard=self.number,
                 rows=(self.rows.start, self.rows.stop),
