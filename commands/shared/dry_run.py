@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 from ...data.units import counted, human_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from rich.console import Console
 
     from ...pipeline.replay.live import LiveTeachers
     from ...trainer.config import TrainConfig
+    from ...trainer.methods.base import Problem
     from ...trainer.run.checked import Checked
+    from ...trainer.settings_list import Setting
 
 
 def print_plan(config: TrainConfig, folder: Path, console: Console, live: LiveTeachers | None = None) -> None:
@@ -31,7 +33,6 @@ def print_plan(config: TrainConfig, folder: Path, console: Console, live: LiveTe
         RepaError: after printing, when another run's first steps are not this one's.
     """
     from ...trainer.run.arithmetic import describe, resolved
-    from ...trainer.run.checked import ProblemsError
     from ...trainer.run.checks import check
     from ...trainer.run.first_steps import read_first_steps
     from ...trainer.run.identity import identity_of
@@ -46,10 +47,7 @@ def print_plan(config: TrainConfig, folder: Path, console: Console, live: LiveTe
     console.print(f"arithmetic: {arithmetic}", highlight=False, soft_wrap=True)
     _print_sizes(checked, config, console)
     _print_phases(describe_phases(checked, config), checked.threads, console)
-    for warning in checked.warnings:
-        console.print(f"note: {warning}", highlight=False, soft_wrap=True)
-    if checked.problems:
-        raise ProblemsError(checked.problems)
+    say_findings(checked.warnings, checked.problems, console)
     # what live teachers are is not known before they are loaded
     if checked.live is None and not checkpoints_of(folder):
         read_first_steps(checked, config, identity_of(checked, config))
@@ -63,16 +61,49 @@ def print_settings(console: Console) -> None:
     """
     from ...trainer.settings_list import list_settings
 
-    section = ""
-    for each in list_settings():
+    print_entries(list_settings(), "config.yaml", console)
+
+
+def print_entries(settings: Iterable[Setting], file: str, console: Console) -> None:
+    """Print settings, each section but the first under its name.
+
+    Args:
+        settings: in the order of their sections.
+        file: whose settings they are.
+        console: where to print.
+    """
+    section = None
+    for each in settings:
         if each.section != section:
+            say(console, f"settings of {file}" if section is None else f"\n{each.section}")
             section = each.section
-            console.print(
-                f"\n{section}" if section != "train" else "settings of config.yaml", highlight=False
-            )
         default = f", default {each.default}" if each.default else ""
-        console.print(f"  {each.key} ({each.type}{default})", highlight=False, soft_wrap=True)
-        console.print(f"      {each.help}", highlight=False, soft_wrap=True)
+        say(console, f"  {each.key} ({each.type}{default})")
+        say(console, f"      {each.help}")
+
+
+def say_findings(warnings: Sequence[str], problems: list[Problem], console: Console) -> None:
+    """Print what the checks warn of.
+
+    Args:
+        warnings: in order.
+        problems: why the run could not start.
+        console: where to print.
+
+    Raises:
+        ProblemsError: after printing, when the run could not start.
+    """
+    from ...trainer.run.checked import ProblemsError
+
+    for warning in warnings:
+        say(console, f"note: {warning}")
+    if problems:
+        raise ProblemsError(problems)
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is, however long."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_sizes(checked: Checked, config: TrainConfig, console: Console) -> None:

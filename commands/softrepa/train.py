@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...data.units import counted, human_bytes
 from ...pipeline.images.names import default_cache
+from ..shared.dry_run import print_entries, say, say_findings
 from ..train import STOPPED_STATUS
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def train(flags: SoftTrainFlags, *, console: Console | None = None) -> None:
     if outcome.trained:
         best = flags.run / BEST_FILE
         file = best if best.exists() else flags.run / TOKENS_FILE
-        _say(console, f"Wrote {file}; sample with it with `repa softrepa sample --run {flags.run}`.")
+        say(console, f"Wrote {file}; sample with it with `repa softrepa sample --run {flags.run}`.")
 
 
 def _settings(flags: SoftTrainFlags) -> SoftConfig:
@@ -75,17 +76,13 @@ def _print_plan(config: SoftConfig, flags: SoftTrainFlags, console: Console) -> 
     Raises:
         ProblemsError: after printing, when the run could not start.
     """
-    from ...trainer.run.checked import ProblemsError
     from ...trainer.softrepa.checks import check
 
     checked = check(config)
     console.print((checked.config or config).to_yaml(), highlight=False, soft_wrap=True)
-    _say(console, f"run folder: {flags.run}")
+    say(console, f"run folder: {flags.run}")
     _print_sizes(checked, console)
-    for warning in checked.warnings:
-        _say(console, f"note: {warning}")
-    if checked.problems:
-        raise ProblemsError(checked.problems)
+    say_findings(checked.warnings, checked.problems, console)
 
 
 def _print_sizes(checked: SoftChecked, console: Console) -> None:
@@ -98,7 +95,7 @@ def _print_sizes(checked: SoftChecked, console: Console) -> None:
     numbers = numbers_of(checked.shape, time_table=bool(config.time_table))
     pairs, at_once = config.batch_size**2, min(config.rows, config.batch_size) * config.batch_size
     where = f"in {', '.join(config.blocks or ())}" if facts.is_unet else f"in {config.layers} blocks"
-    _say(
+    say(
         console,
         f"{facts.name} is {facts.kind}: {counted(config.tokens or 0, 'token')} {where}, {numbers:,} numbers "
         f"are trained; {pairs:,} predictions a step, {at_once:,} at a time",
@@ -109,7 +106,7 @@ def _print_sizes(checked: SoftChecked, console: Console) -> None:
     columns = (MOMENTS, *checked.text.names)
     row = sum(checked.manifest.columns[name].row_bytes for name in columns)
     images = config.max_steps * config.batch_size
-    _say(
+    say(
         console,
         f"images: {len(checked.train_rows):,} to train on, {len(checked.held_out_rows):,} held out; "
         f"{images:,} seen in {counted(config.max_steps, 'step', ',')}; {', '.join(columns)}: "
@@ -122,21 +119,13 @@ def _print_settings(console: Console) -> None:
     from ...trainer.settings_list import settings_of
     from ...trainer.softrepa.settings import PRESETS, SoftConfig
 
-    _say(console, "settings of softrepa.yaml")
-    for each in settings_of(SoftConfig, "softrepa", ""):
-        default = f", default {each.default}" if each.default else ""
-        _say(console, f"  {each.key} ({each.type}{default})")
-        _say(console, f"      {each.help}")
+    print_entries(settings_of(SoftConfig, "softrepa", ""), "softrepa.yaml", console)
     for kind, preset in PRESETS.items():
         values = " ".join(f"{key}={_written(value)}" for key, value in preset.items())
-        _say(console, f"of {kind}, where nothing is set: {values}")
+        say(console, f"of {kind}, where nothing is set: {values}")
 
 
 def _written(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
