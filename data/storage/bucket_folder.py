@@ -27,7 +27,6 @@ PARTS_ON_THEIR_WAY = 4
 """Of a column, held in memory too."""
 
 _MOST_PARTS = 8000  # of the 10,000 that S3 takes, as a compressed file may become larger than thought
-_LITTLE = 1 << 16
 
 
 class BucketFolder:
@@ -141,9 +140,8 @@ class _Upload:
             with self._path.bucket.requests(self._path.name_in_bucket) as store:
                 if self._writer is None:
                     self._writer = self._open(store)
-                # each call costs as much as copying some kilobytes
-                for piece in (b"".join(pieces),) if total <= _LITTLE else pieces:
-                    self._writer.write(piece)
+                # a copy, as the package keeps what it is given until it is sent, and the caller may reuse it
+                self._writer.write(b"".join(pieces))
         except BaseException:
             self.abandon()
             raise

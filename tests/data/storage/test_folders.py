@@ -85,6 +85,18 @@ def test_a_large_file_is_seen_when_it_is_published_and_not_before(
         file.append([b"more"])
 
 
+def test_memory_that_was_appended_may_be_used_again(root: CachePath, folder: Folder) -> None:
+    for size in (10, 300_000):
+        memory = bytearray(size)
+        file = folder.begin(root / "c", 1)
+        for value in (1, 2, 3):
+            memory[:] = bytes([value]) * size
+            file.append([memoryview(memory)])
+        file.finish()
+        file.publish()
+        assert (root / "c").read_bytes() == b"".join(bytes([value]) * size for value in (1, 2, 3))
+
+
 @pytest.mark.parametrize("size", [0, 10, 12 << 20])
 def test_nothing_is_left_of_what_is_abandoned(
     root: CachePath, folder: Folder, server: str, size: int
