@@ -19,12 +19,14 @@ from ..encoders.idle_blocks import make_idle, merged, require_idle_fits
 from ..encoders.idle_teacher import (
     ENTRY,
     NORMS,
+    SUFFIX,
     Distilled,
     idle_name,
     idle_teacher,
     read_distilled,
     usual_file,
 )
+from ..encoders.registry import file_of
 from ..encoders.timm_vit import TimmEncoder
 from .fidelity import fidelity
 from .pairs import CachedPairs
@@ -119,7 +121,7 @@ def distill(config: DistillConfig, report: Report) -> tuple[Path, Distilled]:
     copy = idle_teacher(
         idle_name(name, config.idle, config.norm), find_teacher(name), config.idle, config.norm
     )
-    out = config.out or usual_file(copy.name)
+    out = _out(config, copy.name)
     device = torch.device(config.device)
     with CachedPairs(
         path, manifest, name, data=config.data, device=device, may_import=config.may_import
@@ -301,6 +303,22 @@ def _load(
     return encoder
 
 
+def _out(config: DistillConfig, name: str) -> Path:
+    """Return the file to write.
+
+    Raises:
+        RepaError: `repa preprocess` would not take its name for that of an encoder's file.
+    """
+    out = config.out or usual_file(name)
+    if file_of(str(out)) is None:
+        raise RepaError(
+            f"--out {out} is no name of an encoder's file",
+            f"let it end in {SUFFIX}, without a colon in it",
+            field="--out",
+        )
+    return out
+
+
 def _there_already(out: Path, trained: dict[str, Any]) -> Distilled | None:
     """Return what is in the file if it is what was asked for, and None if it is to be written.
 
@@ -309,15 +327,17 @@ def _there_already(out: Path, trained: dict[str, Any]) -> Distilled | None:
     """
     if not out.exists():
         return None
-    found = read_distilled(out)
+    remedy = "name another file with --out, or remove it"
+    try:
+        found = read_distilled(out)
+    except RepaError as error:
+        raise RepaError(error.what, remedy, field="--out") from error
     if found.training == trained:
         return found
     if {**found.training, "steps": 0} != {**trained, "steps": 0} or found.training["steps"] > trained[
         "steps"
     ]:
-        raise RepaError(
-            f"{out} is of another distillation", "name another file with --out, or remove it", field="--out"
-        )
+        raise RepaError(f"{out} is of another distillation", remedy, field="--out")
     return None
 
 

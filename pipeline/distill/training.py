@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from ...data.edge import parse_json
 from ...data.errors import RepaError
 from ...data.reading.order import EpochOrder, batch_views
 from ...data.storage.files import make_folder, os_errors, write_file
@@ -61,6 +63,14 @@ class TrainingSettings:
     batch_size: int
     learning_rate: float
     seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """What the file of a distillation says of the state in it."""
+
+    settings: TrainingSettings
+    step: Annotated[int, Field(ge=0)]
 
 
 class Distillation:
@@ -112,24 +122,18 @@ class Distillation:
         if not self._file.exists():
             return False
         remedy = "give the same, or remove that file to begin again"
-        try:
-            with safe_open(self._file, framework="pt") as file:
-                kept = json.loads((file.metadata() or {})[_ENTRY])
-            state = load_file(self._file)
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise RepaError(f"{self._file} is no state of a distillation", remedy, field="--out") from error
-        now = asdict(self._settings)
-        for name, value in now.items():
-            if kept["settings"].get(name) != value:
-                flag = f"--{name.replace('_', '-')}"
+        kept, state = _read_kept(self._file, remedy)
+        begun = asdict(kept.settings)
+        for name, value in asdict(self._settings).items():
+            if begun[name] != value:
                 raise RepaError(
-                    f"the distillation in {self._file} was begun with {name} "
-                    f"{kept['settings'].get(name)}, not {value}",
+                    f"the distillation in {self._file} was begun with {name} {begun[name]}, not {value}",
                     remedy,
-                    field=flag,
+                    field=f"--{name.replace('_', '-')}",
                 )
+        self._require_shapes(state, moments=kept.step > 0, remedy=remedy)
         self._student.model.load_state_dict(_part(state, "model."))
-        self.step = int(kept["step"])
+        self.step = kept.step
         if self.step:
             moments = {
                 number: {
@@ -142,6 +146,16 @@ class Distillation:
             groups = self._optimizer.state_dict()["param_groups"]
             self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
         return True
+
+    def _require_shapes(self, state: dict[str, Tensor], *, moments: bool, remedy: str) -> None:
+        """Refuse a state whose tensors are not those that `save` writes."""
+        wanted = {f"model.{name}": each.shape for name, each in self._student.model.state_dict().items()}
+        for kind in ("average", "squares") if moments else ():
+            wanted |= {f"{kind}.{name}": each.shape for name, each in self._trained.items()}
+        if {name: each.shape for name, each in state.items()} != wanted:
+            raise RepaError(
+                f"the tensors in {self._file} are not those of this distillation", remedy, field="--out"
+            )
 
     def save(self) -> None:
         """Keep the state, whole or not at all."""
@@ -220,6 +234,26 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     with os_errors("write", path):
         make_folder(path.parent)
         write_file(path, save(plain, metadata), path.parent)
+
+
+def _read_kept(path: Path, remedy: str) -> tuple[_Kept, dict[str, Tensor]]:
+    """Read the state of a distillation.
+
+    Raises:
+        RepaError: it cannot be read, or is none.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            entry = (file.metadata() or {}).get(_ENTRY)
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise RepaError(
+            f"{path} cannot be read as a distillation ({error})", remedy, field="--out"
+        ) from error
+    if entry is None:
+        raise RepaError(f"{path} is no state of a distillation", remedy, field="--out")
+    kept = parse_json(_Kept, entry.encode(), where=f"the header of {path}", remedy=remedy, error=RepaError)
+    return kept, state
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

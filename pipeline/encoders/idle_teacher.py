@@ -101,7 +101,7 @@ def idle_name(teacher: str, idle: float, norm: str) -> str:
         RepaError: θ is no whole number of per cent from 1 to 100, which the name could not say.
     """
     percent = round(100 * idle) if 0 < idle <= 1 else 0
-    if not percent or abs(percent - 100 * idle) > 1e-9:
+    if not percent or idle != percent / 100:  # what `split_idle_name` gives back
         raise RepaError(
             f"--idle {idle:g} is no share in whole per cent",
             "give one above 0 and up to 1, as 0.75",

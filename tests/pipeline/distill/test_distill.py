@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,13 +18,13 @@ from repa.pipeline.encoders import load_encoder
 from repa.pipeline.encoders.idle_teacher import read_distilled
 from repa.pipeline.encoders.registry import find_teacher
 from repa.pipeline.replay.live import LiveTeachers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from .conftest import encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from repa.pipeline.encoders.idle_teacher import Distilled
 
@@ -113,6 +115,9 @@ def test_training_lowers_the_loss_of_what_it_sees(distil: Distil, tmp_path: Path
     [
         ({"idle": 0.755}, "--idle"),
         ({"idle": 0.0}, "--idle"),
+        ({"idle": 0.07000000000001}, "--idle"),
+        ({"out": Path("copy")}, "--out"),
+        ({"out": Path("copy.training")}, "--out"),
         ({"teacher": "demo-idle75"}, "--encoder"),
         ({"held_out": 40}, "--held-out"),
         ({"fit_images": 33}, "--fit-images"),
@@ -134,6 +139,41 @@ def test_another_distillation_is_not_written_over(distil: Distil, tmp_path: Path
     with pytest.raises(RepaError) as failure:
         distil(out=out, seed=1)
     assert failure.value.field == "--seed"
+
+
+def test_a_damaged_state_is_refused(distil: Distil, tmp_path: Path) -> None:
+    out = tmp_path / "copy.safetensors"
+    state_file = out.with_suffix(".training")
+    distil(steps=1, out=out)
+    out.unlink()
+    with safe_open(state_file, framework="pt") as file:
+        [(name, text)] = file.metadata().items()
+    entry, state = json.loads(text), load_file(state_file)
+    for header, tensors in (
+        ({}, state),
+        ([], state),
+        ({**entry, "settings": None}, state),
+        ({**entry, "step": "2"}, state),
+        ({**entry, "step": -1}, state),
+        (entry, {key: each for key, each in state.items() if not key.startswith("average.")}),
+        (entry, {key: each for key, each in state.items() if not key.startswith("model.norm.")}),
+        (entry, {key: each.flatten() for key, each in state.items()}),
+    ):
+        save_file(tensors, state_file, {name: json.dumps(header)})
+        with pytest.raises(RepaError) as failure:
+            distil(steps=2, out=out)
+        assert failure.value.remedy
+        assert not out.exists()
+
+
+def test_a_file_of_another_kind_in_the_way_is_refused(distil: Distil, tmp_path: Path) -> None:
+    out = tmp_path / "copy.safetensors"
+    for each in (out, out.with_suffix(".training")):
+        each.mkdir()
+        with pytest.raises(RepaError) as failure:
+            distil(out=out)
+        assert failure.value.field == "--out"
+        each.rmdir()
 
 
 def test_other_weights_and_other_images_are_refused(distil: Distil, tmp_path: Path, demo_cache: Path) -> None:
