@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -18,6 +17,7 @@ from ..data.tars.names import command_in
 from .added_callbacks import SETTING as CALLBACKS
 from .added_callbacks import find_callback
 from .compiling import Compile
+from .lightning_settings import lightning_settings
 from .methods.base import MethodConfig  # noqa: TC001 - as of Compile
 from .methods.named_presets import with_preset
 from .methods.outside import find_method
@@ -27,31 +27,11 @@ from .models.registry import FLOW, family_of
 from .objectives import registry as objectives
 from .objectives.base import ObjectiveConfig  # noqa: TC001 - as of the method
 from .objectives.flow import FlowConfig
-from .settings_file import parse_yaml
 from .typed import check_fields, coerce, from_mapping, nearest, parse_assignment, plain, unknown_setting
 
 DEFAULT_METHOD = "repa"
 _METHOD_KEYS = ("method", "method.name")
 OF_METHOD = ("method_name", "method_preset")
-
-# settings of Lightning's trainer that the run decides, so that two values cannot disagree
-_OWNED_TRAINER_KEYS = {
-    "max_steps": "max_steps",
-    "max_epochs": "max_steps",
-    "accumulate_grad_batches": "accumulate",
-    "gradient_clip_val": "clip",
-    "gradient_clip_algorithm": "clip",
-    "precision": "precision",
-    "log_every_n_steps": "log_every",
-    "val_check_interval": "eval_every",
-    "logger": "loggers",
-    "enable_checkpointing": "checkpoint_every",
-    "enable_progress_bar": "log_every",
-    "enable_model_summary": "log_every",
-    "use_distributed_sampler": "trainer.devices",
-    "reload_dataloaders_every_n_epochs": "max_steps",
-    "default_root_dir": "--run",
-}
 NAMED_SECTIONS = ("method", "objective")
 SECTIONS = (*NAMED_SECTIONS, "trainer")
 RECIPE = "recipe"
@@ -288,7 +268,7 @@ def build(
     objective = _objective(dict(values.pop("objective", {})), values["model"])
     solvers = objectives.OBJECTIVES[objectives.name_of(objective)].solvers
     values.setdefault("evaluate_solver", solvers[0])
-    trainer = _trainer_settings(values.pop("trainer", {}))
+    trainer = lightning_settings(values.pop("trainer", {}))
     if CALLBACKS in dict(given):
         for callback in trainer["callbacks"]:
             find_callback(callback, may_import=True)
@@ -409,32 +389,3 @@ def _annotations() -> dict[str, Any]:
     """Key → type and bounds, of the settings that are no sections."""
     found = get_type_hints(TrainConfig, include_extras=True)
     return {key: kind for key, kind in found.items() if key not in (*SECTIONS, *OF_METHOD)}
-
-
-def _trainer_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the names of settings for ``lightning.Trainer`` against its signature."""
-    if not values:
-        return {}
-    from lightning.pytorch import Trainer
-
-    hints = get_type_hints(Trainer.__init__)
-    known = [key for key in inspect.signature(Trainer.__init__).parameters if key not in ("self", "kwargs")]
-    settings = {}
-    for name, value in values.items():
-        key = f"trainer.{name}"
-        if name in _OWNED_TRAINER_KEYS:
-            instead = f"set {_OWNED_TRAINER_KEYS[name]} instead"
-            raise RepaError(f"{key} is decided by the run", instead, field=key)
-        if name not in known:
-            raise unknown_setting(key, [f"trainer.{each}" for each in known])
-        settings[name] = value
-        if key == CALLBACKS:
-            settings[name] = list(coerce(value, tuple[str, ...], key))
-            continue
-        if isinstance(value, str):
-            remedy = f"give {key} a value as YAML writes it"
-            settings[name] = parse_yaml(value, where=key, remedy=remedy, field=key)
-        # only these: other settings may have many forms, which Lightning checks itself
-        if hints.get(name) in (bool, bool | None):
-            settings[name] = coerce(settings[name], bool | None, key)
-    return settings
