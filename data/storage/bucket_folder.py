@@ -26,6 +26,8 @@ PART_BYTES = 8 << 20
 PARTS_ON_THEIR_WAY = 4
 """Of a column, held in memory too."""
 
+_PROBE = ".probe-"  # how names of objects begin that are there to see what the store allows
+
 _MOST_PARTS = 8000  # of the 10,000 that S3 takes, as a compressed file may become larger than thought
 
 
@@ -45,10 +47,13 @@ class BucketFolder:
         return path.exists()
 
     def names(self, path: RemotePath) -> list[str]:
-        """List what lies directly under a name, ascending."""
+        """List what lies directly under a name, ascending, without what `probe` puts there.
+
+        A process that begins beside this one may be at it, and one that was killed leaves it.
+        """
         folders, objects = self._bucket.children(path.name_in_bucket)
-        found = (*folders, *(each["path"] for each in objects))
-        return sorted(name.rpartition("/")[2] for name in found)
+        found = (name.rpartition("/")[2] for name in (*folders, *(each["path"] for each in objects)))
+        return sorted(name for name in found if not name.startswith(_PROBE))
 
     def put(self, path: RemotePath, data: bytes) -> None:
         """Write a small object."""
@@ -107,7 +112,7 @@ class BucketFolder:
             CacheError: the store writes one object over another where it was told not to.
             OSError: it refuses.
         """
-        name = f".probe-{secrets.token_hex(8)}"
+        name = f"{_PROBE}{secrets.token_hex(8)}"
         put_if(self._bucket, name, b"1", None)
         try:
             with suppress(ChangedError):

@@ -17,7 +17,8 @@ from repa.data.format.columns import ColumnSpec
 from repa.data.format.opening import open_manifest
 from repa.data.format.survey import committed_shards
 from repa.data.reading.reader import CacheReader
-from repa.data.storage.bucket import cache_path
+from repa.data.storage.bucket import Bucket, cache_path
+from repa.data.storage.writable import open_writable
 from repa.data.testing import (
     expected_row,
     synthetic_cache,
@@ -109,13 +110,28 @@ def test_killed_at_any_request_the_same_again_gives_the_same_bytes(
     assert states == {0, 1, 2}
 
 
+def test_a_probe_of_another_process_is_in_nobodys_way(server: str, whole: dict[str, bytes]) -> None:
+    url = "s3://bucket/probed/cache"
+    opened = open_writable(cache_path(url))
+    with pytest.MonkeyPatch.context() as patch:
+        # what another process has put there, or has left when it was killed
+        patch.setattr(Bucket, "delete", lambda *_: None)
+        opened.probe()  # type: ignore[attr-defined]
+    (probe,) = objects_of(url)
+    synthetic_cache(cache_path(url), **SMALL)
+    there = objects_of(url)
+    assert there.pop(probe) == b"1"
+    assert there == whole
+
+
 def test_a_process_killed_9_leaves_what_another_goes_on_with(server: str, whole: dict[str, bytes]) -> None:
     url = "s3://bucket/killed9/cache"
     script = """
 import sys
 import repa.data.storage.bucket_folder as folder
 from repa.data.format.columns import ColumnSpec
-from repa.data.storage.bucket import cache_path
+from repa.data.storage.bucket import Bucket, cache_path
+from repa.data.storage.writable import open_writable
 from repa.data.testing import synthetic_cache
 
 publish, published = folder._Upload.publish, []
