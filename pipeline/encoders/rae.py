@@ -216,9 +216,15 @@ def _check_teacher(name: str, said: _Said, norm: FinalNorm, state: dict[str, Ten
     """Refuse a decoder of another teacher, whose images would be finite and wrong.
 
     Raises:
-        RepaError: its encoder differs in kind or in its first weights.
+        RepaError: its encoder differs in kind or in its first weights, or is not there.
     """
     kernels = [each for key, each in state.items() if key.startswith("encoder.") and key.endswith(_KERNELS)]
+    if not kernels:
+        raise RepaError(
+            f"the weights of {name} have no encoder, so that nothing tells which teacher's tokens it decodes",
+            f"give {FLAG} the whole {KIND}, as diffusers saves it",
+            field=FLAG,
+        )
     alike = all(
         each.shape == norm.kernel.shape
         and float((each.float() - norm.kernel).abs().max()) <= _NEAR * float(norm.kernel.abs().max())

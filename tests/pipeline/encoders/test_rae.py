@@ -147,6 +147,9 @@ def test_what_is_no_such_autoencoder_is_refused(tmp_path: Path) -> None:
     config.write_text(json.dumps(said))
     save_file({name: each for name, each in state.items() if not name.startswith("decoder.")}, file)
     assert refused().what
+    # without its encoder nothing tells whose tokens it decodes
+    save_file({name: each for name, each in state.items() if not name.startswith("encoder.")}, file)
+    assert refused().field == "--vae"
     file.unlink()
     assert refused().field == "--vae"
     assert len(made.decoder.decoder_layers) == 1
