@@ -15,17 +15,15 @@ import os
 import re
 import threading
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from ..errors import CacheError, RepaError
-from .environment import check_environment
+from ..errors import CacheError
+from .object_store import errors_of_the_system, open_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from obstore.store import BackoffConfig
 
 E = TypeVar("E")
 T = TypeVar("T")
@@ -34,23 +32,9 @@ T = TypeVar("T")
 REQUESTS = 32
 
 _URL = re.compile(r"(?:s3|gs)://[^/]+(?:/.*)?")
-# of a request that the server refuses for now, a quarter of a second apart and then up to three times as long
-# as before, by chance: 5 to 30 s in all
-_RETRIES = 8
-_BACKOFF: BackoffConfig = {
-    "init_backoff": timedelta(milliseconds=250),
-    "max_backoff": timedelta(seconds=10),
-    "base": 3,
-}
 # of a range whose answer breaks off, which the package does not ask for again; and how it says so
 _ANSWERS = 3
 _BROKEN_OFF = ("request or response body error", "Requested ")
-# where the package looks for credentials last, on a machine of the cloud; and what should have told them
-_METADATA_SERVERS = ("169.254.169.254", "metadata.google.internal")
-_CREDENTIALS = {
-    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket",
-    "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or GOOGLE_SKIP_SIGNATURE=true for a public bucket",
-}
 
 
 class Bucket:
@@ -69,21 +53,7 @@ class Bucket:
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._sizes: dict[str, int] | None = None
-        try:
-            from obstore.exceptions import BaseError
-            from obstore.store import from_url
-        except ImportError as error:
-            raise RepaError(
-                f"{self.url} is in a bucket, which needs the package obstore",
-                "install it with `pip install 'repa[remote]'`",
-            ) from error
-        check_environment(self.url)
-        try:
-            self._store = from_url(self.url, retry_config={"max_retries": _RETRIES, "backoff": _BACKOFF})
-        except (BaseError, ValueError) as error:
-            raise RepaError(
-                f"{self.url} cannot be reached: {_one_line(error)}", "look at the address and the credentials"
-            ) from error
+        self._store = open_store(self.url)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Bucket, (self.url,)
@@ -97,22 +67,8 @@ class Bucket:
                 f"{self.url} was opened before this process was forked",
                 "open it afterwards, or start processes by spawn",
             )
-        from obstore.exceptions import BaseError
-
-        try:
+        with errors_of_the_system(self.url, name):
             yield self._store
-        except FileNotFoundError as error:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.url}/{name}") from error
-        except (BaseError, OSError) as error:
-            what = _one_line(error)
-            if any(server in what for server in _METADATA_SERVERS):
-                what = f"no credentials: {_CREDENTIALS[self.url[:2]]}"
-            raise OSError(errno.ECONNABORTED, what, f"{self.url}/{name}") from error
-        except BaseException as error:
-            # pyo3's own class cannot be imported, and is no Exception
-            if type(error).__name__ != "PanicException":
-                raise
-            raise OSError(errno.ECONNABORTED, _one_line(error), f"{self.url}/{name}") from error
 
     def read(self, name: str) -> bytes:
         """Read the bytes of an object.
@@ -403,8 +359,3 @@ def map_files(action: Callable[[E], T], numbers: Iterable[E], path: CachePath) -
 
     with ThreadPoolExecutor(REQUESTS) as pool:
         return list(pool.map(action, numbers))
-
-
-def _one_line(error: BaseException) -> str:
-    # the crate appends the whole chain of causes as it is in memory
-    return " ".join(str(error).partition("Debug source")[0].split())[:300]

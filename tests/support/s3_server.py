@@ -49,7 +49,7 @@ def empty(address: str) -> None:
 
 def lead_to(patch: pytest.MonkeyPatch, address: str) -> None:
     """Set the environment variables of a client of that server, which is not asked for long if it is away."""
-    patch.setattr("repa.data.storage.bucket._RETRIES", 2)
+    patch.setattr("repa.data.storage.object_store._RETRIES", 2)
     patch.setenv("AWS_ACCESS_KEY_ID", "key")
     patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     patch.setenv("AWS_REGION", "us-east-1")
