@@ -18,9 +18,10 @@ from ..models.conditioning import ClassTokenConditioner
 from ..models.text_conditioning import TextConditioner
 from ..sampling.bank import CacheBank
 from ..sampling.caption_bank import CaptionBank
+from ..step.backbone import build_backbone
 from ..step.checkpoints import checkpoint_path, checkpoints_of
 from ..step.latents import MomentLatents, TokenLatents
-from ..step.module import TrainingModule, build_backbone
+from ..step.module import TrainingModule
 from .arithmetic import float32_products, resolved
 from .callbacks import Clock, Metrics
 from .checked import RANDOM_WEIGHTS, Checked, ProblemsError

@@ -12,17 +12,15 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ...data.format.columns import LABEL
 from ..compiling import chosen, compile_backbone, compile_children, compiled_losses
 from ..input.datamodule import columns_of_phase
 from ..methods.base import Method, Phase, Step, Term
-from ..models import registry as backbones
 from ..models.conditioning import LabelConditioner
-from ..models.conditions import build_conditioner
 from ..models.token_groups import TokenGroups
 from ..objectives.registry import make_objective
 from .beside import Beside, Statistics, tokens_of
 from .draws import Draws, StepDraws
+from .idle import IdleParameters, zero_of
 from .means import Means
 from .randomness import derived_seed
 from .schedule import is_constant, learning_rate
@@ -36,9 +34,8 @@ if TYPE_CHECKING:
 
     from ...data.reading.loader import Batch
     from ..config import TrainConfig
-    from ..models.base import Backbone, BackboneConfig
+    from ..models.base import Backbone
     from ..models.capture import Captured
-    from ..models.conditioning import ConditionColumn
     from ..objectives.base import Noised
     from .latents import Latents
 
@@ -97,7 +94,7 @@ class TrainingModule(LightningModule):
         self._compiled = False
         self._draws: StepDraws | None = None
         self._method_generator: torch.Generator | None = None
-        self._idle_parameters: dict[tuple[str, ...], list[nn.Parameter]] = {(): []}
+        self._idle = IdleParameters()
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -145,7 +142,7 @@ class TrainingModule(LightningModule):
         """
         self.shards.cut(self, (self.backbone, self.ema), mesh)
         # parameters that are cut are other ones
-        self._averaged, self._idle_parameters = None, {(): []}
+        self._averaged, self._idle = None, IdleParameters()
 
     def on_train_start(self) -> None:
         """Give the optimiser the configuration's settings, in place of those that a checkpoint brings."""
@@ -170,7 +167,7 @@ class TrainingModule(LightningModule):
         total = self._total(self.terms(batch))
         if self.trainer.world_size == 1 or self.shards.cut_up:
             return total
-        return total + self._idle_sum(self.method.phase_at(batch.step))
+        return total + zero_of(self.idle_parameters(self.method.phase_at(batch.step)), self.device)
 
     def terms(self, batch: Batch, draws: Draws | None = None) -> dict[str, Term]:
         """Compute the named parts of a micro-batch's loss.
@@ -385,23 +382,7 @@ class TrainingModule(LightningModule):
 
     def idle_parameters(self, phase: Phase) -> list[nn.Parameter]:
         """List the parameters that no loss of a phase reaches."""
-        prefixes, stop = self.method.flags(phase).idle, self.method.capture(phase).stop_after
-        if stop is not None:
-            prefixes = (*prefixes, *(f"backbone.{each}" for each in self.backbone.left_out(stop)))
-        if prefixes not in self._idle_parameters:
-            self._idle_parameters[prefixes] = [
-                parameter
-                for name, parameter in self.named_parameters()
-                if parameter.requires_grad and name.startswith(prefixes)
-            ]
-        return self._idle_parameters[prefixes]
-
-    def _idle_sum(self, phase: Phase) -> Tensor:
-        """Compute 0 × the sum of the parameters that no loss reaches, as DDP waits for a gradient of each."""
-        total = torch.zeros((), device=self.device)
-        for parameter in self.idle_parameters(phase):
-            total = total + 0.0 * parameter.float().sum()
-        return total
+        return self._idle.of_phase(phase, self.method, self.backbone, self)
 
     def _start_afresh(self) -> None:
         """Forget the optimiser's moments and average from a hard copy of the weights as they are."""
@@ -413,23 +394,3 @@ class TrainingModule(LightningModule):
 def _given(groups: TokenGroups | None, t: Tensor) -> dict[str, TokenGroups]:
     """Return the backbone's argument for groups, none where the times are of whole images."""
     return {} if groups is None or t.ndim == 1 else {"groups": groups}
-
-
-def build_backbone(
-    config: BackboneConfig, method: Method, seed: int, condition: ConditionColumn | None = None
-) -> Backbone:
-    """Return the backbone with its conditioner. Its weights depend on the seed, not on the method.
-
-    Args:
-        config: architecture.
-        method: may bring its own conditioner.
-        seed: of the run.
-        condition: what the conditioner is built from where the method has none; None for the label.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed(seed, "conditioner"))
-        conditioner = method.make_conditioner(config.num_classes)
-        if conditioner is None and condition is not None and condition.column != LABEL:
-            conditioner = build_conditioner(condition)
-        torch.manual_seed(derived_seed(seed, "backbone"))
-        return backbones.build(config, conditioner)

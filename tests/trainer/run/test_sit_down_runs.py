@@ -17,7 +17,7 @@ from repa.trainer.models.sit_down import SiTDown
 from repa.trainer.run.checks import check
 from repa.trainer.run.metrics import read_metrics
 from repa.trainer.sampling.generate import model_of_run
-from repa.trainer.step.module import build_backbone
+from repa.trainer.step.backbone import build_backbone
 
 Settings = Callable[..., TrainConfig]
 
