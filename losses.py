@@ -14,7 +14,7 @@ from .trainer.methods.attention import attention_alignment
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .opened import Attention
+    from .attention import Attention
 
 __all__ = ["haste", "projector", "repa"]
 

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import os
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .attention import Attention, attention_of
 from .data.errors import CacheError, RepaError
 from .data.format.captions import captions_path, has_captions, read_captions, read_table, with_captions
 from .data.format.columns import (
-    ATTENTION_KINDS,
     LABEL,
     MOMENTS,
-    attention_source,
-    column_name,
     scale_column,
     source_of,
 )
@@ -41,20 +39,6 @@ if TYPE_CHECKING:
     from .data.format.manifest import Manifest
     from .data.reading.batches import BatchLoader
     from .data.reading.latents import LatentScale
-
-
-class Attention(NamedTuple):
-    """The attention of one block of a teacher, softmax over the keys of (q · kᵀ) · scale.
-
-    Attributes:
-        queries: ``[B, H, T, r]``, in floating point.
-        keys: ``[B, H, T, r]``, in floating point.
-        scale: of the logits.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    scale: float
 
 
 class OpenedCaptions:
@@ -363,23 +347,7 @@ class OpenedCache:
         Raises:
             CacheError: the cache has no attention of that block.
         """
-        from .trainer.methods.alignment import attention_target
-
-        source = attention_source(teacher)
-        provenance = self.manifest.sources.get(source)
-        blocks = [] if provenance is None else list(provenance.notes["blocks"])
-        if provenance is None or block not in blocks:
-            has = f"blocks {', '.join(map(str, blocks))}" if blocks else "none"
-            raise CacheError(
-                f"cache {self.path} has no attention of block {block} of {teacher} (it has {has})",
-                f"add it with `repa preprocess --cache {self.path} --encoder {teacher} --attention …`",
-                field=source,
-            )
-        names = [column_name(teacher, kind) for kind in ATTENTION_KINDS]
-        queries, keys = attention_target(
-            batch, names, self.manifest.columns, provenance.notes, at=blocks.index(block)
-        )
-        return Attention(queries, keys, provenance.notes["logit_scale"])
+        return attention_of(self.path, self.manifest, batch, teacher, block)
 
     @cached_property
     def _declared(self) -> Mapping[str, ColumnSpec]:

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from repa import losses
+from repa.attention import Attention
 from repa.data.errors import RepaError
-from repa.opened import Attention
 
 
 def test_repa_by_hand() -> None:
