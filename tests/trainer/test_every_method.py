@@ -358,7 +358,7 @@ def few(name: str) -> dict[str, Any]:
     """Settings of two steps, of which the second is of another phase where that can be."""
     stops = name in ALIGNING and not OWN.get(name)
     # with weight decay, which must not reach what rests
-    values = {"max_steps": 2, "holdout": 0, "weight_decay": 0.1}
+    values = {"max_steps": 2, "holdout": 0, "weight_decay": 0.1, "checkpoint_every": 2}
     return values | ({"method__stop": 1} if stops else {})
 
 
@@ -381,9 +381,18 @@ if __name__ == "__main__":
 """
 
 
+# whose weights are cut without `thorough`, as each such run takes as long as five others: another backbone
+# with a projector, what rests in a phase, attention, a vector beside the latent, and an average that teaches
+CUT = ("LightningDiT", "erw", "haste", "reg", "sra")
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "all_cut",
+    [pytest.param(False, id="some-cut"), pytest.param(True, id="all-cut", marks=pytest.mark.thorough)],
+)
 def test_two_ranks_are_one_that_accumulates(
-    whole: Path, run_fit: Fit, tmp_path: Path, warmed: Warmed, monkeypatch: pytest.MonkeyPatch
+    all_cut: bool, whole: Path, run_fit: Fit, tmp_path: Path, warmed: Warmed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All in one process group: micro-batch k with the draws of rank k gives what two ranks give.
 
@@ -398,8 +407,9 @@ def test_two_ranks_are_one_that_accumulates(
     for name, (method, changes) in asked.items():
         two = small_config(method, whole, **changes, **devices)
         (runs / f"{name}.yaml").write_text(two.to_yaml())
-        cut = small_config(method, whole, **changes, **devices, trainer__strategy="fsdp")
-        (runs / f"{name}-cut.yaml").write_text(cut.to_yaml())
+        if all_cut or name in CUT:
+            cut = small_config(method, whole, **changes, **devices, trainer__strategy="fsdp")
+            (runs / f"{name}-cut.yaml").write_text(cut.to_yaml())
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
     ended = warmed.run(script, Path(__file__).parents[1] / "support", runs, ranks=2)
@@ -422,5 +432,6 @@ def test_two_ranks_are_one_that_accumulates(
     for name, (method, changes) in asked.items():
         run_fit(small_config(method, whole, **changes, accumulate=2), name)
         assert_equal_but_for_rounding(tmp_path / name, runs / name)
-        assert_equal_but_for_rounding(runs / name, runs / f"{name}-cut")
-        assert_close_checkpoints(runs / name, runs / f"{name}-cut", 2)
+        if all_cut or name in CUT:
+            assert_equal_but_for_rounding(runs / name, runs / f"{name}-cut")
+            assert_close_checkpoints(runs / name, runs / f"{name}-cut", 2)
