@@ -19,10 +19,11 @@ from ...trainer.input.online import is_target
 from ...trainer.methods.aligning import PLAIN
 from ...trainer.methods.outside import find_method
 from ...trainer.run.arithmetic import float32_products
+from ...trainer.run.assembly import assemble
 from ...trainer.run.callbacks import Clock, Metrics
 from ...trainer.run.checked import ProblemsError
 from ...trainer.run.checks import attention_blocks, check
-from ...trainer.run.fit import assemble, load_live
+from ...trainer.run.fit import load_live
 from ...trainer.run.identity import identity_of
 from ...trainer.run.lightning_trainer import make_trainer, quiet_lightning
 from ...trainer.run.loggers import Reports

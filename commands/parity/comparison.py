@@ -11,9 +11,9 @@ from ...data.reading.loader import CacheLoader
 from ...data.reading.reader import CacheReader
 from ...trainer.input.datamodule import columns_of_phase
 from ...trainer.input.online import live_columns, with_targets
+from ...trainer.run.assembly import assemble
 from ...trainer.run.checked import ProblemsError
 from ...trainer.run.checks import check
-from ...trainer.run.fit import assemble
 from ...trainer.run.lightning_trainer import make_trainer
 from ...trainer.step.gradients import cosine, relative_difference
 from .columns import StoredColumns

@@ -30,8 +30,8 @@ from repa.trainer.models.sit import SIT_SIZES, SiTSize
 from repa.trainer.models.sit_down import SIT_DOWN_SIZES, SiTDownSize
 from repa.trainer.models.text_conditioning import TextConditioner
 from repa.trainer.models.token_groups import TokenGroups
+from repa.trainer.run.assembly import assemble
 from repa.trainer.run.checks import check
-from repa.trainer.run.fit import assemble
 from repa.trainer.run.identity import identity_of
 from repa.trainer.run.lightning_trainer import make_trainer
 from torch import Tensor

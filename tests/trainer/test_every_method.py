@@ -28,9 +28,9 @@ from repa.trainer.methods.aligning import PLAIN, Aligning
 from repa.trainer.methods.named_presets import unusable_presets
 from repa.trainer.models.sit import SIT_SIZES
 from repa.trainer.models.sit_down import SIT_DOWN_SIZES
+from repa.trainer.run.assembly import assemble
 from repa.trainer.run.checked import ProblemsError
 from repa.trainer.run.checks import check
-from repa.trainer.run.fit import assemble
 from repa.trainer.run.identity import identity_of
 from repa.trainer.run.lightning_trainer import make_trainer
 from repa.trainer.run.metrics import read_metrics

@@ -6,23 +6,14 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ...data.errors import RepaError
 from ...data.reading.reader import CacheReader
 from ...data.units import counted
 from ..added_callbacks import make_callbacks
-from ..input.datamodule import CacheData
-from ..input.statistics import MOST_TOKEN_ROWS, column_statistics, token_statistics
-from ..models.conditioning import ClassTokenConditioner
-from ..models.text_conditioning import TextConditioner
-from ..sampling.bank import CacheBank
-from ..sampling.caption_bank import CaptionBank
-from ..step.backbone import build_backbone
+from ..input.statistics import MOST_TOKEN_ROWS
 from ..step.checkpoints import checkpoint_path, checkpoints_of
-from ..step.latents import MomentLatents, TokenLatents
-from ..step.module import TrainingModule
 from .arithmetic import float32_products, resolved
+from .assembly import assemble
 from .callbacks import Clock, Metrics
 from .checked import RANDOM_WEIGHTS, Checked, ProblemsError
 from .checkpointing import Checkpoints
@@ -54,18 +45,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    import numpy as np
     from lightning.pytorch.callbacks import Callback
-    from numpy.typing import NDArray
     from rich.console import Console
 
-    from ...data.tars.cache import TarCache
     from ..config import TrainConfig
+    from ..input.datamodule import CacheData
     from ..input.online import LiveTargets
-    from ..methods.base import Method
     from ..resuming import Change
-    from ..step.beside import Statistics
-    from ..step.latents import Latents
+    from ..step.module import TrainingModule
+    from .callbacks import Evaluate
     from .evaluations import Evaluator
 
 
@@ -127,28 +115,14 @@ def fit(
     config = resolved(config)
     leader = is_leader()
     say = _printer(console, leader=leader)
-    checked = check(config, live)
-    for warning in checked.warnings:
-        say(f"note: {warning}")
-    if checked.problems:
-        raise ProblemsError(checked.problems)
-    load_live(checked, say)
+    checked = _checked(config, live, say)
     identity, new = identity_of(checked, config), not checkpoints_of(run)
     # before the folder is made: it would be bound to what cannot be had
     initial = read_initial(config.init, checked) if config.init and new else None
     taken = read_first_steps(checked, config, identity) if new else None
     with locked_run(run, leader=leader):
         newest, going_back = checkpoint_to_go_on_from(run, from_step, say)
-        if newest is not None:
-            if leader:
-                # before what follows from it: with other targets the cache is another too
-                changed_settings(config, run, newest[1])
-            check_resumable(newest[1], identity)
-        changed: list[Change] = []
-        if leader:
-            if newest is not None:
-                refuse_lost(newest[1], run)
-            changed = settle_config(config, run, None if newest is None else newest[1])
+        changed = _settled(config, run, None if newest is None else newest[1], identity, leader=leader)
         if newest is not None and newest[0] >= config.max_steps:
             done = counted(newest[0], "step", ",")
             say(f"{run} is finished: {done}; for more, set a larger --max-steps")
@@ -176,6 +150,51 @@ def fit(
         )
 
 
+def _checked(config: TrainConfig, live: LiveTargets | None, say: Callable[[str], None]) -> Checked:
+    """Check a run, say what is of note, and load its live teachers.
+
+    Raises:
+        ProblemsError: the checks found problems; all of them are listed.
+        RepaError: a live teacher cannot be had.
+    """
+    checked = check(config, live)
+    for warning in checked.warnings:
+        say(f"note: {warning}")
+    if checked.problems:
+        raise ProblemsError(checked.problems)
+    load_live(checked, say)
+    return checked
+
+
+def _settled(
+    config: TrainConfig,
+    run: Path,
+    newest: Path | None,
+    identity: Mapping[str, Any],
+    *,
+    leader: bool,
+) -> list[Change]:
+    """Refuse a checkpoint of another run or a lost one, write the settings, and return what changed of them.
+
+    Args:
+        config: settings of the run.
+        run: its folder.
+        newest: checkpoint that the run goes on from, None where it begins.
+        identity: what the checkpoint has to share.
+        leader: whether this process speaks for all; others find no changes.
+    """
+    if newest is not None:
+        if leader:
+            # before what follows from it: with other targets the cache is another too
+            changed_settings(config, run, newest)
+        check_resumable(newest, identity)
+    if not leader:
+        return []
+    if newest is not None:
+        refuse_lost(newest, run)
+    return settle_config(config, run, newest)
+
+
 def _train(
     config: TrainConfig,
     run: Path,
@@ -199,32 +218,12 @@ def _train(
         images = min(len(checked.train_rows), MOST_TOKEN_ROWS)
         say(f"measures {config.latents} of {counted(images, 'image', ',')}")
     module, data = assemble(config, checked, identity, restored=bool(resumed))
-    if initial is not None:
-        initial.load_into(module)
-        for line in (f"begins with the weights of {initial.record['file']}", *initial.notes):
-            say(line)
-    first = resumed
-    if taken is not None:
-        taken.load_into(module)
-        data.begin_at(first := taken.step)
-        say(f"begins at step {first:,} with the weights of {taken.record['file']}")
-    clock = Clock()
-    evaluations = evaluations_of(config, run, checked, evaluator, decoder, say)
-    if decoder is None and config.preview_every:
-        say("no previews: nothing says which autoencoder decodes the latents")
+    first = _load_first_weights(module, data, initial, taken, say) or resumed
     reports = Reports(config, say)
-    utilisation = None
-    if checked.device is not None and checked.world_size is not None:
-        utilisation = utilisation_of(config, module, checked.device, checked.world_size)
-    metrics = Metrics(config, run, console, clock, evaluations, reports, _bytes_read(checked), utilisation)
-    callbacks: list[Callback] = [
-        GradientAngle(config),
-        metrics,
-        Previews(config, run, decoder, say, clock, reports),
-        *make_callbacks(config.trainer.get("callbacks", ())),
-        stop,
-        Checkpoints(config, run, clock, metrics.sync),
-    ]
+    evaluations = evaluations_of(config, run, checked, evaluator, decoder, say)
+    callbacks = _callbacks(
+        config, run, checked, module, evaluations, reports, stop, console=console, decoder=decoder, say=say
+    )
     ids = logger_ids(config, read_starts(run), anew=from_step is not None)
     loggers = make_loggers(config, run, ids, resumed=resumed, leader=leader)
     trainer = make_trainer(config, run=run, callbacks=callbacks, loggers=loggers)
@@ -261,6 +260,57 @@ def _train(
     )
 
 
+def _load_first_weights(
+    module: TrainingModule,
+    data: CacheData,
+    initial: Initial | None,
+    taken: TakenSteps | None,
+    say: Callable[[str], None],
+) -> int:
+    """Load weights and first steps that a new run takes from others, and return how many steps these are."""
+    if initial is not None:
+        initial.load_into(module)
+        for line in (f"begins with the weights of {initial.record['file']}", *initial.notes):
+            say(line)
+    if taken is None:
+        return 0
+    taken.load_into(module)
+    data.begin_at(taken.step)
+    say(f"begins at step {taken.step:,} with the weights of {taken.record['file']}")
+    return taken.step
+
+
+def _callbacks(
+    config: TrainConfig,
+    run: Path,
+    checked: Checked,
+    module: TrainingModule,
+    evaluations: Sequence[tuple[int, Evaluate]],
+    reports: Reports,
+    stop: Stop,
+    *,
+    console: Console,
+    decoder: LatentDecoder | None,
+    say: Callable[[str], None],
+) -> list[Callback]:
+    """Make what is called at every step, in the order in which it is called."""
+    clock = Clock()
+    if decoder is None and config.preview_every:
+        say("no previews: nothing says which autoencoder decodes the latents")
+    utilisation = None
+    if checked.device is not None and checked.world_size is not None:
+        utilisation = utilisation_of(config, module, checked.device, checked.world_size)
+    metrics = Metrics(config, run, console, clock, evaluations, reports, _bytes_read(checked), utilisation)
+    return [
+        GradientAngle(config),
+        metrics,
+        Previews(config, run, decoder, say, clock, reports),
+        *make_callbacks(config.trainer.get("callbacks", ())),
+        stop,
+        Checkpoints(config, run, clock, metrics.sync),
+    ]
+
+
 def _record_start(
     config: TrainConfig,
     run: Path,
@@ -293,73 +343,6 @@ def _say_stopped(
     by = f" by {reason}" if reason else ""
     say(f"stopped{by} at step {step:,} of {config.max_steps:,}, saved; the same command goes on from there")
     requeue(reason, os.environ, say)
-
-
-def assemble(
-    config: TrainConfig, checked: Checked, identity: Mapping[str, Any], *, restored: bool = False
-) -> tuple[TrainingModule, CacheData]:
-    """Build the module and the data of a run that passed the checks.
-
-    Args:
-        config: of the run.
-        checked: its checks.
-        identity: see `identity_of`.
-        restored: whether a checkpoint is going to be loaded, which has the statistics of tokens.
-    """
-    if (
-        checked.backbone is None
-        or checked.method is None
-        or (checked.scale is None and checked.tokens is None)
-        or checked.reader is None
-        or checked.train_rows is None
-    ):
-        raise RuntimeError("the checks have not passed")
-    backbone = build_backbone(checked.backbone, checked.method, config.seed, checked.condition)
-    statistics = _statistics(checked.method, checked.reader, checked.train_rows)
-    latents = _latents(checked, checked.reader, checked.train_rows, restored=restored)
-    module = TrainingModule(config, backbone, checked.method, latents, identity, statistics)
-    _open_bank(module, checked.reader)
-    return module, CacheData(config, checked.reader, checked.train_rows, module.columns_at, checked.live)
-
-
-def _open_bank(module: TrainingModule, reader: CacheReader | TarCache) -> None:
-    """Let previews and evaluations take conditions from the cache, where these are no labels.
-
-    Training itself asks for none of them but the states of the empty caption. Of tars no row can be read at
-    random.
-    """
-    for conditioner in (module.backbone.y_embedder, module.ema.y_embedder):
-        if isinstance(conditioner, TextConditioner) and isinstance(reader, CacheReader) and reader.texts:
-            captions = CaptionBank(reader.texts, conditioner)
-            conditioner.take_null(captions.empty())
-            conditioner.bank = captions
-        if isinstance(conditioner, ClassTokenConditioner) and isinstance(reader, CacheReader):
-            conditioner.bank = CacheBank(reader, conditioner.column)
-
-
-def _latents(
-    checked: Checked, reader: CacheReader | TarCache, rows: NDArray[np.int64], *, restored: bool
-) -> Latents:
-    """Return what the backbone learns to make, with the statistics of tokens, which tars do not give."""
-    if checked.tokens is None or not isinstance(reader, CacheReader):
-        assert checked.scale is not None, "the checks have passed"
-        return MomentLatents(checked.scale)
-    columns, grid = checked.tokens.columns, checked.tokens.grid
-    if restored:
-        nothing = torch.zeros(checked.tokens.width, *grid)
-        return TokenLatents(columns, nothing, torch.ones_like(nothing))
-    return TokenLatents(columns, *token_statistics(reader, columns, grid, rows))
-
-
-def _statistics(
-    method: Method, reader: CacheReader | TarCache, rows: NDArray[np.int64]
-) -> dict[str, Statistics]:
-    """Measure what the method standardises, which the checks allow of caches alone."""
-    return {
-        each.name: column_statistics(reader, each.column, rows)
-        for each in method.denoised()
-        if each.standardised and isinstance(reader, CacheReader)
-    }
 
 
 def load_live(checked: Checked, say: Callable[[str], None]) -> None:

@@ -24,8 +24,8 @@ from repa.trainer.models.sit import SIT_SIZES, SiTSize
 from repa.trainer.models.sit_down import SIT_DOWN_SIZES
 from repa.trainer.models.timesteps import step_of
 from repa.trainer.objectives.ddpm import Ddpm, DdpmConfig
+from repa.trainer.run.assembly import assemble
 from repa.trainer.run.checks import check
-from repa.trainer.run.fit import assemble
 from repa.trainer.run.held_out import held_out_batches, held_out_sums, held_out_times
 from repa.trainer.run.identity import identity_of
 from repa.trainer.run.metrics import read_metrics

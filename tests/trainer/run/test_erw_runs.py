@@ -15,10 +15,10 @@ from repa.data.format.columns import ColumnSpec
 from repa.data.testing import SYNTHETIC_COLUMNS, synthetic_cache
 from repa.trainer.methods.erw import WARMUP
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
+from repa.trainer.run.assembly import assemble
 from repa.trainer.run.checked import ProblemsError
 from repa.trainer.run.checks import check
 from repa.trainer.run.first_steps import read_first_steps
-from repa.trainer.run.fit import assemble
 from repa.trainer.run.identity import identity_of
 from repa.trainer.run.metrics import read_metrics
 from repa.trainer.run.phases import describe_phases

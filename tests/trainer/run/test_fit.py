@@ -21,9 +21,10 @@ from PIL import Image
 from repa.data.errors import CacheError, CorruptRowError, RepaError
 from repa.data.testing import synthetic_cache
 from repa.trainer.config import build
+from repa.trainer.run.assembly import assemble
 from repa.trainer.run.checked import ProblemsError
 from repa.trainer.run.checks import check
-from repa.trainer.run.fit import assemble, fit
+from repa.trainer.run.fit import fit
 from repa.trainer.run.identity import identity_of
 from repa.trainer.run.launch import is_leader
 from repa.trainer.run.metrics import read_metrics

@@ -14,8 +14,8 @@ from repa.trainer.config import TrainConfig
 from repa.trainer.methods import METHODS
 from repa.trainer.methods.base import Method, MethodConfig, Step, Term
 from repa.trainer.models.capture import Capture
+from repa.trainer.run.assembly import assemble
 from repa.trainer.run.checks import check
-from repa.trainer.run.fit import assemble
 from repa.trainer.run.gradient_angle import gradient_angle
 from repa.trainer.run.identity import identity_of
 from repa.trainer.run.lightning_trainer import make_trainer, quiet_lightning

@@ -18,9 +18,9 @@ from repa.data.reading.loader import Batch
 from repa.data.testing import SYNTHETIC_COLUMNS, expected_row, synthetic_cache
 from repa.trainer import compiling
 from repa.trainer.config import TrainConfig
+from repa.trainer.run.assembly import assemble
 from repa.trainer.run.checked import Checked
 from repa.trainer.run.checks import check
-from repa.trainer.run.fit import assemble
 from repa.trainer.run.identity import identity_of
 from repa.trainer.run.lightning_trainer import make_trainer, quiet_lightning
 from repa.trainer.run.metrics import read_metrics

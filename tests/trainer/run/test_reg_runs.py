@@ -18,8 +18,8 @@ from repa.data.testing import SYNTHETIC_COLUMNS, expected_row, synthetic_cache
 from repa.trainer.config import TrainConfig
 from repa.trainer.methods.base import MethodConfig
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
+from repa.trainer.run.assembly import assemble
 from repa.trainer.run.checks import check
-from repa.trainer.run.fit import assemble
 from repa.trainer.run.identity import identity_of
 from repa.trainer.run.lightning_trainer import make_trainer
 from repa.trainer.run.metrics import read_metrics

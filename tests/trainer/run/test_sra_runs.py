@@ -174,14 +174,15 @@ import torch
 torch.set_num_threads(1)
 from repa.trainer.config import build
 from repa.trainer.settings_file import load_yaml
-from repa.trainer.run import fit as fitting
+from repa.trainer.run import assembly
+from repa.trainer.run.fit import fit
 from repa.trainer.run.launch import is_leader
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
 from repa.trainer.step.module import TrainingModule
 
 if __name__ == "__main__":
     SIT_SIZES["T"] = SiTSize(depth=2, width=48, heads=3)
-    run, built = Path(sys.argv[1]), fitting.build_backbone
+    run, built = Path(sys.argv[1]), assembly.build_backbone
 
     def build_differently(config, method, seed, condition=None):
         return built(config, method, seed if is_leader() else seed + 1, condition)
@@ -189,11 +190,11 @@ if __name__ == "__main__":
     def save(self, moment):
         torch.save(self.ema.state_dict(), run / f"{moment}-{self.global_rank}.pt")
 
-    fitting.build_backbone = build_differently
+    assembly.build_backbone = build_differently
     TrainingModule.setup = lambda self, stage: save(self, "built")
     TrainingModule.on_train_end = lambda self: save(self, "ended")
     config = build(load_yaml(Path(sys.argv[2])))
-    fitting.fit(config, run, console=Console(file=io.StringIO()))
+    fit(config, run, console=Console(file=io.StringIO()))
 """
 
 

@@ -24,8 +24,8 @@ from repa.trainer.methods.registry import METHODS
 from repa.trainer.models.sit import SIT_SIZES
 from repa.trainer.models.sit_down import SIT_DOWN_SIZES
 from repa.trainer.run import fit as fit_module
+from repa.trainer.run.assembly import assemble
 from repa.trainer.run.checks import check
-from repa.trainer.run.fit import assemble
 from repa.trainer.run.identity import identity_of
 from repa.trainer.run.lightning_trainer import make_trainer
 from repa.trainer.sampling.generate import generate, known_latents, model_of_run

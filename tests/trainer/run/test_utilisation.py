@@ -10,9 +10,9 @@ from every_method import shrink, small_config, write_cache
 from repa.trainer.methods import METHODS
 from repa.trainer.models.sit import SIT_SIZES
 from repa.trainer.models.sit_down import SIT_DOWN_SIZES
+from repa.trainer.run.assembly import assemble
 from repa.trainer.run.callbacks import progress_note, time_left
 from repa.trainer.run.checks import check
-from repa.trainer.run.fit import assemble
 from repa.trainer.run.utilisation import (
     PEAKS,
     Utilisation,

@@ -15,8 +15,8 @@ from repa.trainer.methods.base import Flags, Method, MethodConfig, Phase, Step, 
 from repa.trainer.models.capture import Capture
 from repa.trainer.models.conditioning import LabelConditioner
 from repa.trainer.objectives.flow import Flow, FlowConfig
+from repa.trainer.run.assembly import assemble
 from repa.trainer.run.checks import check
-from repa.trainer.run.fit import assemble
 from repa.trainer.run.identity import identity_of
 from repa.trainer.run.lightning_trainer import make_trainer, quiet_lightning
 from repa.trainer.run.metrics import read_metrics
