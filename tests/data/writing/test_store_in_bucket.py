@@ -98,7 +98,7 @@ def test_killed_at_any_request_the_same_again_gives_the_same_bytes(
             life = Life(patch, step)
             with suppress(Killed):
                 synthetic_cache(cache_path(url), **SMALL)
-        if "zarr.json" in objects_of(url):
+        if (cache_path(url) / "zarr.json").exists():
             manifest = open_manifest(cache_path(url))
             for source in manifest.sources:
                 states.add(len(committed_shards(cache_path(url), manifest, source)))
