@@ -312,12 +312,17 @@ def _decoder(config: TrainConfig, weights: Sequence[str]) -> AnyDecoder | None:
 
 
 def _decoder_of_tokens(config: TrainConfig, weights: Sequence[str]) -> AnyDecoder | None:
-    """Make the decoder of a run's tokens, None where the run names none or the checks will refuse it."""
+    """Make the decoder of a run's tokens, None where the run names none or the checks will refuse it.
+
+    Raises:
+        RepaError: the decoder that the run names for its previews cannot be had, or is of other tokens.
+    """
     import torch
 
     from ..data.tars.cache import manifest_of
     from ..trainer.run.checked import Checked
     from ..trainer.run.latent_checks import check_latents
+    from ..trainer.run.launch import is_leader
     from .shared.decoder import DecoderOfTokens
     from .shared.encoders import parse_weights
 
@@ -328,7 +333,17 @@ def _decoder_of_tokens(config: TrainConfig, weights: Sequence[str]) -> AnyDecode
     if not config.decoder or found.tokens is None:
         return None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return DecoderOfTokens(config.decoder, found.tokens, device, weights=files.get(found.tokens.teacher))
+    decoder = DecoderOfTokens(config.decoder, found.tokens, device, weights=files.get(found.tokens.teacher))
+    if config.preview_every and is_leader():
+        try:
+            decoder.load()  # now, for what cannot be had is else said thousands of steps later
+        except RepaError as error:
+            raise RepaError(
+                error.what,
+                "set decoder to one of these tokens, --weights to its file, or preview_every=0",
+                field="decoder",
+            ) from error
+    return decoder
 
 
 def _evaluator(config: TrainConfig, flags: TrainFlags) -> Evaluator | None:

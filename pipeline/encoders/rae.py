@@ -124,11 +124,11 @@ class TokenDecoder:
         Raises:
             RepaError: a token or its image has a number that is not finite.
         """
-        check_finite(tokens, "latent")
+        check_finite(tokens, "a latent")
         plain = (tokens.to(self.device, torch.float32) - self._bias) / self._gain
         with forward_pass("float32", self.device):
             images = self._model.decode(plain).sample
-        check_finite(images, "image of a latent")
+        check_finite(images, "the image of a latent")
         return to_pixels(2 * images - 1)
 
 

@@ -151,10 +151,10 @@ class Autoencoder:
         Raises:
             RepaError: a latent or its image has a number that is not finite, which would be shown as black.
         """
-        check_finite(latents, "latent")
+        check_finite(latents, "a latent")
         with forward_pass(self.compute_dtype, self.device):
             images = self._model.decode(latents.to(self.device, torch.float32)).sample
-        check_finite(images, "image of a latent")
+        check_finite(images, "the image of a latent")
         return to_pixels(images)
 
     def in_float32(self) -> Autoencoder:
@@ -240,7 +240,7 @@ def check_finite(values: Tensor, what: str) -> None:
     """
     if not torch.isfinite(values).all():
         raise RepaError(
-            f"a {what} has numbers that are not finite",
+            f"{what} has numbers that are not finite",
             "the model that made it may have diverged, or --guidance may be too strong",
             field="--guidance",
         )

@@ -44,7 +44,7 @@ def check_latents(config: TrainConfig, manifest: Manifest, found: Checked) -> La
     if config.decoder:
         found.add(
             f"decoder={config.decoder} is of tokens, and the latents of this run are the autoencoder's",
-            "leave decoder out",
+            "set decoder= (nothing), or latents to the column that it decodes",
             field="decoder",
         )
     found.attempt(lambda: manifest.require((MOMENTS,), where=config.cache))
