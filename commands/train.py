@@ -340,7 +340,7 @@ def _decoder_of_tokens(config: TrainConfig, weights: Sequence[str]) -> AnyDecode
         except RepaError as error:
             raise RepaError(
                 error.what,
-                "set decoder to one of these tokens, --weights to its file, or preview_every=0",
+                "set decoder to one of these tokens, --weights to the teacher's file, or preview_every=0",
                 field="decoder",
             ) from error
     return decoder
