@@ -129,7 +129,7 @@ def test_its_commands_parse_and_its_figures_have_checkpoints(name: str) -> None:
     figures = [each for each in recipe.figures if each.sampling is not None]
     commands = [parsed(line) for line in command_lines(recipe)]
     encode, (train, *evaluate) = commands[: -len(figures) - 1], commands[-len(figures) - 1 :]
-    assert [each["cache"] for each in encode] == [Path(train["cache"])] * len(encode)
+    assert [Path(each["cache"]) for each in encode] == [Path(train["cache"])] * len(encode)
     assert train["recipe"] == name
     assert config.default_run_name == config.recipe == name
     assert [each["step"] or config.max_steps for each in evaluate] == [each.step for each in figures]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from numbered import Numbered
 from repa.commands.bench.forms import FORMS
 from repa.commands.bench.loader import BATCH_SIZE
 from repa.commands.bench.measured import BenchSettings
 from repa.commands.bench.ranks import EPOCHS, Copying, InSequence, Reading, bench_ranks
 from repa.commands.bench.run import bench
-from repa.commands.measure.together import Alone, Place, Processes, Share, Stopwatch, Together, processes
+from repa.commands.measure.together import Alone, Place, Processes, Share, Together, processes
 from repa.data.errors import RepaError
 from repa.data.testing import synthetic_cache
 
@@ -27,20 +28,6 @@ COUNT = 2
 def started() -> Iterator[Processes]:
     with processes(COUNT, preload=["repa.commands.bench.ranks"]) as found:
         yield found
-
-
-@dataclass(frozen=True)
-class Numbered:
-    """As many rows as the process's number says; the first may be refused."""
-
-    refused: bool = False
-
-    def __call__(self, place: Place) -> Share:
-        if self.refused and not place.number:
-            raise RepaError("the first is refused", "leave it", field="--rows")
-        with Stopwatch(place) as watch:
-            pass
-        return watch.share(place.number + 10 * place.count, memory=7)
 
 
 def test_figures_are_sums_over_the_processes() -> None:

@@ -120,7 +120,7 @@ def test_each_rank_asks_for_its_slice(settings: Settings, cache: Path) -> None:
             )
             strategy = SimpleNamespace(root_device=torch.device("cpu"))
             data.trainer = SimpleNamespace(  # type: ignore[assignment]
-                global_rank=rank, world_size=world, strategy=strategy, global_step=0
+                global_rank=rank, world_size=world, num_devices=world, strategy=strategy, global_step=0
             )
             batch = next(data.train_dataloader())
             assert set(batch.columns) == {MOMENTS}

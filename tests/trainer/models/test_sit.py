@@ -323,6 +323,7 @@ def test_facts() -> None:
             ((4, 4), "SiT-B/8"),
         ),
         token_times=True,
+        channels=4,
     )
     facts = config.facts
     assert (facts.width_of(12), facts.heads_of(1), facts.grid_of(1)) == (768, 12, (16, 16))

@@ -23,7 +23,7 @@ from repa.trainer.input.statistics import token_statistics
 from repa.trainer.methods.registry import METHODS
 from repa.trainer.models.sit import SIT_SIZES
 from repa.trainer.models.sit_down import SIT_DOWN_SIZES
-from repa.trainer.run import fit as fit_module
+from repa.trainer.run import assembly
 from repa.trainer.run.assembly import assemble
 from repa.trainer.run.checks import check
 from repa.trainer.run.identity import identity_of
@@ -161,7 +161,7 @@ def test_train_stop_and_go_on(
     def again(*_: Any) -> None:
         raise AssertionError("the checkpoint has the statistics")
 
-    monkeypatch.setattr(fit_module, "token_statistics", again)
+    monkeypatch.setattr(assembly, "token_statistics", again)
     run_fit(config)
     same_run(whole, tmp_path / "run", 6)
     model = model_of_run(whole)
