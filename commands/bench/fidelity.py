@@ -74,6 +74,8 @@ def print_fidelity(console: Console, title: str, unit: str, lines: list[Measured
     """Print the lines of one table, with the cost of each beside the first, which is the teacher's pass."""
     from rich.table import Table
 
+    from ..shared.terminal import print_figures
+
     teacher, *forms = lines
     table = Table(title=f"{title}; the teacher's pass {teacher.median:,.1f} {unit}", title_justify="left")
     table.add_column("")
@@ -84,7 +86,7 @@ def print_fidelity(console: Console, title: str, unit: str, lines: list[Measured
     for line in forms:
         cells = (text(line.fidelity) for text in columns.values())
         table.add_row(line.name, *cells, f"{teacher.ratio(line):.3f}")
-    console.print(table)
+    print_figures(console, table)
 
 
 def _number(key: str) -> Callable[[Mapping[str, Any]], str]:

@@ -273,10 +273,12 @@ def _shown(columns: Mapping[str, Column], lines: Sequence[Measured]) -> dict[str
 def _print(console: Console, title: str, columns: Mapping[str, Column], lines: Sequence[Measured]) -> None:
     from rich.table import Table
 
+    from ..shared.terminal import print_figures
+
     table = Table(title=title, title_justify="left")
     table.add_column("", min_width=min(_NAME_WIDTH, max(len(line.name) for line in lines)))
     for heading in columns:
         table.add_column(heading, justify="right")
     for line in lines:
         table.add_row(line.name, *(text(line) for text in columns.values()))
-    console.print(table)
+    print_figures(console, table)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.segment import Segment
 
 from ...data.edge import printable
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from rich.console import ConsoleOptions, RenderableType
+    from rich.table import Table
 
 LINE_SECONDS = 15.0
+_WIDEST = 400  # characters of a table in a file
 
 
 class PlainConsole(Console):
@@ -41,6 +44,25 @@ class PlainConsole(Console):
             if control is None and not text.isprintable():
                 text = "\n".join(map(printable, text.split("\n")))
             yield Segment(text, style, control)
+
+
+def print_figures(console: Console, table: Table) -> None:
+    """Print a table of figures, as wide as it is where no terminal has a width, so that none is cut off.
+
+    Args:
+        console: where to.
+        table: its columns may break their headings.
+    """
+    if console.is_terminal:
+        console.print(table)
+        return
+    wide = console.options.update(max_width=_WIDEST)
+    before = console.width
+    console.width = max(before, Measurement.get(console, wide, table).maximum)
+    try:
+        console.print(table)
+    finally:
+        console.width = before
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from repa.cli import main
 from repa.commands.cache.info import info
-from repa.commands.shared.terminal import PlainConsole
+from repa.commands.shared.terminal import PlainConsole, print_figures
 from repa.data.testing import synthetic_cache
 from rich.table import Table
 from rich.text import Text
@@ -51,6 +51,18 @@ def test_what_a_manifest_says_is_only_shown(tmp_path: Path) -> None:
     shown = out.file.getvalue()  # type: ignore[attr-defined]
     assert "[/x], \\x1b[2J" in shown
     assert "\x1b" not in shown
+
+
+def test_figures_in_a_file_are_not_cut() -> None:
+    table = Table()
+    for heading in range(14):
+        table.add_column(f"heading {heading} of some length")
+    table.add_row(*(f"{heading:,}" for heading in range(1_000_000, 15_000_000, 1_000_000)))
+    file = io.StringIO()
+    console = PlainConsole(file=file, width=80)
+    print_figures(console, table)
+    assert all(f"{million},000,000" in file.getvalue() for million in range(1, 15))
+    assert console.width == 80
 
 
 def test_an_error_is_one_printable_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
