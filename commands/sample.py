@@ -13,6 +13,7 @@ import typer
 from ..data.edge import printable, shortened
 from ..data.errors import RepaError
 from ..data.units import counted
+from .shared.decoder_flags import DecoderFlag, TeacherWeightsFlag  # noqa: TC001 - typer resolves them
 from .shared.flags import local_folder
 
 if TYPE_CHECKING:
@@ -148,21 +149,8 @@ class SampleFlags:
         int, typer.Option(help="Processes, one a GPU, or sharing the CPU's cores; the images stay the same.")
     ] = 1
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema"
-    vae: Annotated[
-        str | None,
-        typer.Option(
-            help="AutoencoderKL, or of a model of tokens AutoencoderRAE; default the one the latents came "
-            "from, or the run's decoder."
-        ),
-    ] = None
-    teacher_weights: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Of a model of tokens: weights of the teacher, whose final norm is undone.",
-            show_default="the hub's",
-        ),
-    ] = None
+    vae: DecoderFlag = None
+    teacher_weights: TeacherWeightsFlag = None
     replace: Annotated[
         bool, typer.Option("--replace", help="Remove another sampling that is in the folder.")
     ] = False

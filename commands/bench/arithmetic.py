@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...trainer.run.arithmetic import float32_products, products_of, resolve_precision
-from ...trainer.run.utilisation import image_flops, peak_flops
+from ...trainer.run.arithmetic import float32_products, resolve_precision
+from ...trainer.run.utilisation import image_flops
 
 if TYPE_CHECKING:
     from ...trainer.config import TrainConfig
@@ -33,20 +33,6 @@ def counted_flops(module: TrainingModule, phase: Phase) -> float:
         return image_flops(module, phase)
     except (RuntimeError, NotImplementedError, ValueError):
         return 0.0
-
-
-def known_peak(device: torch.device, config: TrainConfig) -> float:
-    """Return the peak FLOP/s of a device as its maker states it, 0 where no table has it.
-
-    Args:
-        device: that trains.
-        config: of the run.
-    """
-    if device.type != "cuda":
-        return 0.0
-    tf32 = products_of(config) == "high"
-    name = torch.cuda.get_device_name(device)
-    return peak_flops(name, resolve_precision(config), tf32=tf32) or 0.0
 
 
 def product_flops(device: torch.device, config: TrainConfig) -> float:

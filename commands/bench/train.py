@@ -27,9 +27,9 @@ from ...trainer.run.fit import load_live
 from ...trainer.run.identity import identity_of
 from ...trainer.run.lightning_trainer import make_trainer, quiet_lightning
 from ...trainer.run.loggers import Reports
-from ...trainer.run.utilisation import TERA
+from ...trainer.run.utilisation import TERA, known_peak
 from ..shared.methods import backbone_for, chosen_methods
-from .arithmetic import SIDE, counted_flops, known_peak, product_flops
+from .arithmetic import SIDE, counted_flops, product_flops
 from .bare import StepClock, can_be_bare
 from .measured import TARGETS, Measured, interleaved
 from .stand_ins import ConstantTargets, LiveTeacher
@@ -299,7 +299,7 @@ class _Bench:
         shared: Mapping[str, Any] = {
             "baseline": variant.baseline,
             "flops": seen.flops,
-            "peak_flops": known_peak(self.device, self._plain),
+            "peak_flops": known_peak(self._plain, self.device) or 0.0,
             "products": products,
         }
         own = Measured(

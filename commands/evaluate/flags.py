@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..shared.decoder_flags import DecoderFlag, TeacherWeightsFlag  # noqa: TC001 - typer resolves them
 from ..shared.flags import local_folder
 
 NUM = 50_000
@@ -125,21 +126,8 @@ class EvaluateFlags:
     ] = None
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema"
-    vae: Annotated[
-        str | None,
-        typer.Option(
-            help="AutoencoderKL, or of a model of tokens AutoencoderRAE; default the one the latents came "
-            "from, or the run's decoder."
-        ),
-    ] = None
-    teacher_weights: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Of a model of tokens: weights of the teacher, whose final norm is undone.",
-            show_default="the hub's",
-        ),
-    ] = None
+    vae: DecoderFlag = None
+    teacher_weights: TeacherWeightsFlag = None
     devices: Annotated[
         int, typer.Option(help="Processes, one a GPU, or sharing the CPU's cores; figures stay the same.")
     ] = 1

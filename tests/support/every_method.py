@@ -17,6 +17,7 @@ from repa.trainer.run.checks import check
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import pytest
     from repa.trainer.config import TrainConfig
 
 STOP, STEPS = 2, 4
@@ -36,10 +37,15 @@ SMALL = {"projector_width": 8, "stop": STOP}
 OWN: dict[str, dict[str, Any]] = {"erw": {"warmup_steps": 1, "warmup_depth": 1, "depth": 3}}
 
 
-def shrink() -> None:
-    """Make the networks of size T as small as the blocks in the methods' presets let them be."""
-    SIT_SIZES["T"] = SiTSize(depth=4, width=24, heads=2)
-    SIT_DOWN_SIZES["T"] = SiTDownSize(outer=2, middle=3, width=24, heads=2, mlp_width=32)
+def shrink(patch: pytest.MonkeyPatch | None = None) -> None:
+    """Make the networks of size T as small as the blocks in the methods' presets let them be.
+
+    Args:
+        patch: of the test that ends it; in a process of its own it lasts.
+    """
+    put = dict.__setitem__ if patch is None else patch.setitem
+    put(SIT_SIZES, "T", SiTSize(depth=4, width=24, heads=2))
+    put(SIT_DOWN_SIZES, "T", SiTDownSize(outer=2, middle=3, width=24, heads=2, mlp_width=32))
 
 
 def write_cache(path: Path, *, teacher: bool = True) -> Path:

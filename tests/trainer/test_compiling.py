@@ -174,7 +174,7 @@ def captured_in_double(captured: Captured) -> Captured:
 
 def losses_of(name: str, whole: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Method, Step]:
     """Return a method in float64 and what it sees in its first step, in float64 as far as it is computed."""
-    shrink()
+    shrink(monkeypatch)
     config = small_config(name, whole)
     checked = check(config)
     assert checked.problems == []
@@ -264,7 +264,7 @@ def test_what_is_missing(monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
     assert missing("cpu")
     assert missing("cuda")
     assert not missing("mps")
-    shrink()
+    shrink(monkeypatch)
     problems = check(small_config("none", whole, compile="blocks", trainer__accelerator="cpu")).problems
     assert [each.field for each in problems] == ["compile"]
     assert check(small_config("none", whole, trainer__accelerator="cpu")).problems == []

@@ -26,8 +26,6 @@ from repa.trainer.input.online import is_target
 from repa.trainer.methods import METHODS
 from repa.trainer.methods.aligning import PLAIN, Aligning
 from repa.trainer.methods.named_presets import unusable_presets
-from repa.trainer.models.sit import SIT_SIZES
-from repa.trainer.models.sit_down import SIT_DOWN_SIZES
 from repa.trainer.run.assembly import assemble
 from repa.trainer.run.checked import ProblemsError
 from repa.trainer.run.checks import check
@@ -49,9 +47,7 @@ PRESETS = [(name, preset) for name in NAMES for preset in ("none", *METHODS[name
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for sizes in (SIT_SIZES, SIT_DOWN_SIZES):
-        monkeypatch.setitem(sizes, "T", sizes["T"])
-    shrink()
+    shrink(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ import torch
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from .arithmetic import products_of
+from .arithmetic import products_of, resolve_precision
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,6 +66,19 @@ def peak_flops(device_name: str, precision: str, *, tf32: bool) -> float | None:
             peak = half if precision in ("bf16-mixed", "16-mixed") else tensor if tf32 else single
             return peak * TERA
     return None
+
+
+def known_peak(config: TrainConfig, device: torch.device) -> float | None:
+    """Return the peak FLOP/s of a device at a run's precision, None of the CPU and of what no table has.
+
+    Args:
+        config: of the run.
+        device: that trains.
+    """
+    if device.type != "cuda":
+        return None
+    tf32 = products_of(config) == "high"
+    return peak_flops(torch.cuda.get_device_name(device), resolve_precision(config), tf32=tf32)
 
 
 def image_flops(module: TrainingModule, phase: Phase) -> float:
@@ -124,10 +137,7 @@ def utilisation_of(
 
     A backbone from outside whose shapes alone PyTorch cannot run is not counted.
     """
-    if device.type != "cuda":
-        return None
-    tf32 = products_of(config) == "high"
-    peak = peak_flops(torch.cuda.get_device_name(device), config.precision, tf32=tf32)
+    peak = known_peak(config, device)
     if peak is None:
         return None
     try:

@@ -11,18 +11,17 @@ import torch
 import torch.nn.functional as F
 from every_method import shrink, small_config, write_cache
 from repa.commands.bench import arithmetic
-from repa.commands.bench.arithmetic import known_peak, product_flops
+from repa.commands.bench.arithmetic import product_flops
 from repa.commands.bench.bare import BareLoop, StepClock, can_be_bare
 from repa.commands.bench.measured import BenchSettings, Measured
 from repa.data.errors import RepaError
 from repa.trainer.config import TrainConfig
 from repa.trainer.methods import METHODS
-from repa.trainer.models.sit import SIT_SIZES
-from repa.trainer.models.sit_down import SIT_DOWN_SIZES
 from repa.trainer.run.assembly import assemble
 from repa.trainer.run.checks import check
 from repa.trainer.run.identity import identity_of
 from repa.trainer.run.lightning_trainer import make_trainer, quiet_lightning
+from repa.trainer.run.utilisation import known_peak
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,9 +34,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What every method can be trained from, on networks that are small."""
-    for sizes in (SIT_SIZES, SIT_DOWN_SIZES):
-        monkeypatch.setitem(sizes, "T", sizes["T"])
-    shrink()
+    shrink(monkeypatch)
     return write_cache(tmp_path / "cache")
 
 
@@ -160,7 +157,7 @@ def test_flops_of_a_product_are_of_the_fastest(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_no_peak_is_stated_of_a_cpu() -> None:
-    assert known_peak(torch.device("cpu"), TrainConfig()) == 0.0
+    assert known_peak(TrainConfig(), torch.device("cpu")) is None
 
 
 def test_targets_are_chosen_by_name() -> None:

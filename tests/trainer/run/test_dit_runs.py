@@ -21,7 +21,6 @@ from repa.data.reading.reader import CacheReader
 from repa.trainer import compiling
 from repa.trainer.models.dit import DiT, DiTConfig
 from repa.trainer.models.sit import SIT_SIZES, SiTSize
-from repa.trainer.models.sit_down import SIT_DOWN_SIZES
 from repa.trainer.models.timesteps import step_of
 from repa.trainer.objectives.ddpm import Ddpm, DdpmConfig
 from repa.trainer.run.assembly import assemble
@@ -47,9 +46,7 @@ METHODS = ("haste", "sra")
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for sizes in (SIT_SIZES, SIT_DOWN_SIZES):
-        monkeypatch.setitem(sizes, "T", sizes["T"])
-    shrink()
+    shrink(monkeypatch)
 
 
 @pytest.fixture(scope="module")

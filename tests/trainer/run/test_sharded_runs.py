@@ -12,7 +12,6 @@ import torch
 from every_method import small_config, write_cache
 from repa.trainer.config import TrainConfig
 from repa.trainer.methods.repa import Repa
-from repa.trainer.models.sit import SIT_SIZES
 from repa.trainer.run.checks import check
 from repa.trainer.run.metrics import read_metrics
 from repa.trainer.run.sharded_strategy import sharding_problems
@@ -63,8 +62,7 @@ if __name__ == "__main__":
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     from every_method import shrink
 
-    monkeypatch.setitem(SIT_SIZES, "T", SIT_SIZES["T"])
-    shrink()
+    shrink(monkeypatch)
 
 
 @pytest.fixture(scope="module")

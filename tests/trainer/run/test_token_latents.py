@@ -21,8 +21,6 @@ from repa.trainer.config import TrainConfig
 from repa.trainer.input import statistics
 from repa.trainer.input.statistics import token_statistics
 from repa.trainer.methods.registry import METHODS
-from repa.trainer.models.sit import SIT_SIZES
-from repa.trainer.models.sit_down import SIT_DOWN_SIZES
 from repa.trainer.run import assembly
 from repa.trainer.run.assembly import assemble
 from repa.trainer.run.checks import check
@@ -206,9 +204,7 @@ def test_no_posterior_is_drawn_and_the_rest_is_as_of_latents(on_tokens: Settings
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_takes_tokens(name: str, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each makes a step on the tokens of a teacher, at a patch of 1."""
-    for sizes in (SIT_SIZES, SIT_DOWN_SIZES):
-        monkeypatch.setitem(sizes, "T", sizes["T"])
-    shrink()
+    shrink(monkeypatch)
     family = METHODS[name].default_model.rpartition("-")[0]
     config = small_config(name, whole, latents=TOKENS, model=f"{family}-T/1")
     checked = check(config)

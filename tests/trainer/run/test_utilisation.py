@@ -8,8 +8,6 @@ import pytest
 import torch
 from every_method import shrink, small_config, write_cache
 from repa.trainer.methods import METHODS
-from repa.trainer.models.sit import SIT_SIZES
-from repa.trainer.models.sit_down import SIT_DOWN_SIZES
 from repa.trainer.run.assembly import assemble
 from repa.trainer.run.callbacks import progress_note, time_left
 from repa.trainer.run.checks import check
@@ -82,9 +80,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_is_counted(name: str, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On its own backbone, never more for a phase without alignment, and less where blocks are left out."""
-    for sizes in (SIT_SIZES, SIT_DOWN_SIZES):
-        monkeypatch.setitem(sizes, "T", sizes["T"])
-    shrink()
+    shrink(monkeypatch)
     module = module_of(small_config(name, whole))
     method = module.method
     counted = {phase: image_flops(module, phase) for phase in method.phases()}

@@ -12,8 +12,6 @@ from every_method import STEPS, STOP, shrink, small_config, write_cache
 from lightning.pytorch.callbacks import Callback
 from repa.trainer.config import TrainConfig
 from repa.trainer.methods import METHODS
-from repa.trainer.models.sit import SIT_SIZES
-from repa.trainer.models.sit_down import SIT_DOWN_SIZES
 from repa.trainer.run.assembly import assemble
 from repa.trainer.run.checks import check
 from repa.trainer.run.identity import identity_of
@@ -25,9 +23,7 @@ NAMES = sorted(METHODS)
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for sizes in (SIT_SIZES, SIT_DOWN_SIZES):
-        monkeypatch.setitem(sizes, "T", sizes["T"])
-    shrink()
+    shrink(monkeypatch)
 
 
 @pytest.fixture(scope="module")
