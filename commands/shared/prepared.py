@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .sampling_checks import SamplingFlags
     from .texts import TextAsked
 
-BALANCED, RANDOM = "balanced", "random"
+BALANCED = "balanced"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,15 +16,11 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ...data.errors import RepaError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 def active_channels(hidden: int, idle: float) -> int:
@@ -137,28 +133,6 @@ class IdleFeedForward(nn.Module):
             merged.fc1.bias.copy_(b1[used])
             merged.fc2.weight.copy_(w2[:, used])
         return merged.eval()
-
-
-@torch.no_grad()
-def with_active_first(network: IdleFeedForward, active: Sequence[int]) -> IdleFeedForward:
-    """Return the network whose channels are in another order, the given ones first and hence active.
-
-    Args:
-        network: H channels, whatever is active.
-        active: the channels that are to be, each once.
-    """
-    chosen = list(active)
-    taken = set(chosen)
-    order = torch.tensor([*chosen, *(each for each in range(network.fc1.out_features) if each not in taken)])
-    found = copy.deepcopy(network)
-    found.active = len(chosen)
-    order = order.to(network.fc1.weight.device)
-    for layer in (found.fc1, found.norm2):
-        for values in () if layer is None else (*layer.parameters(), *layer.buffers()):
-            if values.ndim:
-                values.copy_(values[order].clone())
-    found.fc2.weight.copy_(network.fc2.weight[:, order])
-    return found
 
 
 def _over_tokens(norm: nn.BatchNorm1d | None, values: Tensor) -> Tensor:

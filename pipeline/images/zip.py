@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from .base import SourceOptions
 
-ENDING = ".zip"
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # APPNOTE 4.3.7: signature, …, lengths of name and extra field
 _SIGNATURE = b"PK\3\4"
 _ENCRYPTED = 1

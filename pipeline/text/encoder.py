@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,22 +37,6 @@ if TYPE_CHECKING:
 
 POOLED, MASK = "pooled", "mask"
 _NUMBERS, _MASKS = 0, 1
-
-
-class EncodesText(Protocol):
-    """What turns prompts into what a cache has of captions.
-
-    Attributes:
-        name: of the source.
-        weights_sha256: of the networks.
-    """
-
-    name: str
-    weights_sha256: str
-
-    def encode(self, texts: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Return kind → values of texts, ``states`` float32 ``[B, S, E]`` among them."""
-        ...
 
 
 class TextEncoder:

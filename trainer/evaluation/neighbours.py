@@ -106,23 +106,6 @@ def authenticity(features: Rows, reference: Rows) -> float:
     return 100 * _share(authentic)
 
 
-def squared_radii(features: Rows, k: int) -> torch.Tensor:
-    """Return the squared distance of each row to its k-th neighbour other than itself.
-
-    Args:
-        features: ``[N, D]``, N more than k.
-        k: which neighbour.
-
-    Returns:
-        float64 ``[N]``.
-
-    Raises:
-        RepaError: there is no k-th neighbour, or values are not finite.
-    """
-    rows, _ = _centred(features, features, k)
-    return _radii(rows, k)
-
-
 def _centred(features: Rows, reference: Rows, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return both sets in float32 after subtraction of the reference's mean.
 

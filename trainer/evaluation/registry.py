@@ -55,7 +55,6 @@ class Metric:
         conventions: what decides the number beside its inputs, with the published values.
         only: the one network in whose features the name means this, `INCEPTION` (the 2015 one of TensorFlow)
             or `CLIP`; empty where any will do.
-        lower_is_better: of the first number; None where neither is.
         after: the program or paper whose number this is.
     """
 
@@ -64,7 +63,6 @@ class Metric:
     gives: tuple[str, ...]
     conventions: Mapping[str, int] = field(default_factory=dict)
     only: str = ""
-    lower_is_better: bool | None = None
     after: str
 
 
@@ -77,7 +75,6 @@ METRICS: dict[str, Metric] = {
         needs=_BOTH_STATISTICS,
         gives=("fid",),
         only=INCEPTION,
-        lower_is_better=True,
         after="ADM's evaluator; float64, exact root",
     ),
     "sfid": Metric(
@@ -85,7 +82,6 @@ METRICS: dict[str, Metric] = {
         needs=(SPATIAL_STATISTICS, REFERENCE_SPATIAL_STATISTICS),
         gives=("sfid",),
         only=INCEPTION,
-        lower_is_better=True,
         after="ADM's evaluator; float64, exact root",
     ),
     "is": Metric(
@@ -94,7 +90,6 @@ METRICS: dict[str, Metric] = {
         gives=("is", "is_deviation"),
         conventions={"split_size": 5000},
         only=INCEPTION,
-        lower_is_better=False,
         after="ADM's evaluator, splits in file order",
     ),
     "is_shuffled": Metric(
@@ -103,14 +98,12 @@ METRICS: dict[str, Metric] = {
         gives=("is", "is_deviation"),
         conventions={"splits": 10, "seed": 2020},
         only=INCEPTION,
-        lower_is_better=False,
         after="torch-fidelity, splits of a permutation",
     ),
     "fd": Metric(
         compute=frechet_distance,
         needs=_BOTH_STATISTICS,
         gives=("fd",),
-        lower_is_better=True,
         after="FID's formula; float64, exact root",
     ),
     "fd_infinity": Metric(
@@ -118,7 +111,6 @@ METRICS: dict[str, Metric] = {
         needs=(FEATURES, REFERENCE_STATISTICS),
         gives=("fd_infinity",),
         conventions={"points": 15, "smallest": 5000, "seed": 0},
-        lower_is_better=True,
         after="Chong and Forsyth, dgm-eval, with a seed",
     ),
     "precision_recall": Metric(
@@ -126,7 +118,6 @@ METRICS: dict[str, Metric] = {
         needs=_BOTH,
         gives=("precision", "recall"),
         conventions={"k": 3},
-        lower_is_better=False,
         after="Kynkäänniemi et al., exact distances",
     ),
     "prdc": Metric(
@@ -134,7 +125,6 @@ METRICS: dict[str, Metric] = {
         needs=_BOTH,
         gives=("prdc_precision", "prdc_recall", "density", "coverage"),
         conventions={"k": 5},
-        lower_is_better=False,
         after="prdc, dgm-eval",
     ),
     "kid": Metric(
@@ -142,28 +132,24 @@ METRICS: dict[str, Metric] = {
         needs=_BOTH,
         gives=("kid", "kid_deviation"),
         conventions={"subsets": 100, "subset_size": 1000, "seed": 2020},
-        lower_is_better=True,
         after="torch-fidelity",
     ),
     "kid_all": Metric(
         compute=kernel_distance_of_all,
         needs=_BOTH,
         gives=("kid_all",),
-        lower_is_better=True,
         after="Bińkowski et al., all rows once",
     ),
     "authpct": Metric(
         compute=authenticity,
         needs=_BOTH,
         gives=("authpct",),
-        lower_is_better=False,
         after="Alaa et al., dgm-eval",
     ),
     "vendi": Metric(
         compute=vendi_score,
         needs=(FEATURES,),
         gives=("vendi",),
-        lower_is_better=False,
         after="Friedman and Dieng, dgm-eval",
     ),
     "clip_score": Metric(
@@ -171,7 +157,6 @@ METRICS: dict[str, Metric] = {
         needs=(FEATURES, TEXTS),
         gives=("clip_score", "clip_score_deviation"),
         only=CLIP,
-        lower_is_better=False,
         after="Hessel et al., 100 · max(cos, 0) of image and prompt; the deviation is the mean's",
     ),
 }

@@ -16,9 +16,6 @@ from .denoiser_facts import SD3
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-UNET_BLOCKS = ("down", "mid", "up")
-"""Parts of a U-Net whose cross-attention may see soft tokens."""
-
 _SOFT = "soft_tokens"
 
 
@@ -46,7 +43,7 @@ def take_soft_tokens(model: nn.Module, kind: str, *, blocks: Sequence[str], text
     Args:
         model: is changed in place.
         kind: one of `KINDS`.
-        blocks: of a U-Net, which of `UNET_BLOCKS` see the tokens.
+        blocks: of a U-Net, which of ``down``, ``mid`` and ``up`` see the tokens.
         text_length: of a U-Net, S, states of a text; what follows them are soft tokens.
     """
     if kind == SD3:

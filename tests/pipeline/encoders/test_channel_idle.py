@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from repa.data.errors import RepaError
-from repa.pipeline.encoders.channel_idle import IdleFeedForward, active_channels, with_active_first
+from repa.pipeline.encoders.channel_idle import IdleFeedForward, active_channels
 from safetensors.torch import load_file
 from torch import nn
 
@@ -77,13 +77,6 @@ def test_layer_scale_folds_into_all_but_the_shortcut(golden: dict[str, torch.Ten
     with torch.no_grad():
         found = made.merge(golden["layer_scale"], shortcut=True)(golden["ffn_x"])
     torch.testing.assert_close(found, golden["layer_scale_out"], **EXACT)
-
-
-def test_active_channels_need_be_no_prefix(golden: dict[str, torch.Tensor]) -> None:
-    made = with_active_first(network(golden, "ours.", 20), golden["active"].tolist())
-    with torch.no_grad():
-        for found in (golden["ffn_x"] + made(golden["ffn_x"]), made.merge(shortcut=True)(golden["ffn_x"])):
-            torch.testing.assert_close(found, golden["active_out"], **EXACT)
 
 
 @settings(max_examples=20)
