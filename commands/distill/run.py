@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from ...pipeline.distill.run import DistillConfig
+    from ...pipeline.distill.config import DistillConfig
     from ...pipeline.encoders.idle_teacher import Distilled
     from .flags import DistillFlags
 
@@ -45,8 +45,9 @@ def distill(flags: DistillFlags, *, console: Console | None = None) -> None:
     console = console or PlainConsole()
     config = _config(flags)
     from ...pipeline.distill import run as work
+    from ...pipeline.distill.config import check_numbers
 
-    work.check_numbers(config)
+    check_numbers(config)
     path, found = work.distill(config, _Report(console))
     _print(found, console)
     _say(console, f"Wrote {path}. Encode by it with `repa preprocess --encoder {path}`.")
@@ -57,7 +58,7 @@ def _config(flags: DistillFlags) -> DistillConfig:
 
     from ...data.format.opening import open_manifest
     from ...data.storage.bucket import cache_path
-    from ...pipeline.distill.run import DistillConfig
+    from ...pipeline.distill.config import DistillConfig
     from ..shared.encoders import parse_weights
 
     cache = flags.cache or str(default_cache())

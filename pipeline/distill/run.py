@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path  # noqa: TC003 — dataclasses read it
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -18,75 +17,39 @@ from ..encoders import find_teacher, load_encoder
 from ..encoders.idle_blocks import make_idle, merged, require_idle_fits
 from ..encoders.idle_teacher import (
     ENTRY,
-    NORMS,
     SUFFIX,
     Distilled,
     idle_name,
     idle_teacher,
-    read_distilled,
     usual_file,
 )
 from ..encoders.registry import file_of
 from ..encoders.timm_vit import TimmEncoder
+from .begun import TrainingSettings, require_ahead, there_already
 from .fidelity import fidelity
 from .pairs import CachedPairs
 from .speed import compare_speed
 from .start import fit_in_closed_form
-from .training import Distillation, TrainingSettings, write_tensors
+from .training import Distillation, write_tensors
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
-    from ...data.format.manifest import Manifest, Provenance
+    from ...data.format.manifest import Manifest
+    from ..encoders.idle_teacher import IdleTeacher
+    from .config import DistillConfig
+    from .pairs import Pairs
 
 FIT_IMAGES = 384
 HELD_OUT = 200
 MERGE_TOLERANCE = 1e-3
 """Largest difference of a patch token's number by the merge, relative to the largest number. Ours; rounding
 in float32 gives about 1e-5."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """A `repa distill` as asked for.
-
-    Attributes:
-        cache: folder of the cache, or its address in a bucket.
-        teacher: name of the teacher; None: the cache's only one.
-        idle: θ, the share of the hidden channels that stay linear.
-        norm: one of `NORMS`.
-        data: the images of the cache.
-        may_import: whether ``data`` may name a module.
-        weights: file of the teacher's weights; None: the hub's.
-        fit_images: images of the closed-form start; None: 384, or all that there are.
-        steps: of the training end to end; 0 leaves the start as it is.
-        batch_size: images of a step, and of a forward pass.
-        learning_rate: of AdamW.
-        held_out: images that are measured on and not trained on; None: 200, or a fifth.
-        seed: of the order of the images.
-        save_every: steps after which the state is kept.
-        out: the file to write; None: ``encoders/NAME.safetensors``.
-        device: where it computes.
-    """
-
-    cache: str
-    teacher: str | None
-    idle: float
-    norm: str
-    data: str
-    may_import: bool
-    weights: Path | None
-    fit_images: int | None
-    steps: int
-    batch_size: int
-    learning_rate: float
-    held_out: int | None
-    seed: int
-    save_every: int
-    out: Path | None
-    device: str
 
 
 class Report(Protocol):
@@ -126,64 +89,29 @@ def distill(config: DistillConfig, report: Report) -> tuple[Path, Distilled]:
     with CachedPairs(
         path, manifest, name, data=config.data, device=device, may_import=config.may_import
     ) as pairs:
-        rows, held = _split(config, pairs.reader.valid_rows)
-        fit = _fit_rows(config, rows)
-        declared = manifest.sources[name]
-        teacher = _load(config, manifest, declared, name, device)
-        settings = TrainingSettings(
-            encoder=copy.name,
-            cache=manifest.identity,
-            teacher_sha256=declared.weights_sha256,
-            fit_images=len(fit),
-            held_out=len(held),
-            batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            seed=config.seed,
-        )
-        trained = {**asdict(settings), "steps": config.steps}
-        there = _there_already(out, trained)
+        rows = _rows(config, pairs.reader.valid_rows)
+        settings = _settings(config, manifest, copy, rows)
+        there = there_already(out, settings, config.steps)
         if there is not None:
             report.say(f"{out} is there already.")
             return out, there
-        student = teacher.with_model(make_idle(teacher.model, config.idle, config.norm)).in_float32()
-        run = Distillation(student, settings, pairs, rows, out.with_suffix(".training"))
-        if run.resume():
-            report.say(f"Going on after step {run.step:,}.")
-            if run.step > config.steps:
-                raise RepaError(
-                    f"the distillation is at step {run.step}, past --steps {config.steps}",
-                    f"give at least {run.step}, or name another file with --out",
-                    field="--steps",
-                )
-        else:
-            with report.progress(copy.depth * len(fit), "fitting block by block") as done:
-                fit_in_closed_form(teacher, student.model, pairs.batches(fit, config.batch_size), done)
-            run.save()
-        with report.progress((config.steps - run.step) * config.batch_size, "distilling") as done:
-            run.run(config.steps, config.save_every, done)
+        teacher = _load(config, manifest, name, device)
+        student = _student(config, settings, teacher, pairs, rows, out, report)
         found = teacher.with_model(merged(student.model, config.norm)).in_float32()
-        with report.progress(len(held), "measuring"):
-            measured: dict[str, Any] = {
-                "merge_error": _merge_error(student, found, pairs, held[: config.batch_size]),
-                **fidelity(found, pairs.batches(held, config.batch_size)),
-            }
-        speed = compare_speed(
-            teacher, teacher.with_model(found.model), pairs.read(held[: config.batch_size]).images
-        )
-        distilled = Distilled(
-            name=copy.name,
-            teacher=name,
-            teacher_sha256=declared.weights_sha256,
-            idle=config.idle,
-            norm=config.norm,
-            merged=True,
-            resolution=manifest.resolution,
-            data=manifest.source_fingerprint,
-            views=manifest.views,
-            training=trained,
-            fidelity=measured,
-            speed=speed,
-        )
+        with report.progress(len(rows.held_out), "measuring") as done:
+            distilled = Distilled(
+                name=copy.name,
+                teacher=name,
+                teacher_sha256=settings.teacher_sha256,
+                idle=config.idle,
+                norm=config.norm,
+                merged=True,
+                resolution=manifest.resolution,
+                data=manifest.source_fingerprint,
+                views=manifest.views,
+                training={**asdict(settings), "steps": config.steps},
+                **_measured(config, teacher, student, found, pairs, rows.held_out, done),
+            )
         write_tensors(out, found.model.state_dict(), {ENTRY: distilled.as_json()})
     return out, distilled
 
@@ -207,36 +135,23 @@ def _teacher_of(manifest: Manifest, config: DistillConfig) -> str:
     )
 
 
-def check_numbers(config: DistillConfig) -> None:
-    """Refuse numbers that are out of their range.
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of the cache by what they are for, int64 and ascending.
 
-    Raises:
-        RepaError: the first of them.
+    Attributes:
+        trained: that are trained on.
+        fitted: those of them that the start is fitted to.
+        held_out: that are measured on.
     """
-    for flag, value, least, most in (
-        ("--fit-images", config.fit_images, 1, 10**6),
-        ("--steps", config.steps, 0, 10**9),
-        ("--batch-size", config.batch_size, 2 if config.norm == NORMS[1] else 1, 1 << 16),
-        ("--held-out", config.held_out, 2, 10**6),
-        ("--seed", config.seed, 0, 2**63 - 1),
-        ("--save-every", config.save_every, 1, 10**9),
-    ):
-        if value is not None and not least <= value <= most:
-            raise RepaError(f"{flag} {value} is not valid", f"give {least} to {most:,}", field=flag)
-    if not 0 < config.learning_rate < 1:
-        raise RepaError(
-            f"--learning-rate {config.learning_rate:g} is not valid",
-            "give a small one above 0, as 6e-6",
-            field="--learning-rate",
-        )
-    if config.norm not in NORMS:
-        raise RepaError(
-            f"--norm {config.norm!r} is unknown", f"the choices are {' and '.join(NORMS)}", field="--norm"
-        )
+
+    trained: NDArray[np.int64]
+    fitted: NDArray[np.int64]
+    held_out: NDArray[np.int64]
 
 
-def _split(config: DistillConfig, valid: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the rows that are trained on and those that are measured on.
+def _rows(config: DistillConfig, valid: NDArray[np.int64]) -> _Rows:
+    """Choose rows.
 
     Raises:
         RepaError: too few are there.
@@ -249,34 +164,98 @@ def _split(config: DistillConfig, valid: NDArray[np.int64]) -> tuple[NDArray[np.
             "give another --held-out of at least 2, or cache more images",
             field="--held-out",
         )
-    return split_holdout(valid, held)
-
-
-def _fit_rows(config: DistillConfig, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Draw the rows that the start is fitted to, ascending.
-
-    Raises:
-        RepaError: there are not so many.
-    """
-    count = min(FIT_IMAGES, len(rows)) if config.fit_images is None else config.fit_images
-    if count > len(rows):
+    trained, held_out = split_holdout(valid, held)
+    count = min(FIT_IMAGES, len(trained)) if config.fit_images is None else config.fit_images
+    if count > len(trained):
         raise RepaError(
-            f"--fit-images {count} is more than the {len(rows)} images that are not held out",
-            f"give at most {len(rows)}",
+            f"--fit-images {count} is more than the {len(trained)} images that are not held out",
+            f"give at most {len(trained)}",
             field="--fit-images",
         )
-    return np.sort(rows[permutation(config.seed, 0, len(rows))[:count]])
+    fitted = np.sort(trained[permutation(config.seed, 0, len(trained))[:count]])
+    return _Rows(trained, fitted, held_out)
 
 
-def _load(
-    config: DistillConfig, manifest: Manifest, declared: Provenance, name: str, device: torch.device
+def _settings(config: DistillConfig, manifest: Manifest, copy: IdleTeacher, rows: _Rows) -> TrainingSettings:
+    return TrainingSettings(
+        encoder=copy.name,
+        cache=manifest.identity,
+        teacher_sha256=manifest.sources[copy.teacher].weights_sha256,
+        fit_images=len(rows.fitted),
+        held_out=len(rows.held_out),
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        seed=config.seed,
+    )
+
+
+def _student(
+    config: DistillConfig,
+    settings: TrainingSettings,
+    teacher: TimmEncoder,
+    pairs: CachedPairs,
+    rows: _Rows,
+    out: Path,
+    report: Report,
 ) -> TimmEncoder:
+    """Return the student after its last step, begun or gone on with.
+
+    Raises:
+        RepaError: the kept state is of another distillation, or past the last step.
+        CacheError: the teacher gives other tokens than the cache has.
+    """
+    student = teacher.with_model(make_idle(teacher.model, config.idle, config.norm)).in_float32()
+    file = out.with_suffix(".training")
+    run = Distillation(student, settings, pairs, rows.trained, file)
+    if run.resume():
+        require_ahead(file, run.step, config.steps)
+        report.say(f"Going on after step {run.step:,}.")
+    else:
+        with report.progress(teacher.depth * len(rows.fitted), "fitting block by block") as done:
+            batches = pairs.batches(rows.fitted, config.batch_size)
+            fit_in_closed_form(teacher, student.model, batches, done)
+        run.save()
+    with report.progress((config.steps - run.step) * config.batch_size, "distilling") as done:
+        run.run(config.steps, config.save_every, done)
+    return student
+
+
+def _measured(
+    config: DistillConfig,
+    teacher: TimmEncoder,
+    student: TimmEncoder,
+    found: TimmEncoder,
+    pairs: CachedPairs,
+    held: NDArray[np.int64],
+    report: Callable[[int], None],
+) -> dict[str, dict[str, Any]]:
+    """Return the fidelity and the speed of the merged student.
+
+    Raises:
+        RepaError: merging has changed it.
+    """
+    images = pairs.read(held[: config.batch_size]).images
+    error = _merge_error(student, found, images)
+
+    def batches() -> Iterator[Pairs]:
+        for each in pairs.batches(held, config.batch_size):
+            yield each
+            report(len(each.images))
+
+    return {
+        "fidelity": {"merge_error": error, **fidelity(found, batches())},
+        "speed": compare_speed(teacher, teacher.with_model(found.model), images),
+    }
+
+
+def _load(config: DistillConfig, manifest: Manifest, name: str, device: torch.device) -> TimmEncoder:
     """Load the teacher of the cache.
 
     Raises:
         RepaError: its weights cannot be had, are drawn, or no idle channels fit in.
         CacheError: it is another one.
     """
+    declared = manifest.sources[name]
     if declared.random_weights:
         raise RepaError(
             f"the weights of {name} in cache {config.cache} were drawn, which leaves nothing to distil",
@@ -319,37 +298,12 @@ def _out(config: DistillConfig, name: str) -> Path:
     return out
 
 
-def _there_already(out: Path, trained: dict[str, Any]) -> Distilled | None:
-    """Return what is in the file if it is what was asked for, and None if it is to be written.
-
-    Raises:
-        RepaError: the file is of another distillation, or of one that went on longer.
-    """
-    if not out.exists():
-        return None
-    remedy = "name another file with --out, or remove it"
-    try:
-        found = read_distilled(out)
-    except RepaError as error:
-        raise RepaError(error.what, remedy, field="--out") from error
-    if found.training == trained:
-        return found
-    if {**found.training, "steps": 0} != {**trained, "steps": 0} or found.training["steps"] > trained[
-        "steps"
-    ]:
-        raise RepaError(f"{out} is of another distillation", remedy, field="--out")
-    return None
-
-
-def _merge_error(
-    student: TimmEncoder, found: TimmEncoder, pairs: CachedPairs, rows: NDArray[np.int64]
-) -> float:
+def _merge_error(student: TimmEncoder, found: TimmEncoder, images: Tensor) -> float:
     """Return the largest difference that the merge makes, relative to the largest number.
 
     Raises:
         RepaError: it is more than rounding.
     """
-    images = pairs.read(rows).images
     before, after = (each.encode(images)["patch"] for each in (student, found))
     error = float((after - before).abs().max() / before.abs().max())
     if not error <= MERGE_TOLERANCE:

@@ -22,6 +22,7 @@ from ...data.edge import parse_json
 from ...data.errors import RepaError
 from ...data.reading.order import EpochOrder, batch_views
 from ...data.storage.files import make_folder, os_errors, write_file
+from .begun import TrainingSettings, require_same
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,31 +39,6 @@ SQUARED_WEIGHT = 0.1
 TRAINED = ("blocks.", "norm.")
 _ENTRY = "repa-distillation"
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
-    """What the weights after a step depend on.
-
-    Attributes:
-        encoder: name of the student.
-        cache: identity of the cache.
-        teacher_sha256: of the teacher's weights.
-        fit_images: images of the closed-form start.
-        held_out: images that are held out.
-        batch_size: images of a step.
-        learning_rate: of AdamW, constant, without weight decay.
-        seed: of the order and of the images of the start.
-    """
-
-    encoder: str
-    cache: str
-    teacher_sha256: str
-    fit_images: int
-    held_out: int
-    batch_size: int
-    learning_rate: float
-    seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,14 +99,7 @@ class Distillation:
             return False
         remedy = "give the same, or remove that file to begin again"
         kept, state = _read_kept(self._file, remedy)
-        begun = asdict(kept.settings)
-        for name, value in asdict(self._settings).items():
-            if begun[name] != value:
-                raise RepaError(
-                    f"the distillation in {self._file} was begun with {name} {begun[name]}, not {value}",
-                    remedy,
-                    field=f"--{name.replace('_', '-')}",
-                )
+        require_same(asdict(kept.settings), self._settings, self._file, remedy)
         self._require_shapes(state, moments=kept.step > 0, remedy=remedy)
         self._student.model.load_state_dict(_part(state, "model."))
         self.step = kept.step

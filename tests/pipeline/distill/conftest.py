@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from repa.commands.preprocess import PreprocessFlags, preprocess
-from repa.pipeline.distill.run import DistillConfig, distill
+from repa.pipeline.distill.config import DistillConfig
+from repa.pipeline.distill.run import distill
 from rich.console import Console
 
 if TYPE_CHECKING:

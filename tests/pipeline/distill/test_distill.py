@@ -132,13 +132,24 @@ def test_what_cannot_be_asked_for(distil: Distil, changes: dict[str, Any], field
 def test_another_distillation_is_not_written_over(distil: Distil, tmp_path: Path) -> None:
     out = tmp_path / "copy.safetensors"
     distil(out=out)
-    with pytest.raises(RepaError) as failure:
-        distil(out=out, seed=1)
-    assert failure.value.field == "--out"
-    out.unlink()
-    with pytest.raises(RepaError) as failure:
-        distil(out=out, seed=1)
-    assert failure.value.field == "--seed"
+    for kept in (out, out.with_suffix(".training")):
+        for changes, field in (({"seed": 1}, "--seed"), ({"idle": 0.5}, "--out")):
+            with pytest.raises(RepaError) as failure:
+                distil(out=out, **changes)
+            assert failure.value.field == field
+            assert str(kept) in failure.value.what
+        out.unlink(missing_ok=True)
+
+
+def test_fewer_steps_than_are_done_are_refused(distil: Distil, tmp_path: Path) -> None:
+    out = tmp_path / "copy.safetensors"
+    distil(out=out, steps=2)
+    for kept in (out, out.with_suffix(".training")):
+        with pytest.raises(RepaError) as failure:
+            distil(out=out, steps=1)
+        assert failure.value.field == "--steps"
+        assert str(kept) in failure.value.what
+        out.unlink(missing_ok=True)
 
 
 def test_a_damaged_state_is_refused(distil: Distil, tmp_path: Path) -> None:
