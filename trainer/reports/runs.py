@@ -22,6 +22,7 @@ from ..run.previews import FOLDER
 from ..run.starts import read_starts
 from ..run.timing import TIMING_FILE
 from ..settings_file import load_yaml
+from ..step.checkpoints import SOFTREPA_FILE, SOFTREPA_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -126,7 +127,8 @@ def _read_run(folder: Path, name: str) -> RunRead:
             field="RUN",
         )
     notes: list[str] = []
-    settings = _settings(folder / CONFIG_FILE, notes)
+    soft = folder / SOFTREPA_FILE
+    settings = _soft_settings(soft, notes) if soft.exists() else _settings(folder / CONFIG_FILE, notes)
     starts: list[dict[str, Any]] = []
     try:
         starts = read_starts(folder)
@@ -161,6 +163,15 @@ def _settings(path: Path, notes: list[str]) -> dict[str, Any]:
     except RepaError as error:
         notes.append(f"{path.name} is shown as it is written: {error.what}")
         return flat(written)
+
+
+def _soft_settings(path: Path, notes: list[str]) -> dict[str, Any]:
+    """Read the settings of a run of SoftREPA, which writes all of them."""
+    try:
+        return {"method.name": SOFTREPA_KEY, **flat(load_yaml(path))}
+    except RepaError as error:
+        notes.append(error.what)
+        return {}
 
 
 def _table(path: Path, notes: list[str]) -> list[dict[str, float]]:

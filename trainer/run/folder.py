@@ -21,7 +21,7 @@ from ..methods.outside import FLAG as METHOD_FLAG
 from ..resuming import changes
 from ..settings_file import load_yaml
 from ..step.checkpoints import FOLDER as CHECKPOINTS
-from ..step.checkpoints import checkpoints_of, load_checkpoint
+from ..step.checkpoints import SOFTREPA_FILE, checkpoints_of, load_checkpoint
 from ..step.module import CHECKPOINT_KEY
 
 if TYPE_CHECKING:
@@ -53,6 +53,12 @@ def refuse_foreign_folder(run: Path) -> None:
         RepaError: it holds something else, or the operating system refuses.
     """
     with os_errors("read", run):
+        if (run / SOFTREPA_FILE).exists():
+            raise RepaError(
+                f"{run} is a run of SoftREPA",
+                f"go on with it by `repa softrepa train --run {run}`, or choose another folder with --run",
+                field="--run",
+            )
         if not run.is_dir() or checkpoints_of(run):
             return
         if (run / CONFIG_FILE).exists():
@@ -61,7 +67,9 @@ def refuse_foreign_folder(run: Path) -> None:
         foreign = next(_foreign_files(run), None)
     # another rank may have begun the run meanwhile, with its configuration as the first file
     if foreign is not None and not (run / CONFIG_FILE).exists():
-        raise RepaError(f"{run} holds {foreign} and is no run", "choose a new or empty folder with --run")
+        raise RepaError(
+            f"{run} holds {foreign} and is no run", "choose a new or empty folder with --run", field="--run"
+        )
 
 
 def _check_config(run: Path) -> None:
@@ -73,6 +81,7 @@ def _check_config(run: Path) -> None:
         raise RepaError(
             f"{run / CONFIG_FILE} is not of a run that this repa can read ({error.what})",
             "choose another folder with --run",
+            field="--run",
         ) from error
 
 

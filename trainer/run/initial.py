@@ -11,7 +11,7 @@ from ...data.errors import RepaError
 from ...data.reading.latents import scale_of
 from ..models import registry as backbones
 from ..models.published import FAMILY
-from ..step.checkpoints import checkpoints_of, load_checkpoint, objective_said
+from ..step.checkpoints import checkpoints_of, objective_said, own_checkpoint
 from ..step.latents import TOKENS
 from ..step.module import CHECKPOINT_KEY
 from .divergence import largest
@@ -77,8 +77,8 @@ def read_initial(path: str, checked: Checked) -> Initial:
             another.
     """
     file = _file_of(Path(path))
-    ours = None if file.suffix == ".safetensors" else _of_a_run(file)
     try:
+        ours = own_checkpoint(file)
         initial, backbone = _published(file, checked) if ours is None else _own(file, ours, checked)
     except RepaError as error:
         raise RepaError(error.what, error.remedy, field=FLAG) from error
@@ -110,14 +110,6 @@ def _file_of(path: Path) -> Path:
     if not path.exists():
         raise RepaError(f"there is no {path}", "name the folder of a run, or a checkpoint", field=FLAG)
     return path
-
-
-def _of_a_run(file: Path) -> Mapping[str, Any] | None:
-    """Load the checkpoint if it is one of ours. What else the file may be, the published loader says."""
-    try:
-        return load_checkpoint(file)
-    except RepaError:
-        return None
 
 
 def _own(file: Path, checkpoint: Mapping[str, Any], checked: Checked) -> tuple[Initial, BackboneConfig]:

@@ -16,7 +16,7 @@ from ..models.conditions import build_conditioner
 from ..models.published import FAMILY
 from ..models.published_file import WEIGHTS
 from ..objectives import registry as objectives
-from ..step.checkpoints import SOFTREPA_FILE, checkpoints_of, load_checkpoint, objective_said
+from ..step.checkpoints import SOFTREPA_FILE, checkpoints_of, objective_said, own_checkpoint
 from ..step.latents import NAME, TOKENS, MomentLatents, TokenLatents, TokenSource
 from ..step.module import CHECKPOINT_KEY
 from ..step.randomness import generator_for
@@ -139,7 +139,7 @@ def model_of_file(file: Path, *, weights: str = "ema", family: str | None = None
         raise RepaError(
             f"weights {weights!r} are unknown", f"choose {' or '.join(WEIGHTS)}", field="--weights"
         )
-    ours = _checkpoint_of_a_run(file)
+    ours = own_checkpoint(file)
     if ours is not None:
         if family is not None:
             raise RepaError(
@@ -281,16 +281,6 @@ def generate(
                 field="--guidance" if settings.guidance != 1 else "--ckpt",
             )
         yield unscaled
-
-
-def _checkpoint_of_a_run(file: Path) -> Mapping[str, Any] | None:
-    """Load the checkpoint if it is one of ours. What else the file may be, the published loader says."""
-    if file.suffix == ".safetensors":
-        return None
-    try:
-        return load_checkpoint(file)
-    except RepaError:
-        return None
 
 
 def _trained_without(said: Mapping[str, Any], conditioner: Conditioner) -> bool:

@@ -28,13 +28,19 @@ from ..run.loggers import Reports
 from ..run.starts import add_start
 from ..run.stop import Stop, requeue
 from ..settings_file import load_yaml
-from ..step.checkpoints import SOFTREPA_FILE, AtomicCheckpointIO, checkpoint_path, checkpoints_of
+from ..step.checkpoints import (
+    SOFTREPA_FILE,
+    SOFTREPA_KEY,
+    AtomicCheckpointIO,
+    checkpoint_path,
+    checkpoints_of,
+)
 from ..step.randomness import generator_for
 from .checks import SoftChecked, check, identity_of
 from .file import SoftTokensNotes, save_soft_tokens
 from .held_out import Best, ended_early, evaluation
 from .settings import refuse_changes
-from .step import CHECKPOINT_KEY, Pairs, SoftModule, text_of
+from .step import Pairs, SoftModule, text_of
 from .tokens import BINS, SoftTokens, first_time_table, first_tokens
 
 if TYPE_CHECKING:
@@ -186,7 +192,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         RepaError: it cannot be read, or is none of SoftREPA.
     """
     checkpoint = AtomicCheckpointIO().load_checkpoint(path)
-    said = checkpoint.get(CHECKPOINT_KEY) if isinstance(checkpoint, dict) else None
+    said = checkpoint.get(SOFTREPA_KEY) if isinstance(checkpoint, dict) else None
     if said is None:
         raise RepaError(
             f"{path} is no checkpoint of SoftREPA", "choose another folder with --run", field="--run"

@@ -14,6 +14,7 @@ from ...data.format.columns import MOMENTS
 from ...data.format.int8 import dequantise
 from ...data.reading.latents import sample_posterior, scale_latent
 from ..models.stable_diffusion import STEPS
+from ..step.checkpoints import SOFTREPA_KEY
 from ..step.means import Means
 from ..step.randomness import generator_for
 from .contrast import found, rows_of_pairs
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from .settings import SoftConfig
     from .tokens import SoftTokens
 
-CHECKPOINT_KEY = "softrepa"
 RANGES = 10
 """Ranges of time whose retrieval accuracy is told apart, each ten bins."""
 
@@ -196,7 +196,7 @@ class SoftModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the run is, the means since the last row and the best evaluation."""
-        checkpoint[CHECKPOINT_KEY] = {
+        checkpoint[SOFTREPA_KEY] = {
             **self.identity,
             "means": self.means.state_dict(),
             "best": dict(self.best),
@@ -204,7 +204,7 @@ class SoftModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continue the means and the evaluations."""
-        saved = checkpoint[CHECKPOINT_KEY]
+        saved = checkpoint[SOFTREPA_KEY]
         self.means.load_state_dict(saved["means"])
         self.best = dict(saved["best"])
 

@@ -27,6 +27,8 @@ FOLDER = "checkpoints"
 SOFTREPA_FILE = "softrepa.yaml"
 """Settings of a run of SoftREPA, in whose checkpoints are tokens and no backbone."""
 
+SOFTREPA_KEY = "softrepa"
+"""What such a checkpoint says of its run."""
 
 _OLDER = "delete it to go on from the one before"
 _NAME = re.compile(r"step-(\d{8,})\.ckpt")
@@ -90,9 +92,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Return a checkpoint of ours, on the CPU. Only tensors and plain values are unpickled.
 
     Raises:
-        RepaError: it cannot be read, is damaged or not ours.
+        RepaError: it cannot be read, is damaged or not ours; ``field`` is `SOFTREPA_KEY` of one of SoftREPA.
     """
     checkpoint = _load(path)
+    if isinstance(checkpoint, dict) and SOFTREPA_KEY in checkpoint:
+        raise RepaError(
+            f"{path} is a checkpoint of SoftREPA, which trains no backbone",
+            "sample with `repa softrepa sample --run`",
+            field=SOFTREPA_KEY,
+        )
     if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
         raise RepaError(f"{path} is no checkpoint of a run", "`repa sample --ckpt` reads published ones")
     weights = checkpoint.get("state_dict")
@@ -104,6 +112,22 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise RepaError(f"{path} does not say its step", _OLDER, field="global_step")
     _check_said(checkpoint[CHECKPOINT_KEY], path)
     return checkpoint
+
+
+def own_checkpoint(path: Path) -> dict[str, Any] | None:
+    """Return a checkpoint of ours, None of another file, of which the published loader says what it is.
+
+    Raises:
+        RepaError: it is one of SoftREPA.
+    """
+    if path.suffix == ".safetensors":
+        return None
+    try:
+        return load_checkpoint(path)
+    except RepaError as error:
+        if error.field == SOFTREPA_KEY:
+            raise
+        return None
 
 
 def _check_said(said: Any, path: Path) -> None:

@@ -22,9 +22,11 @@ from repa.data.format.columns import MOMENTS, ColumnSpec
 from repa.data.testing import synthetic_cache, synthetic_captions
 from repa.soft_tokens import load_soft_tokens
 from repa.trainer.config import build
+from repa.trainer.reports.runs import read_runs
 from repa.trainer.run.checked import ProblemsError
 from repa.trainer.sampling.generate import newest_checkpoint
 from repa.trainer.softrepa.sampling import Text, initial_noise, sample_latents
+from repa.trainer.step.checkpoints import SOFTREPA_KEY, checkpoints_of
 from rich.console import Console
 from small_diffusion import denoiser_of, save_model, small_model
 
@@ -240,6 +242,25 @@ def test_other_commands_say_where_softrepa_is(place: Path, tmp_path: Path) -> No
         build(flags={"method": "softrepa"})
     assert error.value.field == "--method"
     assert "softrepa train" in error.value.remedy
+    with pytest.raises(RepaError) as error:
+        run_command(["train", "--run", str(place / "run-sd15"), "--cache", str(place / "cache"), "--dry-run"])
+    assert error.value.field == "--run"
+    checkpoint = str(checkpoints_of(place / "run-sd15")[2])
+    for words in (
+        ["sample", "--ckpt", checkpoint],
+        ["evaluate", "--ckpt", checkpoint, "--out", str(tmp_path)],
+    ):
+        with pytest.raises(RepaError) as error:
+            run_command(words)
+        assert error.value.field == SOFTREPA_KEY
+        assert not [*tmp_path.iterdir()]
+
+
+def test_a_run_of_softrepa_is_compared_by_its_own_settings(place: Path) -> None:
+    run = read_runs([place / "run-sd15"])[0]
+    assert (run.settings["method.name"], run.settings["model"]) == ("softrepa", str(place / "sd15"))
+    assert (run.settings["tokens"], run.batch_size, run.last_step) == (4, 4, 2)
+    assert not run.notes
 
 
 def test_the_flags_reach_the_command(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
