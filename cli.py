@@ -20,9 +20,7 @@ from . import __version__
 from .commands.analyze.flags import AnalyzeFlags
 from .commands.analyze.run import analyze
 from .commands.bank.app import bank_app
-from .commands.bench.measured import METHODS as MEASURED_METHODS
-from .commands.bench.measured import TARGETS as MEASURED_TARGETS
-from .commands.bench.measured import BenchSettings
+from .commands.bench.flags import BenchFlags
 from .commands.cache.app import cache_app
 from .commands.compare import CompareFlags, compare
 from .commands.demo.run import DEFAULT_STEPS, IMAGES, METHODS, demo
@@ -39,7 +37,7 @@ from .commands.plan import PlanFlags, plan
 from .commands.preprocess import PreprocessFlags, preprocess
 from .commands.recipes import RecipesFlags, recipes
 from .commands.sample import SampleFlags, sample
-from .commands.shared.flags import square_side, takes_flags
+from .commands.shared.flags import takes_flags
 from .commands.softrepa.app import softrepa_app
 from .commands.train import TrainFlags, train
 from .data.edge import printable
@@ -288,70 +286,8 @@ def _demo(
 
 
 @app.command("bench")
-def _bench(
-    parts: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[loader|attention|writer|preprocess|train|fidelity]...",
-            help="Parts; default all but fidelity.",
-        ),
-    ] = None,
-    model: Annotated[str, typer.Option(help="Backbone of the training step.")] = "SiT-T/1",
-    encoder: Annotated[
-        str, typer.Option(help="Teacher; but for fidelity with random weights: its speed is the same.")
-    ] = "demo",
-    resolution: Annotated[
-        int | None,
-        typer.Option(
-            parser=square_side,
-            metavar="<int>",
-            help="Side of the images in pixels; 64, of fidelity as of preprocess.",
-        ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images of a training step and of a forward pass.")] = 32,
-    images: Annotated[
-        int, typer.Option(help="Images that preprocess encodes in a round, or fidelity takes its own from.")
-    ] = 256,
-    rows: Annotated[int, typer.Option(help="Rows of the cache that is read or written.")] = 2048,
-    processes: Annotated[
-        int, typer.Option(help="Of loader: processes that read together, as the ranks of a training.")
-    ] = 1,
-    steps: Annotated[int, typer.Option(help="Training steps of a round.")] = 10,
-    rounds: Annotated[int, typer.Option(help="Rounds; figures are medians over them.")] = 5,
-    methods: Annotated[
-        str, typer.Option(metavar="NAME,NAME,…", help="Methods whose training step is measured.")
-    ] = MEASURED_METHODS,
-    targets: Annotated[
-        str, typer.Option(metavar="NAME,…", help="Where the targets of that step come from.")
-    ] = ",".join(MEASURED_TARGETS),
-    compiled: Annotated[
-        bool | None,
-        typer.Option(
-            "--compile/--no-compile",
-            help="Compile the whole backbone, or nothing, of the step.",
-            show_default="as of compile=auto",
-        ),
-    ] = None,
-    folder: Annotated[
-        Path | None, typer.Option(help="Where the temporary caches go: the disk to measure.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Of fidelity: images, as of preprocess; default images, of the teacher demo 'demo'."
-        ),
-    ] = None,
-    attention: Annotated[
-        str | None,
-        typer.Option(help="Of fidelity: blocks, as of preprocess; default HASTE's, scaled to the teacher."),
-    ] = None,
-    weights: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=FILE", help="Of fidelity: weights of the teacher.")
-    ] = None,
-    random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="Of fidelity: draw the teacher's weights.")
-    ] = False,
-) -> None:
+@takes_flags(BenchFlags)
+def _bench(flags: BenchFlags) -> None:
     """Measure loader, stored attention, writer, preprocess and training step, side by side in one run.
 
     `fidelity` measures what every form of stored attention and tokens changes, and what encoding costs beside
@@ -359,22 +295,4 @@ def _bench(
     """
     from .commands.bench.run import bench
 
-    settings = BenchSettings(
-        model=model,
-        encoder=encoder,
-        resolution=resolution,
-        batch_size=batch_size,
-        images=images,
-        rows=rows,
-        processes=processes,
-        steps=steps,
-        rounds=rounds,
-        methods=methods,
-        targets=targets,
-        compile="auto" if compiled is None else "whole" if compiled else "off",
-        data=data,
-        attention=attention,
-        weights=tuple(weights or ()),
-        random_weights=random_weights,
-    )
-    bench(parts or (), settings, folder=folder)
+    bench(flags.parts or (), flags.settings(), folder=flags.folder)

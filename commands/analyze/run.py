@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...data.errors import RepaError
+from ..shared.flags import check_ranges
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,15 +46,13 @@ def _check(flags: AnalyzeFlags) -> None:
     Raises:
         RepaError: the first of them.
     """
-    for flag, value, least, most in (
+    check_ranges(
         ("--num", flags.num, 8, _MOST),
         ("--k", flags.k, 1, _MOST),
         ("--seed", flags.seed, 0, 2**63 - 1),
         ("--batch-size", flags.batch_size, 1, 10**6),
         ("--pictures", flags.pictures, 0, 256),
-    ):
-        if not least <= value <= most:
-            raise RepaError(f"{flag} {value} is not valid", f"give {least:,} to {most:,}", field=flag)
+    )
     if flags.run is None and flags.step is not None:
         raise RepaError("--step is of a run, and none is given", "add --run", field="--step")
     of_caches = {"--row": flags.rows, "--data": flags.data, "--vae": flags.vae}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ...data.errors import CacheError, RepaError
 from ...data.units import counted
 from ...data.upkeep.parts import ImageSet, Part, joined_images
+from .export import transfer_bar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +41,6 @@ def merge(
         CacheError: parts that do not fit together or are not complete; images that are not theirs.
         RepaError: the disk is full, or refuses.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
     from ...data.units import human_bytes
@@ -53,21 +53,7 @@ def merge(
     if not opened:
         raise RepaError("no cache to join", "name at least two")
     images = joined_images(opened) if data is None else _images_of(opened, data)
-    bars = Progress(
-        TextColumn("joining"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with bars:
-        task = bars.add_task("joining", total=None)
-
-        def progress(done: int, of: int) -> None:
-            bars.update(task, completed=done, total=of)
-
+    with transfer_bar("joining", console, "rows") as progress:
         merge_caches(opened, cache, images, sources=sources or None, progress=progress)
     found = cache_info(cache)
     size = human_bytes(found.total_bytes)

@@ -136,14 +136,9 @@ def run_evaluation(flags: EvaluateFlags, console: Console) -> None:
     figures = figures_of(asked, measured, bootstrap=flags.bootstrap)
     if samples.said.condition is not None and not samples.prompts:
         figures = [replace(each, protocol=f"{each.protocol}; image-conditioned") for each in figures]
+    notes = (*samples.notes, *notes_of(asked, measured, reference, class_sorted=samples.class_sorted))
     evaluation = Evaluation(
-        samples=samples.said,
-        reference=reference.said,
-        figures=tuple(figures),
-        notes=(
-            *samples.notes,
-            *notes_of(asked, measured, reference, class_sorted=samples.class_sorted),
-        ),
+        samples=samples.said, reference=reference.said, figures=tuple(figures), notes=notes
     )
     if samples.keep is not None and samples.condition is not None:
         samples.keep.finish(samples.condition)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from ...trainer.evaluation.image_sets import FolderImages
     from ..shared.features import ImageSpec
+    from ..shared.prepared import Prepared
     from .flags import EvaluateFlags
 
 FOLDER = "evaluation"
@@ -165,8 +166,32 @@ def _generated(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> S
         bank=BankAsked(bank=flags.bank or ""),
         run=run,
     )
+    record = prepared.record
+    identity = _identity(record)
+    folder = f"{checkpoint.stem}-{short_sha256(identity)}"
+    return Samples(
+        said=_said_of(prepared, run),
+        spec=GeneratedImages(
+            checkpoint=checkpoint,
+            record=record,
+            condition=prepared.condition,
+            random_autoencoder=prepared.random_autoencoder,
+            teacher_weights=prepared.teacher_weights,
+        ),
+        identity=identity,
+        folder=folder,
+        run=run,
+        keep=SampleFolder(out / FOLDER / folder / "samples", record) if flags.keep_samples else None,
+        condition=prepared.told,
+        prompts=_prompts({"prompts": list(record.prompts)}, record.num),
+        notes=() if record.bank is None or record.prompts else (IMAGE_CONDITIONED,),
+    )
+
+
+def _said_of(prepared: Prepared, run: Path | None) -> SamplesSaid:
+    """Return what evaluations record of samples that are to be made."""
     record, model = prepared.record, prepared.model
-    said = SamplesSaid(
+    return SamplesSaid(
         name=record.checkpoint,
         sha256=record.checkpoint_sha256,
         num=record.num,
@@ -189,6 +214,10 @@ def _generated(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> S
         images_seen=model.images_seen,
         device_hours=None if run is None or record.step is None else device_hours(run, record.step),
     )
+
+
+def _identity(record: SamplingRecord) -> dict[str, Any]:
+    """Return what decides the images of a record, and which features are found again by."""
     of_others = ("checkpoint", "autoencoder", "form", "finished")
     # without them, features are found again that were made before there were such settings
     later = {
@@ -200,29 +229,11 @@ def _generated(flags: EvaluateFlags, out: Path, say: Callable[[str], None]) -> S
         "prompts": (),
         "condition_sha256": None,
     }
-    identity = {
+    return {
         name: value
         for name, value in asdict(record).items()
         if name not in of_others and not (name in later and value == later[name])
     }
-    folder = f"{checkpoint.stem}-{short_sha256(identity)}"
-    return Samples(
-        said=said,
-        spec=GeneratedImages(
-            checkpoint=checkpoint,
-            record=record,
-            condition=prepared.condition,
-            random_autoencoder=prepared.random_autoencoder,
-            teacher_weights=prepared.teacher_weights,
-        ),
-        identity=identity,
-        folder=folder,
-        run=run,
-        keep=SampleFolder(out / FOLDER / folder / "samples", record) if flags.keep_samples else None,
-        condition=prepared.told,
-        prompts=_prompts({"prompts": list(record.prompts)}, record.num),
-        notes=() if record.bank is None or record.prompts else (IMAGE_CONDITIONED,),
-    )
 
 
 def _condition(record: SamplingRecord) -> str | None:

@@ -47,6 +47,21 @@ def takes_flags(flags: type[Flags]) -> Callable[[Callable[[Flags], None]], Calla
     return decorate
 
 
+def check_ranges(*numbers: tuple[str, float | None, int, int]) -> None:
+    """Refuse numbers out of their range, of which one that is not given is in every.
+
+    Args:
+        numbers: flag, value, least and most of each.
+
+    Raises:
+        RepaError: the first of them.
+    """
+    for flag, value, least, most in numbers:
+        # not a number is in no range
+        if value is not None and not least <= value <= most:
+            raise RepaError(f"{flag} {value} is not valid", f"give {least:,} to {most:,}", field=flag)
+
+
 def local_folder(path: str) -> Path:
     """Return the folder that a flag names.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ...data.errors import RepaError
 from ...data.units import counted
+from .flags import check_ranges
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,12 +81,7 @@ def check_numbers(flags: SamplingFlags, *others: tuple[str, int, int, int]) -> N
     Raises:
         RepaError: the first of them.
     """
-    for flag, value, least, most in (
-        *others,
-        ("--seed", flags.seed, 0, 2**63 - 1),
-    ):
-        if not least <= value <= most:
-            raise RepaError(f"{flag} {value} is not valid", f"give {least:,} to {most:,}", field=flag)
+    check_ranges(*others, ("--seed", flags.seed, 0, 2**63 - 1))
     for flag, weight in (("--guidance", flags.guidance), ("--guidance-cls", flags.guidance_cls)):
         if weight is not None and not 0 <= weight < math.inf:
             raise RepaError(f"{flag} {weight} is not valid", "give a finite number from 0", field=flag)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from ...pipeline.text.encoder import TextEncoder
@@ -183,6 +184,29 @@ def text_encoder(
     return encoder
 
 
+def drawn_captions(
+    reader: CacheReader, num: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], tuple[str, ...]]:
+    """Draw a caption of each of the images of a cache, evenly spaced ones where these are more.
+
+    Args:
+        reader: of the cache, with columns of captions.
+        num: N, number of captions; of fewer images each is taken in turn.
+        seed: draws which caption of an image.
+
+    Returns:
+        Rows of the images ``[N]``, the numbers of the captions among theirs ``[N]``, and the captions.
+    """
+    assert reader.captions is not None, "its columns are of captions"
+    valid = reader.valid_rows
+    rows = valid[np.arange(num) * len(valid) // num] if num <= len(valid) else np.resize(valid, num)
+    generator = generator_for(seed, "caption of an image")
+    words = torch.randint(2**62, (num,), generator=generator).numpy().astype(np.uint64)
+    numbers = reader.captions.numbers(rows, words)
+    texts = read_captions(reader.path)
+    return rows, numbers, tuple(texts[row] for row in reader.captions.rows_of(rows, numbers).tolist())
+
+
 def captions_of_images(
     model: TrainedModel, place: str, num: int, *, seed: int, run: Path | None
 ) -> ChosenTexts:
@@ -210,32 +234,25 @@ def captions_of_images(
         )
     path = cache_path(place)
     with CacheReader(path, conditioner.columns) as reader:
-        assert reader.captions is not None, "its columns are of captions"
         source = reader.manifest.sources[source_of(conditioner.column)]
         shape = tuple(conditioner.null_states.shape)
-        spec = reader.manifest.columns[conditioner.column]
-        if model.condition_weights_sha256 not in (None, source.weights_sha256) or spec.shape != shape:
+        specs = reader.manifest.columns
+        if (
+            model.condition_weights_sha256 not in (None, source.weights_sha256)
+            or specs[conditioner.column].shape != shape
+        ):
             raise RepaError(
                 f"{conditioner.column} of {place} is of another text encoder than {model.origin} was "
                 "trained with",
                 "give a cache of the same encoder",
                 field="--bank",
             )
-        valid = reader.valid_rows
-        rows = valid[np.arange(num) * len(valid) // num] if num <= len(valid) else np.resize(valid, num)
-        generator = generator_for(seed, "caption of an image")
-        words = torch.randint(2**62, (num,), generator=generator).numpy().astype(np.uint64)
-        numbers = reader.captions.numbers(rows, words)
-        texts = read_captions(path)
-        prompts = tuple(texts[row] for row in reader.captions.rows_of(rows, numbers).tolist())
+        rows, numbers, prompts = drawn_captions(reader, num, seed)
         parts = []
         for first in range(0, num, _ROWS):
             part = slice(first, first + _ROWS)
             out = {
-                name: np.empty(
-                    (len(rows[part]), *reader.manifest.columns[name].shape),
-                    reader.manifest.columns[name].numpy_dtype,
-                )
+                name: np.empty((len(rows[part]), *specs[name].shape), specs[name].numpy_dtype)
                 for name in conditioner.columns
             }
             reader.read_rows(rows[part], conditioner.columns, out, captions=numbers[part])

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from ...data.errors import RepaError
-from ...data.format.captions import read_captions
 from ...data.format.columns import AUTOENCODER, MOMENTS, TEXT_STATES, source_of
 from ...data.format.foreign import autoencoder_of
 from ...data.reading.latents import latent_scale, unscale_latent
@@ -19,19 +18,17 @@ from ...data.storage.bucket import cache_path
 from ...data.storage.files import os_errors, write_file
 from ...data.units import counted
 from ...trainer.models.denoiser_facts import read_denoiser
-from ...trainer.models.soft_inputs import take_soft_tokens
-from ...trainer.models.stable_diffusion import load_denoiser
 from ...trainer.sampling.pictures import save_png
 from ...trainer.softrepa.checks import text_columns
 from ...trainer.softrepa.file import read_soft_tokens
-from ...trainer.softrepa.fit import BEST_FILE, TOKENS_FILE, dtype_of, null_text
+from ...trainer.softrepa.fit import BEST_FILE, TOKENS_FILE, dtype_of, null_text, prepared_denoiser
 from ...trainer.softrepa.sampling import PUBLISHED, Text, initial_noise, sample_latents
 from ...trainer.softrepa.settings import build
 from ...trainer.softrepa.step import text_of
-from ...trainer.step.randomness import generator_for
 from ..shared.decoder import Decoder
+from ..shared.flags import check_ranges
 from ..shared.terminal import PlainConsole, progress
-from ..shared.texts import TextAsked, text_encoder
+from ..shared.texts import TextAsked, drawn_captions, text_encoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +36,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from ...trainer.models.denoiser_facts import DenoiserFacts
     from ...trainer.models.stable_diffusion import Denoiser
     from ...trainer.softrepa.checks import TextColumns
     from ...trainer.softrepa.file import SoftTokensNotes
@@ -84,7 +82,13 @@ def sample(flags: SoftSampleFlags, *, console: Console | None = None) -> None:
         RepaError: a mistake the user can mend.
     """
     console = console or PlainConsole()
-    _check_numbers(flags)
+    check_ranges(
+        ("--num", flags.num, 1, 10**6),
+        ("--batch-size", flags.batch_size, 1, 10**6),
+        ("--steps", flags.steps, 1, 1000),
+        ("--guidance", flags.guidance, 0, 1000),
+        ("--seed", flags.seed, 0, 2**63 - 1),
+    )
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -95,46 +99,20 @@ def sample(flags: SoftSampleFlags, *, console: Console | None = None) -> None:
     settings = build(notes.settings, given)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = read_denoiser(settings.model)
-    shape = tuple(soft.tokens.shape)
-    too_many = not facts.is_unet and shape[0] > facts.blocks
-    if facts.kind != notes.kind or facts.token_width != shape[-1] or too_many:
-        raise RepaError(
-            f"tokens {shape} of {file} are for {notes.kind}, and {facts.name} is {facts.kind} of width "
-            f"{facts.token_width}" + (f" and {facts.blocks} blocks" if too_many else ""),
-            f"give a model as {notes.model}",
-            field="--model",
-        )
+    _check_model(soft, notes, facts, file)
     _refuse_files(out)
     with CacheReader(cache_path(settings.cache), (MOMENTS, *_text_names(settings, facts))) as reader:
         text = text_columns(settings, reader.manifest, facts)
-        if facts.is_unet and text.length != notes.text_length:
-            raise RepaError(
-                f"{text.states} of {settings.cache} has {text.length} states, and {file} was trained with "
-                f"{notes.text_length}",
-                "give a cache of the same text encoder",
-                field="--cache",
-            )
-        decoder, scale = (
-            _decoder(flags, reader, str(device)),
-            latent_scale(reader.manifest, where=settings.cache),
-        )
-        stride = _stride(reader)
-        size = flags.resolution or reader.manifest.resolution
-        if size % stride:
-            raise RepaError(
-                f"--resolution {size} is not a multiple of {stride}, the stride of the autoencoder",
-                "give another",
-                field="--resolution",
-            )
+        _check_text(text, notes, facts, file)
+        decoder = _decoder(flags, reader, str(device))
+        scale = latent_scale(reader.manifest, where=settings.cache)
+        size, stride = _size(flags, reader)
         prompts, texts = _given_text(flags, reader, text, str(device))
         states, pooled = null_text(reader, text)
-    denoiser = load_denoiser(facts, dtype_of(settings.dtype, device))
+    denoiser = prepared_denoiser(facts, dtype_of(settings.dtype, device), text, notes.blocks)
+    denoiser.to(device)
     if denoiser.weights_sha256 != notes.model_sha256:
         say(f"note: {facts.name} has other weights than the model that {file} was trained for")
-    if text.embedded:
-        denoiser.take_embedded()
-    take_soft_tokens(denoiser.model, facts.kind, blocks=notes.blocks, text_length=notes.text_length)
-    denoiser.to(device)
     published = PUBLISHED[facts.kind]
     ready = _Ready(
         denoiser=denoiser,
@@ -219,24 +197,6 @@ def _places(flags: SoftSampleFlags) -> tuple[Path, Path]:
     return there, flags.out or flags.run / "samples" / name
 
 
-def _check_numbers(flags: SoftSampleFlags) -> None:
-    """Refuse numbers out of their range.
-
-    Raises:
-        RepaError: the first of them.
-    """
-    for flag, value, least, most in (
-        ("--num", flags.num, 1, 10**6),
-        ("--batch-size", flags.batch_size, 1, 10**6),
-        ("--steps", flags.steps, 1, 1000),
-        ("--guidance", flags.guidance, 0, 1000),
-        ("--seed", flags.seed, 0, 2**63 - 1),
-    ):
-        # not a number is in no range
-        if value is not None and not least <= value <= most:
-            raise RepaError(f"{flag} {value} is not valid", f"give {least:,} to {most:,}", field=flag)
-
-
 def _refuse_files(out: Path) -> None:
     with os_errors("read", out):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -251,8 +211,53 @@ def _text_names(settings: Any, facts: Any) -> tuple[str, ...]:
     return text_columns(settings, manifest_of(settings.cache), facts).names
 
 
-def _stride(reader: CacheReader) -> int:
-    return reader.manifest.resolution // reader.manifest.columns[MOMENTS].shape[1]
+def _check_model(soft: SoftTokens, notes: SoftTokensNotes, facts: DenoiserFacts, file: Path) -> None:
+    """Refuse a model that the tokens are not for.
+
+    Raises:
+        RepaError: it is of another kind, of another width, or has too few blocks.
+    """
+    shape = tuple(soft.tokens.shape)
+    too_many = not facts.is_unet and shape[0] > facts.blocks
+    if facts.kind != notes.kind or facts.token_width != shape[-1] or too_many:
+        raise RepaError(
+            f"tokens {shape} of {file} are for {notes.kind}, and {facts.name} is {facts.kind} of width "
+            f"{facts.token_width}" + (f" and {facts.blocks} blocks" if too_many else ""),
+            f"give a model as {notes.model}",
+            field="--model",
+        )
+
+
+def _check_text(text: TextColumns, notes: SoftTokensNotes, facts: DenoiserFacts, file: Path) -> None:
+    """Refuse text of another length than the tokens of a U-Net follow.
+
+    Raises:
+        RepaError: it is of another length.
+    """
+    if facts.is_unet and text.length != notes.text_length:
+        raise RepaError(
+            f"{text.states} has {text.length} states, and {file} was trained with {notes.text_length}",
+            "give a cache of the same text encoder",
+            field="--cache",
+        )
+
+
+def _size(flags: SoftSampleFlags, reader: CacheReader) -> tuple[int, int]:
+    """Return the side of the samples, and the stride of the autoencoder, both in pixels.
+
+    Raises:
+        RepaError: the side is no multiple of the stride.
+    """
+    resolution = reader.manifest.resolution
+    stride = resolution // reader.manifest.columns[MOMENTS].shape[1]
+    size = flags.resolution or resolution
+    if size % stride:
+        raise RepaError(
+            f"--resolution {size} is not a multiple of {stride}, the stride of the autoencoder",
+            "give another",
+            field="--resolution",
+        )
+    return size, stride
 
 
 def _decoder(flags: SoftSampleFlags, reader: CacheReader, device: str) -> Decoder:
@@ -287,16 +292,9 @@ def _given_text(
         return _of_prompts(asked, reader, text, flags.num, device)
     if asked.weights:
         raise RepaError("--encoder-weights are of --prompt", "leave them out", field="--encoder-weights")
-    assert reader.captions is not None, "columns of captions are read"
-    num, valid = flags.num, reader.valid_rows
-    rows = valid[np.arange(num) * len(valid) // num] if num <= len(valid) else np.resize(valid, num)
-    generator = generator_for(flags.seed, "caption of an image")
-    words = torch.randint(2**62, (num,), generator=generator).numpy().astype(np.uint64)
-    numbers = reader.captions.numbers(rows, words)
-    captions = read_captions(reader.path)
-    prompts = tuple(captions[row] for row in reader.captions.rows_of(rows, numbers).tolist())
+    rows, numbers, prompts = drawn_captions(reader, flags.num, flags.seed)
     specs = reader.manifest.columns
-    out = {name: np.empty((num, *specs[name].shape), specs[name].numpy_dtype) for name in text.names}
+    out = {name: np.empty((len(rows), *specs[name].shape), specs[name].numpy_dtype) for name in text.names}
     reader.read_rows(rows, text.names, out, captions=numbers)
     states, pooled = text_of({name: torch.from_numpy(each) for name, each in out.items()}, text)
     return prompts, Text(states=states, pooled=pooled)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +37,7 @@ from .loggers import Reports, logger_ids, make_loggers
 from .measured_beside import evaluations_of
 from .previews import LatentDecoder, Previews
 from .starts import add_start, describe_start, method_changed, read_starts
-from .stop import Stop, requeue
+from .stop import Stop, say_stopped
 from .utilisation import utilisation_of
 
 if TYPE_CHECKING:
@@ -340,9 +339,7 @@ def _say_stopped(
             "leave out the setting trainer.… that ended it; trainer.max_time saves",
             field="trainer",
         )
-    by = f" by {reason}" if reason else ""
-    say(f"stopped{by} at step {step:,} of {config.max_steps:,}, saved; the same command goes on from there")
-    requeue(reason, os.environ, say)
+    say_stopped(step, config.max_steps, reason, say)
 
 
 def load_live(checked: Checked, say: Callable[[str], None]) -> None:

@@ -6,6 +6,7 @@ SLURM writes one of another kind, and its timer asks all ranks in every step.
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -167,6 +168,20 @@ def duration(value: Any) -> float | None:
         "write DD:HH:MM:SS with a zero in front, as 00:11:30:00, or {hours: 11}",
         field=MAX_TIME,
     )
+
+
+def say_stopped(step: int, of: int, reason: str | None, say: Callable[[str], None]) -> None:
+    """Say where a run stopped and that it goes on, and have its job of SLURM do so.
+
+    Args:
+        step: the last one, of which there is a checkpoint.
+        of: steps that the run was to make.
+        reason: see `Stop.reason`.
+        say: prints a line.
+    """
+    by = f" by {reason}" if reason else ""
+    say(f"stopped{by} at step {step:,} of {of:,}, saved; the same command goes on from there")
+    requeue(reason, os.environ, say)
 
 
 def requeue(reason: str | None, environment: Mapping[str, str], say: Callable[[str], None]) -> None:

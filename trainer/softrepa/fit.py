@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from ..run.folder import CONFIG_FILE, locked_run, refuse_foreign_folder
 from ..run.lightning_trainer import at_once, make_trainer, quiet_lightning, restoring
 from ..run.loggers import Reports
 from ..run.starts import add_start
-from ..run.stop import Stop, requeue
+from ..run.stop import Stop, say_stopped
 from ..settings_file import load_yaml
 from ..step.checkpoints import (
     SOFTREPA_FILE,
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from ..models.denoiser_facts import DenoiserFacts
     from ..models.stable_diffusion import Denoiser
     from .checks import TextColumns
     from .settings import SoftConfig
@@ -101,7 +101,10 @@ def fit(config: SoftConfig, run: Path, *, console: Console, command: Sequence[st
             more = "--set patience" if early else "--max-steps"
             say(f"{run} is finished: {why or done}; for more, set a larger {more}")
             return Outcome(step=resumed, finished=True, resumed_from=resumed, trained=False)
-        denoiser = _denoiser(checked, filled)
+        assert checked.facts is not None, "the checks have passed"
+        assert checked.text is not None, "the checks have passed"
+        dtype = dtype_of(filled.dtype, checked.device)
+        denoiser = prepared_denoiser(checked.facts, dtype, checked.text, filled.blocks or ())
         identity = {**identity_of(checked, denoiser.weights_sha256), "settings": filled.to_dict()}
         if newest is not None:
             refuse_other(newest[1], saved, identity)
@@ -163,12 +166,7 @@ def _train(
             f"tokens of step {int(module.best['step']):,} are {run / BEST_FILE}"
         )
     elif step < config.max_steps:
-        by = f" by {stop.reason}" if stop.reason else ""
-        say(
-            f"stopped{by} at step {step:,} of {config.max_steps:,}, saved; the same command goes on from "
-            "there"
-        )
-        requeue(stop.reason, os.environ, say)
+        say_stopped(step, config.max_steps, stop.reason, say)
     done = early or step >= config.max_steps
     return Outcome(step=step, finished=done, resumed_from=resumed, trained=True)
 
@@ -218,15 +216,24 @@ def refuse_other(path: Path, saved: dict[str, Any], identity: dict[str, Any]) ->
             )
 
 
-def _denoiser(checked: SoftChecked, config: SoftConfig) -> Denoiser:
-    """Load the denoiser and prepare it for the tokens."""
-    assert checked.facts is not None, "the checks have passed"
-    assert checked.text is not None, "the checks have passed"
-    denoiser = load_denoiser(checked.facts, dtype_of(config.dtype, checked.device))
-    if checked.text.embedded:
+def prepared_denoiser(
+    facts: DenoiserFacts, dtype: torch.dtype, text: TextColumns, blocks: Sequence[str]
+) -> Denoiser:
+    """Load a denoiser, and have it take soft tokens and the text of a cache.
+
+    Args:
+        facts: what it is.
+        dtype: of its weights.
+        text: columns of the cache.
+        blocks: parts of a U-Net that see the tokens.
+
+    Raises:
+        RepaError: its weights cannot be had.
+    """
+    denoiser = load_denoiser(facts, dtype)
+    if text.embedded:
         denoiser.take_embedded()
-    blocks = config.blocks or ()
-    take_soft_tokens(denoiser.model, checked.facts.kind, blocks=blocks, text_length=checked.text.length)
+    take_soft_tokens(denoiser.model, facts.kind, blocks=blocks, text_length=text.length)
     return denoiser
 
 
