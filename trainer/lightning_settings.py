@@ -67,6 +67,9 @@ def lightning_settings(values: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, str):
             remedy = f"give {key} a value as YAML writes it"
             settings[name] = parse_yaml(value, where=key, remedy=remedy, field=key)
+        # as Lightning reads it, so that each is one of ours or theirs however it is written
+        if name == "strategy" and isinstance(settings[name], str):
+            settings[name] = settings[name].lower()
         # only these: other settings may have many forms, which Lightning checks itself
         if hints.get(name) in (bool, bool | None):
             settings[name] = coerce(settings[name], bool | None, key)

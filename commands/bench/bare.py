@@ -88,7 +88,7 @@ class BareLoop:
         self._noised = module.objective.noised(x0, noise, t)
         self._target = module.objective.target(self._noised)
         embedder = module.backbone.y_embedder
-        kept = torch.zeros(count, dtype=torch.bool, device=device)
+        kept = torch.zeros_like(embedder.dropped(count, self._generator))
         self._condition = embedder.condition(embedder.values(batch.columns, batch.label), kept)
         self._own = module.method.draws(phase, count, self._generator)
 

@@ -168,7 +168,7 @@ class _Bench:
             baseline = self._add_baseline(found, backbone_for(kind, self._settings.model))
             self._add(found, name, baseline)
         if left_out and not any(name.endswith((CONSTANT, CACHED, LIVE)) for name in found):
-            raise ProblemsError([problem for each in left_out.values() for problem in each[:1]])
+            raise ProblemsError(list(dict.fromkeys(each[0] for each in left_out.values())))
         self.left_out = "".join(f"; no {name}: {each[0].what}" for name, each in left_out.items())
         return found
 

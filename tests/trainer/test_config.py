@@ -111,6 +111,11 @@ def test_assignments_of_sections() -> None:
     assert config.trainer == {"devices": 2, "strategy": "ddp", "deterministic": True}
 
 
+def test_strategies_are_known_in_any_case() -> None:
+    # Lightning takes them so too, and its own FSDP is not ours
+    assert build(assignments=["trainer.strategy=FSDP"]).trainer == {"strategy": "fsdp"}
+
+
 @pytest.mark.parametrize(
     ("text", "field", "part"),
     [

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...data.units import counted
+from ..objectives.registry import OBJECTIVES
 from . import drawing
 from .curves import AXES, Curve, Group, Positions, curves_of, metric_names, metric_of
 from .evaluations import column_name, evaluated_curves, figures_at, protocol_said
@@ -27,6 +28,9 @@ _MOST_CHARTS = 60
 _ROWS_OF_A_CHART = 12
 _FIRST = ("loss", *HELD_OUT)
 _LOSSES = "Each method's loss is a sum of terms of its own: compare a run with itself alone."
+# what losses of training must share, lest they be of other numbers
+_OF_LATENTS = ("latents", "latent_norm", "latent_scale", "latent_shift")
+_TRAINED = ("loss", *(term for kind in OBJECTIVES.values() for term in kind.terms))
 # of figures that training computed, whose names end in the number of samples; the reference is the cache
 _EVALUATED = re.compile(r".+@[0-9]+")
 _OF_EVALUATED = (
@@ -111,7 +115,7 @@ def _wanted(
         yield from _apart(name, runs)
     for name in names:
         if name not in _FIRST and name not in evaluated:
-            yield name, "", metric_of(name)
+            yield from _apart(name, runs)
 
 
 def _apart(name: str, runs: Sequence[RunRead]) -> Iterator[tuple[str, str, ValuesOf]]:
@@ -119,7 +123,11 @@ def _apart(name: str, runs: Sequence[RunRead]) -> Iterator[tuple[str, str, Value
     evaluated = bool(_EVALUATED.fullmatch(name))
     keys = _OF_EVALUATED if evaluated else OF_HELD_OUT if name in HELD_OUT else ()
     values_of = metric_of(name)
-    said = {run.name: protocol_of(run, keys) for run in runs if values_of(run)}
+    having = [run for run in runs if values_of(run)]
+    if name in _TRAINED:
+        said = {run.name: {key: run.settings.get(key) for key in _OF_LATENTS} for run in having}
+    else:
+        said = {run.name: protocol_of(run, keys) for run in having}
     protocols = list({repr(each): each for each in said.values()}.values())
     for protocol in protocols:
         members = frozenset(run for run, each in said.items() if repr(each) == repr(protocol))

@@ -268,8 +268,8 @@ def _load_first_weights(
 ) -> int:
     """Load weights and first steps that a new run takes from others, and return how many steps these are."""
     if initial is not None:
-        initial.load_into(module)
-        for line in (f"begins with the weights of {initial.record['file']}", *initial.notes):
+        notes = initial.load_into(module)
+        for line in (f"begins with the weights of {initial.record['file']}", *notes):
             say(line)
     if taken is None:
         return 0

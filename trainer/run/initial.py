@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +12,18 @@ from ...data.reading.latents import scale_of
 from ..models import registry as backbones
 from ..models.published import FAMILY
 from ..step.checkpoints import checkpoints_of, objective_said, own_checkpoint
-from ..step.latents import TOKENS
+from ..step.latents import NAME as LATENTS
+from ..step.latents import TOKENS, TokenLatents
 from ..step.module import CHECKPOINT_KEY
 from .divergence import largest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor, nn
 
     from ..models.base import BackboneConfig
+    from ..step.latents import Latents
     from ..step.module import TrainingModule
     from .checked import Checked
 
@@ -36,6 +38,7 @@ class Initial:
         backbone: state dict of the backbone.
         ema: state dict of its averaged copy.
         method: state dict of the method, empty where the file has none.
+        statistics: what tokens were standardised by, mean and deviation, empty where they are no latents.
         record: where they are from, as plain values for run.json.
         notes: what differs from how they were trained, in words.
     """
@@ -44,10 +47,14 @@ class Initial:
     ema: Mapping[str, Tensor]
     method: Mapping[str, Tensor]
     record: Mapping[str, Any]
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def load_into(self, module: TrainingModule) -> None:
+    def load_into(self, module: TrainingModule) -> tuple[str, ...]:
         """Copy the weights. Those of a method with other parameters are left out.
+
+        Returns:
+            What differs from how they were trained, in words.
 
         Raises:
             RepaError: the backbone is conditioned in another way.
@@ -62,6 +69,20 @@ class Initial:
             network.load_state_dict(weights)
         if _fits(module.method, self.method):
             module.method.load_state_dict(self.method)
+        return (*self.notes, *self._moved(module.latents))
+
+    def _moved(self, latents: Latents) -> Iterator[str]:
+        """Yield how far tokens are standardised otherwise, in deviations of this run's latents."""
+        if not isinstance(latents, TokenLatents) or not self.statistics:
+            return
+        mean, std = latents.mean.cpu(), latents.std.cpu()
+        moved = float(((self.statistics["mean"] - mean) / std).abs().max())
+        wider = float((self.statistics["std"] / std).log().abs().max().exp())
+        if moved > 0 or wider > 1:
+            yield (
+                "they were trained on tokens standardised by other images: where most, the mean lies "
+                f"{moved:.2g} deviations away, and a deviation is {wider:.3g} times another"
+            )
 
 
 def read_initial(path: str, checked: Checked) -> Initial:
@@ -122,7 +143,8 @@ def _own(file: Path, checkpoint: Mapping[str, Any], checked: Checked) -> tuple[I
     scale = scale_of(said["latent"], where=str(file), remedy="take another file", error=RepaError)
     was = tuple((said.get(TOKENS) or {}).get("columns", ()))
     notes = []
-    if was != (() if checked.tokens is None else checked.tokens.columns):
+    same = was == (() if checked.tokens is None else checked.tokens.columns)
+    if not same:
         notes.append("they were trained on other latents than this run's")
     elif not was and scale != checked.scale:
         notes.append("they were trained on latents of another scale than this run's")
@@ -132,6 +154,7 @@ def _own(file: Path, checkpoint: Mapping[str, Any], checked: Checked) -> tuple[I
         backbone=under("backbone."),
         ema=under("ema."),
         method=under("method."),
+        statistics=under(f"{LATENTS}.") if same else {},
         record={"file": str(file), "steps": checkpoint["global_step"], "objective": objective_said(said)},
         notes=tuple(notes),
     )

@@ -104,6 +104,14 @@ def test_which_phases_are_a_forward_and_a_backward_pass(cache: Path) -> None:
     assert not any(possible["reg"])
 
 
+def test_a_condition_that_loses_parts_is_whole(cache: Path) -> None:
+    config = small_config("gmem", cache)
+    module, data = built(config)
+    loop = BareLoop(module, sgd(module), first_batch(config, data), nullcontext)
+    assert module.backbone.y_embedder.dropped(2, torch.Generator()).ndim == 2
+    assert torch.isfinite(loop._loss())
+
+
 def test_the_phase_of_an_early_stop_has_no_bare_loop(cache: Path) -> None:
     config = small_config("erw", cache)
     module, data = built(config)

@@ -209,6 +209,22 @@ def test_curves_of_other_rows_or_protocols_are_other_charts(tmp_path: Path) -> N
     assert sum(table[0] == ["step", "a", "c"] for table in page.tables) == 1
 
 
+def test_losses_of_other_latents_are_other_charts(tmp_path: Path) -> None:
+    quick = {"steps": 50, "log_every": 10}
+    runs = [
+        make_run(tmp_path / "a", **quick),
+        make_run(tmp_path / "b", latents="demo/patch", **quick),
+        make_run(tmp_path / "c", lr=1e-3, **quick),
+    ]
+    page, notes = page_of(*runs)
+    assert notes == []
+    titles = [heading for heading in page.text.splitlines() if heading.startswith("Values of")]
+    assert titles.count("Values of loss") == titles.count("Values of velocity") == 2
+    assert titles.count("Values of gradient_norm") == 1
+    headings = [table[0] for table in page.tables]
+    assert headings.count(["step", "a", "c"]) == headings.count(["step", "b"]) == 4  # held-out losses too
+
+
 MARKUP = "<script>alert(1)</script>\"'&{{ 7 * 7 }}"
 
 

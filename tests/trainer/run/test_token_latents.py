@@ -25,6 +25,7 @@ from repa.trainer.run import assembly
 from repa.trainer.run.assembly import assemble
 from repa.trainer.run.checks import check
 from repa.trainer.run.identity import identity_of
+from repa.trainer.run.initial import read_initial
 from repa.trainer.run.lightning_trainer import make_trainer
 from repa.trainer.sampling.generate import generate, known_latents, model_of_run
 from repa.trainer.sampling.settings import SamplerConfig
@@ -176,6 +177,21 @@ def test_train_stop_and_go_on(
     found = torch.cat(list(generate(model, torch.tensor([0, 1, 2]), settings, seed=0, batch_size=2)))
     assert found.shape == (3, 16, 2, 2)
     assert found.isfinite().all()
+
+
+def test_weights_of_tokens_of_other_images_are_said(
+    on_tokens: Settings, run_fit: Any, tmp_path: Path
+) -> None:
+    run_fit(on_tokens(max_steps=1), "first")
+    said = {}
+    for name, changes in {"same": {}, "other": {"holdout": 20}}.items():
+        config = on_tokens(max_steps=1, init=str(tmp_path / "first"), **changes)
+        checked = check(config)
+        module, _ = assemble(config, checked, identity_of(checked, config))
+        said[name] = read_initial(config.init, checked).load_into(module)
+    assert said["same"] == ()
+    (line,) = said["other"]
+    assert "deviation" in line
 
 
 def test_no_posterior_is_drawn_and_the_rest_is_as_of_latents(on_tokens: Settings) -> None:
