@@ -19,12 +19,13 @@ from ..models.conditioning import LabelConditioner
 from ..models.token_groups import TokenGroups
 from ..objectives.registry import make_objective
 from .beside import Beside, Statistics, tokens_of
+from .clipping import clip, forget
 from .draws import Draws, StepDraws
 from .idle import IdleParameters, zero_of
 from .means import Means
 from .randomness import derived_seed
 from .schedule import is_constant, learning_rate
-from .sharding import Shards, own_part, whole
+from .sharding import Shards, own_part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -151,10 +152,13 @@ class TrainingModule(LightningModule):
                 group |= {"betas": self.config.betas, "weight_decay": self.config.weight_decay}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Start afresh at the first step of a phase that asks for it."""
+        """Start a step without the last one's gradients, and afresh where a phase that asks for it begins."""
         del batch_idx
         if batch.micro:
             return
+        for optimizer in self.trainer.optimizers:
+            # Lightning would do it after the forward pass, which would have to take memory beside them
+            optimizer.zero_grad()
         if batch.step != self.global_step:
             raise RuntimeError(f"the loader is at step {batch.step}, the trainer at {self.global_step}")
         phase = self.method.phase_at(batch.step)
@@ -257,10 +261,7 @@ class TrainingModule(LightningModule):
         for parameter in self.idle_parameters(self.method.phase_at(self.global_step)):
             # the zeros that kept DDP's buckets whole must not let AdamW's momentum or decay move it
             parameter.grad = None
-        parameters = [each for group in optimizer.param_groups for each in group["params"]]
-        norm = whole(nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None]))
-        if self.config.clip is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self.config.clip, norm)
+        norm = clip(optimizer, self.config.clip, cut_up=self.shards.cut_up)
         self.means.add("gradient_norm", norm)
 
     def optimizer_step(
@@ -275,6 +276,8 @@ class TrainingModule(LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = rate
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        for each in self.trainer.optimizers:
+            forget(each)
         if not is_constant(self.config):
             self.means.add("lr", rate)
         self.update_ema()
