@@ -81,7 +81,8 @@ def reverse_chain(
         else:
             x = chain.weight_of_clean[index] * clean + chain.weight_of_state[index] * x
             if index:
-                step = torch.tensor([index], device=x.device)
+                # filled there: a number of the host's would be waited for
+                step = torch.full((1,), index, device=x.device)
                 x = x + torch.exp(0.5 * log_variance_of(chain, variance, step)) * next(draws)
         if progress is not None:
             progress(done)
