@@ -181,10 +181,18 @@ class Measured:
         return statistics.median(shares)
 
 
-def interleaved(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, tuple[float, ...]]:
-    """Measure the rates of every variant in turn A B C, A B C …, after uncounted turns."""
+def interleaved(
+    variants: Mapping[str, Callable[[], float]], rounds: int, *, warm: bool = False
+) -> dict[str, tuple[float, ...]]:
+    """Measure the rates of every variant in turn A B C, A B C …, after uncounted turns.
+
+    Args:
+        variants: name → measures its rate once.
+        rounds: turns that count.
+        warm: each variant itself leaves out what it does once only, and every turn counts.
+    """
     rates: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(-UNCOUNTED, rounds):
+    for number in range(0 if warm else -UNCOUNTED, rounds):
         for name, measure in variants.items():
             gc.collect()  # Lightning's trainers and modules refer to one another: gigabytes would pile up
             rate = measure()

@@ -44,6 +44,9 @@ def test_variants_take_turns_and_the_first_turn_does_not_count() -> None:
     rates = interleaved({"a": lambda: variant("a"), "b": lambda: variant("b")}, rounds=2)
     assert turns == ["a", "b"] * 3
     assert rates == {"a": (3.0, 5.0), "b": (4.0, 6.0)}
+    turns.clear()
+    warm = interleaved({"a": lambda: variant("a"), "b": lambda: variant("b")}, rounds=2, warm=True)
+    assert warm == {"a": (1.0, 3.0), "b": (2.0, 4.0)}
 
 
 def row_bytes(form: str) -> int:
