@@ -66,9 +66,18 @@ class BucketFolder:
         found = self._bucket.describe(path.name_in_bucket)
         return Seen(None if found is None else tag_of(found))
 
+    def look(self, path: RemotePath) -> tuple[bytes | None, Seen]:
+        """Read a small object, None where there is none."""
+        found = self._bucket.read_tagged(path.name_in_bucket)
+        return (None, Seen(None)) if found is None else (found[0], Seen(found[1]))
+
     def put_if(self, path: RemotePath, data: bytes, seen: Seen) -> Seen:
         """Write a small object in the place of what was seen there."""
         return Seen(put_if(self._bucket, path.name_in_bucket, data, seen.tag))
+
+    def withdraw(self, path: RemotePath, seen: Seen) -> Seen:
+        """Leave no bytes of an object, if it was there."""
+        return seen if seen.tag is None else self.put_if(path, b"", seen)
 
     def remove(self, paths: Iterable[RemotePath]) -> None:
         """Remove objects, as far as they are there."""

@@ -8,11 +8,14 @@ who writes a cache does not.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..errors import CacheError
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
 
@@ -21,6 +24,21 @@ LOCK_NAME = ".lock"
 
 class ChangedError(Exception):
     """A file that is not what was seen under its name before."""
+
+
+@contextmanager
+def unless_changed(path: Any) -> Iterator[None]:
+    """Turn a file that is not what was seen into one line.
+
+    Raises:
+        CacheError: in place of `ChangedError`.
+    """
+    try:
+        yield
+    except ChangedError as error:
+        raise CacheError(
+            f"another process has written {path} meanwhile", "run the same command again"
+        ) from error
 
 
 class TakenError(Exception):
@@ -134,10 +152,32 @@ class Folder(Protocol):
         """
         ...
 
+    def look(self, path: Any) -> tuple[bytes | None, Seen]:
+        """Read a small file, None where there is none, for `put_if`.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        ...
+
     def put_if(self, path: Any, data: bytes, seen: Seen) -> Seen:
         """Write a small file in the place of what was seen there.
 
         On a disk it is the caller's lock that keeps others from writing it meanwhile; a bucket looks itself.
+
+        Returns:
+            What is there now.
+
+        Raises:
+            ChangedError: something else is there, and stays.
+            OSError: the storage refuses.
+        """
+        ...
+
+    def withdraw(self, path: Any, seen: Seen) -> Seen:
+        """Take back a file that was seen there, so that what it stands for may change.
+
+        Afterwards there is none; in a bucket, where nothing can be removed on a condition, one without bytes.
 
         Returns:
             What is there now.

@@ -232,9 +232,12 @@ class NumbersLease:
             found = self._bucket.read_tagged(name)
             if found is None:
                 continue
-            if self._is_dead(each, found[0]):
-                self._bucket.delete([name])
-                continue
+            if found[0] == _FREE or self._is_dead(each, found[0]):
+                # one that has just been renewed is of somebody who lives
+                with suppress(ChangedError):
+                    put_if(self._bucket, name, _FREE, found[1])
+                    self._bucket.delete([name])
+                    continue
             # what cannot be read is of a later version, which may hold anything
             held = numbers.intersection(_values(found[0]).get("numbers", numbers))
             if held:

@@ -66,9 +66,21 @@ class LocalFolder:
         """Look at nothing, as whoever writes holds a lock that ends with the process alone."""
         return _NOT_LOOKED
 
+    def look(self, path: Path) -> tuple[bytes | None, Seen]:
+        """Read a small file, None where there is none."""
+        try:
+            return path.read_bytes(), _NOT_LOOKED
+        except FileNotFoundError:
+            return None, _NOT_LOOKED
+
     def put_if(self, path: Path, data: bytes, seen: Seen) -> Seen:
         """Write a small file whole or not at all."""
         write_file(path, data, self._root)
+        return _NOT_LOOKED
+
+    def withdraw(self, path: Path, seen: Seen) -> Seen:
+        """Remove a file, if it is there."""
+        self.remove([path])
         return _NOT_LOOKED
 
     def remove(self, paths: Iterable[Path]) -> None:

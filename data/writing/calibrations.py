@@ -16,6 +16,7 @@ from ..format.layout import GROUP_FILE, calibration_file, calibration_lock
 from ..format.opening import open_manifest
 from ..format.survey import committed_shards
 from ..storage.files import os_errors, read_file
+from ..storage.folder import unless_changed
 from ..storage.writable import open_writable
 from .store import refuse_foreign_folder
 
@@ -61,7 +62,8 @@ def ensure_calibration(
     folder = open_writable(path)
     with ExitStack() as stack:
         with os_errors("write", lock):
-            held = stack.enter_context(folder.locked(lock))
+            stack.enter_context(folder.locked(lock))
+            seen = folder.seen(file)
         relied_on = _relied_on(path, source)
         stored = read_calibration(path, source)
         fits = stored is not None and (usable is None or usable(stored))
@@ -81,9 +83,8 @@ def ensure_calibration(
             raise
         if relied_on is not None:
             check_calibration(file, computed, relied_on)
-        with os_errors("write", file):
-            held.check()
-            folder.put(file, computed)
+        with os_errors("write", file), unless_changed(file):
+            folder.put_if(file, computed, seen)
         return computed
 
 

@@ -72,14 +72,17 @@ def ensure_captions(
         ) from error
     files = {KEYS_FILE: encode_keys(caption_keys(texts)), **table_documents(table, record)}
     folder = open_writable(where)
-    with cache_lock(where), os_errors("write", where):
+    with cache_lock(where) as locked, os_errors("write", where):
         # the table comes last, so that one that is not there was left by a process that was killed; what is
         # damaged is known to be of these captions, as the fingerprint is theirs
         if not _sound(lambda: read_keys(where, manifest)):
+            locked.held.check()
             folder.put(where / KEYS_FILE, files[KEYS_FILE])
         if not _sound(lambda: (read_record(path), read_table(path, images, manifest))):
             for name in files.keys() - {KEYS_FILE, TABLE_CHUNK}:
+                locked.held.check()
                 folder.put(where / name, files[name])
+            locked.held.check()
             folder.put(where / TABLE_CHUNK, files[TABLE_CHUNK])
             folder.settle()
     read_table(path, images, manifest)

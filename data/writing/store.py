@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from ..format.notes import TOKENIZER_NOTE
 from ..format.opening import declaration, differences, labels_sha256, open_manifest, read_labels
 from ..format.survey import committed_shards
 from ..storage.files import os_errors, partial_name
-from ..storage.folder import ChangedError, Seen
+from ..storage.folder import unless_changed
 from ..storage.writable import open_writable
 from .writer import SourceWriter
 
@@ -42,6 +43,22 @@ if TYPE_CHECKING:
     from ..format.columns import ColumnSpec
     from ..format.manifest import Manifest, Provenance
     from ..storage.bucket import CachePath
+    from ..storage.folder import Held, Seen
+
+
+@dataclass(frozen=True, kw_only=True)
+class LockedGroup:
+    """The lock of a cache, and the documents of its group as they were when it was taken.
+
+    Attributes:
+        held: the lock, which is looked at before anything is written or removed that names nothing it replaces.
+        document: what a writer of the document is to name.
+        copy: of the second one.
+    """
+
+    held: Held
+    document: Seen
+    copy: Seen
 
 
 def keys_sha256(keys: Sequence[str]) -> str:
@@ -131,8 +148,8 @@ def ensure_source(
         with cache_lock(path) as group:
             manifest = open_manifest(path)
             if source not in manifest.sources:
-                _forget_records(path, source)
-                _forget_rows(path, columns)
+                _forget_records(path, source, group)
+                _forget_rows(path, columns, group)
                 return _declare(path, manifest.with_source(source, provenance, columns), source, group)
     different = differences(
         declaration(manifest.sources[source], manifest.source_columns(source)),
@@ -145,10 +162,10 @@ def ensure_source(
             if not committed_shards(path, manifest, source):
                 before = manifest.source_columns(source)
                 # rows of another form may lie in folders where those of this one are files
-                _forget_rows(path, before)
+                _forget_rows(path, before, group)
                 replaced = open_manifest(path).with_source(source, provenance, columns)
                 declared = _declare(path, replaced, source, group)
-                _forget_columns(path, before.keys() - columns.keys())
+                _forget_columns(path, before.keys() - columns.keys(), group)
                 return declared
     if different:
         flag = "--vae" if source == AUTOENCODER else "--encoder"
@@ -188,14 +205,14 @@ def refuse_foreign_folder(path: CachePath) -> None:
 
 
 @contextmanager
-def cache_lock(path: CachePath) -> Iterator[Seen]:
+def cache_lock(path: CachePath) -> Iterator[LockedGroup]:
     """Hold the cache's lock, which declares sources and changes the manifest one process at a time.
 
     Args:
         path: folder of the cache; made if it is not there.
 
     Yields:
-        The group's document as it was seen then, which a writer of another is to name.
+        What is locked, as it was seen then.
 
     Raises:
         CacheError: the folder holds something else, and is left as it is.
@@ -203,8 +220,9 @@ def cache_lock(path: CachePath) -> Iterator[Seen]:
     """
     refuse_foreign_folder(path)
     folder = open_writable(path)
-    with os_errors("write", path), folder.locked(path / LOCK_FILE):
-        yield folder.seen(path / GROUP_FILE)
+    with os_errors("write", path), folder.locked(path / LOCK_FILE) as held:
+        copy = folder.seen(path / GROUP_COPY)
+        yield LockedGroup(held=held, document=folder.seen(path / GROUP_FILE), copy=copy)
 
 
 def _is_there(path: CachePath) -> bool:
@@ -213,7 +231,7 @@ def _is_there(path: CachePath) -> bool:
 
 
 def _create(
-    path: CachePath, manifest: Manifest, keys: Sequence[str], labels: NDArray[np.int32], seen: Seen
+    path: CachePath, manifest: Manifest, keys: Sequence[str], labels: NDArray[np.int32], locked: LockedGroup
 ) -> None:
     data = encode_keys(keys)
     if not manifest.num_rows == len(keys) == len(labels) or labels.dtype != np.int32:
@@ -235,61 +253,67 @@ def _create(
         )
     group = files.pop(GROUP_FILE)
     for name, content in files.items():
+        locked.held.check()
         folder.put(path / name, content)
-    write_group(path, manifest, group, seen)
+    write_group(path, manifest, group, locked)
     folder.settle()
 
 
-def _forget_records(path: CachePath, source: str) -> None:
+def _forget_records(path: CachePath, source: str, locked: LockedGroup) -> None:
     """Remove records that a drop has left. They stand for what was declared before."""
     records, folder = commit_folder(path, source), open_writable(path)
     with os_errors("remove", records):
-        folder.remove([records / name for name in folder.names(records) if name.endswith(".json")])
+        left = [records / name for name in folder.names(records) if name.endswith(".json")]
+        locked.held.check()
+        folder.remove(left)
 
 
-def _forget_rows(path: CachePath, columns: Iterable[str]) -> None:
+def _forget_rows(path: CachePath, columns: Iterable[str], locked: LockedGroup) -> None:
     """Remove what has been written of columns of which nothing is committed."""
     for column in columns:
         rows = path / column / CHUNK_FOLDER
         with os_errors("remove", rows):
+            locked.held.check()
             open_writable(path).remove_all(rows)
 
 
-def _forget_columns(path: CachePath, columns: Iterable[str]) -> None:
+def _forget_columns(path: CachePath, columns: Iterable[str], locked: LockedGroup) -> None:
     """Remove the folders of columns that are declared no more."""
     for column in columns:
         with os_errors("remove", path / column):
+            locked.held.check()
             open_writable(path).remove_all(path / column)
 
 
-def _declare(path: CachePath, manifest: Manifest, source: str, seen: Seen) -> Manifest:
+def _declare(path: CachePath, manifest: Manifest, source: str, locked: LockedGroup) -> Manifest:
     documents = metadata_documents(path, manifest)
     own = {f"{name}/{GROUP_FILE}" for name in manifest.source_columns(source)}
     model = f"{model_of(source)}/{GROUP_FILE}"
     folder = open_writable(path)
     for name, content in documents.items():
         if name in own or (name == model and not folder.exists(path / name)):
+            locked.held.check()
             folder.put(path / name, content)
-    write_group(path, manifest, documents[GROUP_FILE], seen)
+    write_group(path, manifest, documents[GROUP_FILE], locked)
     return manifest
 
 
-def write_manifest(path: CachePath, manifest: Manifest, seen: Seen) -> None:
+def write_manifest(path: CachePath, manifest: Manifest, locked: LockedGroup) -> None:
     """Put another manifest into the group of a cache, whose lock the caller holds.
 
     Args:
         path: folder of the cache.
         manifest: the manifest.
-        seen: the group's document, as `cache_lock` gave it.
+        locked: the group, as `cache_lock` gave it.
 
     Raises:
         CacheError: the group's document, whose other attributes are kept, is damaged.
         OSError: the operating system refuses.
     """
-    write_group(path, manifest, metadata_documents(path, manifest)[GROUP_FILE], seen)
+    write_group(path, manifest, metadata_documents(path, manifest)[GROUP_FILE], locked)
 
 
-def write_group(path: CachePath, manifest: Manifest, document: bytes, seen: Seen) -> None:
+def write_group(path: CachePath, manifest: Manifest, document: bytes, locked: LockedGroup) -> None:
     """Write both documents of a cache's group, the one that counts last.
 
     Killed in between, the second document may know of a source that nobody has written anything of.
@@ -298,21 +322,17 @@ def write_group(path: CachePath, manifest: Manifest, document: bytes, seen: Seen
         path: folder of the cache, whose lock the caller holds.
         manifest: in the document; of format version 1, there is one document.
         document: its bytes.
-        seen: the document that counts, as `cache_lock` gave it.
+        locked: the group, as `cache_lock` gave it.
 
     Raises:
         CacheError: another process has written it meanwhile.
         OSError: the operating system refuses.
     """
     folder = open_writable(path)
-    if manifest.format_version > 1:
-        folder.put(path / GROUP_COPY, document)
-    try:
-        folder.put_if(path / GROUP_FILE, document, seen)
-    except ChangedError as error:
-        raise CacheError(
-            f"another process has written {path / GROUP_FILE} meanwhile", "run the same command again"
-        ) from error
+    with unless_changed(path / GROUP_FILE):
+        if manifest.format_version > 1:
+            folder.put_if(path / GROUP_COPY, document, locked.copy)
+        folder.put_if(path / GROUP_FILE, document, locked.document)
 
 
 def encode_keys(keys: Sequence[str]) -> bytes:

@@ -9,6 +9,7 @@ from ..errors import CacheError
 from ..format.commits import read_commit
 from ..format.layout import valid_chunk
 from ..format.valid import encode_valid
+from ..storage.folder import unless_changed
 from ..storage.writable import open_writable
 
 if TYPE_CHECKING:
@@ -34,8 +35,12 @@ def settle_valid(
         about: source → record that is about to be written.
 
     Raises:
+        CacheError: another process has written it meanwhile.
         OSError: the operating system refuses.
     """
+    file, folder = valid_chunk(path, shard), open_writable(path)
+    # before the records are read: who slept since then is not to say what they said
+    there, seen = folder.look(file)
     records = dict(about)
     for source in manifest.sources:
         if source not in records:
@@ -44,15 +49,11 @@ def settle_valid(
                 record = read_commit(path, source, shard)
                 if record is not None:
                     records[source] = record
-    file = valid_chunk(path, shard)
     if not records:
-        open_writable(path).remove([file])
+        folder.remove([file])
         return
     invalid = {row for record in records.values() for row in record.invalid}
     data = encode_valid(manifest, shard, invalid.intersection(manifest.shard_range(shard)))
-    try:
-        same = file.read_bytes() == data
-    except FileNotFoundError:
-        same = False
-    if not same:
-        open_writable(path).put(file, data)
+    if there != data:
+        with unless_changed(file):
+            folder.put_if(file, data, seen)

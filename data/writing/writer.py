@@ -8,7 +8,7 @@ come, in the thread that appends them.
 from __future__ import annotations
 
 import hashlib
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -22,13 +22,13 @@ from ..format.opening import open_manifest
 from ..format.shard_index import MISSING, encode_index, index_bytes
 from ..storage.bucket import look_again, map_files
 from ..storage.files import os_errors
-from ..storage.folder import ChangedError, Seen, TakenError
+from ..storage.folder import ChangedError, TakenError
 from ..storage.local import CHECKSUM_BYTES
 from ..storage.writable import open_writable
 from .valid_rows import settle_valid
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
     from numpy.typing import NDArray
@@ -147,6 +147,9 @@ class ShardWriter:
         self._invalid: dict[int, str] = {}
 
     def __enter__(self) -> Self:
+        record = commit_file(self.path, self.source, self.number)
+        with os_errors("write", record):
+            self._seen = self._folder.seen(record)
         try:
             for column, spec in self._specs.items():
                 path = shard_file(self.path, column, spec, self.number)
@@ -213,7 +216,8 @@ class ShardWriter:
         self._check()
         with os_errors("write", record_file):
             # a record must never stand beside files it was not made from, not even after a crash
-            self._folder.remove([record_file])
+            with self._unless_written_by_another():
+                self._seen = self._folder.withdraw(record_file, self._seen)
             map_files(_ColumnFile.publish, self._files.values(), self.path)
             record = CommitRecord(
                 shard=self.number,
@@ -236,8 +240,13 @@ class ShardWriter:
 
     def _write_record(self, file: CachePath, record: CommitRecord) -> None:
         self._check()
+        with self._unless_written_by_another():
+            self._folder.put_if(file, record.encode(), self._seen)
+
+    @contextmanager
+    def _unless_written_by_another(self) -> Iterator[None]:
         try:
-            self._folder.put_if(file, record.encode(), Seen(None))
+            yield
         except ChangedError as error:
             raise ShardTakenError(
                 f"another process has written shard {self.number} of {self.source} in {self.path} meanwhile",
