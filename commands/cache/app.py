@@ -13,14 +13,6 @@ from .foreign import FORMATS, OWN, ImportFlags, check_import
 
 cache_app = typer.Typer(help="Look into a cache, check it, mend it, join it, move it.", no_args_is_help=True)
 
-CacheArgument = Annotated[
-    Path | None,
-    typer.Argument(
-        parser=local_folder,
-        metavar="[CACHE]",
-        help="Folder of the cache; default: the only one under caches/.",
-    ),
-]
 PlaceArgument = Annotated[
     str | None,
     typer.Argument(
@@ -99,7 +91,7 @@ def _cache_verify(
 
 @cache_app.command("repair")
 def _cache_repair(
-    cache: CacheArgument = None,
+    cache: PlaceArgument = None,
     data: Annotated[
         str | None, typer.Option(help="The images of the cache.", show_default="images, or demo")
     ] = None,
@@ -121,7 +113,7 @@ def _cache_drop(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="What to remove: dinov2-b, or dinov2-b+attention.")
     ],
-    cache: CacheArgument = None,
+    cache: PlaceArgument = None,
     autoencoder: Annotated[
         bool, typer.Option("--autoencoder", help="Remove the latents, if SOURCE is the autoencoder's.")
     ] = False,
@@ -133,7 +125,7 @@ def _cache_drop(
 
 
 @cache_app.command("upgrade")
-def _cache_upgrade(cache: CacheArgument = None) -> None:
+def _cache_upgrade(cache: PlaceArgument = None) -> None:
     """Give a cache what earlier versions did not write, in place. No column is rewritten."""
     from .upgrade import upgrade
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def drop(
     *,
     source: str,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     autoencoder: bool = False,
     console: Console | None = None,
 ) -> None:
@@ -23,7 +23,7 @@ def drop(
 
     Args:
         source: name of the source.
-        cache: folder of the cache; by default the only one under ``caches/``.
+        cache: folder of the cache, or its address in a bucket; by default the only one under ``caches/``.
         autoencoder: whether the autoencoder's may be removed.
         console: where to print; standard output by default.
 
@@ -33,13 +33,14 @@ def drop(
     """
     from rich.text import Text
 
+    from ...data.storage.bucket import cache_path
     from ...data.units import human_bytes
     from ...data.upkeep.drop import drop_source
     from ...data.upkeep.info import folder_bytes
     from ..shared.terminal import PlainConsole
 
     console = console or PlainConsole()
-    path = cache or default_cache()
+    path = cache_path(cache or default_cache())
     before = folder_bytes(path)
     manifest = drop_source(path, source, autoencoder=autoencoder)
     freed = human_bytes(before - folder_bytes(path))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from ...data.storage.bucket import CachePath
     from ...data.upkeep.repair import RepairPlan
     from ...pipeline.replay.recorded import Given
     from ...pipeline.replay.reencode import Reencoded
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 def repair(
     *,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     data: str | None = None,
     vae: str | None = None,
     weights: Sequence[str] = (),
@@ -33,7 +34,7 @@ def repair(
     """Check every byte of a cache, and write again what is not as committed, or not there.
 
     Args:
-        cache: the cache; by default the only one under ``caches/``.
+        cache: folder of the cache, or its address in a bucket; by default the only one under ``caches/``.
         data: the images it was made from; by default ``images``, of a cache of the demo ``demo``.
         vae: the autoencoder, if it no longer lies where the manifest says.
         weights: ``NAME=FILE`` of an encoder's weights.
@@ -44,20 +45,19 @@ def repair(
             disk that refuses.
         SystemExit: with status 1 when something is still wrong.
     """
-    from pathlib import Path
-
     from ...data.format.captions import captions_path
+    from ...data.storage.bucket import cache_path
     from ...data.upkeep.repair import plan_repair, restore_group
     from ..shared.terminal import PlainConsole
 
     console = console or PlainConsole()
-    path = cache or default_cache()
+    path = cache_path(cache or default_cache())
     captions = captions_path(path)
     for each in (path, captions):
         if restore_group(each):
             _say(console, f"{each}: zarr.json was damaged, and is written again from the copy beside it")
     findings = check_bytes(path, console).findings
-    text = [finding for finding in findings if Path(finding.path).is_relative_to(captions)]
+    text = [finding for finding in findings if str(finding.path).startswith(f"{captions}/")]
     images = [finding for finding in findings if finding not in text]
     plan = plan_repair(path, images)
     if not findings:
@@ -184,7 +184,7 @@ def _intention(plan: RepairPlan) -> str:
 
 
 def _encode_again(
-    path: Path, plan: RepairPlan, given: Given, console: Console, *, captions: bool = False
+    path: CachePath, plan: RepairPlan, given: Given, console: Console, *, captions: bool = False
 ) -> list[Repaired]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def upgrade(*, cache: Path | None = None, console: Console | None = None) -> None:
+def upgrade(*, cache: str | Path | None = None, console: Console | None = None) -> None:
     """Bring a cache to today's format version, and measure its latents where nobody has.
 
     The same command again goes on where it was stopped.
 
     Args:
-        cache: folder of the cache; by default the only one under ``caches/``.
+        cache: folder of the cache, or its address in a bucket; by default the only one under ``caches/``.
         console: where to print; standard output by default.
 
     Raises:
@@ -31,11 +31,12 @@ def upgrade(*, cache: Path | None = None, console: Console | None = None) -> Non
 
     from ...data.edge import printable
     from ...data.format.manifest import FORMAT_VERSION
+    from ...data.storage.bucket import cache_path
     from ...data.upkeep.latent_statistics import settle_latent_statistics
     from ...data.upkeep.upgrade import upgrade_cache
 
     console = console or Console()
-    path = cache or default_cache()
+    path = cache_path(cache or default_cache())
     bars = Progress(
         TextColumn("upgrading"),
         BarColumn(),

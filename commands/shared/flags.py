@@ -70,7 +70,8 @@ def local_folder(path: str) -> Path:
     """
     if is_remote(path):
         raise RepaError(
-            f"{path} is in a bucket, where only `repa preprocess` and `repa cache seal` write",
+            f"{path} is in a bucket, where only `repa preprocess` and `repa cache seal`, `repair`, "
+            "`drop` and `upgrade` write",
             "name a folder; a cache of a bucket can be copied to one and back",
         )
     return Path(path)

@@ -6,12 +6,12 @@ format version 2 on the same document lies beside it, written before it and read
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..edge import MOST_BYTES, read_json
 from ..errors import CacheError, RepaError
 from ..storage.files import os_errors, read_file
+from ..storage.writable import open_writable
 from .canonical import canonical_sha256
 from .layout import CHECKSUM_ATTRIBUTE, COMMITS_FOLDER, GROUP_COPY, GROUP_FILE
 from .manifest import ATTRIBUTE
@@ -74,10 +74,9 @@ def has_sound_copy(path: CachePath) -> bool:
 
 
 def _remedy(path: CachePath, name: str) -> str:
-    if not isinstance(path, Path):
-        return "copy it there again"
     return _REPAIR if name != GROUP_COPY and has_sound_copy(path) else _RESTORE
 
 
 def _has_commits(path: CachePath) -> bool:
-    return isinstance(path, Path) and (path / COMMITS_FOLDER).is_dir()
+    with os_errors("read", path):
+        return COMMITS_FOLDER in open_writable(path).names(path)

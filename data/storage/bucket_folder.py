@@ -83,9 +83,16 @@ class BucketFolder:
         """Remove objects, as far as they are there."""
         self._bucket.delete([path.name_in_bucket for path in paths])
 
-    def remove_all(self, path: RemotePath) -> None:
+    def remove_all(self, path: RemotePath, held: Held) -> None:
         """Remove all objects below a name."""
-        self._bucket.delete(self._bucket.below(path.name_in_bucket))
+        from .bucket import map_files
+
+        def remove(name: str) -> None:
+            # after all was listed: what has been written since is another's
+            held.check()
+            self._bucket.delete([name])
+
+        map_files(remove, self._bucket.below(path.name_in_bucket), path)
 
     def remove_if_empty(self, path: RemotePath) -> None:
         """Do nothing, as there are no folders."""

@@ -196,10 +196,15 @@ class Folder(Protocol):
         """
         ...
 
-    def remove_all(self, path: Any) -> None:
+    def remove_all(self, path: Any, held: Held) -> None:
         """Remove a folder and all that is in it, if it is there. A link stays.
 
+        Args:
+            path: of the folder.
+            held: under which nobody else writes there.
+
         Raises:
+            CacheError: it has been lost.
             OSError: the storage refuses.
         """
         ...

@@ -125,6 +125,10 @@ class Lease:
                 "run the same command again, which writes what is not committed",
             )
 
+    def lose(self) -> None:
+        """Know that others have taken this process for dead."""
+        self._lost = True
+
     def release(self, *, keep: bool) -> None:
         """Let go of the object. What cannot be told to the bucket now, it sees when nobody renews it.
 
@@ -226,6 +230,9 @@ class NumbersLease:
     def _find_taken(self, own: str, numbers: frozenset[int]) -> int | None:
         """Return a number that another holds, or None. Objects of dead holders are removed."""
         objects = {each["path"]: each for each in self._bucket.children(self._folder)[1]}
+        if own not in objects:
+            self._lease.lose()
+            self._lease.check()
         # by the store's own clock
         self._began = objects.pop(own)["last_modified"]
         for name, each in objects.items():

@@ -94,7 +94,7 @@ class LocalFolder:
         for folder in folders:
             sync_folders(folder, self._root)
 
-    def remove_all(self, path: Path) -> None:
+    def remove_all(self, path: Path, held: Held) -> None:
         """Remove a folder and all that is in it, if it is there. A link stays."""
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

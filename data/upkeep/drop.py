@@ -1,14 +1,13 @@
 """The removal of a source from a cache, which is then as if it had never been added.
 
-The manifest goes first, in one rename. From then on nothing of the source counts, and what is left of it is
+The manifest goes first, at once. From then on nothing of the source counts, and what is left of it is
 removed; a drop that was killed is finished by the same call. A source that is declared again meanwhile
 begins without the records that were left (`store.ensure_source`).
 """
 
 from __future__ import annotations
 
-import shutil
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,29 +16,28 @@ from ..format.captions import captions_path, has_captions
 from ..format.columns import AUTOENCODER, column_name, model_of, source_of
 from ..format.layout import (
     CALIBRATION_FOLDER,
+    COMMITS_FOLDER,
     GROUP_FILE,
     calibration_file,
     calibration_lock,
-    commit_folder,
 )
 from ..format.opening import open_manifest
-from ..storage.files import os_errors, sync_folders
+from ..storage.files import os_errors
+from ..storage.writable import open_writable
 from ..writing.store import cache_lock, write_manifest
-from ..writing.valid_rows import settle_valid
+from ..writing.valid_rows import settle_all_valid
 from ..writing.writer import SourceWriter
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ..format.manifest import Manifest
-    from ..storage.folder import Seen
+    from ..storage.bucket import CachePath
 
 
-def drop_source(path: Path, source: str, *, autoencoder: bool = False) -> Manifest:
+def drop_source(path: CachePath, source: str, *, autoencoder: bool = False) -> Manifest:
     """Remove a source's columns, commit records and calibration.
 
     Args:
-        path: folder of the cache.
+        path: folder of the cache, or its prefix in a bucket.
         source: name of the source, of its images or of its captions.
         autoencoder: whether the autoencoder's may be removed, without whose latents nothing is trained.
 
@@ -69,20 +67,19 @@ def drop_source(path: Path, source: str, *, autoencoder: bool = False) -> Manife
             f"it has {', '.join(manifest.sources) or 'none'}",
             field="SOURCE",
         )
-    declared = manifest if source in manifest.sources else None
-    if declared is not None:
-        everything = SourceWriter(path, declared, source, range(declared.num_shards))
-        with everything, cache_lock(path) as group:
-            manifest = _drop(path, source, group)
-    else:
-        with cache_lock(path) as group:
-            manifest = _drop(path, source, group)
+    with ExitStack() as stack, os_errors("remove", path):
+        if source in manifest.sources:
+            # nobody is about to commit a shard of it
+            stack.enter_context(SourceWriter(path, manifest, source, range(manifest.num_shards)))
+        manifest = _take_out(path, source)
+        settle_all_valid(path, manifest)
+        _remove_left(path, source)
     return manifest
 
 
-def _drop(path: Path, source: str, seen: Seen) -> Manifest:
-    """Do it, with the locks held."""
-    with os_errors("remove", path):
+def _take_out(path: CachePath, source: str) -> Manifest:
+    """Write the manifest without the source, if it has it."""
+    with cache_lock(path) as locked:
         manifest = open_manifest(path)
         if source in manifest.sources:
             manifest = replace(
@@ -90,31 +87,43 @@ def _drop(path: Path, source: str, seen: Seen) -> Manifest:
                 columns={name: spec for name, spec in manifest.columns.items() if source_of(name) != source},
                 sources={name: each for name, each in manifest.sources.items() if name != source},
             )
-            write_manifest(path, manifest, seen)
-        if manifest.format_version > 1:
-            for shard in range(manifest.num_shards):
-                settle_valid(path, manifest, shard)
+            write_manifest(path, manifest, locked)
+        return manifest
+
+
+def _remove_left(path: CachePath, source: str) -> None:
+    """Remove what lies there of a source, unless another process has declared it again."""
+    folder = open_writable(path)
+    with cache_lock(path) as locked:
+        manifest = open_manifest(path)
+        if source in manifest.sources:
+            return
         for leftover in _left_of(path, source, manifest):
-            if leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink(missing_ok=True)
-        for folder in (path / model_of(source), path / CALIBRATION_FOLDER):
-            with suppress(OSError):  # what others have put there is theirs
-                folder.rmdir()
-        sync_folders(path, path)
-    return manifest
+            folder.remove_all(leftover, locked.held)
+            locked.held.check()
+            folder.remove([leftover])
+        for each in (path / model_of(source), path / CALIBRATION_FOLDER):
+            folder.remove_if_empty(each)  # what others have put there is theirs
 
 
-def _left_of(path: Path, source: str, manifest: Manifest) -> list[Path]:
+def _left_of(path: CachePath, source: str, manifest: Manifest) -> list[CachePath]:
     """Return what of a source lies in the cache's folder, whether the manifest still has it or not."""
-    model = model_of(source)
-    paths = [commit_folder(path, source), calibration_file(path, source), calibration_lock(path, source)]
-    with suppress(OSError):
-        paths += [each for each in (path / model).iterdir() if _is_of(each.name, source)]
-    if all(model_of(other) != model for other in manifest.sources if other != source):
-        paths.append(path / model / GROUP_FILE)
-    return [each for each in paths if each.is_symlink() or each.exists()]
+    folder, model = open_writable(path), model_of(source)
+    alone = all(model_of(other) != model for other in manifest.sources if other != source)
+    fitted = {calibration_file(path, source).name, calibration_lock(path, source).name}
+    return [
+        *(path / COMMITS_FOLDER / name for name in folder.names(path / COMMITS_FOLDER) if name == source),
+        *(
+            path / CALIBRATION_FOLDER / name
+            for name in folder.names(path / CALIBRATION_FOLDER)
+            if name in fitted
+        ),
+        *(
+            path / model / name
+            for name in folder.names(path / model)
+            if _is_of(name, source) or (alone and name == GROUP_FILE)
+        ),
+    ]
 
 
 def _is_of(kind: str, source: str) -> bool:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,14 +35,15 @@ from ..format.layout import (
     calibration_file,
     commit_file,
     same_document,
-    shard_file,
     valid_chunk,
     zarr_documents,
 )
 from ..format.opening import labels_sha256, open_manifest, read_keys, read_labels
-from ..storage.files import locked, os_errors, partial_path, read_file, refuse_links, sync_folders, write_file
+from ..storage.bucket import map_files
+from ..storage.files import os_errors, partial_name, read_file
+from ..storage.folder import unless_changed
 from ..storage.writable import open_writable
-from ..writing.store import encode_keys, keys_sha256, metadata_documents
+from ..writing.store import cache_lock, encode_keys, keys_sha256, metadata_documents
 from ..writing.valid_rows import settle_valid
 from ..writing.writer import SourceWriter
 
@@ -74,10 +74,10 @@ class RepairPlan:
 
     shards: Mapping[str, tuple[int, ...]]
     rows: Mapping[str, tuple[int, ...]]
-    documents: tuple[Path, ...]
-    tables: tuple[Path, ...]
+    documents: tuple[CachePath, ...]
+    tables: tuple[CachePath, ...]
     calibrations: tuple[str, ...]
-    leftovers: tuple[Path, ...]
+    leftovers: tuple[CachePath, ...]
     strays: tuple[Finding, ...]
 
     @property
@@ -91,7 +91,7 @@ class RepairPlan:
         return bool(self.sources or self.tables)
 
 
-def plan_repair(path: Path, findings: Sequence[Finding]) -> RepairPlan:
+def plan_repair(path: CachePath, findings: Sequence[Finding]) -> RepairPlan:
     """Sort findings by what is to be done about them.
 
     Args:
@@ -110,7 +110,7 @@ def plan_repair(path: Path, findings: Sequence[Finding]) -> RepairPlan:
     calibrations: list[str] = []
     strays: list[Finding] = []
     for finding in findings:
-        file = Path(finding.path)
+        file = finding.path
         if finding.shard is not None:
             shards.setdefault(finding.source, set()).add(finding.shard)
             if finding.row is not None:
@@ -119,7 +119,7 @@ def plan_repair(path: Path, findings: Sequence[Finding]) -> RepairPlan:
             tables.append(file)
         elif finding.source and file == calibration_file(path, finding.source):
             calibrations.append(finding.source)
-        elif file.name.startswith(".") and file == partial_path(file.with_name(file.name[1:-8])):
+        elif file.name.startswith(".") and file.name == partial_name(file.name[1:-8]):
             leftovers.append(file)
         elif _is_document(file, path, manifest):
             documents.append(file)
@@ -137,14 +137,18 @@ def plan_repair(path: Path, findings: Sequence[Finding]) -> RepairPlan:
     )
 
 
-def _is_document(file: Path, path: Path, manifest: Manifest) -> bool:
+def _is_document(file: CachePath, path: CachePath, manifest: Manifest) -> bool:
     """Tell whether a file follows from the manifest and the records."""
     if file == path / GROUP_COPY or file.parent == valid_chunk(path, 0).parent:
         return True
-    return file.name == GROUP_FILE and str(file.relative_to(path)) in zarr_documents(manifest)
+    return file.name == GROUP_FILE and _name_within(path, file) in zarr_documents(manifest)
 
 
-def restore_group(path: Path) -> bool:
+def _name_within(path: CachePath, file: CachePath) -> str:
+    return str(file).removeprefix(f"{path}/")
+
+
+def restore_group(path: CachePath) -> bool:
     """Write the group's document again where it is damaged or lost, and the second one is as it was written.
 
     Args:
@@ -157,19 +161,22 @@ def restore_group(path: Path) -> bool:
         CacheError: the manifest is of another format version.
         RepaError: the operating system refuses.
     """
-    if not (path / GROUP_COPY).is_file():
-        return False
-    with os_errors("write", path), locked(path / LOCK_FILE):
-        try:
-            open_manifest(path)
-        except CacheError:
-            if has_sound_copy(path):
-                write_file(path / GROUP_FILE, read_file(path / GROUP_COPY, MOST_BYTES), path)
-                return True
-        return False
+    folder = open_writable(path)
+    with os_errors("write", path):
+        if not folder.exists(path / GROUP_COPY):
+            return False
+        with folder.locked(path / LOCK_FILE), unless_changed(path / GROUP_FILE):
+            seen = folder.seen(path / GROUP_FILE)
+            try:
+                open_manifest(path)
+            except CacheError:
+                if has_sound_copy(path):
+                    folder.put_if(path / GROUP_FILE, read_file(path / GROUP_COPY, MOST_BYTES), seen)
+                    return True
+            return False
 
 
-def _refuse_foreign_manifest(path: Path, manifest: Manifest) -> None:
+def _refuse_foreign_manifest(path: CachePath, manifest: Manifest) -> None:
     """Keep a ``zarr.json`` that was copied from another cache from having this one's shards withdrawn.
 
     Raises:
@@ -205,17 +212,26 @@ def _refuse_foreign_manifest(path: Path, manifest: Manifest) -> None:
         )
 
 
-def _intact_records(path: Path) -> list[tuple[str, CommitRecord]]:
+def _intact_records(path: CachePath) -> list[tuple[str, CommitRecord]]:
     """Collect (source, record) of all that are on disk, of sources that the manifest knows or not."""
-    found = []
-    with os_errors("read", path / COMMITS_FOLDER):
-        for file in sorted((path / COMMITS_FOLDER).glob("*/*.json")):
-            # a record that is damaged, or under the name of another shard, does not tell whose cache this is
-            with suppress(CacheError):
-                record = CommitRecord.decode(read_file(file, MOST_BYTES), where=str(file))
-                if file.stem == str(record.shard):
-                    found.append((file.parent.name, record))
-    return found
+    folder, commits = open_writable(path), path / COMMITS_FOLDER
+
+    def read(file: CachePath) -> tuple[str, CommitRecord] | None:
+        # a record that is damaged, or under the name of another shard, does not tell whose cache this is
+        with suppress(CacheError):
+            record = CommitRecord.decode(read_file(file, MOST_BYTES), where=str(file))
+            if file.name == f"{record.shard}.json":
+                return file.parent.name, record
+        return None
+
+    with os_errors("read", commits):
+        files = [
+            commits / source / name
+            for source in folder.names(commits)
+            for name in folder.names(commits / source)
+            if name.endswith(".json")
+        ]
+        return [record for record in map_files(read, files, path) if record is not None]
 
 
 def _fits(record: CommitRecord, source: str, manifest: Manifest) -> bool:
@@ -223,14 +239,14 @@ def _fits(record: CommitRecord, source: str, manifest: Manifest) -> bool:
     return record_misfit(manifest, manifest.source_columns(source), record) is None
 
 
-def _keys_misfit(path: Path, manifest: Manifest) -> list[str]:
+def _keys_misfit(path: CachePath, manifest: Manifest) -> list[str]:
     with suppress(OSError):
         if hashlib.sha256((path / KEYS_FILE).read_bytes()).hexdigest() != manifest.keys_sha256:
             return [f"{path / KEYS_FILE}"]
     return []
 
 
-def _array_misfits(path: Path, manifest: Manifest) -> list[str]:
+def _array_misfits(path: CachePath, manifest: Manifest) -> list[str]:
     """List the documents of arrays that are there and readable, but not what the manifest says."""
     documents = zarr_documents(manifest)
     found = []
@@ -242,7 +258,7 @@ def _array_misfits(path: Path, manifest: Manifest) -> list[str]:
     return found
 
 
-def restore_documents(path: Path, plan: RepairPlan) -> None:
+def restore_documents(path: CachePath, plan: RepairPlan) -> None:
     """Write Zarr's metadata again, and remove what killed writers left.
 
     Args:
@@ -253,22 +269,24 @@ def restore_documents(path: Path, plan: RepairPlan) -> None:
         CacheError: the manifest is damaged.
         RepaError: the operating system refuses.
     """
-    with os_errors("write", path), locked(path / LOCK_FILE):
+    folder = open_writable(path)
+    with cache_lock(path) as locked:
         # under the lock: a writer that declares a source must not be undone
         manifest = open_manifest(path)
         documents = metadata_documents(path, manifest)
         for file in plan.documents:
-            name = str(file.relative_to(path))
+            name = _name_within(path, file)
+            locked.held.check()
             if file.parent == valid_chunk(path, 0).parent:
-                settle_valid(path, manifest, int(file.name))
+                settle_valid(path, int(file.name))
             else:
-                write_file(file, documents[GROUP_FILE if name == GROUP_COPY else name], path)
-        for file in plan.leftovers:
-            with suppress(FileNotFoundError):
-                file.unlink()
+                folder.put(file, documents[GROUP_FILE if name == GROUP_COPY else name])
+        folder.remove(plan.leftovers)
 
 
-def restore_tables(path: Path, manifest: Manifest, keys: Sequence[str], labels: NDArray[np.int32]) -> None:
+def restore_tables(
+    path: CachePath, manifest: Manifest, keys: Sequence[str], labels: NDArray[np.int32]
+) -> None:
     """Write ``keys.txt`` and the labels again, where they are not what they should be.
 
     Args:
@@ -290,23 +308,24 @@ def restore_tables(path: Path, manifest: Manifest, keys: Sequence[str], labels: 
     except CacheError as error:
         with os_errors("write", path / KEYS_FILE):
             _refuse_foreign_keys(path, keys, error)
-            write_file(path / KEYS_FILE, encode_keys(keys), path)
+            open_writable(path).put(path / KEYS_FILE, encode_keys(keys))
     try:
         sound = np.array_equal(read_labels(path, manifest), labels)
     except CacheError:
         sound = False
     if not sound:
         with os_errors("write", path / LABEL_CHUNK):
-            write_file(path / LABEL_CHUNK, zarr_documents(manifest, labels=labels)[LABEL_CHUNK], path)
+            documents = zarr_documents(manifest, labels=labels)
+            open_writable(path).put(path / LABEL_CHUNK, documents[LABEL_CHUNK])
 
 
-def _refuse_foreign_keys(path: Path, keys: Sequence[str], cause: CacheError) -> None:
+def _refuse_foreign_keys(path: CachePath, keys: Sequence[str], cause: CacheError) -> None:
     """Refuse the keys of other images.
 
     A file that is damaged still has most of its lines, one of other images has none of them.
     """
     with suppress(FileNotFoundError):
-        there = (path / KEYS_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+        there = (path / KEYS_FILE).read_bytes().decode(errors="replace").splitlines()
         if there and not set(keys).intersection(there):
             raise CacheError(
                 f"{path / KEYS_FILE} has none of the keys that the manifest in {path / GROUP_FILE} is of, so "
@@ -315,7 +334,7 @@ def _refuse_foreign_keys(path: Path, keys: Sequence[str], cause: CacheError) -> 
             ) from cause
 
 
-def withdraw(path: Path, manifest: Manifest, shards: Mapping[str, Iterable[int]]) -> None:
+def withdraw(path: CachePath, manifest: Manifest, shards: Mapping[str, Iterable[int]]) -> None:
     """Take shards back. Afterwards they are not committed, and their files are gone.
 
     Args:
@@ -330,22 +349,7 @@ def withdraw(path: Path, manifest: Manifest, shards: Mapping[str, Iterable[int]]
     for source, numbers in shards.items():
         with SourceWriter(path, manifest, source, numbers) as writer:
             for number in writer.shards:
-                record = commit_file(path, source, number)
-                with os_errors("write", record):
-                    files = [
-                        shard_file(path, column, spec, number)
-                        for column, spec in manifest.source_columns(source).items()
-                    ]
-                    for file in files:
-                        refuse_links(file.parent, path)
-                    record.unlink(missing_ok=True)
-                    # before a file goes: a record must never stand beside files that it was not made from
-                    sync_folders(record.parent, path)
-                    for file in files:
-                        file.unlink(missing_ok=True)
-                    if manifest.format_version > 1:
-                        with locked(path / LOCK_FILE):
-                            settle_valid(path, manifest, number)
+                writer.withdraw(number)
 
 
 def withdraw_calibration(path: CachePath, source: str) -> None:

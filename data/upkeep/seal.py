@@ -8,15 +8,11 @@ from typing import TYPE_CHECKING
 from ..errors import CacheError
 from ..format.captions import SOURCE_KIND, captions_path, has_captions
 from ..format.columns import AUTOENCODER
-from ..format.layout import LOCK_FILE
 from ..format.manifest import LATENTS_NOTE
 from ..format.opening import open_manifest
 from ..format.survey import survey
-from ..storage.bucket import map_files
-from ..storage.files import os_errors
-from ..storage.writable import open_writable
 from ..units import counted
-from ..writing.valid_rows import settle_valid
+from ..writing.valid_rows import settle_all_valid
 from .info import CacheInfo, cache_info
 from .latent_statistics import settle_latent_statistics
 
@@ -89,15 +85,7 @@ def _settle_valid(path: CachePath) -> None:
             "run the `repa preprocess` that wrote it again, or wait for the jobs that still do, then seal it",
             field=next(iter(lacking)),
         )
-    if manifest.format_version > 1:
-        folder = open_writable(path)
-
-        def settle(shard: int) -> None:
-            with folder.locked(path / LOCK_FILE, shard):
-                settle_valid(path, manifest, shard)
-
-        with os_errors("write", path):
-            map_files(settle, range(manifest.num_shards), path)
+    settle_all_valid(path, manifest)
 
 
 def _ranges(shards: Iterable[int]) -> str:

@@ -118,7 +118,7 @@ class ShardCheck:
             RepaError: the bucket cannot be read.
         """
         try:
-            with _opened(self._file, self._requests) as stored:
+            with open_stored(self._file, self._requests) as stored:
                 return self._check(stored)
         except FileNotFoundError:
             return [self._finding("is missing")]
@@ -190,7 +190,7 @@ class ShardCheck:
 
 
 @contextmanager
-def _opened(path: CachePath, requests: Executor) -> Iterator[_Stored]:
+def open_stored(path: CachePath, requests: Executor) -> Iterator[_Stored]:
     """Open a shard file.
 
     Raises:

@@ -139,7 +139,7 @@ def verify_cache(
         findings += check_strays(path, manifest, records.keys())
         if manifest.source_kind != SOURCE_KIND:
             findings += _check_captions(path, manifest, progress, threads)
-    return [_of_a_copy(finding) for finding in findings] if isinstance(path, RemotePath) else findings
+    return findings
 
 
 def _check_captions(
@@ -170,11 +170,6 @@ def _check_captions(
         what = f"the document of {where / TABLE} is missing or damaged ({reason})"
         findings.append(Finding(path=where / TABLE / GROUP_FILE, what=what, remedy=remedy))
     return findings
-
-
-def _of_a_copy(finding: Finding) -> Finding:
-    """Word a finding for a bucket, where no command of ours writes."""
-    return replace(finding, remedy="copy it there again") if "`repa " in finding.remedy else finding
 
 
 def _check_metadata(path: CachePath, manifest: Manifest) -> list[Finding]:

@@ -51,7 +51,7 @@ class LockedGroup:
     """The lock of a cache, and the documents of its group as they were when it was taken.
 
     Attributes:
-        held: the lock, which is looked at before anything is written or removed that names nothing it replaces.
+        held: the lock, to be looked at before what names nothing that it replaces.
         document: what a writer of the document is to name.
         copy: of the second one.
     """
@@ -273,16 +273,14 @@ def _forget_rows(path: CachePath, columns: Iterable[str], locked: LockedGroup) -
     for column in columns:
         rows = path / column / CHUNK_FOLDER
         with os_errors("remove", rows):
-            locked.held.check()
-            open_writable(path).remove_all(rows)
+            open_writable(path).remove_all(rows, locked.held)
 
 
 def _forget_columns(path: CachePath, columns: Iterable[str], locked: LockedGroup) -> None:
     """Remove the folders of columns that are declared no more."""
     for column in columns:
         with os_errors("remove", path / column):
-            locked.held.check()
-            open_writable(path).remove_all(path / column)
+            open_writable(path).remove_all(path / column, locked.held)
 
 
 def _declare(path: CachePath, manifest: Manifest, source: str, locked: LockedGroup) -> Manifest:

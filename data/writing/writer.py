@@ -18,11 +18,10 @@ from ..errors import CacheError
 from ..format.commits import ColumnRecord, CommitRecord, is_committed
 from ..format.compression import chunk_codec
 from ..format.layout import LOCK_FILE, commit_file, commit_folder, shard_file
-from ..format.opening import open_manifest
 from ..format.shard_index import MISSING, encode_index, index_bytes
 from ..storage.bucket import look_again, map_files
 from ..storage.files import os_errors
-from ..storage.folder import ChangedError, TakenError
+from ..storage.folder import ChangedError, TakenError, unless_changed
 from ..storage.local import CHECKSUM_BYTES
 from ..storage.writable import open_writable
 from .valid_rows import settle_valid
@@ -114,6 +113,31 @@ class SourceWriter:
         if self._claim is None or shard not in self.shards:
             raise ValueError(f"shard {shard} of {self.source} is not owned by this writer")
         return ShardWriter(self.path, self.manifest, self.source, shard, self._claim.check)
+
+    def withdraw(self, shard: int) -> None:
+        """Take one owned shard back. Afterwards it is not committed, and its files are gone.
+
+        Raises:
+            ValueError: the shard is not owned, or the locks are not held.
+            CacheError: others have taken this process for dead.
+            RepaError: the operating system refuses.
+        """
+        if self._claim is None or shard not in self.shards:
+            raise ValueError(f"shard {shard} of {self.source} is not owned by this writer")
+        folder, record = open_writable(self.path), commit_file(self.path, self.source, shard)
+        specs = self.manifest.source_columns(self.source)
+        with os_errors("write", record):
+            seen = folder.seen(record)
+            self._claim.check()
+            with unless_changed(record):
+                # before a file goes: a record must never stand beside files that it was not made from
+                folder.withdraw(record, seen)
+            for file in [shard_file(self.path, column, spec, shard) for column, spec in specs.items()]:
+                self._claim.check()
+                folder.remove([file])
+            if self.manifest.format_version > 1:
+                with folder.locked(self.path / LOCK_FILE, shard):
+                    settle_valid(self.path, shard)
 
 
 class ShardWriter:
@@ -235,7 +259,7 @@ class ShardWriter:
             return
         # another source's record of these rows must not come in between
         with self._folder.locked(self.path / LOCK_FILE, self.number):
-            settle_valid(self.path, open_manifest(self.path), self.number, {self.source: record})
+            settle_valid(self.path, self.number, {self.source: record})
             self._write_record(file, record)
 
     def _write_record(self, file: CachePath, record: CommitRecord) -> None:

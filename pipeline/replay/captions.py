@@ -33,12 +33,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ...data.format.manifest import Manifest
+    from ...data.storage.bucket import CachePath
     from ...data.upkeep.repair import RepairPlan
     from .recorded import Given
     from .repair import Repaired, Report
 
 
-def reencode_captions(cache: Path, given: Given, *, rows: int, seed: int = 0) -> list[Reencoded]:
+def reencode_captions(cache: CachePath, given: Given, *, rows: int, seed: int = 0) -> list[Reencoded]:
     """Encode random captions again by every text encoder, and compare, see `reencode`.
 
     Args:
@@ -75,7 +76,7 @@ def reencode_captions(cache: Path, given: Given, *, rows: int, seed: int = 0) ->
     return found
 
 
-def repair_captions(cache: Path, plan: RepairPlan, given: Given, report: Report) -> list[Repaired]:
+def repair_captions(cache: CachePath, plan: RepairPlan, given: Given, report: Report) -> list[Repaired]:
     """Make the captions of a cache what their manifest says.
 
     Args:
@@ -114,7 +115,9 @@ def _write(
     write_captions(job, texts, model, missing, written, Tally())
 
 
-def _recorded(cache: Path, manifest: Manifest, source: str, given: Given) -> tuple[CaptionJob, TextModel]:
+def _recorded(
+    cache: CachePath, manifest: Manifest, source: str, given: Given
+) -> tuple[CaptionJob, TextModel]:
     """Load the text encoder that wrote a source, and hold it against what is recorded.
 
     Raises:

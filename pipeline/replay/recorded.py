@@ -48,7 +48,7 @@ class Given:
     weights: Mapping[str, Path]
 
 
-def recorded_images(cache: Path, manifest: Manifest, given: Given) -> ImageSource:
+def recorded_images(cache: CachePath, manifest: Manifest, given: Given) -> ImageSource:
     """Open the images of a cache.
 
     Raises:
@@ -60,7 +60,7 @@ def recorded_images(cache: Path, manifest: Manifest, given: Given) -> ImageSourc
     return images_of(manifest, given.data or (DEMO_DATA if demo else DEFAULT_DATA), cache, may_import=True)
 
 
-def recorded_config(cache: Path, manifest: Manifest, source: str, given: Given) -> PreprocessConfig:
+def recorded_config(cache: CachePath, manifest: Manifest, source: str, given: Given) -> PreprocessConfig:
     """Return the configuration that would write a source as it was written.
 
     Args:

@@ -23,9 +23,9 @@ from .recorded import recorded_config, recorded_images, recorded_job, recorded_m
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from ...data.format.manifest import Manifest
+    from ...data.storage.bucket import CachePath
     from ...data.upkeep.repair import RepairPlan
     from ..images.base import ImageSource
     from .recorded import Given
@@ -53,7 +53,7 @@ class Repaired:
     unknown: tuple[int, ...]
 
 
-def repair(cache: Path, plan: RepairPlan, given: Given, report: Report) -> list[Repaired]:
+def repair(cache: CachePath, plan: RepairPlan, given: Given, report: Report) -> list[Repaired]:
     """Make a cache what its manifest says.
 
     Args:
@@ -95,7 +95,7 @@ def repair(cache: Path, plan: RepairPlan, given: Given, report: Report) -> list[
 
 
 def _repair_source(
-    cache: Path,
+    cache: CachePath,
     manifest: Manifest,
     source: str,
     bad: Sequence[int],
@@ -113,7 +113,7 @@ def _repair_source(
 
 
 def rewrite(
-    cache: Path,
+    cache: CachePath,
     manifest: Manifest,
     source: str,
     bad: Sequence[int],
@@ -164,7 +164,7 @@ def rewrite(
     )
 
 
-def _record(cache: Path, source: str, shard: int) -> bytes | None:
+def _record(cache: CachePath, source: str, shard: int) -> bytes | None:
     """Return the bytes of a commit record that is intact. They say what the shard's files hold."""
     try:
         known = read_commit(cache, source, shard)

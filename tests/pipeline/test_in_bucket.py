@@ -16,6 +16,7 @@ import pytest
 from bucket_caches import Killed, Life, files_of
 from captioned_images import save_coco, save_images
 from demo_pictures import draw_pictures, flags_for
+from repa.commands.cache.repair import repair
 from repa.commands.cache.seal import seal
 from repa.commands.preprocess import make_config, preprocess
 from repa.data.errors import CacheError, RepaError
@@ -24,6 +25,7 @@ from repa.data.format.opening import open_manifest
 from repa.data.format.survey import committed_shards
 from repa.data.storage.bucket import cache_path
 from repa.data.upkeep.latent_statistics import settle_latent_statistics
+from repa.data.upkeep.verify import verify_cache
 from repa.pipeline.plan import make_plan, require_room_for
 from repa.pipeline.run import run, saved
 from repa.pipeline.shard_loop.on_ray import EncodeShard
@@ -81,11 +83,16 @@ def test_parts_and_a_teacher_added_later_give_the_bytes_of_a_folder(
     assert "nothing to do" in output.getvalue()
     seal(cache=url, console=QUIET)
     assert objects_of(url) == after
-    # a damaged shard is written again once its record is gone
     store = obstore.store.from_url(url)
     obstore.put(store, "demo/cls/c/1/0/0", b"damaged")
-    obstore.delete(store, "commits/demo/1.json")
-    preprocess(flags_for(drawn, url, **more), console=QUIET)
+    obstore.put(store, "commits/demo/2.json", b"{}")
+    obstore.delete(store, "demo/patch/zarr.json")
+    obstore.put(store, "keys.txt", b"")
+    obstore.put(store, "valid/c/2", b"0")
+    obstore.put(store, "zarr.json", b"damaged")
+    remedies = [finding.remedy for finding in verify_cache(cache_path(url))]
+    assert remedies == ["have it written again by `repa cache repair`"]
+    repair(cache=url, data=str(drawn), console=QUIET)
     assert objects_of(url) == after
 
 

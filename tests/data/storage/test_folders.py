@@ -58,8 +58,11 @@ def test_small_files_are_put_listed_and_removed(root: CachePath, folder: Folder)
     assert (root / "a").read_bytes() == b"3"
     folder.remove([root / "a", root / "never"])
     assert not folder.exists(root / "a")
-    folder.remove_all(root / "b")
-    folder.remove_all(root / "never")
+    with folder.locked(root / "z" / ".lock") as held:
+        folder.remove_all(root / "b", held)
+        folder.remove_all(root / "never", held)
+    folder.remove([root / "z" / ".lock"])
+    folder.remove_if_empty(root / "z")
     assert not folder.exists(root / "b" / "e")
     folder.remove_if_empty(root)
     assert folder.names(root) == []

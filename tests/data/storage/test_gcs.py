@@ -170,7 +170,8 @@ def test_batches_info_and_verify(bucket: type[Bucket], local: Path) -> None:
     assert verify_cache(cache_path(URL)) == []
     bucket.objects.pop("some/cache/commits/demo/1.json")
     (finding,) = verify_cache(cache_path(URL))
-    assert f"{URL}/commits/demo/1.json is missing; copy it there again" in str(finding)
+    assert (finding.source, finding.shard) == ("demo", 1)
+    assert "repa preprocess" in finding.remedy
 
 
 def test_what_is_not_there_or_may_not_be_read_is_one_line(bucket: type[Bucket]) -> None:

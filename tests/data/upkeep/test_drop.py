@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from bucket_caches import Killed, Life, files_of, objects_but_locks
 from repa.data.errors import CacheError, RepaError
 from repa.data.format.columns import MOMENTS, ColumnSpec
 from repa.data.format.opening import open_manifest
 from repa.data.format.survey import committed_shards
+from repa.data.storage.bucket import cache_path
 from repa.data.testing import SYNTHETIC_COLUMNS, folder_contents, synthetic_cache
 from repa.data.upkeep.drop import drop_source
 from repa.data.upkeep.verify import verify_cache
 from repa.data.writing.calibrations import ensure_calibration
 from repa.data.writing.store import ensure_source
 from repa.data.writing.writer import SourceWriter
+from s3_server import upload
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -102,6 +106,34 @@ def test_what_was_killed_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyP
         shutil.rmtree(cache)
     assert reached > 10
     assert files(cache) == expected
+
+
+def test_in_a_bucket_killed_at_any_request_it_is_finished(server: str, tmp_path: Path) -> None:
+    small = {"num_rows": 7, "shard_rows": 4, "invalid": INVALID}
+    moments = {MOMENTS: ALL[MOMENTS]}
+    synthetic_cache(tmp_path / "whole", columns=SYNTHETIC_COLUMNS, **small)
+    synthetic_cache(tmp_path / "never", columns=moments, **small)
+    ensure_calibration(tmp_path / "whole", "demo", lambda: b"fitted")
+    expected = files_of(tmp_path / "never")
+    killed = 0
+    for step in range(0, 100, 6):
+        url = f"s3://bucket/drop/{step}"
+        upload(tmp_path / "whole", url)
+        with pytest.MonkeyPatch.context() as patch:
+            life = Life(patch, step)
+            with suppress(Killed):
+                drop_source(cache_path(url), "demo")
+        if life.left >= 0:
+            break
+        killed += 1
+        with suppress(CacheError):  # only locks were left
+            drop_source(cache_path(url), "demo")
+        claim = SourceWriter(cache_path(url), open_manifest(cache_path(url)), "sd-vae", [0])
+        with claim:
+            pass  # who writes next clears the locks of the killed
+        assert objects_but_locks(url) == expected, f"killed at step {step}"
+    assert killed > 4
+    assert objects_but_locks(url) == expected
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

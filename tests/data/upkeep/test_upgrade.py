@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import bucket_caches
 import numpy as np
 import pytest
+from bucket_caches import Life, files_of, objects_but_locks
 from repa.data.errors import CacheError
 from repa.data.format.columns import ColumnSpec
 from repa.data.format.opening import open_manifest
 from repa.data.reading.reader import CacheReader
+from repa.data.storage.bucket import cache_path
 from repa.data.testing import (
     SYNTHETIC_COLUMNS,
     expected_row,
@@ -22,6 +26,7 @@ from repa.data.testing import (
 from repa.data.upkeep.upgrade import upgrade_cache
 from repa.data.upkeep.verify import verify_cache
 from repa.data.writing.writer import SourceWriter
+from s3_server import upload
 from store_on_disk import Killed, life_of
 
 if TYPE_CHECKING:
@@ -54,6 +59,24 @@ def test_it_becomes_the_cache_that_is_written_today(tmp_path: Path) -> None:
     assert upgrade_cache(old)
     assert files(old) == files(new)
     assert not upgrade_cache(old)
+
+
+def test_in_a_bucket_stopped_or_not_it_becomes_the_same(server: str, tmp_path: Path) -> None:
+    old, new = make(tmp_path / "old", 1), make(tmp_path / "new", 2)
+    expected = files_of(new)
+    for step in (4, 11, 19, 1000):
+        url = f"s3://bucket/upgrade/{step}"
+        upload(old, url)
+        with pytest.MonkeyPatch.context() as patch:
+            life = Life(patch, step)
+            with suppress(bucket_caches.Killed):
+                upgrade_cache(cache_path(url))
+        if life.left < 0:
+            with CacheReader(url, list(COLUMNS)) as reader:
+                assert reader.manifest.format_version == 1
+            assert upgrade_cache(cache_path(url))
+        assert objects_but_locks(url) == expected
+        assert not upgrade_cache(cache_path(url))
 
 
 def test_stopped_anywhere_it_can_be_used_and_gone_on_with(tmp_path: Path) -> None:

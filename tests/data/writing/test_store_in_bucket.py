@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from bucket_caches import Killed, Life, files_of
+from bucket_caches import Killed, Life, Sleep, files_of
 from repa.data.errors import CacheError, RepaError
 from repa.data.format.columns import ColumnSpec
 from repa.data.format.opening import open_manifest
@@ -122,6 +122,40 @@ def test_a_probe_of_another_process_is_in_nobodys_way(server: str, whole: dict[s
     there = objects_of(url)
     assert there.pop(probe) == b"1"
     assert there == whole
+
+
+@pytest.mark.parametrize(
+    ("request_", "ending"),
+    [
+        ("put", "label/c/0"),
+        ("put", "sd-vae/moments/zarr.json"),
+        ("list", "sd-vae/moments/c"),
+        ("list_with_delimiter", "commits/demo/.writers"),
+        ("head", "commits/sd-vae/1.json"),
+        ("get", "commits/sd-vae/0.json"),
+        ("get", "valid/c/0"),
+        ("put", "valid/c/1"),
+        ("put", "commits/sd-vae/1.json"),
+    ],
+)
+def test_asleep_for_longer_than_its_lease_it_writes_over_nothing(
+    server: str, tmp_path: Path, request_: str, ending: str
+) -> None:
+    """Another process writes all of it, and a source more that has other invalid rows, meanwhile."""
+    url = f"s3://bucket/asleep/{request_}/{ending.replace('/', '-')}"
+    more = {**SMALL, "columns": {"other/cls": ColumnSpec(shape=(3,), dtype="float16")}, "invalid": {2: "x"}}
+
+    def all_of_it(root: Any) -> None:
+        synthetic_cache(root, **SMALL)
+        synthetic_cache(root, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        sleep = Sleep(patch, request_, ending, lambda: all_of_it(cache_path(url)))
+        with suppress(CacheError):
+            synthetic_cache(cache_path(url), **SMALL)
+        assert sleep.slept
+    all_of_it(tmp_path / "cache")
+    assert objects_of(url) == files_of(tmp_path / "cache")
 
 
 def test_a_process_killed_9_leaves_what_another_goes_on_with(server: str, whole: dict[str, bytes]) -> None:
