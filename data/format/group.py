@@ -6,6 +6,7 @@ format version 2 on the same document lies beside it, written before it and read
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ..edge import MOST_BYTES, read_json
@@ -78,5 +79,6 @@ def _remedy(path: CachePath, name: str) -> str:
 
 
 def _has_commits(path: CachePath) -> bool:
-    with os_errors("read", path):
+    with suppress(OSError):  # a bucket may let its objects be read and not listed
         return COMMITS_FOLDER in open_writable(path).names(path)
+    return False
