@@ -144,16 +144,7 @@ def plan(flags: PlanFlags, *, console: Console | None = None) -> None:
     folder = measurable_folder(found.config.cache)
     may_write = folder is not None and os.access(folder, os.W_OK)
     disk = measure_disk(folder, row_bytes=row_bytes) if folder is not None and may_write else None
-    if folder is None:
-        say(console, "disk    none: the cache is in a bucket, whose speed is not measured")
-    elif disk is None:
-        say(console, f"disk    {folder} cannot be measured: it is full or read-only", style="yellow")
-    else:
-        say(
-            console,
-            f"disk    {human_bytes(disk.bytes)} in {folder}: written at {human_bytes(disk.write)}/s, read in "
-            f"random rows, dropped from the page cache, at {human_bytes(disk.read)}/s",
-        )
+    _say_disk(folder, disk, console)
     with _busy("measuring the models", console):
         speed = measure_encoding(found)
     _say_encoding(found, speed, disk, console)
@@ -165,6 +156,22 @@ def plan(flags: PlanFlags, *, console: Console | None = None) -> None:
     if folder is not None and disk is not None:
         _say_feeding(found, captions, folder, disk, rate, console)
     _say_break_even(found, speed, disk, rate, console)
+
+
+def _say_disk(folder: Path | None, disk: DiskSpeed | None, console: Console) -> None:
+    from ..data.units import human_bytes
+    from ..pipeline.summary import say
+
+    if folder is None:
+        say(console, "disk    none: the cache is in a bucket, whose speed is not measured")
+    elif disk is None:
+        say(console, f"disk    {folder} cannot be measured: it is full or read-only", style="yellow")
+    else:
+        say(
+            console,
+            f"disk    {human_bytes(disk.bytes)} in {folder}: written at {human_bytes(disk.write)}/s, read in "
+            f"random rows, dropped from the page cache, at {human_bytes(disk.read)}/s",
+        )
 
 
 def _say_feeding(

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ...data.format.manifest import Manifest
+    from ...data.storage.bucket import CachePath
     from ...trainer.sampling.generate import TrainedModel
     from .flags import AnalyzeFlags
 
@@ -56,14 +57,7 @@ def analyze_run(flags: AnalyzeFlags, run: Path, times: Sequence[float], console:
     checkpoint = _checkpoint(run, flags.step)
     where = flags.cache or _cache_of(run)
     path = cache_path(where)
-    try:
-        manifest = with_captions(path, open_manifest(path))
-    except CacheError as error:
-        raise RepaError(
-            f"{run} was trained from {where}: {error.what}" if flags.cache is None else error.what,
-            "name the cache, wherever it is now, with --cache",
-            field="--cache",
-        ) from error
+    manifest = _manifest_of(path, f"{run} was trained from {where}: " if flags.cache is None else "")
     teachers = chosen_teachers(manifest, flags.teachers or (), "patch", where=where)
     model = model_of_file(checkpoint, weights=flags.weights)
     if not model.predicts:
@@ -79,11 +73,7 @@ def analyze_run(flags: AnalyzeFlags, run: Path, times: Sequence[float], console:
     columns = dict.fromkeys((*needed, *columns_of(manifest, teachers, "patch")))
     with CacheReader(path, tuple(columns)) as reader:
         _check_fits(reader, model, where)
-        rows = chosen_rows(reader, flags.num, flags.seed)
-        if flags.k >= len(rows):
-            raise RepaError(
-                f"--k {flags.k} neighbours of {len(rows)} images do not exist", "give fewer", field="--k"
-            )
+        rows = _rows_of(reader, flags)
         labels = reader.labels[rows]
         targets = {each: _pooled(reader, rows, each, flags.batch_size) for each in teachers}
         document: dict[str, Any] = {
@@ -150,6 +140,38 @@ def _cache_of(run: Path) -> str:
             field="--cache",
         )
     return cache
+
+
+def _manifest_of(path: CachePath, before: str) -> Manifest:
+    """Open a manifest, with the columns of captions.
+
+    Args:
+        path: of the cache.
+        before: what an error says first.
+
+    Raises:
+        RepaError: there is no cache.
+    """
+    try:
+        return with_captions(path, open_manifest(path))
+    except CacheError as error:
+        raise RepaError(
+            f"{before}{error.what}", "name the cache, wherever it is now, with --cache", field="--cache"
+        ) from error
+
+
+def _rows_of(reader: CacheReader, flags: AnalyzeFlags) -> NDArray[np.int64]:
+    """Choose the images.
+
+    Raises:
+        RepaError: they have fewer neighbours than are asked for.
+    """
+    rows = chosen_rows(reader, flags.num, flags.seed)
+    if flags.k >= len(rows):
+        raise RepaError(
+            f"--k {flags.k} neighbours of {len(rows)} images do not exist", "give fewer", field="--k"
+        )
+    return rows
 
 
 def _check_has(manifest: Manifest, columns: Sequence[str], where: str) -> None:

@@ -68,7 +68,7 @@ def _cache_verify(
         raise RepaError("--fidelity and --reencode exclude one another", "give them one after the other")
     folder = local_folder(cache) if cache is not None and (fidelity or reencode is not None) else None
     if reencode is not None:
-        from .repair import verify_by_reencoding
+        from .reencoding import verify_by_reencoding
 
         if rows is not None:
             raise RepaError(

@@ -1,12 +1,12 @@
-"""`repa cache repair` and `verify --reencode` put the same images through the same models again."""
+"""`repa cache repair` puts the same images through the same models again, where something is missing."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...data.errors import CacheError, RepaError
 from ...data.units import counted
 from ...pipeline.images.names import default_cache
+from ...pipeline.summary import say
 from .info import check_bytes
 
 if TYPE_CHECKING:
@@ -14,12 +14,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.console import Console
-    from rich.table import Table
 
     from ...data.storage.bucket import CachePath
     from ...data.upkeep.repair import RepairPlan
     from ...pipeline.replay.recorded import Given
-    from ...pipeline.replay.reencode import Reencoded
     from ...pipeline.replay.repair import Repaired
 
 
@@ -55,115 +53,39 @@ def repair(
     captions = captions_path(path)
     for each in (path, captions):
         if restore_group(each):
-            _say(console, f"{each}: zarr.json was damaged, and is written again from the copy beside it")
+            say(console, f"{each}: zarr.json was damaged, and is written again from the copy beside it")
     findings = check_bytes(path, console).findings
     text = [finding for finding in findings if str(finding.path).startswith(f"{captions}/")]
     images = [finding for finding in findings if finding not in text]
     plan = plan_repair(path, images)
     if not findings:
-        _say(console, f"{path}: all is as committed: nothing to repair")
+        say(console, f"{path}: all is as committed: nothing to repair")
         return
-    given = _given(data, vae, weights)
+    given = given_of(data, vae, weights)
     if images:
-        _say(console, f"{path}: {_intention(plan)}")
+        say(console, f"{path}: {_intention(plan)}")
         for repaired in _encode_again(path, plan, given, console):
             _say_what_became(console, repaired)
     if text:
         of_captions = plan_repair(captions, text)
-        _say(console, f"{captions}: {_intention(of_captions)}")
+        say(console, f"{captions}: {_intention(of_captions)}")
         for repaired in _encode_again(path, of_captions, given, console, captions=True):
             _say_what_became(console, repaired)
     left = check_bytes(path, console).findings
     for finding in left:
-        _say(console, str(finding))
+        say(console, str(finding))
     verdict = f"{counted(len(left), 'finding')} left" if left else "all is as committed"
-    _say(console, f"{path}: {verdict}")
+    say(console, f"{path}: {verdict}")
     if left:
         raise SystemExit(1)
 
 
-def verify_by_reencoding(
-    *,
-    cache: Path | None = None,
-    rows: int,
-    data: str | None = None,
-    weights: Sequence[str] = (),
-    seed: int = 0,
-    console: Console | None = None,
-) -> None:
-    """Encode random rows again and hold every column against them, within the rounding of its storage.
-
-    Args:
-        cache: the cache; by default the only one under ``caches/``.
-        rows: how many rows.
-        data: the images it was made from; by default ``images``, of a cache of the demo ``demo``.
-        weights: ``NAME=FILE`` of an encoder's weights.
-        seed: of the choice of rows.
-        console: where to print; standard output by default.
-
-    Raises:
-        RepaError: no cache, other images or weights than recorded, a row that is corrupt.
-        SystemExit: with status 1 when a row is not what is computed now.
-    """
-    from ..shared.terminal import PlainConsole
-
-    if rows < 1:
-        raise RepaError(f"--reencode {rows} compares nothing", "give at least 1")
-    from ...data.format.captions import caption_keys, has_captions, read_captions
-    from ...data.format.columns import AUTOENCODER
-    from ...data.format.foreign import foreign_note
-    from ...data.format.opening import open_manifest, read_keys
-    from ...pipeline.replay.captions import reencode_captions
-    from ...pipeline.replay.reencode import reencode
-
-    console = console or PlainConsole()
-    path = cache or default_cache()
-    manifest = open_manifest(path)
-    if foreign_note(manifest) is not None:
-        if list(manifest.sources) == [AUTOENCODER] and not has_captions(path):
-            raise CacheError(
-                f"the latents of {path} were imported, and nothing here can encode them again",
-                "`repa cache verify` checks every byte of them",
-                field=AUTOENCODER,
-            )
-        _say(console, f"{AUTOENCODER} was imported, and nothing here can encode it again: it is left out")
-    given = _given(data, None, weights)
-    found = reencode(path, given, rows=rows, seed=seed)
-    names = dict.fromkeys((each.column for each in found), ("image", read_keys(path, manifest)))
-    if has_captions(path):
-        text = reencode_captions(path, given, rows=rows, seed=seed)
-        names |= dict.fromkeys((each.column for each in text), ("caption", caption_keys(read_captions(path))))
-        found += text
-    console.print(_reencoded(found))
-    for each in found:
-        noun, keys = names[each.column]
-        for row in each.outside:
-            _say(
-                console, f"{each.column} of {noun} {keys[row]} (row {row}) is not what is computed of it now"
-            )
-    lost = [each.column for each in found if not each.kept]
-    verdict = (
-        f"{', '.join(lost)} {'is' if len(lost) == 1 else 'are'} not what the images give; write the cache "
-        "again in another folder, and compare"
-        if lost
-        else "what is stored is what the images give, within its rounding"
-    )
-    _say(console, f"{path}: {verdict}")
-    if lost:
-        raise SystemExit(1)
-
-
-def _given(data: str | None, vae: str | None, weights: Sequence[str]) -> Given:
+def given_of(data: str | None, vae: str | None, weights: Sequence[str]) -> Given:
+    """Return what a user says of where images and models are."""
     from ...pipeline.replay.recorded import Given
     from ..shared.encoders import parse_weights
 
     return Given(data=data, vae=vae, weights=parse_weights(weights))
-
-
-def _say(console: Console, line: str) -> None:
-    from rich.text import Text
-
-    console.print(Text(line), soft_wrap=True, highlight=False)
 
 
 def _intention(plan: RepairPlan) -> str:
@@ -223,23 +145,4 @@ def _say_what_became(console: Console, repaired: Repaired) -> None:
         )
     if repaired.unknown:
         parts.append(f"{len(repaired.unknown)} without a record to compare with")
-    _say(console, f"  {repaired.source}: {', '.join(parts)}")
-
-
-def _reencoded(found: Sequence[Reencoded]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    for heading in ("column", "rows", "same bits", "largest difference", "noise allowed", ""):
-        table.add_column(heading, justify="left" if heading == "column" else "right")
-    for each in found:
-        table.add_row(
-            each.column,
-            str(each.rows),
-            str(each.identical),
-            f"{each.largest:.2f} of what is allowed",
-            f"{each.noise:g}",
-            Text("" if each.kept else "over", style="bold red"),
-        )
-    return table
+    say(console, f"  {repaired.source}: {', '.join(parts)}")

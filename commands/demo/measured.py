@@ -23,7 +23,7 @@ from ...trainer.sampling.record import ARRAY_FILE
 from ...trainer.settings_file import load_yaml
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -37,6 +37,7 @@ HELD_OUT_SEED = 1
 
 HELD_OUT = "held_out_ema"
 _CHUNK = 64
+_CURVES_HEIGHT = 2.8  # inches
 
 
 class Distance:
@@ -96,7 +97,48 @@ def curve(run: DemoRun, name: str) -> list[tuple[float, float]]:
     return [(row["step"], row[name]) for row in rows if name in row]
 
 
-def draw_curves(axes: Axes, runs: Sequence[DemoRun], name: str, title: str) -> None:
+def draw_runs(
+    runs: Sequence[DemoRun],
+    path: Path,
+    draw: Callable[[Axes, DemoRun], None],
+    *,
+    across: int,
+    cell: tuple[float, float],
+    dpi: int,
+) -> None:
+    """Draw samples of the runs over their curves.
+
+    Args:
+        runs: trained and sampled.
+        path: the picture.
+        draw: draws the samples of a run.
+        across: most pictures of samples beside each other.
+        cell: width and height of one, in inches.
+        dpi: pixels an inch.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    across = min(len(runs), across)
+    down = -(-len(runs) // across)
+    width, height = cell
+    figure = plt.figure(figsize=(width * across, height * down + _CURVES_HEIGHT), layout="constrained")
+    grids = figure.add_gridspec(down + 1, 2 * across, height_ratios=(*[height] * down, _CURVES_HEIGHT))
+    for index, run in enumerate(runs):
+        row, column = divmod(index, across)
+        axes = figure.add_subplot(grids[row, 2 * column : 2 * column + 2])
+        draw(axes, run)
+        axes.tick_params(length=0)
+        axes.set_frame_on(False)
+    _draw_curves(figure.add_subplot(grids[down, :across]), runs, HELD_OUT, "velocity loss, held-out rows")
+    _draw_curves(figure.add_subplot(grids[down, across:]), runs, "velocity", "velocity loss, training")
+    figure.savefig(path, dpi=dpi)
+    plt.close(figure)
+
+
+def _draw_curves(axes: Axes, runs: Sequence[DemoRun], name: str, title: str) -> None:
     """Draw a metric of every run over its steps."""
     for run in runs:
         steps, values = zip(*curve(run, name), strict=True)

@@ -18,7 +18,7 @@ from .measured import (
     Distance,
     bytes_per_image,
     curve,
-    draw_curves,
+    draw_runs,
     images_per_second,
     pixels,
     samples,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
     from .demo_run import DemoRun
@@ -89,7 +90,7 @@ def report(cache: Path, runs: Sequence[DemoRun], out: Path) -> list[DemoRow]:
     _print_table(rows, floor, len(unseen))
     numbers = {"rows": [asdict(row) for row in rows], "frechet_distance_of_unseen_images": floor}
     write_file(out / "demo.json", (json.dumps(numbers, indent=2) + "\n").encode(), out)
-    _draw(runs, out / "demo.png")
+    draw_runs(runs, out / "demo.png", _draw_samples, across=ACROSS, cell=(5.2, 3.3), dpi=100)
     print(f"Wrote {out / 'demo.png'} and {out / 'demo.json'}.")
     return rows
 
@@ -134,37 +135,16 @@ def _print_table(rows: Sequence[DemoRow], floor: float, unseen: int) -> None:
     )
 
 
-def _draw(runs: Sequence[DemoRun], path: Path) -> None:
-    """Draw samples of the runs over the curves, the same noise and labels in the same positions."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    across = min(len(runs), ACROSS)
-    down = -(-len(runs) // across)
-    figure = plt.figure(figsize=(5.2 * across, 3.3 * down + 3.1), layout="constrained")
-    grids = figure.add_gridspec(down + 1, 2 * across, height_ratios=(*[3.2] * down, 2.6))
-    for index, run in enumerate(runs):
-        row, column = divmod(index, across)
-        axes = figure.add_subplot(grids[row, 2 * column : 2 * column + 2])
-        axes.imshow(_grid(*samples(run)), interpolation="nearest")
-        on = "" if run.model == runs[0].model else f" on {run.model}"
-        of_classes = samples(run)[1].ndim == 1
-        axes.set_title(
-            f"{run.method}{on}: {PER_CLASS} samples of each class"
-            if of_classes
-            else f"{run.method}{on}: samples"
-        )
-        ticks = [RESOLUTION * (label + 0.5) for label in range(len(CLASS_NAMES))] if of_classes else []
-        axes.set_xticks(ticks, CLASS_NAMES if of_classes else [], rotation=35, ha="right", fontsize=8)
-        axes.tick_params(length=0)
-        axes.set_yticks([])
-        axes.set_frame_on(False)
-    draw_curves(figure.add_subplot(grids[down, :across]), runs, HELD_OUT, "velocity loss, held-out rows")
-    draw_curves(figure.add_subplot(grids[down, across:]), runs, "velocity", "velocity loss, training")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+def _draw_samples(axes: Axes, run: DemoRun) -> None:
+    """Draw a column for each class, of samples without one a grid."""
+    images, labels = samples(run)
+    of_classes = labels.ndim == 1
+    axes.imshow(_grid(images, labels), interpolation="nearest")
+    what = f"{PER_CLASS} samples of each class" if of_classes else "samples"
+    axes.set_title(f"{run.method} on {run.model}: {what}")
+    ticks = [RESOLUTION * (label + 0.5) for label in range(len(CLASS_NAMES))] if of_classes else []
+    axes.set_xticks(ticks, CLASS_NAMES if of_classes else [], rotation=35, ha="right", fontsize=8)
+    axes.set_yticks([])
 
 
 def _grid(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.uint8]:

@@ -18,7 +18,7 @@ from .measured import (
     Distance,
     bytes_per_image,
     curve,
-    draw_curves,
+    draw_runs,
     images_per_second,
     pixels,
     samples,
@@ -90,7 +90,7 @@ def report(cache: Path, runs: Sequence[DemoRun], out: Path) -> list[TextRow]:
         "right_both_of_unseen_images": ceiling,
     }
     write_file(out / "demo-text.json", (json.dumps(numbers, indent=2) + "\n").encode(), out)
-    _draw(runs, out / "demo-text.png")
+    draw_runs(runs, out / "demo-text.png", _draw_prompts, across=ACROSS, cell=(6.8, 4.5), dpi=80)
     print(f"Wrote {out / 'demo-text.png'} and {out / 'demo-text.json'}.")
     return rows
 
@@ -163,26 +163,6 @@ def _print_table(rows: Sequence[TextRow], floor: float, ceiling: float, count: i
     )
 
 
-def _draw(runs: Sequence[DemoRun], path: Path) -> None:
-    """Draw a sample of each prompt over the curves, the same noise in the same positions."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    across = min(len(runs), ACROSS)
-    down = -(-len(runs) // across)
-    figure = plt.figure(figsize=(6.8 * across, 4.5 * down + 2.6), layout="constrained")
-    grids = figure.add_gridspec(down + 1, 2 * across, height_ratios=(*[4.5] * down, 2.4))
-    for index, run in enumerate(runs):
-        row, column = divmod(index, across)
-        _draw_prompts(figure.add_subplot(grids[row, 2 * column : 2 * column + 2]), run)
-    draw_curves(figure.add_subplot(grids[down, :across]), runs, HELD_OUT, "velocity loss, held-out rows")
-    draw_curves(figure.add_subplot(grids[down, across:]), runs, "velocity", "velocity loss, training")
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
-
-
 def _draw_prompts(axes: Axes, run: DemoRun) -> None:
     """Draw a row for each colour and a column for each shape, with a mark on what is not what was asked."""
     texts = prompts()
@@ -206,8 +186,6 @@ def _draw_prompts(axes: Axes, run: DemoRun) -> None:
         [RESOLUTION * (each + 0.5) for each in range(columns)], CLASS_NAMES, rotation=35, ha="right"
     )
     axes.set_yticks([RESOLUTION * (each + 0.5) for each in range(rows)], COLOUR_NAMES)
-    axes.tick_params(length=0)
-    axes.set_frame_on(False)
 
 
 def _grid(images: NDArray[np.uint8], rows: int, columns: int) -> NDArray[np.uint8]:

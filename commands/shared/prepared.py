@@ -89,7 +89,7 @@ def prepare_sampling(
     Raises:
         RepaError: the model or the autoencoder cannot be had, or has nothing of what is asked for.
     """
-    from ...trainer.sampling.generate import model_of_file, with_scale
+    from ...trainer.sampling.generate import with_scale
     from ...trainer.sampling.record import SamplingRecord
     from .banks import BankAsked
     from .texts import TextAsked
@@ -98,13 +98,7 @@ def prepare_sampling(
     bank.check()
 
     settings = _settings(flags)
-    model = model_of_file(checkpoint, weights=flags.weights, family=flags.family)
-    if not model.predicts:
-        raise RepaError(
-            f"{model.origin} is of a warm-up, which does not train what samples are made from",
-            "train on, or name a later checkpoint with --ckpt",
-            field="--ckpt",
-        )
+    model = _predicting_model(checkpoint, flags)
     settings = settings.of(model.objective)
     check_guidance(flags, model, say)
     check_conditions(model, bank, text)
@@ -135,6 +129,24 @@ def prepare_sampling(
         random_autoencoder=flags.vae is None and model.autoencoder_random,
         teacher_weights=flags.teacher_weights,
     )
+
+
+def _predicting_model(checkpoint: Path, flags: SamplingFlags) -> TrainedModel:
+    """Load a model that samples can be made from.
+
+    Raises:
+        RepaError: it cannot be had, or is of a warm-up.
+    """
+    from ...trainer.sampling.generate import model_of_file
+
+    model = model_of_file(checkpoint, weights=flags.weights, family=flags.family)
+    if not model.predicts:
+        raise RepaError(
+            f"{model.origin} is of a warm-up, which does not train what samples are made from",
+            "train on, or name a later checkpoint with --ckpt",
+            field="--ckpt",
+        )
+    return model
 
 
 def _settings(flags: SamplingFlags) -> SamplerConfig:

@@ -11,9 +11,10 @@ from ..format.captions import with_captions
 from ..format.opening import open_manifest
 from ..storage.bucket import cache_path
 from ..units import counted
+from .header import read_header
 from .names import names_tars, present_tars
 from .reader import open_tar
-from .shards import read_header, read_samples
+from .shards import read_samples
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..format.manifest import Manifest
-    from .shards import ShardHeader
+    from .header import ShardHeader
 
 
 def manifest_of(cache: str) -> Manifest:

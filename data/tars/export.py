@@ -27,21 +27,23 @@ from ..storage.files import create_file, make_folder, os_errors, partial_path, p
 from ..writing.calibrations import ensure_calibration, read_calibration, recorded_sha256
 from ..writing.store import ensure_cache, ensure_source, keys_sha256
 from ..writing.writer import SourceWriter
-from .reader import missing_webdataset, open_tar
-from .shards import (
+from .header import (
     AGAIN,
     CALIBRATION_FIELD,
     CALIBRATION_KEY,
-    FACTS_FIELD,
     HEADER_KEY,
-    LABEL_FIELD,
     ShardHeader,
-    column_field,
-    npy_header,
     read_header,
     read_headers,
-    read_samples,
     restricted,
+)
+from .reader import missing_webdataset, open_tar
+from .shards import (
+    FACTS_FIELD,
+    LABEL_FIELD,
+    column_field,
+    npy_header,
+    read_samples,
     sample_facts,
     tar_key,
 )

@@ -113,17 +113,10 @@ def verify_cache(
     unsound: set[int | None] = set()  # shards with a record that is there and not to be believed
     for source in dict.fromkeys(source_of(name) for name in checked):
         findings += _check_calibration(path, manifest, source)
-        for found in map_files(
-            lambda shard, source=source: _check_record(path, manifest, source, shard),  # type: ignore[misc]
-            range(manifest.num_shards),
-            path,
-        ):
-            if isinstance(found, Finding):
-                findings.append(found)
-                if found.remedy != _RESUME:
-                    unsound.add(found.shard)
-            else:
-                records[source, found.shard] = found
+        sound, wrong = _check_records(path, manifest, source)
+        records |= {(source, record.shard): record for record in sound}
+        findings += wrong
+        unsound |= {found.shard for found in wrong if found.remedy != _RESUME}
     usual = _REMOTE_FILES if isinstance(path, RemotePath) else min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(REQUESTS) as requests:
         tasks = [
@@ -140,6 +133,23 @@ def verify_cache(
         if manifest.source_kind != SOURCE_KIND:
             findings += _check_captions(path, manifest, progress, threads)
     return findings
+
+
+def _check_records(
+    path: CachePath, manifest: Manifest, source: str
+) -> tuple[list[CommitRecord], list[Finding]]:
+    """Return the commit records of a source that are sound, and what is wrong with the others."""
+    found = map_files(
+        lambda shard: _check_record(path, manifest, source, shard), range(manifest.num_shards), path
+    )
+    sound: list[CommitRecord] = []
+    wrong: list[Finding] = []
+    for each in found:
+        if isinstance(each, Finding):
+            wrong.append(each)
+        else:
+            sound.append(each)
+    return sound, wrong
 
 
 def _check_captions(

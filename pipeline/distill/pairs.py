@@ -16,7 +16,8 @@ from ...data.reading.reader import CacheReader
 from ..columns.forms import restore
 from ..images.views import check_views, in_view
 from ..images.workers import decode_row
-from ..replay.live import MAX_DECODERS, images_of
+from ..replay.images import images_of
+from ..replay.live import MAX_DECODERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

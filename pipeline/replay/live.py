@@ -24,23 +24,18 @@ from ...data.format.columns import (
     column_name,
     split_column,
 )
-from ...data.format.foreign import foreign_note
 from ...data.format.manifest import LOADED_NOTE
 from ...data.format.opening import as_recorded, open_manifest
 from ...data.machine import usable_cores
 from ...data.reading.reader import CacheReader
-from ...data.units import counted
-from ...data.writing.store import keys_sha256
 from ..encoders import find_teacher, load_encoder
 from ..encoders.precision import require_arithmetic
 from ..encoders.registry import file_of
-from ..images.base import AUTO_LABELS, FOLDER_LABELS, NO_LABELS, ONLY_CLASS
-from ..images.matched import MatchedImages
-from ..images.open import open_source
 from ..images.views import check_views, in_view
 from ..images.workers import decode_row
 from ..lanes.threads import one_thread_lanes
 from ..plan import default_batch_size
+from .images import images_of
 from .placement import Pass, Placement
 
 if TYPE_CHECKING:
@@ -52,15 +47,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from ...data.format.manifest import Manifest, Provenance
+    from ...data.format.manifest import Provenance
     from ...data.storage.bucket import CachePath
     from ..encoders.base import Encoder
-    from ..images.base import ImageSource
 
     Decoded = NDArray[np.uint8] | str
 
-# kinds of sources that may have labels of two sorts
-_FOLDERS = ("folder", "zip")
 MAX_DECODERS = 8
 MAX_LANES = 16
 _NO_WEIGHTS: Mapping[str, Path] = {}
@@ -339,61 +331,3 @@ class _Teacher:
 def _as_run(provenance: Provenance) -> Provenance:
     """Return a provenance that tells weights by what is run, as runs have always recorded live teachers."""
     return replace(provenance, weights_sha256=provenance.notes.get(LOADED_NOTE, provenance.weights_sha256))
-
-
-def _open_as_recorded(manifest: Manifest, data: str, may_import: bool) -> ImageSource:
-    """Open the images with labels from where the cache has its own, which no manifest says."""
-    only = manifest.class_names == (ONLY_CLASS,)
-    for labels in (NO_LABELS,) if only else (AUTO_LABELS, FOLDER_LABELS):
-        images = open_source(
-            data,
-            limit=manifest.num_rows,
-            apply_exif=manifest.exif_orientation == "applied",
-            labels=labels,
-            may_import=may_import,
-        )
-        other = images.fingerprint != manifest.source_fingerprint
-        if not (other and images.kind in _FOLDERS and keys_sha256(images.keys) == manifest.keys_sha256):
-            break
-    return images
-
-
-def _open_matched(manifest: Manifest, data: str, cache: CachePath, may_import: bool) -> ImageSource:
-    """Open the images of imported latents, with labels from where the cache has its own."""
-    apply_exif = manifest.exif_orientation == "applied"
-    only = manifest.class_names == (ONLY_CLASS,)
-    for labels in (NO_LABELS,) if only else (AUTO_LABELS, FOLDER_LABELS):
-        images = open_source(data, apply_exif=apply_exif, labels=labels, may_import=may_import)
-        try:
-            return MatchedImages(images, cache, manifest)
-        except CacheError as error:
-            if error.field != "--labels" or labels != AUTO_LABELS or images.kind not in _FOLDERS:
-                raise
-    raise AssertionError("the last of them returns or raises")
-
-
-def images_of(manifest: Manifest, data: str, cache: CachePath, *, may_import: bool = False) -> ImageSource:
-    """Open the images of a cache as it was written.
-
-    Args:
-        manifest: of the cache.
-        data: what is said to be its images, see `open_source`.
-        cache: the cache, for the error.
-        may_import: see `open_source`.
-
-    Raises:
-        RepaError: the folder cannot be listed.
-        CacheError: these are other images.
-    """
-    if foreign_note(manifest) is not None:
-        return _open_matched(manifest, data, cache, may_import)
-    images = _open_as_recorded(manifest, data, may_import)
-    if keys_sha256(images.keys) != manifest.keys_sha256:
-        what = f"{counted(len(images), 'image', ',')} under other names than its {manifest.num_rows:,}"
-    elif images.fingerprint != manifest.source_fingerprint:
-        what = "images of the same names, but of other classes or sizes in bytes"
-    else:
-        return images
-    raise CacheError(
-        f"{data} is not what cache {cache} was made from: it has {what}", "give that folder with --data"
-    )

@@ -21,7 +21,7 @@ from ..plan import Plan
 from ..run import share_out
 from ..shard_loop.ranks import Rank
 from ..shard_loop.worker import calibrator
-from .live import images_of
+from .images import images_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

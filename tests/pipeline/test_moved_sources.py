@@ -15,7 +15,7 @@ from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.data.errors import CacheError
 from repa.data.format.opening import open_manifest
 from repa.pipeline.demo import VAE_FOLDER
-from repa.pipeline.replay.live import images_of
+from repa.pipeline.replay.images import images_of
 from rich.console import Console
 
 if TYPE_CHECKING:

@@ -137,23 +137,7 @@ def read_first_steps(checked: Checked, config: TrainConfig, identity: Mapping[st
     if wanted is None:
         return None
     field = f"method.{wanted.setting}"
-    try:
-        file = _file_of(wanted)
-    except RepaError as error:
-        raise RepaError(error.what, error.remedy, field=field) from error
-    try:
-        checkpoint = load_checkpoint(file)
-    except RepaError as error:
-        # its own remedy is for the run that the file is of, which is another
-        raise RepaError(
-            error.what, "name another run, or its checkpoint of that step", field=field
-        ) from error
-    if checkpoint["global_step"] != wanted.step:
-        raise RepaError(
-            f"{file} is of step {checkpoint['global_step']:,}, and this run begins at {wanted.step:,}",
-            "name its checkpoint of that step, or its run",
-            field=field,
-        )
+    file, checkpoint = _checkpoint_of(wanted, field)
     said = checkpoint[CHECKPOINT_KEY]
     different = [
         *_different_method(said, config, method, wanted),
@@ -183,6 +167,32 @@ def read_first_steps(checked: Checked, config: TrainConfig, identity: Mapping[st
             "differs": {key: [theirs.get(key), ours[key]] for key in ours if theirs.get(key) != ours[key]},
         },
     )
+
+
+def _checkpoint_of(wanted: FirstSteps, field: str) -> tuple[Path, dict[str, Any]]:
+    """Load the checkpoint of the steps that a method names.
+
+    Raises:
+        RepaError: there is none, it cannot be read, or it is of another step; ``field`` is the one given.
+    """
+    try:
+        file = _file_of(wanted)
+    except RepaError as error:
+        raise RepaError(error.what, error.remedy, field=field) from error
+    try:
+        checkpoint = load_checkpoint(file)
+    except RepaError as error:
+        # its own remedy is for the run that the file is of, which is another
+        raise RepaError(
+            error.what, "name another run, or its checkpoint of that step", field=field
+        ) from error
+    if checkpoint["global_step"] != wanted.step:
+        raise RepaError(
+            f"{file} is of step {checkpoint['global_step']:,}, and this run begins at {wanted.step:,}",
+            "name its checkpoint of that step, or its run",
+            field=field,
+        )
+    return file, checkpoint
 
 
 def _file_of(wanted: FirstSteps) -> Path:

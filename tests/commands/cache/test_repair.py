@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from repa.commands.cache.repair import repair, verify_by_reencoding
+from repa.commands.cache.reencoding import verify_by_reencoding
+from repa.commands.cache.repair import repair
 from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.data.errors import CacheError, RepaError
 from repa.data.format.columns import ColumnSpec, source_of

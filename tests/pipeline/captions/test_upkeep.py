@@ -14,7 +14,8 @@ from captioned_images import CAPTIONS, TEXTS, save_coco, save_images
 from repa.commands.cache.export import export
 from repa.commands.cache.info import info
 from repa.commands.cache.merge import merge
-from repa.commands.cache.repair import repair, verify_by_reencoding
+from repa.commands.cache.reencoding import verify_by_reencoding
+from repa.commands.cache.repair import repair
 from repa.data.errors import CacheError
 from repa.data.format.captions import captions_path, read_captions
 from repa.data.format.layout import shard_file
