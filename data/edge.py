@@ -7,6 +7,7 @@ model or says in one line which of them is wrong. `printable` is for the way out
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from functools import cache
 from math import isfinite
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -201,10 +202,19 @@ def _first(wrong: ValidationError) -> tuple[str, str]:
     if first["type"] == "missing":
         what = f"{field} is missing"
     elif first["type"] == "json_invalid":
-        what = f"is no JSON ({message})"
+        what = f"it is no JSON ({message})"
     elif first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         what = f"{field} is not known"
     else:
-        what = f"{field or 'it'} is {shortened(first['input'])} ({message})"
+        what = f"{field or 'it'} is {_told_apart(first['input'])} ({message})"
     more = len(found) - 1
     return (f"{what}, and {more} more are wrong" if more else what), field
+
+
+def _told_apart(value: object) -> str:
+    """Return a wrong value as an error shows it, in quotation marks a text that reads like another value."""
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            json.loads(value or "null")
+            return f'"{shortened(value)}"'
+    return shortened(value)

@@ -100,8 +100,10 @@ def _copy(distilled: Mapping[str, Any]) -> str:
         f"a copy of {distilled['teacher']} (weights {distilled['teacher_sha256'][:12]}) with "
         f"{distilled['idle']:.0%} of its hidden channels idle, another teacher: patch tokens at cosine "
         f"{fidelity['patch_cosine_mean']:.3f} to it, those of another image at "
-        f"{fidelity['shuffled_cosine']:.3f}, on {counted(fidelity['images'], 'held-out image')}; "
-        f"×{speed['ratio']:.2f} its speed on {speed['device']}"
+        f"{fidelity['shuffled_cosine']:.3f}, REPA's loss of a token {fidelity['repa_loss_change']:.3f} off, "
+        f"{fidelity['neighbour_agreement']:.0%} of the {fidelity['neighbours']} nearest images in common, on "
+        f"{counted(fidelity['images'], 'held-out image')}; ×{speed['ratio']:.2f} its speed on "
+        f"{speed['device']}"
     )
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ...pipeline.distill.config import DistillConfig
-    from ...pipeline.encoders.idle_teacher import Distilled
+    from ...pipeline.encoders.distilled import Distilled
     from .flags import DistillFlags
 
 _FIGURES = {
@@ -114,21 +114,21 @@ def _print(found: Distilled, console: Console) -> None:
     norm = "LayerNorms kept" if found.norm == "layer" else "BatchNorms"
     table = Table(
         title=f"{found.name}: {found.idle:.0%} of {found.teacher}'s hidden channels idle, {norm}, merged; "
-        f"{found.training['steps']:,} steps; measured on {found.fidelity['images']:,} held-out images",
+        f"{found.training.steps:,} steps; measured on {found.fidelity.images:,} held-out images",
         title_justify="left",
         show_header=False,
     )
     table.add_column(justify="left")
     table.add_column(justify="right")
     for key, text in _FIGURES.items():
-        count = f", of {found.fidelity['neighbours']}" if key == "neighbour_agreement" else ""
-        value = found.fidelity[key]
+        count = f", of {found.fidelity.neighbours}" if key == "neighbour_agreement" else ""
+        value = getattr(found.fidelity, key)
         table.add_row(f"{text}{count}", f"{value:.2g}" if key == "merge_error" else f"{value:.4f}")
     speed = found.speed
-    threads = f", threads: {speed['threads']}" if speed["threads"] else ""
+    threads = f", threads: {speed.threads}" if speed.threads else ""
     table.add_row(
-        f"images/s, {speed['device']}{threads}, {speed['compute_dtype']}, batch {speed['batch_size']}",
-        f"{speed['teacher']:.1f} → {speed['copy']:.1f}, ×{speed['ratio']:.2f}",
+        f"images/s, {speed.device}{threads}, {speed.compute_dtype}, batch {speed.batch_size}",
+        f"{speed.teacher:.1f} → {speed.copy:.1f}, ×{speed.ratio:.2f}",
     )
     console.print(table)
 

@@ -1,45 +1,19 @@
-"""What a distillation depends on, and whether one that was begun before is the same."""
+"""Whether the distillation that was begun before is the one that is asked for."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from ...data.errors import RepaError
-from ..encoders.idle_teacher import read_distilled
+from ..encoders.distilled import read_distilled
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
-    from ..encoders.idle_teacher import Distilled
+    from ..encoders.distilled import Distilled, TrainingSettings
 
 _FLAGS = {"encoder": "--out", "teacher_sha256": "--weights"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
-    """What the weights after a step depend on.
-
-    Attributes:
-        encoder: name of the student.
-        cache: identity of the cache.
-        teacher_sha256: of the teacher's weights.
-        fit_images: images of the closed-form start.
-        held_out: images that are held out.
-        batch_size: images of a step.
-        learning_rate: of AdamW, constant, without weight decay.
-        seed: of the order and of the images of the start.
-    """
-
-    encoder: str
-    cache: str
-    teacher_sha256: str
-    fit_images: int
-    held_out: int
-    batch_size: int
-    learning_rate: float
-    seed: int
 
 
 def there_already(out: Path, settings: TrainingSettings, steps: int) -> Distilled | None:
@@ -61,11 +35,11 @@ def there_already(out: Path, settings: TrainingSettings, steps: int) -> Distille
     except RepaError as error:
         raise RepaError(error.what, remedy, field="--out") from error
     require_same(found.training, settings, out, remedy)
-    require_ahead(out, found.training.get("steps", 0), steps)
-    return found if found.training.get("steps") == steps else None
+    require_ahead(out, found.training.steps, steps)
+    return found if found.training.steps == steps else None
 
 
-def require_same(begun: Mapping[str, Any], settings: TrainingSettings, file: Path, remedy: str) -> None:
+def require_same(begun: TrainingSettings, settings: TrainingSettings, file: Path, remedy: str) -> None:
     """Refuse a distillation of other settings.
 
     Args:
@@ -78,10 +52,9 @@ def require_same(begun: Mapping[str, Any], settings: TrainingSettings, file: Pat
         RepaError: says the first that differs.
     """
     for name, value in asdict(settings).items():
-        if begun.get(name) != value:
+        if (other := getattr(begun, name)) != value:
             raise RepaError(
-                f"the distillation in {file} was begun with {name.replace('_', ' ')} {begun.get(name)}, "
-                f"not {value}",
+                f"the distillation in {file} was begun with {name.replace('_', ' ')} {other}, not {value}",
                 remedy,
                 field=_FLAGS.get(name, f"--{name.replace('_', '-')}"),
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ NEIGHBOURS = 10
 
 
 @torch.inference_mode()
-def fidelity(encoder: Encoder, pairs: Iterable[Pairs]) -> dict[str, float]:
+def fidelity(encoder: Encoder, pairs: Iterable[Pairs]) -> dict[str, Any]:
     """Measure an encoder.
 
     Args:

@@ -14,18 +14,12 @@ from ...data.format.opening import as_recorded, open_manifest
 from ...data.reading.order import permutation, split_holdout
 from ...data.storage.bucket import cache_path
 from ..encoders import find_teacher, load_encoder
+from ..encoders.distilled import ENTRY, Distilled, Fidelity, Training, TrainingSettings
 from ..encoders.idle_blocks import make_idle, merged, require_idle_fits
-from ..encoders.idle_teacher import (
-    ENTRY,
-    SUFFIX,
-    Distilled,
-    idle_name,
-    idle_teacher,
-    usual_file,
-)
+from ..encoders.idle_teacher import SUFFIX, idle_name, idle_teacher, usual_file
 from ..encoders.registry import file_of
 from ..encoders.timm_vit import TimmEncoder
-from .begun import TrainingSettings, require_ahead, there_already
+from .begun import require_ahead, there_already
 from .fidelity import fidelity
 from .pairs import CachedPairs
 from .speed import compare_speed
@@ -99,19 +93,22 @@ def distill(config: DistillConfig, report: Report) -> tuple[Path, Distilled]:
         student = _student(config, settings, teacher, pairs, rows, out, report)
         found = teacher.with_model(merged(student.model, config.norm)).in_float32()
         with report.progress(len(rows.held_out), "measuring") as done:
-            distilled = Distilled(
-                name=copy.name,
-                teacher=name,
-                teacher_sha256=settings.teacher_sha256,
-                idle=config.idle,
-                norm=config.norm,
-                merged=True,
-                resolution=manifest.resolution,
-                data=manifest.source_fingerprint,
-                views=manifest.views,
-                training={**asdict(settings), "steps": config.steps},
-                **_measured(config, teacher, student, found, pairs, rows.held_out, done),
-            )
+            measured = _fidelity(config, student, found, pairs, rows.held_out, done)
+        images = pairs.read(rows.held_out[: config.batch_size]).images
+        distilled = Distilled(
+            name=copy.name,
+            teacher=name,
+            teacher_sha256=settings.teacher_sha256,
+            idle=config.idle,
+            norm=config.norm,
+            merged=True,
+            resolution=manifest.resolution,
+            data=manifest.source_fingerprint,
+            views=manifest.views,
+            training=Training(**asdict(settings), steps=config.steps),
+            fidelity=measured,
+            speed=compare_speed(teacher, teacher.with_model(found.model), images),
+        )
         write_tensors(out, found.model.state_dict(), {ENTRY: distilled.as_json()})
     return out, distilled
 
@@ -220,32 +217,27 @@ def _student(
     return student
 
 
-def _measured(
+def _fidelity(
     config: DistillConfig,
-    teacher: TimmEncoder,
     student: TimmEncoder,
     found: TimmEncoder,
     pairs: CachedPairs,
     held: NDArray[np.int64],
     report: Callable[[int], None],
-) -> dict[str, dict[str, Any]]:
-    """Return the fidelity and the speed of the merged student.
+) -> Fidelity:
+    """Measure the merged student.
 
     Raises:
         RepaError: merging has changed it.
     """
-    images = pairs.read(held[: config.batch_size]).images
-    error = _merge_error(student, found, images)
+    error = _merge_error(student, found, pairs.read(held[: config.batch_size]).images)
 
     def batches() -> Iterator[Pairs]:
         for each in pairs.batches(held, config.batch_size):
             yield each
             report(len(each.images))
 
-    return {
-        "fidelity": {"merge_error": error, **fidelity(found, batches())},
-        "speed": compare_speed(teacher, teacher.with_model(found.model), images),
-    }
+    return Fidelity(merge_error=error, **fidelity(found, batches()))
 
 
 def _load(config: DistillConfig, manifest: Manifest, name: str, device: torch.device) -> TimmEncoder:

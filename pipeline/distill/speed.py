@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..encoders.distilled import Speed
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 ROUNDS = 5
 
 
-def compare_speed(teacher: TimmEncoder, encoder: TimmEncoder, images: Tensor) -> dict[str, float | int | str]:
+def compare_speed(teacher: TimmEncoder, encoder: TimmEncoder, images: Tensor) -> Speed:
     """Encode the same images by both, in turn.
 
     Args:
@@ -25,8 +27,7 @@ def compare_speed(teacher: TimmEncoder, encoder: TimmEncoder, images: Tensor) ->
         images: uint8 ``[B, 3, R, R]``, on their device.
 
     Returns:
-        ``device``, ``threads`` of a CPU, ``compute_dtype``, ``batch_size``, ``teacher`` and ``copy`` in
-        images a second (medians), and ``ratio``, the median of the rounds' own.
+        What was measured.
     """
     rates: list[tuple[float, float]] = []
     for number in range(ROUNDS + 1):
@@ -34,15 +35,15 @@ def compare_speed(teacher: TimmEncoder, encoder: TimmEncoder, images: Tensor) ->
         if number:  # in the first much is done for the first time
             rates.append((found[0], found[1]))
     cuda = teacher.device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(teacher.device) if cuda else "CPU",
-        "threads": 0 if cuda else torch.get_num_threads(),
-        "compute_dtype": teacher.compute_dtype,
-        "batch_size": len(images),
-        "teacher": median(each for each, _ in rates),
-        "copy": median(each for _, each in rates),
-        "ratio": median(copy / original for original, copy in rates),
-    }
+    return Speed(
+        device=torch.cuda.get_device_name(teacher.device) if cuda else "CPU",
+        threads=0 if cuda else torch.get_num_threads(),
+        compute_dtype=teacher.compute_dtype,
+        batch_size=len(images),
+        teacher=median(each for each, _ in rates),
+        copy=median(each for _, each in rates),
+        ratio=median(copy / original for original, copy in rates),
+    )
 
 
 def _seconds(encoder: TimmEncoder, images: Tensor) -> float:

@@ -22,7 +22,8 @@ from ...data.edge import parse_json
 from ...data.errors import RepaError
 from ...data.reading.order import EpochOrder, batch_views
 from ...data.storage.files import make_folder, os_errors, write_file
-from .begun import TrainingSettings, require_same
+from ..encoders.distilled import TrainingSettings  # noqa: TC001 - pydantic reads it
+from .begun import require_same
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,8 +37,10 @@ if TYPE_CHECKING:
 
 SQUARED_WEIGHT = 0.1
 """Of the squared error beside the cosine. Ours."""
+MOST_STEPS = 10**9
 TRAINED = ("blocks.", "norm.")
 _ENTRY = "repa-distillation"
+_BEGIN_AGAIN = "remove that file to begin again"
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
 
@@ -46,7 +49,7 @@ class _Kept:
     """What the file of a distillation says of the state in it."""
 
     settings: TrainingSettings
-    step: Annotated[int, Field(ge=0)]
+    step: Annotated[int, Field(ge=0, le=MOST_STEPS)]
 
 
 class Distillation:
@@ -97,10 +100,9 @@ class Distillation:
         """
         if not self._file.exists():
             return False
-        remedy = "give the same, or remove that file to begin again"
-        kept, state = _read_kept(self._file, remedy)
-        require_same(asdict(kept.settings), self._settings, self._file, remedy)
-        self._require_shapes(state, moments=kept.step > 0, remedy=remedy)
+        kept, state = _read_kept(self._file)
+        require_same(kept.settings, self._settings, self._file, f"give the same, or {_BEGIN_AGAIN}")
+        self._require_form(state, moments=kept.step > 0)
         self._student.model.load_state_dict(_part(state, "model."))
         self.step = kept.step
         if self.step:
@@ -116,14 +118,15 @@ class Distillation:
             self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
         return True
 
-    def _require_shapes(self, state: dict[str, Tensor], *, moments: bool, remedy: str) -> None:
+    def _require_form(self, state: dict[str, Tensor], *, moments: bool) -> None:
         """Refuse a state whose tensors are not those that `save` writes."""
-        wanted = {f"model.{name}": each.shape for name, each in self._student.model.state_dict().items()}
+        wanted = {f"model.{name}": each for name, each in self._student.model.state_dict().items()}
         for kind in ("average", "squares") if moments else ():
-            wanted |= {f"{kind}.{name}": each.shape for name, each in self._trained.items()}
-        if {name: each.shape for name, each in state.items()} != wanted:
+            wanted |= {f"{kind}.{name}": each for name, each in self._trained.items()}
+        forms = [{name: (each.shape, each.dtype) for name, each in held.items()} for held in (state, wanted)]
+        if forms[0] != forms[1]:
             raise RepaError(
-                f"the tensors in {self._file} are not those of this distillation", remedy, field="--out"
+                f"the tensors in {self._file} are not those of this distillation", _BEGIN_AGAIN, field="--out"
             )
 
     def save(self) -> None:
@@ -205,7 +208,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         write_file(path, save(plain, metadata), path.parent)
 
 
-def _read_kept(path: Path, remedy: str) -> tuple[_Kept, dict[str, Tensor]]:
+def _read_kept(path: Path) -> tuple[_Kept, dict[str, Tensor]]:
     """Read the state of a distillation.
 
     Raises:
@@ -217,11 +220,13 @@ def _read_kept(path: Path, remedy: str) -> tuple[_Kept, dict[str, Tensor]]:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise RepaError(
-            f"{path} cannot be read as a distillation ({error})", remedy, field="--out"
+            f"{path} cannot be read as a distillation ({error})", _BEGIN_AGAIN, field="--out"
         ) from error
     if entry is None:
-        raise RepaError(f"{path} is no state of a distillation", remedy, field="--out")
-    kept = parse_json(_Kept, entry.encode(), where=f"the header of {path}", remedy=remedy, error=RepaError)
+        raise RepaError(f"{path} is no state of a distillation", _BEGIN_AGAIN, field="--out")
+    kept = parse_json(
+        _Kept, entry.encode(), where=f"the header of {path}", remedy=_BEGIN_AGAIN, error=RepaError
+    )
     return kept, state
 
 

@@ -30,7 +30,8 @@ def require_idle_fits(model: Any, name: str) -> None:
     for block in model.blocks:
         mlp, what = getattr(block, "mlp", None), ""
         if type(block) not in (Block, EvaBlock):
-            what = f"blocks of another kind ({type(block).__name__})"
+            kind = type(block)  # others are called Block too
+            what = f"blocks of another kind ({kind.__module__}.{kind.__name__})"
         elif type(mlp) is not Mlp or not isinstance(mlp.fc1, nn.Linear) or mlp.fc1.bias is None:
             what = f"gated or other feed-forward networks ({type(mlp).__name__})"
         elif not isinstance(mlp.norm, nn.Identity) or not isinstance(block.norm2, nn.LayerNorm):

@@ -18,7 +18,8 @@ from ...data.errors import RepaError
 from ...data.format.columns import AUTOENCODER, column_name
 from ...data.outside import entry_names, find_outside, names_object
 from .base import OwnTeacher, Teacher
-from .idle_teacher import SUFFIX, idle_teacher, read_distilled, split_idle_name
+from .distilled import read_distilled
+from .idle_teacher import SUFFIX, idle_teacher, split_idle_name
 from .teachers import TEACHERS
 from .timm_teacher import TimmTeacher
 

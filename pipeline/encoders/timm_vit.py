@@ -21,8 +21,9 @@ from ...data.errors import RepaError
 from ...data.format.manifest import LOADED_NOTE, Provenance
 from ..images.pixels import to_teacher_input
 from .attention import AttentionCapture, use_fused_attention
+from .distilled import Distilled, read_distilled, require_fit
 from .idle_blocks import require_idle_fits, shape_merged
-from .idle_teacher import Distilled, IdleTeacher, read_distilled, require_fit, usual_file
+from .idle_teacher import IdleTeacher, usual_file
 from .precision import forward_pass
 from .timm_teacher import DEMO
 from .weights import (

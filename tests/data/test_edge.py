@@ -73,6 +73,15 @@ def test_a_wrong_value_is_named_by_its_path(value: Any, field: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_text_is_told_from_the_number_it_reads_like() -> None:
+    shown = []
+    for rows in ("3", 100, "true", "many", ""):
+        with pytest.raises(CacheError) as caught:
+            parse(Inner, {"rows": rows}, where="here")
+        shown.append(caught.value.what.split("rows is ")[1].split(" (")[0])
+    assert shown == ['"3"', "100", '"true"', "many", '""']
+
+
 def test_what_a_model_refuses_itself_keeps_its_remedy() -> None:
     with pytest.raises(RepaError) as caught:
         parse(SelfChecked, {"rows": 4}, where="here", remedy="another", error=RepaError)

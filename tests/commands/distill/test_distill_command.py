@@ -11,7 +11,8 @@ from repa.commands.distill.flags import DistillFlags
 from repa.commands.distill.run import distill
 from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.data.errors import RepaError
-from repa.pipeline.encoders.idle_teacher import read_distilled, usual_file
+from repa.pipeline.encoders.distilled import read_distilled
+from repa.pipeline.encoders.idle_teacher import usual_file
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -39,11 +40,11 @@ def test_it_writes_where_preprocess_looks(
     printed = run(cache=cache, steps=1)
     file = usual_file("demo-idle75")
     found = read_distilled(file)
-    assert found.training["steps"] == 1
-    assert found.training["held_out"] == found.fidelity["images"] == 4
-    assert found.training["fit_images"] == 16
-    assert f"{found.fidelity['patch_cosine_mean']:.4f}" in printed
-    assert f"{found.fidelity['neighbour_agreement']:.4f}" in printed
+    assert found.training.steps == 1
+    assert found.training.held_out == found.fidelity.images == 4
+    assert found.training.fit_images == 16
+    assert f"{found.fidelity.patch_cosine_mean:.4f}" in printed
+    assert f"{found.fidelity.neighbour_agreement:.4f}" in printed
     assert str(file) in printed
     written = file.stat().st_mtime_ns
     assert str(file) in run(cache=cache, steps=1)
@@ -57,7 +58,8 @@ def test_it_writes_where_preprocess_looks(
     output = io.StringIO()
     info(cache=tmp_path / "new", console=Console(file=output, width=200))
     assert found.teacher_sha256[:12] in output.getvalue()
-    assert f"{found.fidelity['patch_cosine_mean']:.3f}" in output.getvalue()
+    for figure in (found.fidelity.patch_cosine_mean, found.fidelity.repa_loss_change):
+        assert f"{figure:.3f}" in output.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from repa.pipeline.encoders.idle_teacher import Distilled
+    from repa.pipeline.encoders.distilled import Distilled
 
 
 class Silent:

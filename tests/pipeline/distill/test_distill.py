@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from repa.data.format.opening import open_manifest
 from repa.data.reading.reader import CacheReader
 from repa.pipeline.distill.pairs import CachedPairs
 from repa.pipeline.encoders import load_encoder
-from repa.pipeline.encoders.idle_teacher import read_distilled
+from repa.pipeline.encoders.distilled import ENTRY, read_distilled
 from repa.pipeline.encoders.registry import find_teacher
 from repa.pipeline.replay.live import LiveTeachers
 from safetensors import safe_open
@@ -26,7 +27,7 @@ from .conftest import encode
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from repa.pipeline.encoders.idle_teacher import Distilled
+    from repa.pipeline.encoders.distilled import Distilled
 
     Distil = Callable[..., tuple[Path, Distilled]]
 
@@ -47,9 +48,9 @@ def test_a_copy_encodes_under_its_own_name(distil: Distil, demo_cache: Path, tmp
     assert found.teacher_sha256 == manifest.sources["demo"].weights_sha256
     assert (found.data, found.views) == (manifest.source_fingerprint, manifest.views)
     assert found.merged
-    assert found.fidelity["patch_cosine_mean"] > 0.99 > found.fidelity["shuffled_cosine"]
-    assert found.fidelity["merge_error"] < 1e-5
-    assert found.speed["ratio"] > 0
+    assert found.fidelity.patch_cosine_mean > 0.99 > found.fidelity.shuffled_cosine
+    assert found.fidelity.merge_error < 1e-5
+    assert found.speed.ratio > 0
 
     cache = tmp_path / "cache"
     shutil.copytree(demo_cache, cache)
@@ -60,7 +61,7 @@ def test_a_copy_encodes_under_its_own_name(distil: Distil, demo_cache: Path, tmp
     assert not np.array_equal(own, before)
     source = open_manifest(cache).sources["demo-idle75"]
     assert source.notes["distilled"]["teacher_sha256"] == found.teacher_sha256
-    assert source.notes["distilled"]["fidelity"] == found.fidelity
+    assert source.notes["distilled"]["fidelity"] == asdict(found.fidelity)
     assert source.weights_sha256 != found.teacher_sha256
     assert not source.random_weights
     live = LiveTeachers(cache, data="demo", encoders=[str(path)], exact=True)
@@ -77,14 +78,14 @@ def test_a_copy_encodes_under_its_own_name(distil: Distil, demo_cache: Path, tmp
         held = rows[(2 * np.arange(8) + 1) * 40 // 16]
         wanted = pairs.read(held).patch
     cosine = torch.nn.functional.cosine_similarity(torch.from_numpy(own[held]).float(), wanted, dim=-1)
-    assert float(cosine.mean()) == pytest.approx(found.fidelity["patch_cosine_mean"], abs=1e-4)
+    assert float(cosine.mean()) == pytest.approx(found.fidelity.patch_cosine_mean, abs=1e-4)
 
 
 @pytest.mark.parametrize(("norm", "idle"), [("batch", 0.75), ("layer", 0.4), ("layer", 1.0)])
 def test_every_form_starts_near_its_teacher(distil: Distil, norm: str, idle: float) -> None:
     path, found = distil(norm=norm, idle=idle)
-    assert found.fidelity["patch_cosine_mean"] > 0.98 > found.fidelity["shuffled_cosine"]
-    assert found.fidelity["merge_error"] < 1e-4
+    assert found.fidelity.patch_cosine_mean > 0.98 > found.fidelity.shuffled_cosine
+    assert found.fidelity.merge_error < 1e-4
     load_encoder(found.name, resolution=64, weights=path)
 
 
@@ -107,7 +108,7 @@ def test_training_lowers_the_loss_of_what_it_sees(distil: Distil, tmp_path: Path
     out = tmp_path / "copy.safetensors"
     _, start = distil(idle=1.0, fit_images=4, out=out)
     _, trained = distil(idle=1.0, fit_images=4, steps=12, out=out)
-    assert trained.fidelity["patch_cosine_mean"] > start.fidelity["patch_cosine_mean"]
+    assert trained.fidelity.patch_cosine_mean > start.fidelity.patch_cosine_mean
 
 
 @pytest.mark.parametrize(
@@ -169,6 +170,8 @@ def test_a_damaged_state_is_refused(distil: Distil, tmp_path: Path) -> None:
         (entry, {key: each for key, each in state.items() if not key.startswith("average.")}),
         (entry, {key: each for key, each in state.items() if not key.startswith("model.norm.")}),
         (entry, {key: each.flatten() for key, each in state.items()}),
+        (entry, {key: each.int() for key, each in state.items()}),
+        ({**entry, "step": 10**30}, state),
     ):
         save_file(tensors, state_file, {name: json.dumps(header)})
         with pytest.raises(RepaError) as failure:
@@ -229,5 +232,16 @@ def test_a_file_that_is_no_merged_encoder(distil: Distil, tmp_path: Path) -> Non
     with pytest.raises(RepaError) as failure:
         find_teacher(str(plain))
     assert failure.value.field == "--weights"
+    entry = read_distilled(path).notes()
+    for part, name, value in (
+        ("training", "steps", "0"),
+        ("fidelity", "patch_cosine_mean", None),
+        ("speed", "ratio", "fast"),
+    ):
+        header = json.dumps({**entry, part: {**entry[part], name: value}})
+        save_file(load_file(path), plain, {ENTRY: header})
+        with pytest.raises(RepaError) as failure:
+            read_distilled(plain)
+        assert failure.value.field == f"{part}.{name}"
     with pytest.raises(RepaError):
         load_encoder("demo-idle75", resolution=64)
