@@ -255,7 +255,8 @@ def _from_hub(teacher: TimmTeacher) -> Path:
 
 def _bring(teacher: TimmTeacher) -> str:
     if isinstance(teacher, IdleTeacher):
-        what = f"the file that `repa distill --encoder {teacher.teacher}` wrote"
+        flags = f"--encoder {teacher.teacher} --idle {teacher.idle:g} --norm {teacher.norm}"
+        what = f"the file that `repa distill {flags}` wrote"
     elif teacher.hub is not None:
         what = f"{HUB_FILES[0]} of https://huggingface.co/{teacher.hub}"
     elif teacher.name == DEMO:
