@@ -54,6 +54,9 @@ def settle_latent_statistics(path: CachePath) -> bool:
         return False
     with cache_lock(path) as group:
         manifest = open_manifest(path)
+        # another process was first; killed while it writes the same again, this one would leave a part of it
+        if LATENTS_NOTE in manifest.sources[AUTOENCODER].notes:
+            return False
         noted = replace(
             manifest.sources[AUTOENCODER],
             notes={**manifest.sources[AUTOENCODER].notes, LATENTS_NOTE: found},

@@ -24,6 +24,7 @@ from repa.data.reading.reader import CacheReader
 from repa.data.testing import SYNTHETIC_COLUMNS, expected_row, synthetic_cache
 from repa.data.upkeep import latent_statistics
 from repa.data.upkeep.latent_statistics import settle_latent_statistics
+from repa.data.writing.store import write_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,6 +62,28 @@ def test_statistics_are_those_of_draws_of_all_views(
     assert manifest.source_identities == before.source_identities
     assert not settle_latent_statistics(path)
     assert open_manifest(path) == manifest
+
+
+def test_what_another_process_has_noted_meanwhile_is_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cache"
+    synthetic_cache(path, num_rows=8)
+    measure = latent_statistics._measure
+
+    def measured_by_two(path: Path) -> object:
+        with monkeypatch.context() as patch:
+            patch.setattr(latent_statistics, "_measure", measure)
+            assert settle_latent_statistics(path)
+        return measure(path)
+
+    monkeypatch.setattr(latent_statistics, "_measure", measured_by_two)
+    written: list[object] = []
+    monkeypatch.setattr(
+        latent_statistics, "write_manifest", lambda *given: (written.append(given), write_manifest(*given))
+    )
+    assert not settle_latent_statistics(path)
+    assert len(written) == 1
 
 
 def test_normalised_latents_have_deviation_one_and_decode_as_before(tmp_path: Path) -> None:
