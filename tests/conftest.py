@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import sys
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,7 +116,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def warmed() -> Iterator[Warmed]:
     """Return a process that forks others with PyTorch and the trainer imported."""
-    with warmed_process() as server:
+    with warmed_process("repa.trainer.run.fit") as server:
         yield server
 
 
@@ -124,6 +125,20 @@ def _no_fsync() -> Iterator[None]:
     """Skip fsync: no test outlives a power cut, each costs milliseconds, and their order has its own test."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _callbacks_of_packages() -> Iterator[None]:
+    """Ask once for each search path who offers Lightning callbacks: each trainer reads all packages anew."""
+    registry = sys.modules.get("lightning.fabric.utilities.registry")
+    if registry is None:
+        yield
+        return
+    read = registry.entry_points
+    offered = cache(lambda _path, group: read(group=group))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "entry_points", lambda group: offered(tuple(sys.path), group))
         yield
 
 

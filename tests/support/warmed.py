@@ -8,6 +8,7 @@ traceback.
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -44,6 +45,15 @@ class Warmed:
     def __init__(self, server: subprocess.Popen[str]) -> None:
         self._server = server
 
+    def start(self, script: Path, *arguments: object) -> int:
+        """Run a script as `run` does, and return the process id without waiting for the end."""
+        return self._start(script, arguments, {}, 0)
+
+    def wait(self, pid: int, script: Path, rank: int = 0) -> Ended:
+        """Wait for the end of a process that was started with a script."""
+        code, output = self._ask(wait=pid), output_of(script, rank)
+        return Ended(code, *(Path(f"{output}.{name}").read_text() for name in ("out", "err")))
+
     def run(self, script: Path, *arguments: object, ranks: int = 1) -> list[Ended]:
         """Run a script as ``__main__`` in a process for each rank, warnings being errors, and wait for all.
 
@@ -53,16 +63,14 @@ class Warmed:
             ranks: how many processes.
         """
         world = world_of(ranks) if ranks > 1 else [{}]
-        outputs = [script.with_name(f"{script.stem}-output-{rank}") for rank in range(ranks)]
+        started = [self._start(script, arguments, each, rank) for rank, each in enumerate(world)]
+        return [self.wait(pid, script, rank) for rank, pid in enumerate(started)]
+
+    def _start(
+        self, script: Path, arguments: Sequence[object], environment: Mapping[str, str], rank: int
+    ) -> int:
         words = [str(script), *map(str, arguments)]
-        started = [
-            self._ask(words=words, environment=environment, output=str(output))
-            for environment, output in zip(world, outputs, strict=True)
-        ]
-        return [
-            Ended(self._ask(wait=pid), *(Path(f"{output}.{name}").read_text() for name in ("out", "err")))
-            for pid, output in zip(started, outputs, strict=True)
-        ]
+        return self._ask(words=words, environment=environment, output=output_of(script, rank))
 
     def _ask(self, **request: Any) -> int:
         assert self._server.stdin is not None
@@ -77,6 +85,11 @@ class Warmed:
         return int(self._server.stdout.readline())
 
 
+def output_of(script: Path, rank: int) -> str:
+    """Return the path of what a rank prints, less the suffix."""
+    return str(script.with_name(f"{script.stem}-output-{rank}"))
+
+
 def world_of(ranks: int) -> list[dict[str, str]]:
     """Return the environment of each rank of a process group on this machine."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0"}
@@ -84,9 +97,13 @@ def world_of(ranks: int) -> list[dict[str, str]]:
 
 
 @contextmanager
-def warmed() -> Iterator[Warmed]:
-    """Start the process that forks, and end it after the block."""
-    command = [sys.executable, "-W", "error", __file__]
+def warmed(*modules: str) -> Iterator[Warmed]:
+    """Start the process that forks, and end it after the block.
+
+    Args:
+        modules: that it imports, beside PyTorch.
+    """
+    command = [sys.executable, "-W", "error", __file__, *modules]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -101,9 +118,10 @@ def warmed() -> Iterator[Warmed]:
 
 def serve() -> None:
     """Fork, and wait for forks, as asked line by line on standard input."""
-    import lightning  # noqa: F401
     import torch
 
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
     torch.set_num_threads(1)  # a fork does not survive a pool of threads
     gc.collect()
     gc.freeze()

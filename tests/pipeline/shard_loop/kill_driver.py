@@ -29,6 +29,7 @@ import torch
 import zarr  # noqa: F401 — so that no attempt spends its time importing it
 from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.pipeline.config import PreprocessConfig
+from repa.pipeline.shard_loop.processes import end_with_parent
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def attempt(data: Path, cache: Path, world: int, imported: Path | None = None) -
 
     The first writes to ``imported`` which modules it has in the end.
     """
-    children = []
+    driver, children = os.getpid(), []
     for rank in range(world):
         child = os.fork()
         if child:
@@ -56,6 +57,7 @@ def attempt(data: Path, cache: Path, world: int, imported: Path | None = None) -
             continue
         status = 1
         try:
+            end_with_parent(driver)
             if world > 1:
                 os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
             flags = PreprocessFlags(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -19,53 +19,59 @@ from repa.data.format.opening import open_manifest
 from repa.data.format.survey import committed_shards, invalid_reasons
 from repa.data.testing import folder_contents
 from repa.data.upkeep.verify import verify_cache
+from warmed import Ended, Warmed, warmed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DRIVER = Path(__file__).with_name("kill_driver.py")
 KILLS, MANY_KILLS = 4, 20
-SHARDS = 5
+SHARDS = 3
 LIMIT_SECONDS = 900
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty images in four classes, one of them broken."""
+    """Twenty-four images in four classes, one of them broken."""
     folder = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for label in range(4):
         (folder / f"class{label}").mkdir()
-        for number in range(10):
+        for number in range(6):
             pixels = generator.integers(0, 256, (40 + number, 33 + label, 3), np.uint8)
             Image.fromarray(pixels).save(folder / f"class{label}" / f"{number}.png")
     (folder / "class1" / "3.png").write_bytes(b"broken")
     return folder
 
 
-def driven(*arguments: object) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def server() -> Iterator[Warmed]:
+    """A process that forks others with the command and the models' libraries imported."""
+    with warmed(
+        "zarr",
+        "diffusers.models.autoencoders.autoencoder_kl",
+        "repa.commands.preprocess",
+        "repa.pipeline.encoders.timm_facts",
+        "repa.pipeline.run",
+    ) as process:
+        yield process
+
+
+def driven(server: Warmed, folder: Path, *arguments: object) -> dict[str, Any]:
     """What the driver reports at its end."""
-    command = [sys.executable, str(DRIVER), *map(str, arguments)]
-    # in a group of its own: a driver that hangs is ended with its attempts
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as driver:
-        try:
-            output, errors = driver.communicate(timeout=LIMIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(driver.pid, signal.SIGKILL)
-            _, errors = driver.communicate()
-            pytest.fail(f"the driver did not end within {LIMIT_SECONDS} s; it said:\n{errors}")
-    assert driver.returncode == 0, errors
-    report: dict[str, Any] = json.loads(output)
+    script = folder / DRIVER.name
+    shutil.copy(DRIVER, script)
+    [ended] = server.run(script, *arguments)
+    assert ended.returncode == 0, ended.stderr
+    report: dict[str, Any] = json.loads(ended.stdout)
     return report
 
 
 @pytest.fixture(scope="module")
-def caches(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def caches(images: Path, server: Warmed, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Number of processes → folder with an ``undisturbed`` cache and one that was ``killed``."""
     folder = tmp_path_factory.mktemp("processes")
-    for report in driven(images, folder, KILLS, 0, 1, 3).values():
+    for report in driven(server, folder, images, folder, KILLS, 0, 1, 3).values():
         assert report["kills"] >= KILLS
         assert {"calibrating", "committing"} <= set(report["stages"])
     return {world: folder / str(world) for world in (1, 3)}
@@ -80,8 +86,8 @@ def test_killed_and_resumed_is_the_undisturbed_cache(world: int, caches: dict[in
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("world", [1, 3])
-def test_of_many_kills_none_leaves_a_trace(world: int, images: Path, tmp_path: Path) -> None:
-    [report] = driven(images, tmp_path, MANY_KILLS, 100, world).values()
+def test_of_many_kills_none_leaves_a_trace(world: int, images: Path, server: Warmed, tmp_path: Path) -> None:
+    [report] = driven(server, tmp_path, images, tmp_path, MANY_KILLS, 100, world).values()
     assert report["kills"] >= MANY_KILLS
     folder = tmp_path / str(world)
     assert folder_contents(folder / "killed") == folder_contents(folder / "undisturbed")
@@ -95,20 +101,26 @@ def test_one_process_and_three_write_the_same_bytes(caches: dict[int, Path]) -> 
     assert manifest.num_shards == SHARDS
     for source in ("sd-vae", "demo", "demo+attention"):
         assert committed_shards(cache, manifest, source) == list(range(SHARDS))
-    assert list(invalid_reasons(cache, manifest)) == [13]
+    assert list(invalid_reasons(cache, manifest)) == [9]
     assert manifest.sources["demo+attention"].notes["form"] == "factored"
     assert verify_cache(cache) == []
 
 
 COMMAND = """
+import multiprocessing
+import os
 import sys
 from pathlib import Path
-import repa.pipeline.shard_loop.processes
+from types import SimpleNamespace
+import repa.pipeline.shard_loop.processes as processes
 from repa.commands.preprocess import PreprocessFlags, preprocess
 from repa.data.errors import RepaError
 if __name__ == "__main__":
+    os.setsid()  # in a process group of its own, as a terminal would start it
     # a slow machine's processes may still end by themselves
-    repa.pipeline.shard_loop.processes._GRACE_SECONDS = 900.0
+    processes._GRACE_SECONDS = 900.0
+    context = multiprocessing.get_context(sys.argv[3])
+    processes.multiprocessing = SimpleNamespace(get_context=lambda _: context)
     try:
         cache, devices = Path(sys.argv[1]), int(sys.argv[2])
         preprocess(
@@ -122,49 +134,52 @@ if __name__ == "__main__":
 """
 
 
-class Running:
-    """The command in a process group of its own, as a terminal would start it."""
+def processes() -> Iterator[tuple[int, list[str]]]:
+    """Process ids of this machine that live, with the fields of ``/proc/PID/stat`` from the third on."""
+    for each in Path("/proc").iterdir():
+        if each.name.isdigit():
+            try:
+                fields = (each / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if fields[0] != "Z":
+                yield int(each.name), fields
 
-    def __init__(self, folder: Path, devices: int) -> None:
+
+class Running:
+    """The command on some devices, in a fork, and its processes started anew (``spawn``) or forks too."""
+
+    def __init__(self, server: Warmed, folder: Path, devices: int, start: str) -> None:
         self.cache = folder / "cache"
-        (folder / "command.py").write_text(COMMAND)
-        self.process = subprocess.Popen(
-            [sys.executable, str(folder / "command.py"), str(self.cache), str(devices)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        self._server, self._script = server, folder / "command.py"
+        self._script.write_text(COMMAND)
+        self._ended: Ended | None = None
+        self.pid = server.start(self._script, self.cache, devices, start)
+
+    def end(self) -> Ended:
+        """Wait for its end."""
+        if self._ended is None:
+            self._ended = self._server.wait(self.pid, self._script)
+        return self._ended
 
     def wait_for_commits(self, count: int) -> None:
         """Until some shards are committed."""
         deadline = time.monotonic() + LIMIT_SECONDS
         while len(list(self.cache.glob("commits/demo/*.json"))) < count:
-            assert self.process.poll() is None, self.process.communicate()
+            assert self.pid in dict(processes()), self.end()
             assert time.monotonic() < deadline, f"{count} shards were not committed in {LIMIT_SECONDS} s"
             time.sleep(0.02)
 
     def members(self) -> list[int]:
         """Processes of its group that live, itself included."""
-        found = []
-        for each in Path("/proc").iterdir():
-            if each.name.isdigit():
-                try:
-                    fields = (each / "stat").read_text().rpartition(")")[2].split()
-                except OSError:
-                    continue
-                if int(fields[2]) == self.process.pid and fields[0] != "Z":
-                    found.append(int(each.name))
-        return sorted(found)
+        return sorted(pid for pid, fields in processes() if int(fields[2]) == self.pid)
 
     def children(self) -> list[int]:
         """Its direct children that do the work: not the helper of multiprocessing."""
-        found = []
-        for child in self.members():
-            command = Path(f"/proc/{child}/cmdline").read_text()
-            if child != self.process.pid and "spawn_main" in command:
-                found.append(child)
-        return found
+        found = [pid for pid, fields in processes() if int(fields[1]) == self.pid]
+        return [
+            pid for pid in sorted(found) if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text()
+        ]
 
     def assert_nobody_is_left(self) -> None:
         """All its processes end."""
@@ -175,52 +190,55 @@ class Running:
 
 
 @pytest.fixture
-def running(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
-    """The command on as many devices as the test's parameter says."""
-    command = Running(tmp_path, request.param)
+def running(server: Warmed, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
+    """The command as the test's parameter says."""
+    command = Running(server, tmp_path, *request.param)
     yield command
-    with suppress(ProcessLookupError):
-        os.killpg(command.process.pid, signal.SIGKILL)
-    command.process.communicate()
+    # one that has not got so far has no group yet
+    for end in (os.killpg, os.kill):
+        with suppress(ProcessLookupError):
+            end(command.pid, signal.SIGKILL)
+    command.end()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize("running", [1, 2], indirect=True)
+@pytest.mark.parametrize("running", [(1, "fork"), (2, "spawn")], indirect=True)
 def test_ctrl_c_says_what_is_saved_and_leaves_no_process(running: Running) -> None:
     running.wait_for_commits(2)
-    os.killpg(running.process.pid, signal.SIGINT)  # what a terminal does: to all of the group
-    _, errors = running.process.communicate(timeout=LIMIT_SECONDS)
-    assert running.process.returncode == 130
-    assert len(errors.splitlines()) == 1, errors
-    assert errors.startswith("interrupted: ")
+    os.killpg(running.pid, signal.SIGINT)  # what a terminal does: to all of the group
+    ended = running.end()
+    assert ended.returncode == 130
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert ended.stderr.startswith("interrupted: ")
     manifest = open_manifest(running.cache)
     saved = 8 * len(committed_shards(running.cache, manifest, "demo"))
-    assert f"{saved} of 32768 images of demo" in errors
-    assert "the same command resumes" in errors
+    assert f"{saved} of 32768 images of demo" in ended.stderr
+    assert "the same command resumes" in ended.stderr
     running.assert_nobody_is_left()
     assert not list(running.cache.rglob("*.partial"))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize("running", [2], indirect=True)
+@pytest.mark.parametrize("running", [(2, "fork")], indirect=True)
 def test_a_killed_parent_takes_its_processes_with_it(running: Running) -> None:
     running.wait_for_commits(1)
-    running.process.kill()
-    running.process.wait()
+    assert len(running.children()) == 2
+    os.kill(running.pid, signal.SIGKILL)
+    assert running.end().returncode == -signal.SIGKILL
     running.assert_nobody_is_left()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize("running", [2], indirect=True)
+@pytest.mark.parametrize("running", [(2, "fork")], indirect=True)
 def test_a_killed_process_ends_the_run_in_one_line(running: Running) -> None:
     running.wait_for_commits(1)
     os.kill(running.children()[-1], signal.SIGKILL)
-    _, errors = running.process.communicate(timeout=LIMIT_SECONDS)
-    assert running.process.returncode == 1
-    assert len(errors.splitlines()) == 1, errors
-    assert "was killed by SIGKILL" in errors
-    assert "run the same command again" in errors
+    ended = running.end()
+    assert ended.returncode == 1
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert "was killed by SIGKILL" in ended.stderr
+    assert "run the same command again" in ended.stderr
     running.assert_nobody_is_left()
