@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .source_plan import SourcePlan
 
 _SHOWN = 10
+_WHOLE_LINES = 80  # characters of a terminal in which no line of a column has to be cut
 _ENDINGS = 4  # shown of what was passed over
 _PICTURES = frozenset((".tif", ".tiff", ".bmp", ".gif", ".heic", ".avif", ".jp2", ".ppm", ".jfif", ".jpe"))
 
@@ -64,12 +65,18 @@ def show_plan(plan: Plan, rank: Rank, console: Console) -> None:
         for line in foreign_lines(present):
             say(console, f"        {line}", style="yellow")
     table = Table(box=None, pad_edge=False)
+    whole = console.width >= _WHOLE_LINES
     for heading in ("source", "columns", "state", "to do", "to write"):
-        table.add_column(heading, justify="right" if heading.startswith("to") else "left")
+        table.add_column(
+            heading,
+            justify="right" if heading.startswith("to") else "left",
+            no_wrap=whole and heading in {"source", "columns"},
+            overflow="fold",
+        )
     for source in plan.sources:
         table.add_row(
             source.source,
-            ", ".join(
+            "\n".join(
                 _column(source, name, len(plan.manifest.views))
                 for name in source.columns
                 if not name.endswith(SCALE_SUFFIX)
@@ -96,14 +103,14 @@ def _room(plan: Plan) -> str:
 
 
 def _column(source: SourcePlan, name: str, views: int) -> str:
-    """Describe a column as ``q int8[3, 12, 256, 16] 1.5 MB``.
+    """Describe a column as ``q int8[3,12,256,16] 1.5 MB``.
 
     The last is what its missing rows take in all views, scales included.
     """
     spec, scale = source.columns[name], source.columns.get(scale_column(name))
     row_bytes = spec.row_bytes + (scale.row_bytes if scale is not None else 0)
     size = f" {_most(source)}{human_bytes(source.rows * views * row_bytes)}" if source.rows else ""
-    return f"{split_column(name)[1]} {spec.dtype}{list(spec.shape)}{size}"
+    return f"{split_column(name)[1]} {spec.dtype}[{','.join(map(str, spec.shape))}]{size}"
 
 
 def _most(source: SourcePlan) -> str:

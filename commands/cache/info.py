@@ -113,7 +113,7 @@ def _text_sources(captions: CacheInfo) -> Table:
 
     table = Table(box=None, pad_edge=False, title="text encoders", title_justify="left")
     for heading in ("source", "model", "weights", "tokenizer", "tokens", "layer", "batch", "computed in"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for name, provenance in captions.manifest.sources.items():
         drawn = provenance.random_weights
         notes = provenance.notes
@@ -138,7 +138,8 @@ def _columns(found: CacheInfo, each: str = "per image") -> Table:
 
     table = Table(box=None, pad_edge=False, title="columns", title_justify="left")
     for heading in ("column", "dtype", "shape", each, found.where, "shards"):
-        table.add_column(heading, justify="left" if heading in {"column", "dtype", "shape"} else "right")
+        left = heading in {"column", "dtype", "shape"}
+        table.add_column(heading, justify="left" if left else "right", overflow="fold")
     for source in found.sources:
         for column in source.columns:
             complete = source.shards_committed == found.num_shards
@@ -161,7 +162,7 @@ def _sources(found: CacheInfo) -> Table:
 
     table = Table(box=None, pad_edge=False, title="sources", title_justify="left")
     for heading in ("source", "model", "weights", "input", "grid", "batch", "computed in"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for name, provenance in found.manifest.sources.items():
         drawn = provenance.random_weights
         foreign = FOREIGN_NOTE in provenance.notes
