@@ -274,7 +274,7 @@ def _demo(
 ) -> None:
     """Do the main job on what the package carries.
 
-    It needs no download and no GPU, and 5 to 9 minutes on 2 cores that do nothing else.
+    It needs no download and no GPU, and without --text it takes 5 to 9 minutes on 2 cores.
     """
     amounts = {"steps": steps, "methods": methods}
     given: dict[str, Any] = {name: value for name, value in amounts.items() if value is not None}
