@@ -89,7 +89,8 @@ def test_every_form_starts_near_its_teacher(distil: Distil, norm: str, idle: flo
     load_encoder(found.name, resolution=64, weights=path)
 
 
-@pytest.mark.parametrize("norm", ["layer", "batch"])
+# with one of batches there is more to resume
+@pytest.mark.parametrize("norm", [pytest.param("layer", marks=pytest.mark.thorough), "batch"])
 def test_resumed_is_uninterrupted(distil: Distil, tmp_path: Path, norm: str) -> None:
     whole, _ = distil(norm=norm, steps=4, out=tmp_path / "whole.safetensors")
     part, first = distil(norm=norm, steps=2, out=tmp_path / "part.safetensors")

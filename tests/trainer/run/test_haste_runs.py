@@ -175,7 +175,8 @@ def test_one_graph_a_phase_and_from_tau_on_that_of_plain_sit(
     assert aligned != graph
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+# whole batches are killed at τ for every method, see `test_every_method`
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.thorough), 2])
 @pytest.mark.parametrize(
     "resumed",
     [
