@@ -11,7 +11,7 @@ import typer
 
 from ..data.errors import RepaError
 from ..pipeline.images.names import default_cache
-from .shared.dry_run import print_plan, print_settings
+from .shared.dry_run import print_plan, print_settings, say
 from .shared.flags import local_folder
 from .shared.live import LiveData, LiveEncoders, LiveRandom, LiveWeights, flags_given, live_teachers
 
@@ -181,7 +181,7 @@ def train(flags: TrainFlags, *, console: Console | None = None) -> None:
             if outcome.predicts
             else "it has been warmed up alone, and predicts nothing yet: go on with a larger --max-steps"
         )
-        console.print(f"Wrote {folder}; {then}.", highlight=False, soft_wrap=True)
+        say(console, f"Wrote {folder}; {then}.")
 
 
 def _live(config: TrainConfig, flags: TrainFlags, folder: Path) -> LiveTeachers | None:
@@ -257,11 +257,10 @@ def _say_recipe(config: TrainConfig, console: Console) -> None:
         return  # a run of a version that had it, or one of several processes
     recipe = RECIPES[config.recipe]
     differing = "; ".join(f"{key} {before} → {now}" for key, (before, now) in changed(config).items())
-    console.print(
+    say(
+        console,
         f"recipe: {recipe.name}, {recipe.reproduces} (arXiv {recipe.paper})"
         + (f"; changed: {differing}" if differing else ""),
-        highlight=False,
-        soft_wrap=True,
     )
 
 

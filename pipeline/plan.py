@@ -161,19 +161,7 @@ def make_plan(config: PreprocessConfig) -> Plan:
     )
     if present is not None and imported:
         images = MatchedImages(images, config.cache, present)
-    manifest = Manifest(
-        num_rows=len(images),
-        shard_rows=config.shard_rows or DEFAULT_SHARD_ROWS,
-        resolution=config.resolution,
-        crop=CROP,
-        views=config.views or (ORIGINAL_VIEW,),
-        exif_orientation="applied" if config.apply_exif else "ignored",
-        source_kind=images.kind,
-        source_fingerprint=images.fingerprint,
-        keys_sha256=keys_sha256(images.keys),
-        labels_sha256=labels_sha256(images.labels),
-        class_names=_class_names(images, present),
-    )
+    manifest = _manifest_of(config, images, present)
     if present is not None:
         # nothing is written for a cache that is there: this only compares
         ensure_cache(config.cache, manifest, images.keys, images.labels)
@@ -186,6 +174,23 @@ def make_plan(config: PreprocessConfig) -> Plan:
         share=share,
         sources=sources,
         free_bytes=free_bytes(config.cache),
+    )
+
+
+def _manifest_of(config: PreprocessConfig, images: ImageSource, present: Manifest | None) -> Manifest:
+    """Return the manifest of a cache of the images, without columns."""
+    return Manifest(
+        num_rows=len(images),
+        shard_rows=config.shard_rows or DEFAULT_SHARD_ROWS,
+        resolution=config.resolution,
+        crop=CROP,
+        views=config.views or (ORIGINAL_VIEW,),
+        exif_orientation="applied" if config.apply_exif else "ignored",
+        source_kind=images.kind,
+        source_fingerprint=images.fingerprint,
+        keys_sha256=keys_sha256(images.keys),
+        labels_sha256=labels_sha256(images.labels),
+        class_names=_class_names(images, present),
     )
 
 

@@ -43,17 +43,7 @@ def bench(
     Raises:
         RepaError: an unknown part or setting, or one that no part looks at.
     """
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown:
-        raise RepaError(f"bench has no part {', '.join(unknown)}", f"the parts are {', '.join(PARTS)}")
-    if FIDELITY not in parts:
-        _refuse_unused(settings)
-    if settings.processes > 1 and "loader" not in (parts or SPEEDS):
-        raise RepaError(
-            f"--processes {settings.processes} is for loader: the other parts measure one process",
-            "name the part loader, or leave --processes out",
-            field="--processes",
-        )
+    _check(parts, settings)
     from ...pipeline.encoders import find_teacher
     from ..shared.terminal import PlainConsole
     from .attention import bench_attention
@@ -66,7 +56,7 @@ def bench(
 
     settings = replace(settings, encoder=find_teacher(settings.encoder, may_import=True).name)
     if folder is not None and not folder.is_dir():
-        raise RepaError(f"--folder {folder} is no folder", "make it first")
+        raise RepaError(f"--folder {folder} is no folder", "make it first", field="--folder")
     console = console or PlainConsole()
     console.print(describe_machine(), highlight=False)
     results: dict[str, list[Measured]] = {}
@@ -90,7 +80,25 @@ def bench(
     return results
 
 
-def _refuse_unused(settings: BenchSettings) -> None:
+def _check(parts: Sequence[str], settings: BenchSettings) -> None:
+    """Refuse unknown parts, and settings that no part looks at.
+
+    Raises:
+        RepaError: the first of them.
+    """
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise RepaError(
+            f"bench has no part {', '.join(unknown)}", f"the parts are {', '.join(PARTS)}", field="parts"
+        )
+    if settings.processes > 1 and "loader" not in (parts or SPEEDS):
+        raise RepaError(
+            f"--processes {settings.processes} is for loader: the other parts measure one process",
+            "name the part loader, or leave --processes out",
+            field="--processes",
+        )
+    if FIDELITY in parts:
+        return
     given = {
         "--data": settings.data,
         "--attention": settings.attention,

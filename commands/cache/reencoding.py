@@ -45,7 +45,7 @@ def verify_by_reencoding(
     from ..shared.terminal import PlainConsole
 
     if rows < 1:
-        raise RepaError(f"--reencode {rows} compares nothing", "give at least 1")
+        raise RepaError(f"--reencode {rows} compares nothing", "give at least 1", field="--reencode")
     from ...data.format.captions import caption_keys, has_captions, read_captions
     from ...data.format.columns import AUTOENCODER
     from ...data.format.foreign import foreign_note
@@ -77,15 +77,18 @@ def verify_by_reencoding(
         for row in each.outside:
             say(console, f"{each.column} of {noun} {keys[row]} (row {row}) is not what is computed of it now")
     lost = [each.column for each in found if not each.kept]
-    verdict = (
-        f"{', '.join(lost)} {'is' if len(lost) == 1 else 'are'} not what the images give; write the cache "
-        "again in another folder, and compare"
-        if lost
-        else "what is stored is what the images give, within its rounding"
-    )
-    say(console, f"{path}: {verdict}")
+    say(console, f"{path}: {_verdict(lost)}")
     if lost:
         raise SystemExit(1)
+
+
+def _verdict(lost: Sequence[str]) -> str:
+    if not lost:
+        return "what is stored is what the images give, within its rounding"
+    return (
+        f"{', '.join(lost)} {'is' if len(lost) == 1 else 'are'} not what the images give; write the cache "
+        "again in another folder, and compare"
+    )
 
 
 def _reencoded(found: Sequence[Reencoded]) -> Table:

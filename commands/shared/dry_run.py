@@ -43,8 +43,8 @@ def print_plan(config: TrainConfig, folder: Path, console: Console, live: LiveTe
     checked = check(config, live)
     console.print(config.to_yaml(), highlight=False, markup=False, soft_wrap=True, end="")
     console.print()
-    console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
-    console.print(f"arithmetic: {arithmetic}", highlight=False, soft_wrap=True)
+    say(console, f"run folder: {folder}")
+    say(console, f"arithmetic: {arithmetic}")
     _print_sizes(checked, config, console)
     _print_phases(describe_phases(checked, config), checked.threads, console)
     say_findings(checked.warnings, checked.problems, console)
@@ -114,12 +114,11 @@ def _print_sizes(checked: Checked, config: TrainConfig, console: Console) -> Non
 
     if checked.train_rows is not None and checked.held_out_rows is not None:
         images = config.max_steps * config.batch_size
-        console.print(
+        say(
+            console,
             f"images: {len(checked.train_rows):,} to train on, {len(checked.held_out_rows):,} held out; "
             f"{images:,} seen in {counted(config.max_steps, 'step', ',')}, "
             f"{images / len(checked.train_rows):,.1f} epochs",
-            highlight=False,
-            soft_wrap=True,
         )
     if checked.backbone is None or checked.method is None:
         return
@@ -133,32 +132,29 @@ def _print_sizes(checked: Checked, config: TrainConfig, console: Console) -> Non
         backbone = sum(each.numel() for each in network.parameters())
         trained = sum(each.numel() for each in network.parameters() if each.requires_grad)
     method = sum(each.numel() for each in checked.method.parameters())
-    console.print(f"parameters: backbone {backbone:,}, method {method:,}", highlight=False, soft_wrap=True)
+    say(console, f"parameters: backbone {backbone:,}, method {method:,}")
     parts = checked.world_size if config.trainer.get("strategy") == FSDP and checked.world_size else 1
     # weight, gradient and two moments of what trains, and one average of the backbone, in float32
     held = 4 * (4 * (trained + method) + backbone) / parts
-    console.print(
+    say(
+        console,
         f"memory of weights: {human_bytes(held)} a device, with gradients, moments and averaged weights",
-        highlight=False,
-        soft_wrap=True,
     )
     objective = make_objective(config.objective)
-    console.print(
+    say(
+        console,
         f"objective: {name_of(config.objective)} ({' + '.join(objective.terms)}), the network predicts "
         f"{objective.predicts}; sampled by {' or '.join(objective.solvers)}",
-        highlight=False,
-        soft_wrap=True,
     )
     if choices := choices_of(checked.backbone):
         said = ", ".join(f"{name} {'on' if value else 'off'}" for name, value in choices.items())
-        console.print(f"{config.model}: {said}", highlight=False, soft_wrap=True)
+        say(console, f"{config.model}: {said}")
     if (every := config.activation_checkpointing) != "off":
         depth = checked.backbone.facts.depth
-        console.print(
+        say(
+            console,
             f"activation checkpointing: {depth // every} of {counted(depth, 'block')} computed again in the "
             "backward pass",
-            highlight=False,
-            soft_wrap=True,
         )
 
 
@@ -182,9 +178,8 @@ def _print_phases(phases: Sequence[Mapping[str, Any]], threads: int | None, cons
     console.print(table)
     if most := max(phase["loader_bytes"] for phase in phases):
         by = f" by {counted(threads, 'thread')}" if threads else ""
-        console.print(
+        say(
+            console,
             f"memory of the loader: {human_bytes(most)} a device, for the micro-batch trained on, the next "
             f"and those being read{by}",
-            highlight=False,
-            soft_wrap=True,
         )

@@ -11,7 +11,7 @@ from ...data.format.captions import MOST_CAPTIONS
 from ...data.units import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 FLAG: Final = "--captions"
 COLUMN_FLAG: Final = "--caption-column"
@@ -78,24 +78,12 @@ def matched_captions(
         RepaError: none of the captions is of one of these images, a file name is that of several images, or
             a caption is no text or too long.
     """
-    rows: dict[str, int] = {key: row for row, key in enumerate(keys)}
-    last = [key.rpartition("/")[2] for key in keys]
-    counts = Counter(last)
-    files = {file: row for row, file in enumerate(last)} if by_file_name else {}
+    row_of = _finder(keys, name, by_file_name=by_file_name)
     captions: list[dict[str, None]] = [{} for _ in keys]
     strangers = left_out = 0
     first = ""
     for image, text in found:
-        row = rows.get(image)
-        if row is None:
-            file = image.rpartition("/")[2]
-            row = files.get(file)
-            if row is not None and counts[file] > 1:
-                raise RepaError(
-                    f"{name} has a caption of {image}, and {counts[file]} images are called {file}",
-                    "name images by their paths below --data",
-                    field=FLAG,
-                )
+        row = row_of(image)
         if row is None:
             strangers, first = strangers + 1, first or image
             continue
@@ -122,6 +110,28 @@ def matched_captions(
         per_image=per_image,
         strangers=strangers,
     )
+
+
+def _finder(keys: Sequence[str], name: str, *, by_file_name: bool) -> Callable[[str], int | None]:
+    """Return what finds the row of an image by its key, or by its file name where only one has it."""
+    rows = {key: row for row, key in enumerate(keys)}
+    last = [key.rpartition("/")[2] for key in keys]
+    counts = Counter(last)
+    files = {file: row for row, file in enumerate(last)} if by_file_name else {}
+
+    def row_of(image: str) -> int | None:
+        if image in rows:
+            return rows[image]
+        file = image.rpartition("/")[2]
+        if file in files and counts[file] > 1:
+            raise RepaError(
+                f"{name} has a caption of {image}, and {counts[file]} images are called {file}",
+                "name images by their paths below --data",
+                field=FLAG,
+            )
+        return files.get(file)
+
+    return row_of
 
 
 def _checked(text: str, image: str, name: str) -> str:
