@@ -32,6 +32,8 @@ T = TypeVar("T")
 REQUESTS = 32
 
 _URL = re.compile(r"(?:s3|gs)://[^/]+(?:/.*)?")
+# what is meant as an address, whose slashes a path may have lost; a folder of such a name is ./NAME:/…
+_MEANT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/.*")
 # of a range whose answer breaks off, which the package does not ask for again; and how it says so
 _ANSWERS = 3
 _BROKEN_OFF = ("request or response body error", "Requested ")
@@ -327,7 +329,16 @@ def cache_path(given: str | CachePath) -> CachePath:
     """
     if isinstance(given, RemotePath):
         return given
-    return RemotePath(Bucket(str(given))) if is_remote(given) else Path(given)
+    if is_remote(given):
+        return RemotePath(Bucket(str(given)))
+    # otherwise a slip of the pen would write a large cache to a folder of that name
+    if _MEANT.fullmatch(str(given)) and not Path(given).exists():
+        raise CacheError(
+            f"{given} is no address of a bucket",
+            "write it as s3://bucket/path or gs://bucket/path",
+            field="--cache",
+        )
+    return Path(given)
 
 
 def file_bytes(path: CachePath) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,8 +19,6 @@ from repa.data.storage.writable import file_in_the_way, free_bytes, open_writabl
 from s3_server import unfinished_uploads
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from repa.data.storage.bucket import CachePath
     from repa.data.storage.folder import Folder
 
@@ -322,3 +321,18 @@ def again(root: CachePath) -> CachePath:
 
 def is_disk(root: CachePath) -> bool:
     return not isinstance(root, RemotePath)
+
+
+@pytest.mark.parametrize(
+    "given", ["S3://bucket/x", "s3:/bucket/x", "s3://", "s3:///x", "s4://b/x", "gcs://b/x"]
+)
+def test_what_is_meant_as_an_address_is_no_folder(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CacheError) as caught:
+        cache_path(given)
+    assert caught.value.field == "--cache"
+    assert cache_path(f"./{given}") == Path(given)
+    Path(given).mkdir(parents=True)
+    assert cache_path(given) == Path(given)
