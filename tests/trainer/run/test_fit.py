@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from repa.trainer.config import TrainConfig
+    from warmed import Warmed
 
     Settings = Callable[..., TrainConfig]
     Fit = Callable[..., Any]
@@ -304,8 +304,11 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_two_ranks_share_the_global_batch(settings: Settings, tmp_path: Path) -> None:
-    """The loss is the mean over two gloo ranks' halves of the same global rows, each with its draws."""
+def test_two_ranks_share_the_global_batch(settings: Settings, tmp_path: Path, warmed: Warmed) -> None:
+    """The loss is the mean over two gloo ranks' halves of the same global rows, each with its draws.
+
+    The second is started by the first, as with ``repa train``.
+    """
     config = settings(
         max_steps=3,
         holdout=7,
@@ -317,14 +320,7 @@ def test_two_ranks_share_the_global_batch(settings: Settings, tmp_path: Path) ->
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
     words = [f"{key}={value}" for key, value in flat(config.to_dict()) if key != "recipe"]
-    result = subprocess.run(
-        [sys.executable, "-W", "error", str(script), str(tmp_path / "run"), *words],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    (result,) = warmed.run(script, tmp_path / "run", *words)
     assert result.returncode == 0, result.stderr
     rows = read_metrics(tmp_path / "run" / "metrics.csv")
     assert [row["step"] for row in rows] == [1, 2, 3]
