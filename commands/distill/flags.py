@@ -34,8 +34,8 @@ class DistillFlags:
         typer.Option(help="Images of the closed-form start.", show_default="384, or all that there are"),
     ] = None
     steps: Annotated[
-        int, typer.Option(help="Steps of training after it; 0: none. More go on from a finished run.")
-    ] = 400
+        int, typer.Option(help="Steps of training after it. More go on from a finished run.")
+    ] = 0
     batch_size: Annotated[int, typer.Option(help="Images of a step.")] = 8
     learning_rate: Annotated[
         float, typer.Option(help="Of AdamW. Larger ones have destroyed what the start gave.")
