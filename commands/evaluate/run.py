@@ -95,7 +95,14 @@ def run_evaluation(flags: EvaluateFlags, console: Console) -> None:
     """
     rank = detect_rank(os.environ, flags.devices)
     cuda = torch.cuda.is_available()
-    check_devices(flags.devices, torch.cuda.device_count() if cuda else 0)
+    gpus = torch.cuda.device_count() if cuda else 0
+    check_devices(flags.devices, gpus)
+    if cuda and rank.local_rank >= gpus:
+        raise RepaError(
+            f"{counted(rank.local_rank + 1, 'process')} of this machine, which shows {counted(gpus, 'GPU')}",
+            "start fewer",
+            field="--devices",
+        )
 
     def say(line: str) -> None:
         if rank.rank == 0:

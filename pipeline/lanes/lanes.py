@@ -141,8 +141,9 @@ class _CudaLane:
             return self._launch(batch, tasks)
         except torch.OutOfMemoryError as error:
             raise RepaError(
-                f"{self._device} has too little memory for a batch of {counted(len(batch.rows), 'image')}: "
-                "give a smaller --batch-size"
+                f"{self._device} has too little memory for a batch of {counted(len(batch.rows), 'image')}",
+                "give a smaller --batch-size",
+                field="--batch-size",
             ) from error
 
     def _launch(self, batch: Batch, tasks: Sequence[Task]) -> Pending:

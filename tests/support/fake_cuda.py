@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from repa.data.format import factors
+from repa.data.reading import latents
+from repa.pipeline.columns import factoring
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -27,6 +30,7 @@ _PRODUCTS = {
     *("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"),
     *("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),
 }
+_READS = {"_local_scalar_dense", "is_nonzero"}
 _COPIES = {"_to_copy", "copy_", "lift_fresh"}
 _INDEXED = {"index", "index_put", "index_put_", "_unsafe_index"}
 
@@ -57,11 +61,12 @@ class Refusals(TorchDispatchMode):
 
     Attributes:
         copies: whether copies between host and device are refused too, each of which a step would wait for.
+        reads: whether numbers may be read, which are then all 1.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.copies = False
+        self.copies = self.reads = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -76,6 +81,8 @@ class Refusals(TorchDispatchMode):
             of, at = args[0], [each for each in args[1] if each is not None]
             if {each.device.type for each in at} - {of.device.type}:
                 raise RefusedError(f"{name} by indices of another device, which are copied")
+        if self.reads and name in _READS:
+            return True if args[0].dtype is torch.bool else 1.0
         result = func(*args, **kwargs)
         made = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
         if self.copies and name in _COPIES and len({each.device.type for each in (*given, *made)}) > 1:
@@ -131,6 +138,9 @@ def fake_cuda(patch: pytest.MonkeyPatch) -> Iterator[Refusals]:
         within.setattr(torch._C, "_current_graph_task_id", lambda: _passes[0])
         with mode, _Generators(), Refusals() as refusals:
             yield refusals
+    # what is kept for later would be fake
+    for kept in (latents._of_channels, factors.places, factoring._of_layout):
+        kept.cache_clear()
 
 
 def moved(module: nn.Module) -> nn.Module:

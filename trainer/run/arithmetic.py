@@ -23,7 +23,12 @@ def resolve_precision(config: TrainConfig) -> Literal["32-true", "bf16-mixed", "
     """
     if config.precision != "auto":
         return config.precision
-    return "bf16-mixed" if device_kind(config) == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
+    return "bf16-mixed" if device_kind(config) == "cuda" and computes_bf16() else "32-true"
+
+
+def computes_bf16() -> bool:
+    """Tell whether the CUDA device computes bfloat16 itself, for PyTorch would emulate it, slowly."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def device_kind(config: TrainConfig) -> str:

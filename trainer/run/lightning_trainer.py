@@ -108,9 +108,12 @@ def _check_precision(config: TrainConfig) -> None:
         raise RepaError(
             "precision 16-mixed needs a GPU and the run is on the CPU",
             "--set precision=bf16-mixed or 32-true",
+            field="precision",
         )
     if config.precision == "bf16-mixed" and device == "cuda" and not torch.cuda.is_bf16_supported():
-        raise RepaError("precision bf16-mixed is not computed by this GPU", "--set precision=16-mixed")
+        raise RepaError(
+            "precision bf16-mixed is not computed by this GPU", "--set precision=16-mixed", field="precision"
+        )
 
 
 @contextmanager

@@ -35,6 +35,8 @@ TERA = 1e12
 
 PEAKS: Mapping[str, tuple[float, float, float]] = {
     "B200": (2250, 1125, 75),
+    "GH200": (989.4, 494.7, 66.9),
+    "H200 NVL": (835, 417.5, 60),
     "H200": (989.4, 494.7, 66.9),
     "H100 HBM3": (989.4, 494.7, 66.9),
     "H100 NVL": (835, 417.5, 60),
@@ -42,6 +44,7 @@ PEAKS: Mapping[str, tuple[float, float, float]] = {
     "A100": (312, 156, 19.5),
     "L40S": (362, 183, 91.6),
     "L4": (121, 60, 30.3),
+    "RTX 4090": (165.2, 82.6, 82.6),
     "A10": (125, 62.5, 31.2),
     "V100 SXM2": (125, 15.7, 15.7),
     "T4": (65, 8.1, 8.1),
@@ -61,6 +64,9 @@ def peak_flops(device_name: str, precision: str, *, tf32: bool) -> float | None:
         tf32: whether float32 products may be computed in TF32.
     """
     words = set(re.split(r"[\s-]+", device_name))
+    if words & {"MIG", "Laptop"}:
+        # a slice of a GPU, or another one, under the name of the whole
+        return None
     for name, (half, tensor, single) in PEAKS.items():
         if words >= set(name.split()):
             peak = half if precision in ("bf16-mixed", "16-mixed") else tensor if tf32 else single

@@ -17,6 +17,7 @@ from ...data.units import counted
 from ..input.datamodule import CacheData
 from ..models.soft_inputs import take_soft_tokens
 from ..models.stable_diffusion import load_denoiser
+from ..run.arithmetic import computes_bf16
 from ..run.callbacks import Clock, Metrics
 from ..run.checked import ProblemsError
 from ..run.checkpointing import Checkpoints
@@ -245,7 +246,7 @@ def dtype_of(name: str, device: torch.device | None) -> torch.dtype:
         device: where it will compute.
     """
     if name == "auto":
-        able = device is not None and device.type == "cuda" and torch.cuda.is_bf16_supported()
+        able = device is not None and device.type == "cuda" and computes_bf16()
         return torch.bfloat16 if able else torch.float32
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 

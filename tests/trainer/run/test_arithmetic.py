@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from repa.trainer.run import arithmetic
-from repa.trainer.run.arithmetic import describe, float32_products, products_of, resolved
+from repa.trainer.run.arithmetic import describe, float32_products, products_of, resolve_precision, resolved
 from repa.trainer.run.starts import read_starts
 
 if TYPE_CHECKING:
@@ -68,7 +68,10 @@ def test_auto_is_what_fits_the_machine(settings: Settings, monkeypatch: pytest.M
     assert (resolved(config).precision, resolved(config).compile) == ("32-true", "off")
     assert "TF32" not in describe(config)
     monkeypatch.setattr(arithmetic, "device_kind", lambda config: "cuda")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    # of a T4, which PyTorch emulates it on
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert resolve_precision(config) == "32-true"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     monkeypatch.setattr(arithmetic, "missing", lambda kind: "the package triton")
     monkeypatch.setattr("repa.trainer.compiling.missing", lambda kind: "the package triton")
     assert (resolved(config).precision, resolved(config).compile) == ("bf16-mixed", "off")
