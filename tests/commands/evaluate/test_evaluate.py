@@ -118,6 +118,16 @@ def test_the_figure_is_that_of_images_encoded_alone(run: Path, whole: Path) -> N
     assert (found["precision/demo"].m, found["precision/demo"].k) == (24, 3)
 
 
+def test_a_rank_without_a_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "GROUP_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RepaError) as caught:
+        evaluation_run.run_evaluation(EvaluateFlags(out=tmp_path, samples=tmp_path), quiet())
+    assert caught.value.field == "--devices"
+
+
 def test_devices_and_threads_change_no_byte(
     run: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
