@@ -28,7 +28,7 @@ def resolve_precision(config: TrainConfig) -> Literal["32-true", "bf16-mixed", "
 
 def computes_bf16() -> bool:
     """Tell whether the CUDA device computes bfloat16 itself, for PyTorch would emulate it, slowly."""
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def device_kind(config: TrainConfig) -> str:
