@@ -268,7 +268,7 @@ def test_a_forked_process_is_told_instead_of_hanging(remote: str) -> None:
     [
         ("s3://bucket/path", True),
         ("gs://bucket", True),
-        ("s3:/bucket/path", False),
+        ("./s3:/bucket/path", False),
         ("caches/demo", False),
         ("s3", False),
         ("pipe:cat s3://bucket/a.tar", False),
