@@ -34,12 +34,17 @@ class DistillFlags:
         typer.Option(help="Images of the closed-form start.", show_default="384, or all that there are"),
     ] = None
     steps: Annotated[
-        int, typer.Option(help="Steps of training after it. More go on from a finished run.")
-    ] = 0
+        int | None,
+        typer.Option(
+            help="Steps of training after it. More go on from a finished run.",
+            show_default="400, or 0 with fewer images than 4 times --fit-images",
+        ),
+    ] = None
     batch_size: Annotated[int, typer.Option(help="Images of a step.")] = 8
     learning_rate: Annotated[
-        float, typer.Option(help="Of AdamW. Larger ones have destroyed what the start gave.")
-    ] = 6e-6
+        float,
+        typer.Option(help="Of AdamW, less for second layers. Larger ones have destroyed the start."),
+    ] = 2e-6
     held_out: Annotated[
         int | None,
         typer.Option(help="Images to measure on, never trained on.", show_default="200, or a fifth"),

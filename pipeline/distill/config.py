@@ -22,7 +22,8 @@ class DistillConfig:
         may_import: whether ``data`` may name a module.
         weights: file of the teacher's weights; None: the hub's.
         fit_images: images of the closed-form start; None: 384, or all that there are.
-        steps: of the training end to end; 0 leaves the start as it is.
+        steps: of the training end to end; 0 leaves the start as it is; None: 400, or 0 where there are fewer
+            than four times as many images to train on as ``fit_images``.
         batch_size: images of a step, and of a forward pass.
         learning_rate: of AdamW.
         held_out: images that are measured on and not trained on; None: 200, or a fifth.
@@ -40,7 +41,7 @@ class DistillConfig:
     may_import: bool
     weights: Path | None
     fit_images: int | None
-    steps: int
+    steps: int | None
     batch_size: int
     learning_rate: float
     held_out: int | None
@@ -69,7 +70,7 @@ def check_numbers(config: DistillConfig) -> None:
     if not 0 < config.learning_rate < 1:
         raise RepaError(
             f"--learning-rate {config.learning_rate:g} is not valid",
-            "give a small one above 0, as 6e-6",
+            "give a small one above 0, as 2e-6",
             field="--learning-rate",
         )
     if config.norm not in NORMS:

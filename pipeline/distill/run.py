@@ -41,6 +41,11 @@ if TYPE_CHECKING:
 
 FIT_IMAGES = 384
 HELD_OUT = 200
+STEPS = 400
+"""Where there are `FRESH` times as many images to train on as the start is fitted to."""
+FRESH = 4
+"""Ours. The start has learned the tokens of its images by heart, and training on them alone keeps them so at
+the cost of all others, see ``docs/distill.md``."""
 MERGE_TOLERANCE = 1e-3
 """Largest difference of a patch token's number by the merge, relative to the largest number. Ours; rounding
 in float32 gives about 1e-5."""
@@ -85,15 +90,18 @@ def distill(config: DistillConfig, report: Report) -> tuple[Path, Distilled]:
     ) as pairs:
         rows = _rows(config, pairs.reader.valid_rows)
         settings = _settings(config, manifest, copy, rows)
-        there = there_already(out, settings, config.steps)
+        steps = _steps(config, rows)
+        there = there_already(out, settings, steps)
         if there is not None:
             report.say(f"{out} is there already.")
             return out, there
         teacher = _load(config, manifest, name, device)
-        student = _student(config, settings, teacher, pairs, rows, out, report)
+        student, start = _student(config, settings, steps, teacher, pairs, rows, out, report)
         found = teacher.with_model(merged(student.model, config.norm)).in_float32()
         with report.progress(len(rows.held_out), "measuring") as done:
             measured = _fidelity(config, student, found, pairs, rows.held_out, done)
+        if start is not None:
+            report.say(_gain(start, measured.patch_cosine_mean, steps))
         images = pairs.read(rows.held_out[: config.batch_size]).images
         distilled = Distilled(
             name=copy.name,
@@ -105,7 +113,7 @@ def distill(config: DistillConfig, report: Report) -> tuple[Path, Distilled]:
             resolution=manifest.resolution,
             data=manifest.source_fingerprint,
             views=manifest.views,
-            training=Training(**asdict(settings), steps=config.steps),
+            training=Training(**asdict(settings), steps=steps),
             fidelity=measured,
             speed=compare_speed(teacher, teacher.with_model(found.model), images),
         )
@@ -173,6 +181,13 @@ def _rows(config: DistillConfig, valid: NDArray[np.int64]) -> _Rows:
     return _Rows(trained, fitted, held_out)
 
 
+def _steps(config: DistillConfig, rows: _Rows) -> int:
+    """Return how many steps are trained."""
+    if config.steps is not None:
+        return config.steps
+    return STEPS if len(rows.trained) >= FRESH * len(rows.fitted) else 0
+
+
 def _settings(config: DistillConfig, manifest: Manifest, copy: IdleTeacher, rows: _Rows) -> TrainingSettings:
     return TrainingSettings(
         encoder=copy.name,
@@ -189,13 +204,17 @@ def _settings(config: DistillConfig, manifest: Manifest, copy: IdleTeacher, rows
 def _student(
     config: DistillConfig,
     settings: TrainingSettings,
+    steps: int,
     teacher: TimmEncoder,
     pairs: CachedPairs,
     rows: _Rows,
     out: Path,
     report: Report,
-) -> TimmEncoder:
+) -> tuple[TimmEncoder, float | None]:
     """Return the student after its last step, begun or gone on with.
+
+    Returns:
+        It, and the cosine of its held-out patch tokens before the first step, None without steps.
 
     Raises:
         RepaError: the kept state is of another distillation, or past the last step.
@@ -205,16 +224,34 @@ def _student(
     file = out.with_suffix(".training")
     run = Distillation(student, settings, pairs, rows.trained, file)
     if run.resume():
-        require_ahead(file, run.step, config.steps)
+        require_ahead(file, run.step, steps)
         report.say(f"Going on after step {run.step:,}.")
     else:
         with report.progress(teacher.depth * len(rows.fitted), "fitting block by block") as done:
             batches = pairs.batches(rows.fitted, config.batch_size)
             fit_in_closed_form(teacher, student.model, batches, done)
         run.save()
-    with report.progress((config.steps - run.step) * config.batch_size, "distilling") as done:
-        run.run(config.steps, config.save_every, done)
-    return student
+    if steps and run.start is None:
+        with report.progress(len(rows.held_out), "measuring the start") as done:
+            batches = _reported(pairs.batches(rows.held_out, config.batch_size), done)
+            run.start = fidelity(student, batches)["patch_cosine_mean"]
+    with report.progress((steps - run.step) * config.batch_size, "distilling") as done:
+        run.run(steps, config.save_every, done)
+    return student, run.start if steps else None
+
+
+def _gain(start: float, end: float, steps: int) -> str:
+    """Return what is said of the training's worth."""
+    said = f"Cosine of held-out patch tokens: {start:.4f} at the start, {end:.4f} after {steps:,} steps."
+    if end < start:
+        said += " Training has made the copy worse: distil with --steps 0 and another --out, or more images."
+    return said
+
+
+def _reported(batches: Iterator[Pairs], report: Callable[[int], None]) -> Iterator[Pairs]:
+    for each in batches:
+        yield each
+        report(len(each.images))
 
 
 def _fidelity(
@@ -231,13 +268,8 @@ def _fidelity(
         RepaError: merging has changed it.
     """
     error = _merge_error(student, found, pairs.read(held[: config.batch_size]).images)
-
-    def batches() -> Iterator[Pairs]:
-        for each in pairs.batches(held, config.batch_size):
-            yield each
-            report(len(each.images))
-
-    return Fidelity(merge_error=error, **fidelity(found, batches()))
+    batches = _reported(pairs.batches(held, config.batch_size), report)
+    return Fidelity(merge_error=error, **fidelity(found, batches))
 
 
 def _load(config: DistillConfig, manifest: Manifest, name: str, device: torch.device) -> TimmEncoder:

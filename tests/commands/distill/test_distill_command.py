@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +15,7 @@ from repa.data.errors import RepaError
 from repa.pipeline.encoders.distilled import read_distilled
 from repa.pipeline.encoders.idle_teacher import usual_file
 from rich.console import Console
+from safetensors import safe_open
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,6 +62,17 @@ def test_it_writes_where_preprocess_looks(
     assert found.teacher_sha256[:12] in output.getvalue()
     for figure in (found.fidelity.patch_cosine_mean, found.fidelity.repa_loss_change):
         assert f"{figure:.3f}" in output.getvalue()
+
+
+def test_a_training_that_makes_it_worse_is_said(cache: str, tmp_path: Path) -> None:
+    out = tmp_path / "copy.safetensors"
+    printed = run(cache=cache, steps=2, learning_rate=0.02, out=out)
+    with safe_open(out.with_suffix(".training"), framework="pt") as file:
+        [text] = file.metadata().values()
+    start, end = json.loads(text)["start"], read_distilled(out).fidelity.patch_cosine_mean
+    assert end < start - 0.01
+    assert f"{start:.4f}" in printed
+    assert "--steps 0" in printed
 
 
 @pytest.mark.parametrize(

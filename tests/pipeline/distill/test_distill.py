@@ -15,8 +15,10 @@ from repa.data.errors import CacheError, RepaError
 from repa.data.format.opening import open_manifest
 from repa.data.reading.reader import CacheReader
 from repa.pipeline.distill.pairs import CachedPairs
+from repa.pipeline.distill.training import token_loss
 from repa.pipeline.encoders import load_encoder
 from repa.pipeline.encoders.distilled import ENTRY, read_distilled
+from repa.pipeline.encoders.idle_blocks import make_idle
 from repa.pipeline.encoders.registry import find_teacher
 from repa.pipeline.replay.live import LiveTeachers
 from safetensors import safe_open
@@ -105,11 +107,63 @@ def test_resumed_is_uninterrupted(distil: Distil, tmp_path: Path, norm: str) -> 
     assert not all(torch.equal(last[name], after_two[name]) for name in last), "it has trained"
 
 
-def test_training_lowers_the_loss_of_what_it_sees(distil: Distil, tmp_path: Path) -> None:
+def state(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return what a kept state says and its tensors."""
+    with safe_open(file.with_suffix(".training"), framework="pt") as opened:
+        [text] = opened.metadata().values()
+    return json.loads(text), load_file(file.with_suffix(".training"))
+
+
+def loss_of_trained(file: Path, idle: float, cache: Path) -> float:
+    encoder = load_encoder(find_teacher("demo"), resolution=64)
+    student = make_idle(encoder.model, idle, "layer")
+    tensors = {name.removeprefix("model."): each for name, each in state(file)[1].items()}
+    student.load_state_dict({name: tensors[name] for name in student.state_dict()})
+    rows = np.setdiff1d(np.arange(40), (2 * np.arange(8) + 1) * 40 // 16)
+    with CachedPairs(cache, open_manifest(cache), "demo", data="demo", device=torch.device("cpu")) as pairs:
+        batch = pairs.read(rows)
+    with torch.no_grad():
+        return float(token_loss(encoder.with_model(student).compute(batch.images), batch))
+
+
+def test_training_at_the_usual_rate_lowers_the_loss_step_by_step(
+    distil: Distil, demo_cache: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "copy.safetensors"
-    _, start = distil(idle=1.0, fit_images=4, out=out)
-    _, trained = distil(idle=1.0, fit_images=4, steps=12, out=out)
-    assert trained.fidelity.patch_cosine_mean > start.fidelity.patch_cosine_mean
+    losses, cosines = [], []
+    for steps in (0, 10, 20):
+        _, found = distil(idle=1.0, fit_images=8, learning_rate=2e-6, steps=steps, out=out)
+        losses.append(loss_of_trained(out, 1.0, demo_cache))
+        cosines.append(found.fidelity.patch_cosine_mean)
+    assert losses[2] < losses[1] < losses[0]
+    assert cosines[2] > cosines[1] > cosines[0]
+    assert state(out)[0]["start"] == pytest.approx(cosines[0], abs=1e-5), "it outlives resuming"
+
+
+def test_it_trains_unasked_where_most_images_are_new(
+    distil: Distil, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("repa.pipeline.distill.run.STEPS", 2)
+    for fit_images, steps in ((8, 2), (9, 0)):
+        _, found = distil(fit_images=fit_images, steps=None, out=tmp_path / f"{fit_images}.safetensors")
+        assert found.training.steps == steps
+
+
+def test_only_the_start_of_an_older_version_is_gone_on_with(distil: Distil, tmp_path: Path) -> None:
+    out = tmp_path / "copy.safetensors"
+    for steps in (0, 1):
+        distil(steps=steps, out=out)
+        out.unlink()
+        entry, tensors = state(out)
+        entry = {name: value for name, value in entry.items() if name not in ("rule", "start")}
+        save_file(tensors, out.with_suffix(".training"), {"repa-distillation": json.dumps(entry)})
+        if steps:
+            with pytest.raises(RepaError) as failure:
+                distil(steps=2, out=out)
+            assert failure.value.field == "--out"
+        else:
+            assert distil(steps=1, out=out)[1].training.steps == 1
+            out.unlink()
 
 
 @pytest.mark.parametrize(
@@ -159,22 +213,20 @@ def test_a_damaged_state_is_refused(distil: Distil, tmp_path: Path) -> None:
     state_file = out.with_suffix(".training")
     distil(steps=1, out=out)
     out.unlink()
-    with safe_open(state_file, framework="pt") as file:
-        [(name, text)] = file.metadata().items()
-    entry, state = json.loads(text), load_file(state_file)
+    entry, kept = state(out)
     for header, tensors in (
-        ({}, state),
-        ([], state),
-        ({**entry, "settings": None}, state),
-        ({**entry, "step": "2"}, state),
-        ({**entry, "step": -1}, state),
-        (entry, {key: each for key, each in state.items() if not key.startswith("average.")}),
-        (entry, {key: each for key, each in state.items() if not key.startswith("model.norm.")}),
-        (entry, {key: each.flatten() for key, each in state.items()}),
-        (entry, {key: each.int() for key, each in state.items()}),
-        ({**entry, "step": 10**30}, state),
+        ({}, kept),
+        ([], kept),
+        ({**entry, "settings": None}, kept),
+        ({**entry, "step": "2"}, kept),
+        ({**entry, "step": -1}, kept),
+        (entry, {key: each for key, each in kept.items() if not key.startswith("average.")}),
+        (entry, {key: each for key, each in kept.items() if not key.startswith("model.norm.")}),
+        (entry, {key: each.flatten() for key, each in kept.items()}),
+        (entry, {key: each.int() for key, each in kept.items()}),
+        ({**entry, "step": 10**30}, kept),
     ):
-        save_file(tensors, state_file, {name: json.dumps(header)})
+        save_file(tensors, state_file, {"repa-distillation": json.dumps(header)})
         with pytest.raises(RepaError) as failure:
             distil(steps=2, out=out)
         assert failure.value.remedy
