@@ -37,7 +37,7 @@ class DistillFlags:
         int | None,
         typer.Option(
             help="Steps of training after it. More go on from a finished run.",
-            show_default="400, or 0 with fewer images than 4 times --fit-images",
+            show_default="400, or 0 with fewer images than 5 times --fit-images",
         ),
     ] = None
     batch_size: Annotated[int, typer.Option(help="Images of a step.")] = 8

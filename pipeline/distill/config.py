@@ -23,7 +23,7 @@ class DistillConfig:
         weights: file of the teacher's weights; None: the hub's.
         fit_images: images of the closed-form start; None: 384, or all that there are.
         steps: of the training end to end; 0 leaves the start as it is; None: 400, or 0 where there are fewer
-            than four times as many images to train on as ``fit_images``.
+            than five times as many images to train on as ``fit_images``.
         batch_size: images of a step, and of a forward pass.
         learning_rate: of AdamW.
         held_out: images that are measured on and not trained on; None: 200, or a fifth.

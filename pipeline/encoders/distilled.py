@@ -30,7 +30,7 @@ class TrainingSettings:
         fit_images: images of the closed-form start.
         held_out: images that are held out.
         batch_size: images of a step.
-        learning_rate: of AdamW, constant, without weight decay.
+        learning_rate: of AdamW, see `repa.pipeline.distill.training`.
         seed: of the order and of the images of the start.
     """
 
