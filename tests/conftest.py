@@ -143,6 +143,14 @@ def _callbacks_of_packages() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _compiling_as_before() -> Iterator[None]:
+    """Let no test leave PyTorch's compiler off for those after it, which would then compile nothing."""
+    yield
+    evaluation = sys.modules.get("torch._dynamo.eval_frame")
+    assert evaluation is None or evaluation._stance.stance == "default"
+
+
+@pytest.fixture(autouse=True)
 def _rank_zero() -> None:
     """Make this process the first of its ranks, as Lightning keeps what an earlier test told it."""
     module = sys.modules.get("lightning_utilities.core.rank_zero")

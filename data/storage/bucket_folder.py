@@ -79,6 +79,9 @@ class BucketFolder:
         """Leave no bytes of an object, if it was there."""
         return seen if seen.tag is None else self.put_if(path, b"", seen)
 
+    def require_inside(self, paths: Iterable[RemotePath]) -> None:
+        """Do nothing, as there are no links."""
+
     def remove(self, paths: Iterable[RemotePath]) -> None:
         """Remove objects, as far as they are there."""
         self._bucket.delete([path.name_in_bucket for path in paths])

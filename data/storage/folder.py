@@ -188,6 +188,14 @@ class Folder(Protocol):
         """
         ...
 
+    def require_inside(self, paths: Iterable[Any]) -> None:
+        """Require files to lie in the folder itself, so that `remove` will not refuse one of them halfway.
+
+        Raises:
+            OSError: one lies behind a link.
+        """
+        ...
+
     def remove(self, paths: Iterable[Any]) -> None:
         """Remove files, as far as they are there.
 

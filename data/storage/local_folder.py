@@ -83,6 +83,11 @@ class LocalFolder:
         self.remove([path])
         return _NOT_LOOKED
 
+    def require_inside(self, paths: Iterable[Path]) -> None:
+        """Require files to lie behind no link."""
+        for path in paths:
+            refuse_links(path.parent, self._root)
+
     def remove(self, paths: Iterable[Path]) -> None:
         """Remove files, as far as they are there."""
         folders: dict[Path, None] = {}

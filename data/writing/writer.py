@@ -126,13 +126,15 @@ class SourceWriter:
             raise ValueError(f"shard {shard} of {self.source} is not owned by this writer")
         folder, record = open_writable(self.path), commit_file(self.path, self.source, shard)
         specs = self.manifest.source_columns(self.source)
+        files = [shard_file(self.path, column, spec, shard) for column, spec in specs.items()]
         with os_errors("write", record):
+            folder.require_inside(files)
             seen = folder.seen(record)
             self._claim.check()
             with unless_changed(record):
                 # before a file goes: a record must never stand beside files that it was not made from
                 folder.withdraw(record, seen)
-            for file in [shard_file(self.path, column, spec, shard) for column, spec in specs.items()]:
+            for file in files:
                 self._claim.check()
                 folder.remove([file])
             if self.manifest.format_version > 1:

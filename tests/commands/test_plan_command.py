@@ -156,7 +156,7 @@ def test_what_is_said_follows_from_what_was_measured(
     assert "pays    for itself after 6 training images" in (unknown := said(flags))
     assert "rows are read in 1 ms, which no known step hides" in unknown
     assert "images  " in lines
-    assert re.search(r"moments float32\[8, 2, 2\] 768 B", lines)
+    assert re.search(r"moments float32\[8,2,2\] 768 B", lines)
     assert "free on the disk" in lines
 
 

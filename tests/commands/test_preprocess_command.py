@@ -124,7 +124,7 @@ def test_what_is_printed(cached: tuple[Path, str]) -> None:
     for part in (
         "images  demo: 21 in 10 classes",
         f"cache   {path}: 3 shards of 8 images at 64×64",
-        "patch float32[64, 128]",
+        "patch float32[64,128]",
         f"free on the disk of {path}: fits",
         f"wrote 21 images to {path}",
         "demo/patch: 21 images, 688 kB, 32768 bytes each",
