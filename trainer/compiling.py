@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from contextlib import contextmanager, nullcontext
+import threading
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from importlib.util import find_spec
@@ -20,7 +21,6 @@ from torch import nn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -127,10 +127,47 @@ def compiled_losses(wanted: bool) -> Iterator[None]:
         _losses_compiled.reset(before)
 
 
-def uncompiled() -> AbstractContextManager[object]:
-    """Run what is inside as it is written, for batches of other sizes than those of training."""
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run what is inside as it is written, for batches of other sizes than those of training.
+
+    Threads may be inside at once, as those that sample for an evaluation on a CPU are.
+    """
     # without dynamo, which takes a second to import, nothing is compiled yet
     if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return stance
+        yield
+        return
+    _as_written.enter()
+    try:
+        yield
+    finally:
+        _as_written.leave()
+
+
+class _AsWritten:
+    """The whole process's word that nothing is to be compiled, as long as anybody is inside.
+
+    PyTorch's own gives back what it found, so that of two threads the later one would leave it on for good.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._stance = ExitStack()
+
+    def enter(self) -> None:
+        """Have nothing compiled from now on."""
+        with self._lock:
+            if not self._inside:
+                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self._inside += 1
+
+    def leave(self) -> None:
+        """Compile again, if nobody else is inside."""
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._stance.close()
+
+
+_as_written = _AsWritten()

@@ -122,6 +122,22 @@ def test_one_graph_for_all_blocks_of_a_kind(
     assert network.state_dict().keys() == plain.state_dict().keys()
 
 
+def test_threads_that_run_as_written_at_once_leave_the_compiler_on(graphs: list[int]) -> None:
+    network = network_of("SiT-T/2")
+    compile_backbone(network, network.blocks, "whole")
+    given = inputs(network)
+    first, second = uncompiled(), uncompiled()
+    with torch.no_grad():
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        network(*given)
+        assert not graphs
+        second.__exit__(None, None, None)
+        network(*given)
+    assert len(graphs) == 1
+
+
 # tests of the other families hold it for them
 @pytest.mark.parametrize(("model", "settings"), [("DiT-T/2", {}), ("MMDiT-6/2", {"qk_norm": True})])
 def test_the_whole_is_one_graph(model: str, settings: dict[str, Any], graphs: list[int]) -> None:
